@@ -1,0 +1,28 @@
+# Every target does its own set-up; `ci/setup` says what it installs and is quick when nothing changed.
+.PHONY: help setup build demo test lint bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+setup: ## everything the tests need: system packages, .venv, .servers
+	@ci/setup test
+
+build: ## fastkin and what it needs to run, in .venv
+	@ci/setup run
+
+demo: build ## a simulated plant through a broker into an emulated stream, with a ledger at the end
+	.venv/bin/fastkin demo
+
+test: setup ## the tests, against mosquitto, kinesalite and kinesis-mock
+	.venv/bin/python -m pytest
+
+lint: setup ## formatting, style, Cython's warnings, types and stubs
+	ci/lint
+
+bench: setup ## the benches, peers beside us in the same run
+	.venv/bin/python -m pytest benches
+
+clean: ## what was built and cached; .venv and .servers stay
+	rm -rf build dist .coverage* .hypothesis .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -f src/fastkin/*.so src/fastkin/_*.c src/fastkin/*.html .venv/built
