@@ -1,0 +1,71 @@
+"""fastkin: MQTT in, Kinesis out; a message is acknowledged only when Kinesis has its records."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+try:
+    from fastkin._codec import decode_frame, encode_frame
+except ImportError as error:
+    raise ImportError(
+        f"fastkin's compiled part cannot be loaded ({error}): install the package (pip install fastkin),"
+        " or in a checkout run `python setup.py build_ext --inplace`"
+    ) from error
+
+from fastkin.errors import (
+    ClosedError,
+    ConfigError,
+    DataFormatError,
+    FastkinError,
+    KinesisError,
+    LibraryError,
+    RecordError,
+    RecordFailed,
+    TransportError,
+    UnexpectedResponse,
+)
+from fastkin.results import FrameResult, PutResult
+
+if TYPE_CHECKING:
+    from fastkin.config import Settings, load_settings
+    from fastkin.engine import Engine
+    from fastkin.producer import Producer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClosedError",
+    "ConfigError",
+    "DataFormatError",
+    "Engine",
+    "FastkinError",
+    "FrameResult",
+    "KinesisError",
+    "LibraryError",
+    "Producer",
+    "PutResult",
+    "RecordError",
+    "RecordFailed",
+    "Settings",
+    "TransportError",
+    "UnexpectedResponse",
+    "decode_frame",
+    "encode_frame",
+    "load_settings",
+]
+
+# Loaded on first use: a service that only needs the frame codec pays for nothing else.
+_LAZY = {
+    "Engine": "fastkin.engine",
+    "Producer": "fastkin.producer",
+    "Settings": "fastkin.config",
+    "load_settings": "fastkin.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'fastkin' has no attribute {name!r}")
+    return getattr(import_module(module), name)

@@ -1,0 +1,137 @@
+# Several records in one Kinesis record, in the format of the Kinesis Producer Library: a magic number, a
+# protobuf message, the MD5 of the message. Every record of an aggregate has the same key, the aggregate's
+# own: consumers drop a whole aggregate when one record in it hashes outside the shard they read it from.
+
+cdef enum:
+    AGGREGATE_MAGIC = 4  # F3 89 9A C2
+    AGGREGATE_DIGEST = 16
+
+cdef struct Aggregate:
+    Buf bytes
+    Buf runs  # of Run
+    Buf text  # the key
+    Key key
+    bint drawn  # the key is a UUID of ours
+    bint held  # receipts are among the runs
+    uint32_t records
+    uint32_t run_count
+    # the first record's own bytes: alone it goes out plain
+    size_t first
+    size_t first_length
+    uint64_t charged  # to the budget, until the entry is charged
+
+
+cdef inline size_t varint_length(size_t value) noexcept nogil:
+    cdef size_t n = 1
+    while value >= 128:
+        value >>= 7
+        n += 1
+    return n
+
+
+cdef inline void varint(Buf* buf, size_t value) noexcept nogil:
+    while value >= 128:
+        buf.p[buf.length] = <char> (value | 128)
+        buf.length += 1
+        value >>= 7
+    buf.p[buf.length] = <char> value
+    buf.length += 1
+
+
+cdef inline size_t aggregate_inner(size_t length) noexcept nogil:
+    """Record { partition_key_index = 0, data }"""
+    return 3 + varint_length(length) + length
+
+
+cdef bint aggregate_fits(const Aggregate* group, size_t length, size_t most, size_t most_record) noexcept nogil:
+    """Is there room for one more record, the key outside counted too?"""
+    cdef size_t inner = aggregate_inner(length)
+    cdef size_t whole = group.bytes.length + 1 + varint_length(inner) + inner + AGGREGATE_DIGEST
+    return whole <= most and whole + group.key.raw_length <= most_record
+
+
+cdef bint aggregate_key_is(const Aggregate* group, const Key* key) noexcept nogil:
+    if key.verdict != KEY_TEXT:
+        return group.drawn
+    return (not group.drawn and key.raw_length == group.key.raw_length
+            and memcmp(key.raw, group.key.raw, key.raw_length) == 0)
+
+
+cdef inline uint64_t aggregate_cost(size_t length, uint32_t kind) noexcept nogil:
+    """What a record costs until its aggregate is closed."""
+    return (fk_b64_length(length + 8) + sizeof(Run)) + (RECEIPT_BYTES if kind == ENTRY_RECEIPT else 0)
+
+
+cdef int aggregate_start(Aggregate* group, const Key* key) noexcept nogil:
+    cdef char uuid[FK_UUID_LENGTH]
+    group.run_count = 0
+    group.runs.length = group.bytes.length = 0
+    group.held = False
+    group.drawn = key.verdict != KEY_TEXT
+    group.key.verdict = KEY_TEXT
+    group.key.shard = key.shard
+    if group.drawn:
+        fk_uuid4(uuid)
+        if key_store(&group.text, <uint8_t*> uuid, FK_UUID_LENGTH, &group.key) < 0:
+            return -1
+    elif key_store(&group.text, <const uint8_t*> key.raw, key.raw_length, &group.key) < 0:
+        return -1
+    if buf_reserve(&group.bytes, AGGREGATE_MAGIC + 11 + group.key.raw_length) < 0:
+        return -1
+    memcpy(group.bytes.p, b"\xf3\x89\x9a\xc2\x0a", AGGREGATE_MAGIC + 1)
+    group.bytes.length = AGGREGATE_MAGIC + 1
+    varint(&group.bytes, group.key.raw_length)
+    memcpy(group.bytes.p + group.bytes.length, group.key.raw, group.key.raw_length)
+    group.bytes.length += group.key.raw_length
+    return 0
+
+
+cdef int aggregate_add(Aggregate* group, const uint8_t* data, size_t length, uint64_t token,
+                       uint32_t kind) noexcept nogil:
+    cdef size_t inner = aggregate_inner(length)
+    cdef Run* run = NULL
+    if group.run_count and kind != ENTRY_RECEIPT:
+        run = &(<Run*> group.runs.p)[group.run_count - 1]
+    if run != NULL and run.token == token and run.kind == kind:
+        run.count += 1
+    else:
+        if buf_reserve(&group.runs, sizeof(Run)) < 0:
+            return -1
+        run = <Run*> (group.runs.p + group.runs.length)
+        run.token = token
+        run.count = 1
+        run.kind = kind
+        group.runs.length += sizeof(Run)
+        group.run_count += 1
+    if buf_reserve(&group.bytes, inner + 24 + AGGREGATE_DIGEST) < 0:
+        return -1
+    if kind == ENTRY_RECEIPT:
+        group.held = True
+    group.bytes.p[group.bytes.length] = <char> 0x1A
+    group.bytes.length += 1
+    varint(&group.bytes, inner)
+    memcpy(group.bytes.p + group.bytes.length, b"\x08\x00\x1a", 3)
+    group.bytes.length += 3
+    varint(&group.bytes, length)
+    if group.records == 0:
+        group.first = group.bytes.length
+        group.first_length = length
+    memcpy(group.bytes.p + group.bytes.length, data, length)
+    group.bytes.length += length
+    group.records += 1
+    return 0
+
+
+cdef int aggregate_finish(Aggregate* group) noexcept nogil:
+    if buf_reserve(&group.bytes, AGGREGATE_DIGEST) < 0:
+        return -1
+    fk_md5(<const uint8_t*> group.bytes.p + AGGREGATE_MAGIC, group.bytes.length - AGGREGATE_MAGIC,
+           <uint8_t*> group.bytes.p + group.bytes.length)
+    group.bytes.length += AGGREGATE_DIGEST
+    return 0
+
+
+cdef void aggregate_free(Aggregate* group) noexcept nogil:
+    buf_free(&group.bytes)
+    buf_free(&group.runs)
+    buf_free(&group.text)

@@ -1,0 +1,656 @@
+# One PutRecords body with what it must settle, and the budget that pays for it.
+#
+# A body is built once. Each record is a self-contained entry in it, {"Data":"..","PartitionKey":".."},
+# so that splitting, bisecting, gathering and sending again what failed are copies of entries.
+
+cdef enum EntryKind:
+    ENTRY_TOKEN = 0  # token is the settler's; 0: nobody waits
+    ENTRY_RECEIPT  # token is a Receipt that the entry owns
+    ENTRY_FRAME  # token is a Receipt that all records of a frame own together
+    ENTRY_RUNS  # an aggregate: token is first run << 32 | number of runs
+    ENTRY_RUNS_HELD  # the same, with receipts among its runs
+
+cdef struct Entry:
+    uint64_t token
+    uint32_t at  # into the body
+    uint32_t length
+    uint32_t size  # data before base64 and UTF-8 bytes of the key: what Kinesis counts
+    int32_t shard  # -1: unknown
+    uint32_t records  # that the user gave: more than one in an aggregate
+    uint32_t kind
+
+cdef struct Run:
+    # of an aggregate's records: `count` that one token waits for
+    uint64_t token
+    uint32_t count
+    uint32_t kind
+
+cdef enum:
+    BODY_START = 2048  # a quiet lane's first buffer; busy ones start at what they last needed
+    BODY_MOST = 1 << 30  # offsets are 32 bits wide, base64 and escapes included
+    ENTRIES_START = 16
+    ENTRIES_MOST = 10000
+
+cdef const char* HEAD = '{"Records":['
+cdef enum:
+    HEAD_LENGTH = 12
+
+
+cdef inline uint64_t entry_cost(const Entry* entry) noexcept nogil:
+    """What an entry takes from the budget: its bytes, its comma, its struct, what waits for it."""
+    cdef uint64_t cost = <uint64_t> entry.length + 1 + sizeof(Entry)
+    if entry.kind == ENTRY_RECEIPT:
+        cost += RECEIPT_BYTES
+    elif entry.kind == ENTRY_RUNS:
+        cost += (entry.token & UINT32_MAX) * sizeof(Run)
+    elif entry.kind == ENTRY_RUNS_HELD:
+        cost += (entry.token & UINT32_MAX) * (sizeof(Run) + RECEIPT_BYTES)
+    return cost
+
+
+@cython.final
+cdef class Budget:
+    """What may be held, in bytes and records: buffered plus in flight. Several lanes may share one."""
+
+    cdef public unsigned long long max_bytes
+    cdef public unsigned long long max_records
+    cdef uint64_t held_bytes
+    cdef uint64_t held_records
+    cdef uint64_t most_bytes
+    cdef bint stalled  # since the high mark, or a payload that found no room, until the low mark
+
+    def __cinit__(self, unsigned long long max_bytes, unsigned long long max_records):
+        if max_bytes == 0 or max_records == 0:
+            raise LibraryError("a budget holds at least one byte and one record")
+        self.max_bytes = max_bytes
+        self.max_records = max_records
+
+    cdef inline bint fits(self, uint64_t nbytes, uint64_t records) noexcept nogil:
+        if self.held_records == 0 and self.held_bytes == 0:
+            return True
+        return (self.held_bytes <= self.max_bytes and nbytes <= self.max_bytes - self.held_bytes
+                and self.held_records <= self.max_records
+                and records <= self.max_records - self.held_records)
+
+    cdef inline void charge(self, uint64_t nbytes, uint64_t records) noexcept nogil:
+        self.held_bytes += nbytes
+        self.held_records += records
+        if self.held_bytes > self.most_bytes:
+            self.most_bytes = self.held_bytes
+        if self.held_bytes >= self.max_bytes or self.held_records >= self.max_records:
+            self.stalled = True
+
+    cdef inline void release(self, uint64_t nbytes, uint64_t records) noexcept nogil:
+        self.held_bytes -= nbytes
+        self.held_records -= records
+        if self.stalled and self._low():
+            self.stalled = False
+
+    cdef inline bint _low(self) noexcept nogil:
+        return (self.held_bytes < self.max_bytes - self.max_bytes // 4
+                and self.held_records < self.max_records - self.max_records // 4)
+
+    @property
+    def bytes(self) -> int:
+        return self.held_bytes
+
+    @property
+    def records(self) -> int:
+        return self.held_records
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.most_bytes
+
+    @property
+    def full(self) -> bool:
+        """The high mark was reached, or a payload found no room, and the low mark not since."""
+        return self.stalled
+
+    @property
+    def low(self) -> bool:
+        """Under three quarters of both: reading may resume."""
+        return self._low()
+
+    def room(self, size_t nbytes) -> bool:
+        """Would one record of nbytes (data and key) fit now? True when nothing is held."""
+        return self.fits(fk_b64_length(nbytes) + 128 + sizeof(Entry) + RECEIPT_BYTES, 1)
+
+
+# What a lane shares with its batches: where settlements go, and how many there were. Batches hold this
+# and not the lane, so that a lane and what waits in it make no cycle. Never cleared by the collector:
+# a batch that is freed unsettled still needs it.
+@cython.final
+@cython.no_gc_clear
+cdef class _Books:
+    cdef Settler settler
+    cdef Budget budget
+    cdef bytes target
+    cdef size_t max_records
+    cdef size_t max_batch_bytes
+    cdef uint64_t received
+    cdef uint64_t ended[5]
+
+    cdef int notify(self, uint64_t token, uint32_t count, int outcome, object answer, Py_ssize_t at) except -1:
+        if self.settler is not None and token != 0:
+            self.settler.settle(token, count, outcome, answer, at)
+        return 0
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class Reject:
+    """A payload, or one record of it (index not None), that is set aside."""
+
+    cdef readonly bytes topic
+    cdef readonly bytes payload
+    # for a counter: "empty", "version", "element", "truncated", "trailing", "oversize", "partition_key"
+    cdef readonly str kind
+    cdef readonly str reason
+    cdef readonly Py_ssize_t offset
+    cdef readonly object index
+    cdef readonly unsigned long long token
+    cdef _Books books  # None once it is settled
+    cdef uint64_t cost
+
+    cdef int settle(self, int outcome) except -1:
+        cdef _Books books = self.books
+        if books is None:
+            raise LibraryError("this reject is settled already")
+        self.books = None
+        books.budget.release(self.cost, 1)
+        books.ended[outcome_slot(outcome)] += 1
+        error = None
+        if outcome == OUT_FAILED:
+            error = DataFormatError(self.offset, self.reason)
+        return books.notify(self.token, 1, outcome, error, -1)
+
+    def __dealloc__(self):
+        if self.books is not None:
+            try:
+                self.settle(OUT_FAILED)
+            except BaseException as error:
+                unraisable(error, None)
+
+
+cdef inline int outcome_slot(int outcome) noexcept:
+    """Failed and dropped are one counter."""
+    return OUT_DROPPED if outcome == OUT_FAILED else outcome
+
+
+cdef int check_outcome(int outcome) except -1:
+    if not OUT_STORED <= outcome <= OUT_FAILED:
+        raise LibraryError(f"{outcome} is no outcome")
+    return 0
+
+
+cdef class Batch
+
+
+@cython.final
+cdef class Failure:
+    """Entries of one call that failed alike, as a batch of their own (same bytes, same keys)."""
+
+    cdef readonly str code
+    cdef readonly str message
+    cdef readonly Batch batch
+
+    def __repr__(self) -> str:
+        return f"<Failure {self.code} of {len(self.batch)} records: {self.message!r}>"
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class Batch:
+    """One PutRecords body, finished. Exports the body through the buffer protocol, read-only."""
+
+    cdef Buf body
+    cdef Entry* items
+    cdef Run* runs
+    cdef _Books books
+    cdef readonly object lane
+    cdef size_t count
+    cdef size_t room
+    cdef size_t run_count
+    cdef size_t run_room
+    cdef size_t total  # of entry sizes
+    cdef uint64_t records
+    cdef int why
+    cdef bint finished  # the body is complete
+    cdef bint live  # it owns entries: they neither went elsewhere nor ended
+    cdef Py_ssize_t exports
+    cdef public Py_ssize_t attempts
+    cdef public double born
+    cdef public Py_ssize_t epoch
+    cdef public object digest  # free for the client: the body's SHA-256, so that sending again costs no second one
+
+    @staticmethod
+    cdef Batch new(_Books books, size_t body, size_t count):
+        """An open batch with room for so many bytes and entries."""
+        # A collection may run anybody's code, which may put into the lane that is calling us.
+        cdef int collecting = PyGC_Disable()
+        cdef Batch self = Batch.__new__(Batch)
+        if collecting:
+            PyGC_Enable()
+        self.books = books
+        self.why = FLUSH_DRAIN
+        self.items = <Entry*> take_memory(NULL, count * sizeof(Entry))
+        self.room = count
+        buf_need(&self.body, body + HEAD_LENGTH)
+        memcpy(self.body.p, HEAD, HEAD_LENGTH)
+        self.body.length = HEAD_LENGTH
+        self.live = True
+        return self
+
+    cdef inline Entry* next_entry(self) except NULL:
+        """A fresh entry; not counted before close_entry."""
+        cdef Entry* items
+        cdef size_t room
+        if self.count == self.room:
+            room = self.room * 2
+            items = <Entry*> take_memory(self.items, room * sizeof(Entry))
+            self.items = items
+            self.room = room
+        return &self.items[self.count]
+
+    cdef inline void close_entry(self, Entry* entry) noexcept:
+        self.count += 1
+        self.total += entry.size
+        self.records += entry.records
+
+    cdef int add_run(self, uint64_t token, uint32_t count, uint32_t kind) except -1:
+        cdef Run* runs
+        cdef Run* last
+        cdef size_t room
+        if self.run_count == self.run_room:
+            room = self.run_room * 2 if self.run_room else 64
+            runs = <Run*> take_memory(self.runs, room * sizeof(Run))
+            self.runs = runs
+            self.run_room = room
+        last = &self.runs[self.run_count]
+        last.token = token
+        last.count = count
+        last.kind = kind
+        self.run_count += 1
+        return 0
+
+    cdef int copy(self, Batch source, size_t i) except -1:
+        """Append entry i of another batch; its owner is this batch once the other is spent."""
+        cdef Entry* from_ = &source.items[i]
+        cdef Entry* entry = self.next_entry()
+        cdef size_t first
+        cdef size_t k
+        cdef size_t n
+        entry[0] = from_[0]
+        buf_need(&self.body, <size_t> from_.length + 1)
+        if self.count:
+            self.body.p[self.body.length] = c","
+            self.body.length += 1
+        entry.at = <uint32_t> self.body.length
+        memcpy(self.body.p + self.body.length, source.body.p + from_.at, from_.length)
+        self.body.length += from_.length
+        if entry.kind >= ENTRY_RUNS:
+            first = self.run_count
+            n = from_.token & UINT32_MAX
+            for k in range(n):
+                self.add_run(source.runs[(from_.token >> 32) + k].token, source.runs[(from_.token >> 32) + k].count,
+                             source.runs[(from_.token >> 32) + k].kind)
+            entry.token = <uint64_t> first << 32 | n
+        self.close_entry(entry)
+        return 0
+
+    cdef int finish_body(self, int why, object lane) except -1:
+        """Complete the body and give back what it did not need."""
+        cdef size_t length = <size_t> PyBytes_GET_SIZE(self.books.target)
+        cdef char* p
+        buf_need(&self.body, length + 3)
+        p = self.body.p + self.body.length
+        memcpy(p, b"],", 2)
+        memcpy(p + 2, PyBytes_AS_STRING(self.books.target), length)
+        p[length + 2] = c"}"
+        self.body.length += length + 3
+        if self.body.room - self.body.length > 1024 + self.body.length // 8:
+            p = <char*> realloc(self.body.p, self.body.length)
+            if p != NULL:
+                self.body.p = p
+                self.body.room = self.body.length
+        self.why = why
+        self.lane = lane
+        self.finished = True
+        return 0
+
+    cdef Batch fresh(self, size_t body, size_t count):
+        """A batch to copy entries of this one into."""
+        cdef Batch other = Batch.new(self.books, body, count)
+        other.attempts = self.attempts
+        other.born = self.born
+        other.epoch = self.epoch
+        # until its owner is spent, freeing it must end nothing
+        other.live = False
+        return other
+
+    cdef inline void spend(self) noexcept:
+        """The entries are somebody else's now. The body goes with the last view of it."""
+        self.live = False
+        if self.exports == 0:
+            buf_free(&self.body)
+        free(self.items)
+        free(self.runs)
+        self.items = NULL
+        self.runs = NULL
+
+    cdef int whole(self) except -1:
+        if not self.live:
+            raise LibraryError("this batch is spent: its records are settled or in other batches")
+        return 0
+
+    cdef int end(self, const Outcome* outcomes, int outcome, object answer, Py_ssize_t encryption) except -1:
+        """Every entry that `outcomes` does not call failed (all when NULL) ends with `outcome`. The
+        batch is spent first, so whoever is told may call us; all are told even if one of them raises,
+        the first exception is raised at the end."""
+        cdef Entry* items = self.items
+        cdef Run* runs = self.runs
+        cdef size_t count = self.count
+        cdef _Books books = self.books
+        cdef uint64_t cost = 0
+        cdef uint64_t records = 0
+        cdef size_t i
+        cdef size_t k
+        cdef uint32_t together
+        cdef Entry* entry
+        cdef Run* run
+        cdef Py_ssize_t at
+        self.items = NULL
+        self.runs = NULL
+        self.spend()
+        for i in range(count):
+            if outcomes == NULL or outcomes[i].code.p == NULL:
+                cost += entry_cost(&items[i])
+                records += items[i].records
+        books.budget.release(cost, records)
+        books.ended[outcome_slot(outcome)] += records
+        bug = None
+        i = 0
+        while i < count:
+            if outcomes != NULL and outcomes[i].code.p != NULL:
+                i += 1
+                continue
+            entry = &items[i]
+            at = -1 if outcomes == NULL else <Py_ssize_t> outcomes[i].at
+            together = entry.records
+            i += 1
+            if entry.kind >= ENTRY_RUNS:
+                for k in range(entry.token & UINT32_MAX):
+                    run = &runs[(entry.token >> 32) + k]
+                    try:
+                        if run.kind == ENTRY_TOKEN:
+                            books.notify(run.token, run.count, outcome, answer, at)
+                        else:
+                            (<Receipt> <PyObject*> <size_t> run.token).ended(
+                                run.count, outcome, answer, at, encryption)
+                    except BaseException as error:
+                        bug = bug or error
+                continue
+            if entry.kind != ENTRY_RECEIPT:
+                while (i < count and items[i].token == entry.token and items[i].kind == entry.kind
+                       and (outcomes == NULL or outcomes[i].code.p == NULL)):
+                    together += items[i].records
+                    i += 1
+            if entry.kind == ENTRY_TOKEN:
+                try:
+                    books.notify(entry.token, together, outcome, answer, at)
+                except BaseException as error:
+                    bug = bug or error
+            else:
+                (<Receipt> <PyObject*> <size_t> entry.token).ended(together, outcome, answer, at, encryption)
+        free(items)
+        free(runs)
+        if bug is not None:
+            raise bug
+        return 0
+
+    def __dealloc__(self):
+        if self.live and self.count:
+            try:
+                self.end(NULL, OUT_FAILED, LibraryError("the batch was dropped before it was sent"), -1)
+            except BaseException as error:
+                unraisable(error, None)
+        free(self.items)
+        free(self.runs)
+        buf_free(&self.body)
+
+    def __buffer__(self, int flags, /) -> memoryview:
+        return PyMemoryView_FromObject(self)
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        if flags & PyBUF_WRITABLE:
+            raise BufferError("a batch's body is read-only")
+        if self.body.p == NULL:
+            raise BufferError("this batch is spent: its body is gone")
+        PyBuffer_FillInfo(view, self, self.body.p, <Py_ssize_t> self.body.length, 1, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer* view):
+        self.exports -= 1
+        if self.exports == 0 and not self.live:
+            buf_free(&self.body)
+
+    def __len__(self) -> int:
+        return <Py_ssize_t> self.count
+
+    @property
+    def nbytes(self) -> int:
+        """Of the body; 0 once it is gone."""
+        return self.body.length
+
+    @property
+    def size(self) -> int:
+        """Data before base64 and key bytes: what Kinesis counts."""
+        return self.total
+
+    @property
+    def user_records(self) -> int:
+        """Records as they were given: more than len() when they were aggregated."""
+        return self.records
+
+    @property
+    def reason(self) -> int:
+        """Why it was closed."""
+        return self.why
+
+    def shard_load(self) -> dict[int, tuple[int, int]]:
+        """Shard index (-1: unknown) -> (records, bytes), as Kinesis counts them."""
+        self.whole()
+        cdef size_t i = 0
+        cdef int32_t shard
+        cdef size_t records
+        cdef size_t nbytes
+        load = {}
+        while i < self.count:
+            shard = self.items[i].shard
+            records = nbytes = 0
+            while i < self.count and self.items[i].shard == shard:
+                records += 1
+                nbytes += self.items[i].size
+                i += 1
+            if shard in load:
+                records_before, nbytes_before = load[shard]
+                load[shard] = (records_before + records, nbytes_before + nbytes)
+            else:
+                load[shard] = (records, nbytes)
+        return load
+
+    cdef tuple _part(self, const uint8_t* mine):
+        """Two batches: the entries whose mark is set, the others. Spends self. One of them may be
+        empty: then the other is self."""
+        cdef size_t i
+        cdef size_t n = 0
+        cdef size_t nbytes = 0
+        for i in range(self.count):
+            if mine[i]:
+                n += 1
+                nbytes += self.items[i].length + 1
+        if n == 0:
+            return None, self
+        if n == self.count:
+            return self, None
+        cdef Batch left = self.fresh(nbytes + 64, n)
+        cdef Batch right = self.fresh(self.body.length - nbytes + 64, self.count - n)
+        for i in range(self.count):
+            (left if mine[i] else right).copy(self, i)
+        left.finish_body(self.why, self.lane)
+        right.finish_body(self.why, self.lane)
+        self.spend()
+        left.live = right.live = True
+        return left, right
+
+    def split(self, shards) -> tuple[Batch | None, Batch | None]:
+        """(entries of these shards, the others). Self is spent, or is the one that has everything."""
+        self.whole()
+        wanted = frozenset(shards)
+        cdef size_t i
+        cdef uint8_t* mine = <uint8_t*> take_memory(NULL, self.count + 1)
+        try:
+            for i in range(self.count):
+                if i and self.items[i].shard == self.items[i - 1].shard:
+                    mine[i] = mine[i - 1]
+                else:
+                    mine[i] = self.items[i].shard in wanted
+            return self._part(mine)
+        finally:
+            free(mine)
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Bisect. Self is spent."""
+        self.whole()
+        if self.count < 2:
+            raise LibraryError("one record cannot be halved")
+        cdef size_t i
+        cdef uint8_t* mine = <uint8_t*> take_memory(NULL, self.count)
+        try:
+            for i in range(self.count):
+                mine[i] = i < self.count // 2
+            return self._part(mine)
+        finally:
+            free(mine)
+
+    @staticmethod
+    def gather(batches) -> list[Batch]:
+        """As few batches as the limits allow, order kept. The inputs are spent."""
+        cdef Batch batch
+        cdef Batch out = None
+        cdef _Books books = None
+        cdef size_t i
+        cdef size_t nbytes
+        items = list(batches)
+        for item in items:
+            if not isinstance(item, Batch):
+                raise TypeError(f"only batches can be gathered, not {type(item).__name__}")
+            batch = item
+            batch.whole()
+            if books is None:
+                books = batch.books
+            if batch.books is not books:
+                raise LibraryError("batches of different lanes cannot share a call")
+        if len({id(item) for item in items}) != len(items):
+            raise LibraryError("a batch was given twice")
+        if len(items) < 2:
+            return items
+        outs = []
+        nbytes = sum([(<Batch> item).body.length for item in items])
+        for item in items:
+            batch = item
+            for i in range(batch.count):
+                if (out is None or out.count == books.max_records
+                        or out.total + batch.items[i].size > books.max_batch_bytes):
+                    out = batch.fresh(min(nbytes, books.max_batch_bytes // 2 * 3) + 64, batch.count)
+                    outs.append(out)
+                elif i == 0:
+                    out.attempts = max(out.attempts, batch.attempts)
+                    out.born = min(out.born, batch.born)
+                    out.epoch = min(out.epoch, batch.epoch)
+                out.copy(batch, i)
+        for item in outs:
+            (<Batch> item).finish_body((<Batch> items[0]).why, (<Batch> items[0]).lane)
+        for item in items:
+            (<Batch> item).spend()
+        for item in outs:
+            (<Batch> item).live = True
+        return outs
+
+    def settle(self, answer) -> list[Failure]:
+        """Scan the answer, settle what is stored; what failed comes back, grouped by code and message.
+        Self is spent (or is the one failure that has everything). UnexpectedResponse leaves it whole."""
+        self.whole()
+        cdef bytes data = answer if PyBytes_CheckExact(answer) else bytes(answer)
+        cdef Outcome* outcomes
+        cdef Answer scan
+        outcomes = <Outcome*> take_memory(NULL, self.count * sizeof(Outcome))
+        try:
+            answer_scan(data, self.count, outcomes, &scan)
+            if scan.failed == 0:
+                self.end(outcomes, OUT_STORED, data, scan.encryption)
+                return []
+            failures = self._failures(outcomes)
+            if len(failures) == 1 and (<Failure> failures[0]).batch is self:
+                return failures
+            for item in failures:
+                (<Failure> item).batch.live = True
+            self.end(outcomes, OUT_STORED, data, scan.encryption)
+            return failures
+        finally:
+            free(outcomes)
+
+    cdef list _failures(self, const Outcome* outcomes):
+        """The failed entries, as batches that own nothing yet."""
+        cdef size_t i
+        cdef size_t last = self.count
+        cdef const Outcome* o
+        cdef Failure failure = None
+        failures = []
+        groups = {}
+        for i in range(self.count):
+            o = &outcomes[i]
+            if o.code.p == NULL:
+                continue
+            if last == self.count or not outcome_alike(o, &outcomes[last]):
+                key = (
+                    o.code.p[:o.code.length],
+                    b"" if o.message.p == NULL else o.message.p[:o.message.length],
+                )
+                failure = groups.get(key)
+                if failure is None:
+                    failure = Failure.__new__(Failure)
+                    failure.code = json_text(&o.code)
+                    failure.message = json_text(&o.message)
+                    failure.batch = self.fresh(BODY_START, ENTRIES_START)
+                    groups[key] = failure
+                    failures.append(failure)
+            last = i
+            failure.batch.copy(self, i)
+        if len(failures) == 1 and failure.batch.count == self.count:
+            failure.batch = self
+            return failures
+        for item in failures:
+            (<Failure> item).batch.finish_body(self.why, self.lane)
+        return failures
+
+    def finish(self, int outcome, error=None) -> None:
+        """Every entry ends alike. Self is spent."""
+        self.whole()
+        check_outcome(outcome)
+        if outcome == OUT_STORED:
+            raise LibraryError("only an answer says that records are stored: use settle")
+        self.end(NULL, outcome, error, -1)
+
+    def entries(self) -> list[tuple[bytes, str | None, str | None]]:
+        """(data, partition key, explicit hash key) of each record, decoded back."""
+        self.whole()
+        cdef size_t i
+        out = []
+        for i in range(self.count):
+            entry = json.loads(self.body.p[self.items[i].at:self.items[i].at + self.items[i].length])
+            out.append((
+                base64.b64decode(entry["Data"]), entry.get("PartitionKey"), entry.get("ExplicitHashKey"),
+            ))
+        return out

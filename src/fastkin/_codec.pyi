@@ -1,0 +1,185 @@
+# Per-record work, compiled: frames, keys, size accounting, batches, request bodies, answers.
+# The docstrings are in the compiled module.
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, Literal, Self, final
+
+from typing_extensions import Buffer, disjoint_base
+
+from fastkin.results import FrameResult, PutResult
+
+STORED: int
+DEAD: int
+FILTERED: int
+DROPPED: int
+FAILED: int
+
+# why a batch was closed (index into Lane.flushes)
+FULL_COUNT: int
+FULL_BYTES: int
+LINGER: int
+WINDOW: int
+IDLE: int
+DRAIN: int
+
+def encode_frame(records: Iterable[Buffer]) -> bytes: ...
+def decode_frame(payload: Buffer) -> list[bytes]: ...
+def uuid_key() -> str: ...
+def simd() -> str: ...  # the base64 kernel in use: scalar, avx2 or vbmi
+
+@disjoint_base
+class Settler: ...
+
+@disjoint_base
+class Sink: ...
+
+# Tells a callable how records ended: fn(token, count, outcome, answer, at).
+# For STORED `answer` is the answer's body and `at` the offset of the (first) record's entry in it; for
+# FAILED `answer` is the exception, or None; else None. Token 0 is never told.
+@final
+class CallbackSettler(Settler):
+    def __new__(cls, callback: Callable[[int, int, int, Any, int], object]) -> Self: ...
+
+# What may be held, in bytes and records: buffered plus in flight. Several lanes may share one.
+@final
+class Budget:
+    def __new__(cls, max_bytes: int, max_records: int) -> Self: ...
+    max_bytes: int
+    max_records: int
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def records(self) -> int: ...
+    @property
+    def peak_bytes(self) -> int: ...
+    @property
+    def full(self) -> bool: ...  # high mark reached, or something stalled on it
+    @property
+    def low(self) -> bool: ...  # under the low mark (3/4 of both): reading may resume
+    # would one record of nbytes (data + key) fit now; True when nothing is held
+    def room(self, nbytes: int) -> bool: ...
+
+# How a record's partition key is made.
+# parts: ("text", "x"), ("topic", None), ("level", n from 0), ("field", ("a", "b")).
+@final
+class KeyPlan:
+    def __new__(cls, kind: Literal["uuid", "none", "parts"], parts: Sequence[tuple[str, Any]] = ()) -> Self: ...
+    def render(self, topic: bytes, data: bytes) -> str: ...
+
+# Hash key to shard index. ends: the inclusive end hash key of each shard, ascending.
+@final
+class ShardTable:
+    def __new__(cls, ends: Sequence[int]) -> Self: ...
+    def find(self, key: str, hash_key: str | None = None) -> int: ...
+    def __len__(self) -> int: ...
+
+# A payload, or one record of it (index not None), that is set aside.
+@final
+class Reject:
+    topic: bytes
+    payload: bytes  # the whole payload, or the one record
+    kind: str  # for a counter: empty, version, element, truncated, trailing, oversize, partition_key
+    reason: str  # for a person
+    offset: int  # into the payload
+    index: int | None
+    token: int
+
+# Entries of one call that failed alike, as a batch of their own (same bytes, same keys).
+@final
+class Failure:
+    code: str
+    message: str
+    batch: Batch
+
+# One PutRecords body, finished. Exports the body through the buffer protocol, read-only.
+@final
+class Batch:
+    def __len__(self) -> int: ...  # records
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    @property
+    def nbytes(self) -> int: ...  # of the body
+    @property
+    def user_records(self) -> int: ...  # records as they were given: more than len() when aggregated
+    @property
+    def size(self) -> int: ...  # data before base64 + key bytes: what Kinesis counts
+    @property
+    def reason(self) -> int: ...
+    @property
+    def lane(self) -> Lane: ...
+    attempts: int  # free for the sender
+    born: float  # free for the sender
+    epoch: int  # free for the sender
+    digest: str | None  # free for the client: the body's SHA-256 in hex
+    def shard_load(self) -> dict[int, tuple[int, int]]: ...  # shard index (-1 unknown) -> (records, bytes)
+    # (entries of those shards, the others); self is spent
+    def split(self, shards: Iterable[int]) -> tuple[Batch | None, Batch | None]: ...
+    def halves(self) -> tuple[Batch, Batch]: ...  # bisect; self is spent
+    # of the same lane; as few as the limits allow; order kept; the inputs are spent
+    @staticmethod
+    def gather(batches: Sequence[Batch]) -> list[Batch]: ...
+    # scans the answer, settles what is stored; self is spent; UnexpectedResponse leaves it whole
+    def settle(self, answer: bytes) -> list[Failure]: ...
+    def finish(self, outcome: int, error: BaseException | None = None) -> None: ...  # every entry alike
+    # (data, partition key, explicit hash key), decoded back
+    def entries(self) -> list[tuple[bytes, str | None, str | None]]: ...
+
+# Resolves to PutResult (or FrameResult for a frame), or raises. Costs next to nothing until awaited.
+@final
+class Receipt:
+    def done(self) -> bool: ...
+    def result(self) -> PutResult | FrameResult: ...  # asyncio.InvalidStateError before it is known
+    def exception(self) -> BaseException | None: ...
+    def add_done_callback(self, fn: Callable[[Receipt], object], /) -> None: ...
+    def __await__(self) -> Generator[Any, None, PutResult | FrameResult]: ...
+
+# Builds batches for one destination. One settler; records are encoded once, straight into the open body.
+@final
+class Lane(Sink):
+    def __new__(
+        cls,
+        *,
+        settler: Settler | None,
+        budget: Budget,
+        frame: Literal["raw", "bulk"],
+        key: KeyPlan,
+        target: bytes,
+        max_records: int = 500,
+        max_batch_bytes: int = 5242880,
+        max_record_bytes: int = 1048576,
+        aggregate_bytes: int = 0,
+    ) -> Self: ...
+    attention: bool  # set when the open batch got its first record, a batch closed, or a reject came
+    shards: ShardTable | None
+    @property
+    def open_records(self) -> int: ...
+    @property
+    def open_bytes(self) -> int: ...
+    @property
+    def ready(self) -> int: ...  # closed batches waiting to be taken
+    @property
+    def received(self) -> int: ...  # records; a bad frame counts as one
+    @property
+    def stored(self) -> int: ...
+    @property
+    def dead_lettered(self) -> int: ...
+    @property
+    def filtered(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...  # dropped or failed for good
+    @property
+    def in_flight(self) -> int: ...  # received and not ended
+    @property
+    def keys_missing(self) -> int: ...  # a field key was absent, a UUID was used
+    @property
+    def flushes(self) -> tuple[int, ...]: ...
+    def offer(self, topic: bytes, payload: Buffer, token: int) -> int: ...  # as the C sink: -1 when stalled
+    # raises RecordError
+    def add(self, data: Buffer, token: int = 0, key: str | None = None, hash_key: str | None = None) -> None: ...
+    def put(self, data: Buffer, key: str | None = None, hash_key: str | None = None) -> Receipt: ...
+    def put_frame(self, payload: Buffer) -> Receipt: ...
+    def seal(self, reason: int) -> bool: ...
+    def take(self) -> Batch | None: ...
+    def take_rejects(self) -> list[Reject]: ...
+    def settle_reject(self, reject: Reject, outcome: int) -> None: ...
+    # open and ready entries end as FAILED without being counted as dropped twice; returns records
+    def abandon(self, error: BaseException) -> int: ...

@@ -1,0 +1,701 @@
+# Payloads in, closed batches out. A record is copied once: from where it was received straight into the
+# open body, as base64.
+
+cdef enum:
+    REJECT_BYTES = 256  # what a reject costs besides its payload and topic
+    ENTRY_OPEN = 9  # {"Data":"
+    ENTRY_KEY = 18  # ","PartitionKey":"
+    ENTRY_HASH = 21  # ","ExplicitHashKey":"
+    ENTRY_CLOSE = 2  # "}
+
+cdef struct Slot:
+    # of one record in a payload whose records differ: its verdict, and its key in the arena
+    Verdict verdict
+    int32_t shard
+    size_t raw
+    size_t raw_length
+    size_t body
+    size_t body_length
+
+
+cdef inline size_t key_counts(const Key* key) noexcept nogil:
+    """The bytes of the key that Kinesis counts."""
+    if key.verdict == KEY_TEXT:
+        return key.raw_length
+    return 0 if key.verdict == KEY_NONE else FK_UUID_LENGTH
+
+
+cdef inline size_t entry_frame(const Key* key, size_t hash_length) noexcept nogil:
+    """Everything of an entry but its base64."""
+    cdef size_t n = ENTRY_OPEN + ENTRY_CLOSE
+    if key.verdict == KEY_TEXT:
+        n += ENTRY_KEY + key.body_length
+    elif key.verdict != KEY_NONE:
+        n += ENTRY_KEY + FK_UUID_LENGTH
+    if hash_length:
+        n += ENTRY_HASH + hash_length
+    return n
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class Lane(Sink):
+    """Builds batches for one destination. Records are encoded once, straight into the open body."""
+
+    cdef _Books books
+    cdef Budget budget
+    cdef KeyPlan plan
+    cdef ShardTable table
+    cdef Batch open
+    cdef object closed
+    cdef list rejects
+    cdef public bint attention
+    cdef bint bulk
+    cdef size_t max_record_bytes
+    cdef size_t aggregate_bytes  # 0: every record is an entry of its own
+    cdef Aggregate group
+    # how large the last batch became: where the next one starts
+    cdef size_t body_hint
+    cdef size_t count_hint
+    cdef uint64_t missing
+    cdef uint64_t flushed[6]
+    # the key of the last topic
+    cdef bint known
+    cdef Key known_key
+    cdef Buf known_topic
+    cdef Buf known_text
+    # the key of a put that needs escapes
+    cdef Buf put_text
+    # keys of a payload's records, when they differ
+    cdef Slot* slots
+    cdef size_t slot_room
+    cdef Buf arena
+
+    def __cinit__(self, *, Settler settler, Budget budget not None, str frame, KeyPlan key not None,
+                  bytes target not None, size_t max_records=500, size_t max_batch_bytes=5242880,
+                  size_t max_record_bytes=1048576, size_t aggregate_bytes=0):
+        if frame != "raw" and frame != "bulk":
+            raise LibraryError(f"a lane takes raw or bulk payloads, not {frame!r}")
+        if not 1 <= max_records <= ENTRIES_MOST:
+            raise LibraryError(f"max_records is 1 to {ENTRIES_MOST}, not {max_records}")
+        if not 1 <= max_batch_bytes <= BODY_MOST or max_record_bytes < 1:
+            raise LibraryError(f"max_batch_bytes is 1 to {BODY_MOST}, max_record_bytes at least 1")
+        self.books = _Books.__new__(_Books)
+        self.books.settler = settler
+        self.books.budget = self.budget = budget
+        self.books.target = target
+        self.books.max_records = max_records
+        self.books.max_batch_bytes = max_batch_bytes
+        self.max_record_bytes = min(max_record_bytes, max_batch_bytes)
+        if aggregate_bytes and key.none:
+            raise LibraryError("records without a key cannot be aggregated: consumers would drop them")
+        self.aggregate_bytes = min(aggregate_bytes, self.max_record_bytes)
+        self.bulk = frame == "bulk"
+        self.plan = key
+        self.closed = deque()
+        self.rejects = []
+        self.body_hint = BODY_START
+        self.count_hint = ENTRIES_START
+
+    def __dealloc__(self):
+        if self.group.records:
+            self.close_group()
+        aggregate_free(&self.group)
+        buf_free(&self.known_topic)
+        buf_free(&self.known_text)
+        buf_free(&self.put_text)
+        buf_free(&self.arena)
+        free(self.slots)
+
+    # -- keys
+
+    cdef int locate(self, Key* key) except -1:
+        """The shard of a text key."""
+        key.shard = -1
+        if self.table is not None and key.verdict == KEY_TEXT:
+            key.shard = self.table.locate(wide_md5(key.raw, key.raw_length))
+        return 0
+
+    cdef int topic_key(self, const uint8_t* topic, size_t length, Key* key) except -1:
+        """The key that all records of a payload share."""
+        cdef uint8_t raw[KEY_BYTES]
+        cdef size_t n = 0
+        key.shard = -1
+        if self.plan.uuid:
+            key.verdict = KEY_UUID
+            return 0
+        if self.plan.none:
+            key.verdict = KEY_NONE
+            return 0
+        if self.known and (self.plan.fixed or (
+                length == self.known_topic.length
+                and (length == 0 or memcmp(topic, self.known_topic.p, length) == 0))):
+            key[0] = self.known_key
+            return 0
+        self.known = False
+        self.known_topic.length = 0
+        buf_need(&self.known_topic, length + 1)
+        if length:
+            memcpy(self.known_topic.p, topic, length)
+        self.known_topic.length = length
+        key.verdict = self.plan.build(topic, length, NULL, 0, raw, &n)
+        if key.verdict == KEY_TEXT:
+            check_memory(key_store(&self.known_text, raw, n, key))
+        self.locate(key)
+        self.known_key = key[0]
+        self.known = True
+        return 0
+
+    cdef int slot_key(self, Slot* slot, const uint8_t* topic, size_t topic_length, const uint8_t* data,
+                      size_t length) except -1:
+        """A key that depends on the record, into the arena."""
+        cdef uint8_t raw[KEY_BYTES]
+        cdef size_t n = 0
+        cdef size_t escaped
+        slot.verdict = self.plan.build(topic, topic_length, data, length, raw, &n)
+        slot.shard = -1
+        if slot.verdict != KEY_TEXT:
+            return 0
+        escaped = key_escaped(raw, n)
+        buf_need(&self.arena, n + escaped)
+        slot.raw = slot.body = self.arena.length
+        slot.raw_length = n
+        slot.body_length = escaped
+        memcpy(self.arena.p + slot.raw, raw, n)
+        self.arena.length += n
+        if escaped != n:
+            slot.body = self.arena.length
+            key_escape(raw, n, self.arena.p + slot.body)
+            self.arena.length += escaped
+        if self.table is not None:
+            slot.shard = self.table.locate(wide_md5(self.arena.p + slot.raw, n))
+        return 0
+
+    cdef inline void key_of(self, const Slot* slot, Key* key) noexcept:
+        key.verdict = slot.verdict
+        key.shard = slot.shard
+        if slot.verdict != KEY_TEXT:
+            return
+        key.raw = self.arena.p + slot.raw
+        key.raw_length = slot.raw_length
+        key.body = self.arena.p + slot.body
+        key.body_length = slot.body_length
+
+    # -- the open batch
+
+    cdef Batch start(self):
+        self.open = Batch.new(self.books, self.body_hint, self.count_hint)
+        self.attention = True
+        return self.open
+
+    cdef int close(self, int why) except -1:
+        cdef Batch batch = self.open
+        self.body_hint = batch.body.length + batch.body.length // 16 + 256
+        self.count_hint = max(batch.count, <size_t> ENTRIES_START)
+        batch.finish_body(why, None)
+        self.open = None
+        self.closed.append(batch)
+        self.flushed[why] += 1
+        self.attention = True
+        return 0
+
+    cdef int append(self, const uint8_t* data, size_t length, const Key* key, const char* hash_key,
+                    size_t hash_length, uint64_t token, uint32_t kind, uint32_t records) except -1:
+        """One entry into the open body; the record was checked. Charges the budget."""
+        cdef size_t size = length + key_counts(key)
+        cdef size_t encoded = fk_b64_length(length)
+        cdef Batch batch = self.open
+        cdef Entry* entry
+        cdef Run* run
+        cdef char* p
+        cdef size_t i
+        if batch is not None and batch.total + size > self.books.max_batch_bytes:
+            self.close(FLUSH_FULL_BYTES)
+            batch = None
+        if batch is None:
+            batch = self.start()
+        entry = batch.next_entry()
+        buf_need(&batch.body, encoded + entry_frame(key, hash_length) + 1 + FK_B64_SLACK)
+        p = batch.body.p + batch.body.length
+        if batch.count:
+            p[0] = c","
+            p += 1
+        entry.at = <uint32_t> (p - batch.body.p)
+        memcpy(p, b'{"Data":"', ENTRY_OPEN)
+        p += ENTRY_OPEN
+        fk_b64_encode(data, length, p)
+        p += encoded
+        if key.verdict == KEY_TEXT:
+            memcpy(p, b'","PartitionKey":"', ENTRY_KEY)
+            p += ENTRY_KEY
+            memcpy(p, key.body, key.body_length)
+            p += key.body_length
+        elif key.verdict != KEY_NONE:
+            memcpy(p, b'","PartitionKey":"', ENTRY_KEY)
+            fk_uuid4(p + ENTRY_KEY)
+            p += ENTRY_KEY + FK_UUID_LENGTH
+        if hash_length:
+            memcpy(p, b'","ExplicitHashKey":"', ENTRY_HASH)
+            p += ENTRY_HASH
+            memcpy(p, hash_key, hash_length)
+            p += hash_length
+        memcpy(p, b'"}', ENTRY_CLOSE)
+        p += ENTRY_CLOSE
+        if kind >= ENTRY_RUNS:
+            token = <uint64_t> batch.run_count << 32 | self.group.run_count
+            for i in range(self.group.run_count):
+                run = &(<Run*> self.group.runs.p)[i]
+                batch.add_run(run.token, run.count, run.kind)
+        entry.token = token
+        entry.length = <uint32_t> (p - batch.body.p) - entry.at
+        entry.size = <uint32_t> size
+        entry.shard = key.shard
+        entry.records = records
+        entry.kind = kind
+        batch.body.length = <size_t> (p - batch.body.p)
+        batch.close_entry(entry)
+        self.budget.charge(entry_cost(entry), records)
+        if batch.count == self.books.max_records:
+            self.close(FLUSH_FULL_COUNT)
+        return 0
+
+    cdef inline int store(self, const uint8_t* data, size_t length, const Key* key, uint64_t token,
+                          uint32_t kind) except -1:
+        """One checked record, aggregated or not."""
+        if self.aggregate_bytes:
+            return self.group_record(data, length, key, token, kind)
+        return self.append(data, length, key, NULL, 0, token, kind, 1)
+
+    cdef int group_record(self, const uint8_t* data, size_t length, const Key* key, uint64_t token,
+                          uint32_t kind) except -1:
+        cdef Aggregate* group = &self.group
+        if group.records and not (aggregate_key_is(group, key)
+                                  and aggregate_fits(group, length, self.aggregate_bytes, self.max_record_bytes)):
+            self.close_group()
+        if group.records == 0:
+            check_memory(aggregate_start(group, key))
+            if not aggregate_fits(group, length, self.aggregate_bytes, self.max_record_bytes):
+                return self.append(data, length, key, NULL, 0, token, kind, 1)
+            if self.open is None:
+                self.attention = True
+        check_memory(aggregate_add(group, data, length, token, kind))
+        self.budget.charge(aggregate_cost(length, kind), 1)
+        group.charged += aggregate_cost(length, kind)
+        return 0
+
+    cdef int close_group(self) except -1:
+        """The open aggregate becomes an entry; a single record goes out plain."""
+        cdef Aggregate* group = &self.group
+        cdef uint32_t records = group.records
+        cdef Run* run = <Run*> group.runs.p
+        check_memory(aggregate_finish(group))
+        self.budget.release(group.charged, records)
+        group.charged = 0
+        group.records = 0
+        if records == 1:
+            self.append(<const uint8_t*> group.bytes.p + group.first, group.first_length, &group.key, NULL, 0,
+                        run.token, run.kind, 1)
+        else:
+            self.append(<const uint8_t*> group.bytes.p, group.bytes.length, &group.key, NULL, 0, 0,
+                        ENTRY_RUNS_HELD if group.held else ENTRY_RUNS, records)
+        return 0
+
+    # -- payloads
+
+    cdef int set_aside(self, const uint8_t* topic, size_t topic_length, const uint8_t* data, size_t length,
+                       str kind, str reason, size_t offset, object index, uint64_t token) except -1:
+        cdef int collecting = PyGC_Disable()  # see Batch.new
+        cdef Reject reject = Reject.__new__(Reject)
+        if collecting:
+            PyGC_Enable()
+        reject.topic = PyBytes_FromStringAndSize(<const char*> topic, <Py_ssize_t> topic_length)
+        reject.payload = PyBytes_FromStringAndSize(<const char*> data, <Py_ssize_t> length)
+        reject.kind = kind
+        reject.reason = reason
+        reject.offset = <Py_ssize_t> offset
+        reject.index = index
+        reject.token = token
+        reject.cost = length + topic_length + REJECT_BYTES
+        reject.books = self.books
+        self.budget.charge(reject.cost, 1)
+        self.rejects.append(reject)
+        self.attention = True
+        return 0
+
+    cdef inline bint no_room(self, uint64_t cost, uint64_t records) noexcept:
+        if self.budget.fits(cost, records):
+            return False
+        self.budget.stalled = True
+        return True
+
+    cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
+                            size_t length, uint64_t token) except -2:
+        cdef Frame frame
+        cdef FrameStatus status
+        if length == 0:
+            data = <const uint8_t*> b""  # a pointer to nothing may be NULL: never hand that on
+        if self.bulk:
+            status = frame_scan(data, length, &frame)
+            if status != FRAME_OK:
+                if self.no_room(length + topic_len + REJECT_BYTES, 1):
+                    return OFFER_STALLED
+                self.books.received += 1
+                self.set_aside(topic, topic_len, data, length, frame_kind(status),
+                               frame_reason(data, &frame, status), frame.at, None, token)
+                return 1
+        else:
+            frame_one(&frame, length)
+        return self.take_records(topic, topic_len, data, &frame, self.bulk, token, ENTRY_TOKEN, False)
+
+    cdef Py_ssize_t take_records(self, const uint8_t* topic, size_t topic_length, const uint8_t* data,
+                                 const Frame* frame, bint bulk, uint64_t token, uint32_t kind,
+                                 bint strict) except -2:
+        """The records of a payload that was scanned. `strict`: raise for a bad one and take nothing,
+        never stall; else set it aside."""
+        cdef Key key
+        cdef size_t at = frame.first
+        cdef size_t length = frame.data_bytes
+        cdef uint64_t cost
+        if frame.count == 0:
+            return 0
+        random_ready()
+        if self.plan.reads_data:
+            return self.take_mixed(topic, topic_length, data, frame, bulk, token, kind, strict, NULL)
+        self.topic_key(topic, topic_length, &key)
+        if key.verdict >= BAD_SIZE or frame.longest + key_counts(&key) > self.max_record_bytes:
+            return self.take_mixed(topic, topic_length, data, frame, bulk, token, kind, strict, &key)
+        if not strict:
+            cost = frame.base64_bytes + frame.count * (entry_frame(&key, 0) + 1 + sizeof(Entry))
+            if self.no_room(cost, frame.count):
+                return OFFER_STALLED
+        self.books.received += frame.count
+        if key.verdict == KEY_MISSING:
+            self.missing += frame.count
+        for _ in range(frame.count):
+            if bulk:
+                at = frame_next(data, at, &length)
+            self.store(data + at, length, &key, token, kind)
+            at += length
+        return <Py_ssize_t> frame.count
+
+    cdef Py_ssize_t take_mixed(self, const uint8_t* topic, size_t topic_length, const uint8_t* data,
+                               const Frame* frame, bint bulk, uint64_t token, uint32_t kind, bint strict,
+                               const Key* shared) except -2:
+        """As take_records, when each record has a verdict of its own (`shared`: the key all have)."""
+        cdef Key key
+        cdef Slot* slot
+        cdef Slot* slots
+        cdef size_t at = frame.first
+        cdef size_t length = frame.data_bytes
+        cdef size_t i
+        cdef uint64_t cost = 0
+        if frame.count > self.slot_room:
+            slots = <Slot*> take_memory(self.slots, frame.count * sizeof(Slot))
+            self.slots = slots
+            self.slot_room = frame.count
+        self.arena.length = 0
+        for i in range(frame.count):
+            if bulk:
+                at = frame_next(data, at, &length)
+            slot = &self.slots[i]
+            if shared == NULL:
+                self.slot_key(slot, topic, topic_length, data + at, length)
+                self.key_of(slot, &key)
+            else:
+                key = shared[0]
+                slot.verdict = key.verdict
+            if slot.verdict < BAD_SIZE and length + key_counts(&key) > self.max_record_bytes:
+                slot.verdict = BAD_SIZE
+            if slot.verdict >= BAD_SIZE:
+                if strict:
+                    which = f"record {i} of the frame: " if bulk else ""
+                    raise RecordError(which + self.why_bad(slot.verdict, &key, length))
+                cost += length + topic_length + REJECT_BYTES
+            else:
+                cost += fk_b64_length(length) + entry_frame(&key, 0) + 1 + sizeof(Entry)
+            at += length
+        if not strict and self.no_room(cost, frame.count):
+            self.trim_slots()
+            return OFFER_STALLED
+        self.books.received += frame.count
+        at = frame.first
+        for i in range(frame.count):
+            if bulk:
+                at = frame_next(data, at, &length)
+            slot = &self.slots[i]
+            if shared == NULL:
+                self.key_of(slot, &key)
+            else:
+                key = shared[0]
+            if slot.verdict >= BAD_SIZE:
+                self.set_aside(topic, topic_length, data + at, length,
+                               "oversize" if slot.verdict == BAD_SIZE else "partition_key",
+                               self.why_bad(slot.verdict, &key, length), at, i if bulk else None, token)
+            else:
+                if slot.verdict == KEY_MISSING:
+                    self.missing += 1
+                self.store(data + at, length, &key, token, kind)
+            at += length
+        self.trim_slots()
+        return <Py_ssize_t> frame.count
+
+    cdef str why_bad(self, Verdict verdict, Key* key, size_t length):
+        cdef size_t counted = 0
+        if verdict == BAD_SIZE:
+            counted = length + (key_counts(key) if key.verdict < BAD_SIZE else 0)
+        return verdict_reason(verdict, counted, self.max_record_bytes)
+
+    cdef void trim_slots(self) noexcept:
+        """A frame of a million empty records must not leave its tables behind."""
+        if self.slot_room > ENTRIES_MOST:
+            free(self.slots)
+            self.slots = NULL
+            self.slot_room = 0
+        if self.arena.room > 1 << 20:
+            buf_free(&self.arena)
+
+    def offer(self, bytes topic not None, payload, unsigned long long token) -> int:
+        """As the C sink: how many settlements the token will see, -1 when there is no room."""
+        cdef Bytes source
+        bytes_open(payload, &source, "a payload")
+        try:
+            return self.offer_c(<const uint8_t*> PyBytes_AS_STRING(topic), <size_t> PyBytes_GET_SIZE(topic),
+                                source.p, source.length, token)
+        finally:
+            bytes_close(&source)
+
+    # -- one record, with its own key perhaps
+
+    cdef int add_record(self, object data, object key_text, object hash_text, uint64_t token,
+                        uint32_t kind) except -1:
+        cdef Bytes source
+        cdef Key key
+        cdef Slot slot
+        cdef const char* hash_key = NULL
+        cdef Py_ssize_t hash_length = 0
+        bytes_open(data, &source, "a record")
+        try:
+            random_ready()
+            if key_text is not None:
+                self.given_key(key_text, &key)
+            elif self.plan.reads_data:
+                self.arena.length = 0
+                self.slot_key(&slot, NULL, 0, source.p, source.length)
+                self.key_of(&slot, &key)
+            else:
+                self.topic_key(NULL, 0, &key)
+            if hash_text is not None:
+                hash_key = self.given_hash(hash_text, &hash_length)
+                key.shard = -1
+                if self.table is not None:
+                    key.shard = self.table.locate(wide_decimal(hash_key, <size_t> hash_length))
+            if key.verdict >= BAD_SIZE:
+                raise RecordError(verdict_reason(key.verdict, 0, 0))
+            if source.length > self.max_record_bytes or (
+                    source.length + key_counts(&key) > self.max_record_bytes):
+                raise RecordError(self.why_bad(BAD_SIZE, &key, source.length))
+            self.books.received += 1
+            if key.verdict == KEY_MISSING:
+                self.missing += 1
+            if hash_key == NULL:
+                self.store(source.p, source.length, &key, token, kind)
+            else:
+                # a consumer checks each record of an aggregate by its own key: this one goes alone
+                if self.group.records:
+                    self.close_group()
+                self.append(source.p, source.length, &key, hash_key, <size_t> hash_length, token, kind, 1)
+        finally:
+            bytes_close(&source)
+        return 0
+
+    cdef int given_key(self, object text, Key* key) except -1:
+        """A caller's key. It stays valid while `text` lives and no other key is made."""
+        cdef Py_ssize_t length = 0
+        cdef const char* p
+        cdef size_t escaped
+        if not isinstance(text, str):
+            raise LibraryError(f"a partition key is text, not {type(text).__name__}")
+        try:
+            p = PyUnicode_AsUTF8AndSize(text, &length)
+        except UnicodeEncodeError:
+            raise RecordError("the partition key holds a lone surrogate") from None
+        if not 1 <= PyUnicode_GET_LENGTH(text) <= KEY_CHARS:
+            raise RecordError(verdict_reason(BAD_LONG if length else BAD_EMPTY, 0, 0))
+        key.verdict = KEY_TEXT
+        escaped = key_escaped(<const uint8_t*> p, <size_t> length)
+        if escaped == <size_t> length:
+            key.raw = key.body = p
+            key.raw_length = key.body_length = escaped
+        else:
+            check_memory(key_store(&self.put_text, <const uint8_t*> p, <size_t> length, key))
+        return self.locate(key)
+
+    cdef const char* given_hash(self, object text, Py_ssize_t* length) except NULL:
+        cdef const char* p
+        if not isinstance(text, str):
+            raise LibraryError(f"an explicit hash key is text, not {type(text).__name__}")
+        try:
+            p = PyUnicode_AsUTF8AndSize(text, length)
+        except UnicodeEncodeError:
+            p = NULL
+        if p == NULL or not hash_key_valid(<const uint8_t*> p, <size_t> length[0]):
+            raise RecordError(f"{text!r} is not an explicit hash key: a decimal below 2^128, no leading zeros")
+        return p
+
+    def add(self, data, unsigned long long token=0, key=None, hash_key=None) -> None:
+        """One record for the settler's token. RecordError: it can never be sent."""
+        self.add_record(data, key, hash_key, token, ENTRY_TOKEN)
+
+    def put(self, data, key=None, hash_key=None) -> Receipt:
+        """One record for whoever holds the receipt. RecordError: it can never be sent."""
+        cdef Receipt receipt = Receipt.new(1, False)
+        self.add_record(data, key, hash_key, <uint64_t> <size_t> <PyObject*> receipt, ENTRY_RECEIPT)
+        Py_INCREF(receipt)
+        return receipt
+
+    def put_frame(self, payload) -> Receipt:
+        """All records of a bulk frame, or none: DataFormatError, RecordError."""
+        cdef Bytes source
+        cdef Frame frame
+        cdef FrameStatus status
+        cdef Receipt receipt
+        bytes_open(payload, &source, "a frame")
+        try:
+            status = frame_scan(source.p, source.length, &frame)
+            if status != FRAME_OK:
+                raise DataFormatError(frame.at, frame_reason(source.p, &frame, status))
+            receipt = Receipt.new(<uint32_t> frame.count, True)
+            if frame.count == 0:
+                receipt.value = FrameResult(0)
+                receipt.state = RECEIPT_RESULT
+                return receipt
+            # the records own one reference together; it goes with the last of them
+            Py_INCREF(receipt)
+            try:
+                self.take_records(NULL, 0, source.p, &frame, True, <uint64_t> <size_t> <PyObject*> receipt,
+                                  ENTRY_FRAME, True)
+            except RecordError:
+                Py_DECREF(receipt)
+                raise
+            return receipt
+        finally:
+            bytes_close(&source)
+
+    # -- what the sender takes
+
+    def seal(self, int reason) -> bool:
+        """Close the open batch; False when there is none."""
+        if not 0 <= reason < FLUSH_REASONS:
+            raise LibraryError(f"{reason} is no reason to close a batch")
+        if self.group.records:
+            self.close_group()
+        if self.open is None:
+            return False
+        self.close(reason)
+        return True
+
+    def take(self) -> Batch | None:
+        """The oldest closed batch."""
+        if not self.closed:
+            return None
+        cdef Batch batch = self.closed.popleft()
+        batch.lane = self
+        return batch
+
+    def take_rejects(self) -> list[Reject]:
+        """What was set aside since the last call. Settle each with settle_reject."""
+        rejects = self.rejects
+        self.rejects = []
+        return rejects
+
+    def settle_reject(self, Reject reject not None, int outcome) -> None:
+        check_outcome(outcome)
+        if reject.books is not None and reject.books is not self.books:
+            raise LibraryError("this reject belongs to another lane")
+        reject.settle(outcome)
+
+    def abandon(self, error) -> int:
+        """The open and the closed batches end as failed; how many records that was."""
+        cdef uint64_t records = 0
+        cdef Batch batch
+        if self.group.records:
+            self.close_group()
+        batches = list(self.closed)
+        self.closed.clear()
+        if self.open is not None:
+            batches.append(self.open)
+            self.open = None
+        for item in batches:
+            batch = item
+            records += batch.records
+            batch.end(NULL, OUT_FAILED, error, -1)
+        return records
+
+    @property
+    def shards(self) -> ShardTable | None:
+        """Where keys go: entries made from now on know their shard."""
+        return self.table
+
+    @shards.setter
+    def shards(self, ShardTable table):
+        self.table = table
+        self.known = False
+
+    @property
+    def open_records(self) -> int:
+        return self.group.records + (0 if self.open is None else self.open.records)
+
+    @property
+    def open_bytes(self) -> int:
+        return self.group.bytes.length + (0 if self.open is None else self.open.total)
+
+    @property
+    def ready(self) -> int:
+        """Closed batches waiting to be taken."""
+        return len(self.closed)
+
+    @property
+    def received(self) -> int:
+        return self.books.received
+
+    @property
+    def stored(self) -> int:
+        return self.books.ended[OUT_STORED]
+
+    @property
+    def dead_lettered(self) -> int:
+        return self.books.ended[OUT_DEAD]
+
+    @property
+    def filtered(self) -> int:
+        return self.books.ended[OUT_FILTERED]
+
+    @property
+    def dropped(self) -> int:
+        """Dropped, or failed for good."""
+        return self.books.ended[OUT_DROPPED]
+
+    @property
+    def in_flight(self) -> int:
+        """Received and not ended."""
+        return (self.books.received - self.books.ended[OUT_STORED] - self.books.ended[OUT_DEAD]
+                - self.books.ended[OUT_FILTERED] - self.books.ended[OUT_DROPPED])
+
+    @property
+    def keys_missing(self) -> int:
+        """Records without the field or level their key is made of: a UUID was used."""
+        return self.missing
+
+    @property
+    def flushes(self) -> tuple[int, ...]:
+        """How many batches were closed, by reason."""
+        return tuple([self.flushed[i] for i in range(FLUSH_REASONS)])
+
+
+cdef inline void frame_one(Frame* frame, size_t length) noexcept nogil:
+    """A raw payload: one record."""
+    frame.first = 0
+    frame.count = 1
+    frame.data_bytes = length
+    frame.longest = length
+    frame.base64_bytes = fk_b64_length(length)

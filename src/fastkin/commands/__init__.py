@@ -1,0 +1,1 @@
+"""One module per command. Each imports what it needs, so that `fastkin run` stays small."""

@@ -1,0 +1,120 @@
+"""What the user says, as frozen tables: broker, stream, pipelines. settings.py fills them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    key_password: str | None = field(default=None, repr=False)
+    alpn: tuple[str, ...] = ()
+    insecure_skip_verify: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broker:
+    host: str = "localhost"
+    port: int = 1883
+    scheme: Literal["mqtt", "mqtts", "ws", "wss"] = "mqtt"
+    path: str = "/mqtt"
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    client_id: str = ""
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+    clean_session: bool = False
+    session_expiry_s: int = 86_400
+    keep_alive_s: int = 30
+    receive_maximum: int = 10_000
+    inflight: int = 20  # what a 3.1.1 broker grants unacknowledged; learned upwards and downwards
+    max_packet_bytes: int = 8 * MIB
+    topic_alias_maximum: int = 0
+    connect_timeout_s: float = 10.0
+    reconnect_min_s: float = 0.5
+    reconnect_max_s: float = 30.0
+    coalesce_ms: float = 2.0  # 0: never pause between reads
+    tls: Tls = field(default_factory=Tls)
+
+    @property
+    def url(self) -> str:
+        """Without user and password: fit for a log line."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        path = self.path if self.scheme in {"ws", "wss"} else ""
+        return f"{self.scheme}://{host}:{self.port}{path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kinesis:
+    """One destination and how to get there."""
+
+    stream: str | None = None
+    stream_arn: str | None = None
+    region: str | None = None
+    endpoint_url: str | None = None
+    access_key: str | None = field(default=None, repr=False)
+    secret_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    profile: str | None = None
+    role_arn: str | None = None
+    external_id: str | None = field(default=None, repr=False)
+    session_name: str | None = None
+    transport: Literal["auto", "native", "sdk"] = "auto"  # auto: native, sdk behind a proxy
+    max_connections: int = 16  # 1..256
+    connect_timeout_s: float = 6.0
+    request_timeout_s: float = 30.0
+    ca_bundle: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    id: str
+    kinesis: Kinesis
+    description: str = ""
+    enabled: bool = True
+    topics: tuple[str, ...] = ()  # what is subscribed: the filter of bulk_label is among them
+    bulk_label: str | None = None
+    qos: int = 1
+    format: Literal["raw", "bulk"] = "raw"
+    partition_key: str = "uuid"
+    aggregation: Literal["none", "kpl"] = "none"
+    linger_ms: float = 50.0
+    max_records: int = 500
+    max_batch_bytes: int = 5 * MIB
+    max_record_bytes: int = 1 * MIB
+    budget_bytes: int = 64 * MIB
+    budget_records: int = 1_000_000
+    dead_letter: str | None = None
+    startup_check: Literal["none", "describe", "dry_run", "put"] = "describe"
+    shutdown_timeout_s: float = 30.0
+    stdout: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    broker: Broker
+    pipelines: tuple[Pipeline, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def load_settings(
+    path: str | Path | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+    env_file: str | Path | None = None,
+) -> Settings:
+    """Read a TOML file, the environment, or both; SettingsError names everything that is wrong."""
+    # imported here: who fills the tables in code does not pay for the reader
+    from fastkin.settings import load
+
+    return load(path, env=env, env_file=env_file)

@@ -1,0 +1,372 @@
+"""Faults on demand: what goes wrong, when, and how often.
+
+A fault says what happens (`kind` and its details) and when (`times`, `skip`, `every`,
+`probability`, `after_s`, `for_s`, `stream`, `operation`). In code:
+
+    emulator.faults.record("InternalFailure", every=10)          one record in ten, for ever
+    emulator.faults.call("ServiceUnavailable", times=3)          the next three calls
+    emulator.faults.cut("after", times=1)                        stored, but the answer never comes
+    emulator.faults.record(shard=0, for_s=30).remove()           removable
+
+In a file for `fastkin emulator --faults FILE`: one JSON object a line with the same names (empty
+lines and those that start with # are skipped), or TOML with [[fault]] tables when it ends in .toml.
+
+    {"kind": "record", "code": "ProvisionedThroughputExceededException", "shard": 1, "for_s": 30}
+    {"kind": "latency", "ms": 250, "probability": 0.05, "seed": 7}
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
+
+import orjson
+
+from .streams import THROTTLED, throttle_message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from typing import Unpack
+
+    from .streams import Shard
+
+Kind = Literal["record", "call", "latency", "cut", "slow", "count", "html", "early"]
+Where = Literal["before", "after", "inside"]
+KINDS: Final = ("record", "call", "latency", "cut", "slow", "count", "html", "early")
+WHERES: Final = ("before", "after", "inside")
+
+# docs.aws.amazon.com/kinesis/latest/APIReference/CommonErrors.html and API_PutRecords.html;
+# a code that is not here is a 400.
+STATUS: Final[Mapping[str, int]] = {
+    "InternalFailure": 500,
+    "InternalFailureException": 500,
+    "ServiceUnavailable": 503,
+    "ServiceUnavailableException": 503,
+    "AccessDeniedException": 400,
+    "RequestEntityTooLarge": 413,
+}
+MESSAGES: Final[Mapping[str, str]] = {
+    "InternalFailure": "Internal service failure.",
+    "InternalFailureException": "Internal service failure.",
+    "ServiceUnavailable": "Service is unavailable. Please try again.",
+    "ServiceUnavailableException": "Service is unavailable. Slow down.",
+    "ExpiredTokenException": "The security token included in the request is expired",
+    "UnrecognizedClientException": "The security token included in the request is invalid.",
+    "AccessDeniedException": "User is not authorized to perform: kinesis:PutRecords",
+    "LimitExceededException": "Rate exceeded",
+    "ThrottlingException": "Rate exceeded",
+    "KMSThrottlingException": "The rate of requests to KMS is too high.",
+    THROTTLED: "Rate exceeded for stream under account.",
+}
+
+
+class When(TypedDict, total=False):
+    """When a fault strikes; every part is optional."""
+
+    times: int | None
+    skip: int
+    every: int
+    probability: float
+    seed: int
+    after_s: float
+    for_s: float | None
+    stream: str | None
+    operation: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Fault:
+    """One scripted fault. `hits`: how often it struck, in records for `record`, else in calls."""
+
+    kind: Kind
+    # what happens
+    code: str = ""
+    message: str | None = None
+    status: int | None = None
+    ms: float = 0.0
+    where: Where = "after"
+    delta: int = -1  # entries the answer has too many (or too few)
+    # which records (`record` only)
+    shard: int | str | None = None
+    contains: bytes | None = None
+    key: str | None = None
+    match: Callable[[Shard, str | None, bytes], bool] | None = None
+    # when
+    times: int | None = None  # strikes at most this often
+    skip: int = 0  # lets the first ones pass
+    every: int = 1  # strikes each nth that matches
+    probability: float = 1.0
+    seed: int = 0
+    after_s: float = 0.0  # from when it was added
+    for_s: float | None = None
+    stream: str | None = None
+    operation: str = "put"  # "put": PutRecords, PutRecord, PutRecordBatch; "*": every call; or a name
+
+    hits: int = 0
+    _seen: int = 0
+    _random: random.Random = field(default_factory=random.Random, repr=False)
+    _owner: Faults | None = field(default=None, repr=False)
+    _begin: float = 0.0
+
+    def remove(self) -> None:
+        if self._owner is not None:
+            self._owner.discard(self)
+
+    @property
+    def spent(self) -> bool:
+        return self.times is not None and self.hits >= self.times
+
+    def concerns(self, operation: str, stream: str | None) -> bool:
+        if self.stream is not None and stream != self.stream:
+            return False
+        if self.operation == "put":
+            return operation.startswith("PutRecord")
+        return self.operation in ("*", operation)
+
+    def strikes(self, now: float) -> bool:
+        """Whether it strikes this time; counts."""
+        passed = now - self._begin
+        if self.spent or passed < self.after_s or (self.for_s is not None and passed >= self.after_s + self.for_s):
+            return False
+        self._seen += 1
+        if self._seen <= self.skip or (self._seen - self.skip) % self.every:
+            return False
+        if self.probability < 1.0 and self._random.random() >= self.probability:
+            return False
+        self.hits += 1
+        return True
+
+    def fits(self, shard: Shard, key: str | None, data: bytes) -> bool:
+        if self.shard is not None and self.shard not in (shard.index, shard.id):
+            return False
+        if self.key is not None and self.key != key:
+            return False
+        if self.contains is not None and self.contains not in data:
+            return False
+        return self.match is None or self.match(shard, key, data)
+
+    @property
+    def http_status(self) -> int:
+        return self.status if self.status is not None else STATUS.get(self.code, 400)
+
+    @property
+    def text(self) -> str:
+        return self.message if self.message is not None else MESSAGES.get(self.code, self.code)
+
+
+@dataclass(slots=True)
+class Plan:
+    """What happens to one call."""
+
+    delay_s: float = 0.0
+    error: Fault | None = None
+    cut: Where | None = None
+    slow_s: float = 0.0
+    delta: int = 0
+
+
+class Faults:
+    """The faults that are set now; `clear()` ends them all."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._faults: list[Fault] = []
+        self.calls: list[Fault] = []
+        self.records: list[Fault] = []
+        self.earlies: list[Fault] = []
+
+    def __iter__(self) -> Iterator[Fault]:
+        return iter(tuple(self._faults))
+
+    def __len__(self) -> int:
+        return len(self._faults)
+
+    # --- what can go wrong ---------------------------------------------------------------------
+
+    def record(
+        self,
+        code: str = THROTTLED,
+        message: str | None = None,
+        *,
+        shard: int | str | None = None,
+        contains: bytes | None = None,
+        key: str | None = None,
+        match: Callable[[Shard, str | None, bytes], bool] | None = None,
+        **when: Unpack[When],
+    ) -> Fault:
+        """Single records of a PutRecords call fail; the others are stored."""
+        return self.add(
+            Fault(
+                kind="record",
+                code=code,
+                message=message,
+                shard=shard,
+                contains=contains,
+                key=key,
+                match=match,
+                **when,
+            )
+        )
+
+    def call(
+        self,
+        code: str,
+        message: str | None = None,
+        *,
+        status: int | None = None,
+        **when: Unpack[When],
+    ) -> Fault:
+        """The whole call is refused with this error type; nothing is stored."""
+        return self.add(Fault(kind="call", code=code, message=message, status=status, **when))
+
+    def throttle(self, **when: Unpack[When]) -> Fault:
+        """The whole call is refused for its rate."""
+        return self.call(THROTTLED, **when)
+
+    def expired_token(self, **when: Unpack[When]) -> Fault:
+        return self.call("ExpiredTokenException", **when)
+
+    def html(self, status: int = 503, **when: Unpack[When]) -> Fault:
+        """A front end answers instead of Kinesis: a status and a page of HTML."""
+        return self.add(Fault(kind="html", status=status, **when))
+
+    def latency(self, ms: float, **when: Unpack[When]) -> Fault:
+        """The answer comes `ms` later."""
+        return self.add(Fault(kind="latency", ms=ms, **when))
+
+    def cut(self, where: Where = "after", **when: Unpack[When]) -> Fault:
+        """The connection breaks: before storing, after it without an answer, or in the answer."""
+        return self.add(Fault(kind="cut", where=where, **when))
+
+    def slow(self, ms: float, **when: Unpack[When]) -> Fault:
+        """The body of the answer dribbles out over `ms`."""
+        return self.add(Fault(kind="slow", ms=ms, **when))
+
+    def wrong_count(self, delta: int = -1, **when: Unpack[When]) -> Fault:
+        """The records are stored, but the answer has `delta` entries too many or too few."""
+        return self.add(Fault(kind="count", delta=delta, **when))
+
+    def early(self, code: str = "RequestEntityTooLarge", *, status: int = 413, **when: Unpack[When]) -> Fault:
+        """The answer comes after the request's headers, before its body; nothing is stored."""
+        return self.add(Fault(kind="early", code=code, status=status, **when))
+
+    # --- the list ------------------------------------------------------------------------------
+
+    def add(self, fault: Fault) -> Fault:
+        if fault.kind not in KINDS:
+            raise ValueError(f"fault kind {fault.kind!r} is unknown: use one of {', '.join(KINDS)}")
+        if fault.where not in WHERES:
+            raise ValueError(f"cut where {fault.where!r}? Use one of {', '.join(WHERES)}")
+        if fault.kind in ("record", "call") and not fault.code:
+            raise ValueError(f"a {fault.kind!r} fault needs a code, such as InternalFailure")
+        if fault.every < 1 or fault.skip < 0:
+            raise ValueError("every must be 1 or more, skip 0 or more")
+        fault._owner = self
+        fault._begin = self._clock()
+        fault._random = random.Random(fault.seed)
+        self._faults.append(fault)
+        self._sort()
+        return fault
+
+    def discard(self, fault: Fault) -> None:
+        if fault in self._faults:
+            self._faults.remove(fault)
+            self._sort()
+
+    def clear(self) -> None:
+        self._faults.clear()
+        self._sort()
+
+    def load(self, path: str | Path) -> list[Fault]:
+        """Adds the faults of a file; their times count from now."""
+        path = Path(path)
+        text = path.read_text()
+        if path.suffix == ".toml":
+            return [self.parse(each, f"{path}") for each in tomllib.loads(text).get("fault", [])]
+        return self.parse_lines(text, str(path))
+
+    def parse_lines(self, text: str, place: str) -> list[Fault]:
+        added = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip() and not line.lstrip().startswith("#"):
+                try:
+                    entry = orjson.loads(line)
+                except orjson.JSONDecodeError as error:
+                    raise ValueError(f"{place}:{number}: not JSON: {error}") from None
+                added.append(self.parse(entry, f"{place}:{number}"))
+        return added
+
+    def parse(self, entry: Mapping[str, Any], place: str) -> Fault:
+        known = {each.name for each in fields(Fault) if not each.name.startswith("_")}
+        known -= {"match", "hits"}
+        if not isinstance(entry, dict) or (unknown := sorted(set(entry) - known)):
+            what = f"unknown key {unknown[0]!r}" if isinstance(entry, dict) else "not an object"
+            raise ValueError(f"{place}: {what}; known keys are {', '.join(sorted(known))}")
+        values = dict(entry)
+        if isinstance(values.get("contains"), str):
+            values["contains"] = values["contains"].encode()
+        if values.get("kind") == "record":
+            values.setdefault("code", THROTTLED)
+        try:
+            return self.add(Fault(**values))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{place}: {error}") from None
+
+    # --- what the server asks ------------------------------------------------------------------
+
+    def plan(self, operation: str, stream: str | None) -> Plan:
+        plan = Plan()
+        now = self._clock()
+        for fault in tuple(self.calls):
+            if not fault.concerns(operation, stream) or not fault.strikes(now):
+                continue
+            if fault.kind == "latency":
+                plan.delay_s += fault.ms / 1000
+            elif fault.kind == "slow":
+                plan.slow_s += fault.ms / 1000
+            elif fault.kind == "count":
+                plan.delta += fault.delta
+            elif fault.kind == "cut":
+                plan.cut = plan.cut or fault.where
+            else:
+                plan.error = plan.error or fault
+            if fault.spent:
+                self.discard(fault)
+        return plan
+
+    def early_answer(self, operation: str) -> Fault | None:
+        now = self._clock()
+        for fault in tuple(self.earlies):
+            if fault.concerns(operation, fault.stream) and fault.strikes(now):
+                if fault.spent:
+                    self.discard(fault)
+                return fault
+        return None
+
+    def for_records(
+        self, operation: str, stream: str, account: str
+    ) -> Callable[[Shard, str | None, bytes], tuple[str, str] | None] | None:
+        """Judges the records of one call, or None when no fault concerns it."""
+        concerned = [fault for fault in self.records if not fault.spent and fault.concerns(operation, stream)]
+        if not concerned:
+            return None
+        now = self._clock()
+
+        def judge(shard: Shard, key: str | None, data: bytes) -> tuple[str, str] | None:
+            for fault in concerned:
+                if fault.fits(shard, key, data) and fault.strikes(now):
+                    if fault.code == THROTTLED and fault.message is None:
+                        return fault.code, throttle_message(shard.id, stream, account)
+                    return fault.code, fault.text
+            return None
+
+        return judge
+
+    def _sort(self) -> None:
+        self.records = [fault for fault in self._faults if fault.kind == "record"]
+        self.earlies = [fault for fault in self._faults if fault.kind == "early"]
+        self.calls = [fault for fault in self._faults if fault.kind not in ("record", "early")]

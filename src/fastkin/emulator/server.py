@@ -1,0 +1,624 @@
+"""The HTTP side: connections, latency, cuts, and the `Emulator` that ties it all together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from email.utils import formatdate
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, cast
+
+import httptools
+import orjson
+
+from .faults import Fault, Faults, Plan
+from .rules import ApiError
+from .service import Service, StreamSpec
+from .signature import SKEW_S, Secret, Verifier
+from .streams import MIB, Keep, StoredRecord
+from .wire import CBOR, JSON, WireError, dumps, loads
+
+if TYPE_CHECKING:
+    import ssl
+    from pathlib import Path
+
+REASONS: Final[Mapping[int, str]] = {
+    200: "OK",
+    400: "Bad Request",
+    403: "Forbidden",
+    404: "Not Found",
+    413: "Request Entity Too Large",
+    500: "Internal Server Error",
+    502: "Bad Gateway",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+}
+# Ten times the largest legal body: only a client gone wild is stopped here.
+MAX_BODY_BYTES: Final = 128 * MIB
+MAX_PIPELINED: Final = 64
+SLOW_STEPS: Final = 10
+
+Streams: TypeAlias = Mapping[str, "int | StreamSpec"] | Iterable["str | tuple[str, int]"]
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened so far. `records` are stored, `failed` struck by a fault, `refused` calls."""
+
+    calls: int = 0
+    records: int = 0
+    record_bytes: int = 0
+    throttled: int = 0
+    failed: int = 0
+    refused: int = 0
+    cut: int = 0
+    connections: int = 0
+    body_bytes: int = 0
+    max_concurrent: int = 0
+    max_records_in_call: int = 0
+    operations: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Request:
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes = b""
+    keep_alive: bool = True
+    early: Fault | None = None
+
+
+class Emulator:
+    """A Kinesis that behaves, on a loopback port of this process.
+
+        async with Emulator({"welders": 4}) as emulator:
+            ... emulator.url ...
+            emulator.faults.record("InternalFailure", every=10)
+            assert len(emulator.stored("welders")) == 1000
+
+    streams             name -> number of shards, or a StreamSpec
+    firehose            names of delivery streams for PutRecordBatch
+    limits              1,000 records/s and 1 MiB/s per shard, one second's worth at once
+    read_limits         5 GetRecords and 2 MiB a second per shard
+    latency_ms          every answer comes that much later
+    keep                "all": what is stored can be read back; "count": only counted
+    count_only          no validation, routing or limits: answers from a template, for benches
+    max_request_bytes   10 MiB as AWS now; 5 MiB is what it was until October 2025
+    credentials         access key id -> secret (or Secret): signatures are checked; None: not
+    skew_s              how far a signed date may be off; None: not checked
+    create_ms           how long a new stream stays CREATING
+    """
+
+    def __init__(
+        self,
+        streams: Streams = (),
+        *,
+        limits: bool = True,
+        read_limits: bool = False,
+        latency_ms: float = 0.0,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        keep: Keep = "all",
+        count_only: bool = False,
+        firehose: Iterable[str] = (),
+        max_request_bytes: int = 10 * MIB,
+        max_records: int = 500,
+        credentials: Mapping[str, str | Secret] | None = None,
+        skew_s: float | None = SKEW_S,
+        region: str = "us-east-1",
+        account: str = "123456789012",
+        create_ms: float = 0.0,
+        ssl_context: ssl.SSLContext | None = None,
+        wall: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.faults = Faults(clock)
+        self.latency_s = latency_ms / 1000
+        self.count_only = count_only
+        self.service = Service(
+            region=region,
+            account=account,
+            limits=limits,
+            read_limits=read_limits,
+            keep=keep,
+            max_request_bytes=max_request_bytes,
+            max_records=max_records,
+            create_s=create_ms / 1000,
+            faults=self.faults,
+            wall=wall,
+            clock=clock,
+        )
+        for name, spec in parse_streams(streams).items():
+            self.service.add_stream(name, spec)
+        for name in firehose:
+            self.service.add_delivery(name)
+        self.verifier = None if credentials is None else Verifier(credentials, region=region, skew_s=skew_s)
+        self._counters = Counters()
+        self._counted = 0
+        self._concurrent = 0
+        self._host = host
+        self._port = port
+        self._ssl = ssl_context
+        self._server: asyncio.Server | None = None
+        self._connections: set[_Connection] = set()
+        self._waiters: list[tuple[str, int, asyncio.Future[None]]] = []
+        self._templates: dict[int, bytes] = {}
+        self._date = (0, b"")
+        self._request_prefix = str(uuid.uuid4())[:24]
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: _Connection(self, loop),
+            self._host,
+            self._port,
+            ssl=self._ssl,
+            backlog=1024,
+            reuse_address=True,
+        )
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        """Stops listening and cuts what is still connected."""
+        if self._server is not None:
+            self._server.close()
+            for connection in tuple(self._connections):
+                connection.abort()
+            await self._server.wait_closed()
+            self._server = None
+        for _, _, waiter in self._waiters:
+            waiter.cancel()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self._ssl else 'http'}://{self._host}:{self._port}"
+
+    @property
+    def port(self) -> int:
+        return self._port
+
+    # --- looking and steering ------------------------------------------------------------------
+
+    @property
+    def counters(self) -> Counters:
+        counters, service = self._counters, self.service
+        counters.records = service.records + self._counted
+        counters.record_bytes = service.record_bytes
+        counters.throttled = service.throttled
+        counters.failed = service.failed
+        counters.max_records_in_call = service.largest_call
+        return counters
+
+    def stored(self, name: str) -> list[StoredRecord]:
+        """The ledger: every record stored in the stream (or delivery stream), by arrival."""
+        delivery = self.service.deliveries.get(name)
+        if delivery is not None:
+            return [
+                StoredRecord("", str(number), None, data, arrival, None)
+                for number, (arrival, data) in enumerate(delivery.records)
+            ]
+        return self.service.streams[name].stored()
+
+    def stored_count(self, name: str) -> int:
+        delivery = self.service.deliveries.get(name)
+        return delivery.count if delivery is not None else self.service.streams[name].records
+
+    async def wait_stored(self, name: str, count: int, timeout: float = 30.0) -> None:
+        """Until the stream holds `count` records."""
+        if self.stored_count(name) >= count:
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append((name, count, waiter))
+        try:
+            async with asyncio.timeout(timeout):
+                await waiter
+        except TimeoutError:
+            have = self.stored_count(name)
+            raise TimeoutError(f"{name} holds {have} records after {timeout} s, not {count}") from None
+
+    def scale_limits(self, name: str | float, factor: float | None = None, *, shard: int | None = None) -> None:
+        """Makes a stream's limits `factor` times AWS's: `scale_limits("welders", 0.1)`. A number
+        alone means every stream; `shard` means only that one."""
+        if factor is None:
+            assert not isinstance(name, str), "scale_limits(name, factor)"
+            factor, streams = name, list(self.service.streams.values())
+        else:
+            streams = [self.service.streams[str(name)]]
+        now = self.service.clock()
+        for stream in streams:
+            stream.set_factor(factor, now, None if shard is None else stream.shards[shard])
+
+    def set_limits(self, on: bool, name: str | None = None) -> None:
+        """Switches the shard limits of one stream, or of all that are there now."""
+        now = self.service.clock()
+        for stream in self.service.streams.values():
+            if name in (None, stream.name):
+                stream.limit(on, now)
+
+    def drop_connections(self) -> int:
+        """Resets every open connection, as a load balancer that goes away; says how many."""
+        connections = tuple(self._connections)
+        for connection in connections:
+            connection.abort()
+        return len(connections)
+
+    # --- what a connection asks ----------------------------------------------------------------
+
+    def begin(self) -> None:
+        self._concurrent += 1
+        self._counters.max_concurrent = max(self._counters.max_concurrent, self._concurrent)
+
+    def end(self) -> None:
+        self._concurrent -= 1
+
+    def answer(self, request: _Request) -> tuple[bytes, bytes, Plan]:
+        """Head, body, and what else happens to the call."""
+        counters = self._counters
+        target = request.headers.get("x-amz-target", "")
+        operation = target.rpartition(".")[2]
+        form = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if request.path.startswith("/_emulator/"):
+            return (*self._admin(request), Plan())
+        if request.method != "POST" or form not in (JSON, CBOR):
+            return (*self._page(404, "<UnknownOperationException/>\n"), Plan())
+        counters.calls += 1
+        counters.body_bytes += len(request.body)
+        counters.operations[operation] = counters.operations.get(operation, 0) + 1
+        plan = Plan()
+        try:
+            if request.early is not None:
+                raise ApiError(request.early.code, request.early.text, request.early.http_status)
+            if not self.service.knows(target):
+                raise ApiError("UnknownOperationException", f"{target!r} is not emulated")
+            if self.verifier is not None:
+                self.verifier.check(
+                    method=request.method,
+                    target=request.path,
+                    headers=request.headers,
+                    body=request.body,
+                    service=target.partition("_")[0].lower(),
+                    wall=self.service.wall(),
+                )
+            counting = self.count_only and operation == "PutRecords"
+            fields = {} if counting else self._fields(request.body, form)
+            plan = self._plan(operation, self.service.stream_name(fields))
+            if plan.error is not None and plan.error.kind == "html":
+                counters.refused += 1
+                return (*self._html(plan.error.http_status), plan)
+            if plan.error is not None:
+                raise ApiError(plan.error.code, plan.error.text, plan.error.http_status)
+            if plan.cut == "before":
+                body = b""
+            elif counting:
+                body = self._count_only(request.body, form)
+            else:
+                body = self.service.run(operation, fields, form)
+        except ApiError as error:
+            counters.refused += 1
+            body = dumps({"__type": error.code, "message": error.message}, form)
+            return self._head(error.status, form, len(body), error.code), body, plan
+        if plan.delta:
+            body = _recount(body, form, plan.delta)
+        if self._waiters and plan.cut != "before":
+            self._wake()
+        return self._head(200, form, len(body)), body, plan
+
+    @staticmethod
+    def _fields(body: bytes, form: str) -> dict[str, Any]:
+        try:
+            return loads(body or b"{}", form)
+        except WireError as error:
+            raise ApiError("SerializationException", str(error)) from None
+
+    def _plan(self, operation: str, stream: str | None) -> Plan:
+        plan = self.faults.plan(operation, stream) if self.faults.calls else Plan()
+        plan.delay_s += self.latency_s
+        return plan
+
+    def _count_only(self, body: bytes, form: str) -> bytes:
+        # A payload is base64 and a quote inside a key is escaped: neither can look like this.
+        count = body.count(b'"Data":') if form == JSON else len(loads(body, form)["Records"])
+        self._counted += count
+        self.service.largest_call = max(self.service.largest_call, count)
+        template = self._templates.get(count) if form == JSON else None
+        if template is None:
+            entry = {"SequenceNumber": "4" * 56, "ShardId": "shardId-000000000000"}
+            template = dumps({"FailedRecordCount": 0, "Records": [entry] * count}, form)
+            if form == JSON:
+                self._templates[count] = template
+        return template
+
+    def _wake(self) -> None:
+        for entry in tuple(self._waiters):
+            name, count, waiter = entry
+            if waiter.done() or self.stored_count(name) >= count:
+                self._waiters.remove(entry)
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def _head(self, status: int, form: str, length: int, error: str | None = None) -> bytes:
+        # What AWS sends, in its order; the error type stands in the head as well.
+        request_id = f"{self._request_prefix}{self._counters.calls:012x}"
+        kind = f"x-amzn-ErrorType: {error}\r\n" if error is not None else ""
+        return (
+            f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}\r\n"
+            f"x-amzn-RequestId: {request_id}\r\nx-amz-id-2: {request_id}\r\n{kind}"
+            f"Date: {self._today()}\r\nContent-Type: {form}\r\nContent-Length: {length}\r\n\r\n"
+        ).encode()
+
+    def _today(self) -> str:
+        now = int(self.service.wall())
+        if self._date[0] != now:
+            self._date = (now, formatdate(now, usegmt=True).encode())
+        return self._date[1].decode()
+
+    def _html(self, status: int) -> tuple[bytes, bytes]:
+        return self._page(status, f"<html><body><b>Http/1.1 {REASONS.get(status, 'Error')}</b></body></html>\n")
+
+    def _page(self, status: int, text: str, form: str = "text/html") -> tuple[bytes, bytes]:
+        body = text.encode()
+        head = (
+            f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}\r\nDate: {self._today()}\r\n"
+            f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        return head.encode(), body
+
+    def _admin(self, request: _Request) -> tuple[bytes, bytes]:
+        """/_emulator/...: how another process looks and steers.
+
+        GET counters; POST faults (JSON lines) adds, DELETE faults clears;
+        POST limits {"stream": ..., "factor": ..., "on": ...}
+        """
+        what = (request.method, request.path.removeprefix("/_emulator/"))
+        try:
+            if what == ("GET", "counters"):
+                answer: Any = asdict(self.counters)
+                answer["streams"] = {
+                    name: self.stored_count(name) for name in (*self.service.streams, *self.service.deliveries)
+                }
+            elif what == ("POST", "faults"):
+                answer = len(self.faults.parse_lines(request.body.decode(), "request"))
+            elif what == ("DELETE", "faults"):
+                self.faults.clear()
+                answer = 0
+            elif what == ("POST", "limits"):
+                wanted = orjson.loads(request.body)
+                name = wanted.get("stream")
+                if "on" in wanted:
+                    self.set_limits(bool(wanted["on"]), name)
+                if "factor" in wanted:
+                    factor = float(wanted["factor"])
+                    if name is None:
+                        self.scale_limits(factor)
+                    else:
+                        self.scale_limits(name, factor)
+                answer = True
+            else:
+                return self._page(404, '"no such page"', "application/json")
+        except (ValueError, KeyError, AttributeError) as error:
+            return self._page(400, orjson.dumps(str(error)).decode(), "application/json")
+        return self._page(200, orjson.dumps(answer).decode(), "application/json")
+
+
+class _Connection(asyncio.Protocol):
+    """One connection: requests are answered one after another, in order."""
+
+    def __init__(self, emulator: Emulator, loop: asyncio.AbstractEventLoop) -> None:
+        self._emulator = emulator
+        self._loop = loop
+        self._transport: asyncio.Transport | None = None
+        self._parser: Any = httptools.HttpRequestParser(self)
+        self._queue: deque[_Request] = deque()
+        self._busy = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._reset()
+
+    # --- asyncio -------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is of another class
+        self._emulator._connections.add(self)
+        self._emulator._counters.connections += 1
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        self._transport = None
+        self._emulator._connections.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for _ in range(len(self._queue) + self._busy):
+            self._emulator.end()
+        self._queue.clear()
+        self._busy = False
+        self._parser = None  # it points back at us
+
+    def data_received(self, data: bytes) -> None:
+        if self._parser is None:
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._refuse()
+        except httptools.HttpParserError:
+            self._refuse()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- httptools -----------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        self._url = b""
+        self._headers: dict[str, str] = {}
+        self._chunks: list[bytes] = []
+        self._length = 0
+        self._early: Fault | None = None
+
+    def on_message_begin(self) -> None:
+        self._reset()
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        if self._headers.get("expect", "").lower() == "100-continue" and self._transport:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._emulator.faults.earlies:
+            operation = self._headers.get("x-amz-target", "").rpartition(".")[2]
+            self._early = self._emulator.faults.early_answer(operation)
+            if self._early is not None:
+                self._enqueue(b"")
+
+    def on_body(self, chunk: bytes) -> None:
+        self._length += len(chunk)
+        if self._length > MAX_BODY_BYTES:
+            self.abort()
+        elif self._early is None:  # an answered request's body is read and forgotten
+            self._chunks.append(chunk)
+
+    def on_message_complete(self) -> None:
+        if self._early is not None:
+            # Closing before the body was read would reset the connection under the answer.
+            if self._transport is not None:
+                self._transport.close()
+            return
+        self._enqueue(self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks))
+
+    # --- answering -----------------------------------------------------------------------------
+
+    def _enqueue(self, body: bytes) -> None:
+        if len(self._queue) >= MAX_PIPELINED:
+            self.abort()
+            return
+        self._emulator.begin()
+        self._queue.append(
+            _Request(
+                method=self._parser.get_method().decode(),
+                path=self._url.decode("latin-1"),
+                headers=self._headers,
+                body=body,
+                keep_alive=self._parser.should_keep_alive(),
+                early=self._early,
+            )
+        )
+        self._chunks = []
+        if not self._busy:
+            self._next()
+
+    def _next(self) -> None:
+        while self._queue and not self._busy and self._transport is not None:
+            self._busy = True
+            request = self._queue.popleft()
+            head, body, plan = self._emulator.answer(request)
+            if plan.delay_s > 0:
+                self._timer = self._loop.call_later(plan.delay_s, self._send, request, head, body, plan)
+            else:
+                self._send(request, head, body, plan, again=False)
+
+    def _send(self, request: _Request, head: bytes, body: bytes, plan: Plan, again: bool = True) -> None:
+        self._timer = None
+        if self._transport is None:
+            return
+        if plan.cut in ("before", "after"):
+            self._emulator._counters.cut += 1
+            self._transport.abort()
+            return
+        if plan.cut == "inside":
+            self._emulator._counters.cut += 1
+            self._transport.write(head + body[: len(body) // 2])
+            self._transport.close()
+            return
+        if plan.slow_s > 0:
+            self._transport.write(head)
+            self._dribble(request, body, max(1, -(-len(body) // SLOW_STEPS)), plan.slow_s)
+            return
+        self._transport.write(head + body)
+        self._finish(request)
+        if again:
+            self._next()
+
+    def _dribble(self, request: _Request, body: bytes, step: int, slow_s: float) -> None:
+        self._timer = None
+        if self._transport is None:
+            return
+        self._transport.write(body[:step])
+        if len(body) > step:
+            self._timer = self._loop.call_later(slow_s / SLOW_STEPS, self._dribble, request, body[step:], step, slow_s)
+        else:
+            self._finish(request)
+            self._next()
+
+    def _finish(self, request: _Request) -> None:
+        self._busy = False
+        self._emulator.end()
+        if not request.keep_alive and self._transport is not None:
+            self._transport.close()
+
+    def _refuse(self) -> None:
+        if self._transport is not None:
+            self._transport.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            self._transport.close()
+
+
+def parse_streams(streams: Streams) -> dict[str, StreamSpec]:
+    """Mapping or pairs or "NAME:SHARDS" texts, as the command line has them."""
+    pairs: Iterable[Any] = streams.items() if isinstance(streams, Mapping) else streams
+    parsed = {}
+    for each in pairs:
+        name, spec = each.rpartition(":")[::2] if isinstance(each, str) else each
+        if isinstance(each, str) and not name:
+            name, spec = spec, 1
+        if not isinstance(spec, StreamSpec):
+            try:
+                spec = StreamSpec(shards=int(spec))
+            except ValueError:
+                raise ValueError(f"{each!r} is not NAME:SHARDS") from None
+        if spec.shards < 1:
+            raise ValueError(f"stream {name!r} needs at least one shard")
+        parsed[name] = spec
+    return parsed
+
+
+def _recount(body: bytes, form: str, delta: int) -> bytes:
+    """The same answer with too few or too many entries."""
+    answer = loads(body, form)
+    for name in ("Records", "RequestResponses"):
+        entries = answer.get(name)
+        if isinstance(entries, list):
+            answer[name] = entries[:delta] if delta < 0 else entries + entries[-1:] * delta
+    return dumps(answer, form)
+
+
+async def serve(
+    *,
+    port: int = 4567,
+    streams: Streams = (),
+    limits: bool = True,
+    latency_ms: float = 0.0,
+    faults_path: str | Path | None = None,
+    ready: Callable[[Emulator], None] | None = None,
+    **options: Any,
+) -> None:
+    """Runs an emulator until it is cancelled; `ready` is called once it listens."""
+    emulator = Emulator(streams, port=port, limits=limits, latency_ms=latency_ms, **options)
+    if faults_path is not None:
+        emulator.faults.load(faults_path)
+    async with emulator:
+        if ready is not None:
+            ready(emulator)
+        await asyncio.get_running_loop().create_future()

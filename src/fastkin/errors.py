@@ -1,0 +1,128 @@
+"""Every exception of fastkin. `retriable` is a class attribute: callers ask the class, never a list of names.
+
+Four roots are kept apart: the caller misused us (`LibraryError`, `ConfigError`), a payload is bad
+(`DataFormatError`, `RecordError`), the broker spoke nonsense or refused us (`MqttError`), Kinesis or the
+way to it failed (`KinesisError`).
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class FastkinError(Exception):
+    """The root of everything fastkin raises on purpose."""
+
+    retriable = False
+
+
+class ConfigError(FastkinError):
+    """A setting is wrong. `place` names file, table and key; the message ends with the cure."""
+
+    def __init__(self, place: str, problem: str, cure: str = "") -> None:
+        self.place = place
+        self.problem = problem
+        self.cure = cure
+        super().__init__(f"{place}: {problem}" + (f"; {cure}" if cure else ""))
+
+
+class LibraryError(FastkinError, ValueError):
+    """An argument of the Python face is wrong; nothing was sent."""
+
+
+class ClosedError(FastkinError):
+    """The producer or engine is closed, or was closed before the record could be stored."""
+
+
+class DataFormatError(FastkinError, ValueError):
+    """A payload is not what its format says. `offset` counts bytes from the start of the payload."""
+
+    def __init__(self, offset: int, reason: str, field: str | None = None) -> None:
+        self.offset = offset
+        self.reason = reason
+        self.field = field
+        where = f"byte {offset}" if field is None else f"field {field!r} at byte {offset}"
+        super().__init__(f"{reason} ({where})")
+
+
+class RecordError(FastkinError, ValueError):
+    """One record can never be stored as it is: too large, or its key is not allowed."""
+
+
+class MqttError(FastkinError):
+    """The MQTT connection cannot go on; the session reconnects."""
+
+    retriable = True
+
+
+class ProtocolError(MqttError):
+    """The broker sent bytes that are not MQTT. `offset` counts from the start of the packet."""
+
+    def __init__(self, reason: str, offset: int = 0, code: int = 0x81) -> None:
+        self.reason = reason
+        self.offset = offset
+        self.code = code
+        super().__init__(f"malformed MQTT from the broker: {reason} (byte {offset} of the packet)")
+
+
+class RefusedError(MqttError):
+    """The broker refused the connection or a subscription. `code` is its reason code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        self.code = code
+        super().__init__(message)
+
+
+class Action(enum.Enum):
+    """What the sender does about a failed call or record."""
+
+    RETRY = "retry"  # transient: again, with backoff
+    THROTTLE = "throttle"  # a rate was exceeded: again, slower
+    CREDENTIALS = "credentials"  # fetch fresh credentials, sign again
+    CLOCK = "clock"  # correct the clock offset, sign again
+    OPERATOR = "operator"  # somebody must act: slow retry, data kept
+    REJECTED = "rejected"  # the request itself is bad: bisect to the one bad record
+
+
+class KinesisError(FastkinError):
+    """A call failed. `code` is Kinesis's error type or one of fastkin's own for a broken connection."""
+
+    retriable = True
+
+    def __init__(
+        self,
+        code: str,
+        message: str = "",
+        *,
+        action: Action = Action.RETRY,
+        http_status: int | None = None,
+        request_id: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        self.code = code
+        self.message = message
+        self.action = action
+        self.http_status = http_status
+        self.request_id = request_id
+        self.retry_after = retry_after
+        parts = [f"HTTP {http_status}"] if http_status is not None else []
+        parts += [f"request {request_id}"] if request_id else []
+        super().__init__(f"{code}: {message or 'no message'}" + (f" ({', '.join(parts)})" if parts else ""))
+
+
+class TransportError(KinesisError):
+    """No answer, or half of one: whether the records were stored is unknown, unless it is NotSent."""
+
+
+class NotSent(TransportError):  # noqa: N818
+    """There was no connection: certainly nothing was stored."""
+
+
+class UnexpectedResponse(KinesisError):  # noqa: N818 - the name the reference system gave it
+    """The answer is not what the API promises: not JSON, wrong record count, missing fields."""
+
+
+class RecordFailed(KinesisError):  # noqa: N818
+    """One record was refused for good, by its own entry in the answer."""
+
+    retriable = False

@@ -1,0 +1,843 @@
+"""The MQTT session: connect, subscribe, receive, pause, acknowledge, reconnect.
+
+    intake = Intake(broker, [("plant/#", 1)], router=router, ledger=ledger, on_read=engine_pump)
+    task = asyncio.create_task(intake.run())
+
+`Intake` lives as long as the pipeline; a `_Link` is one connection of it. Bytes land in the buffer of
+the link's `_mqtt.Session`, which hands payloads to the router's sinks without a Python object per
+message; Python runs once per read. The ledger outlives connections and is reset at each new one, so that
+an acknowledgement of a former connection is never sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import ssl
+from typing import TYPE_CHECKING, cast
+
+from fastkin._mqtt import (
+    EVENTS,
+    OUTPUT,
+    STALLED,
+    Connack,
+    Disconnect,
+    Pingresp,
+    Session,
+    Suback,
+    reason_text,
+)
+from fastkin.errors import MqttError, ProtocolError, RefusedError
+from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, tls_context
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from fastkin._mqtt import Ledger, Router
+    from fastkin.config import Broker
+    from fastkin.wire import Wire
+
+_LOG = logging.getLogger("fastkin.intake")
+
+FILTERS_PER_PACKET = 8  # AWS IoT Core takes no more in one SUBSCRIBE
+_FILTERS_SHOWN = 10
+
+# why reading is paused: bits of _Link._paused
+_STALL = 1
+_COALESCE = 2
+_STOPPED = 4
+
+# Reads are coalesced while messages come faster than this in reads smaller than that. Below 2,000/s a
+# pause costs latency and gains nothing, from 5,000/s on it saves four to seven of the wake-ups.
+_COALESCE_ON = 5_000.0
+_COALESCE_OFF = 4_000.0  # per second
+_COALESCE_READ = 32 * 1024
+_COALESCE_LOOK_S = 0.02
+
+_WORKED_S = 5.0  # a connection that lived so long was a good one
+_EARLY_MOST = 3  # so many connections that die right after SUBSCRIBE are no accident
+_LEAVE_S = 2.0  # for the broker to take our last acknowledgements and close
+_LINGER_S = 2.0  # for a connection that we give up to write what waits
+_MAX_WINDOW = 65_535
+
+_AUTH_CODES = frozenset({0x04, 0x05, 0x86, 0x87, 0x8A, 0x8C})
+_VERSION_CODES = frozenset({0x01, 0x84})
+_ID_CODES = frozenset({0x02, 0x80, 0x85})  # mosquitto says 0x80
+_TAKEN_OVER = 0x8E
+
+
+class Window:
+    """How many unacknowledged messages the broker hands out: what was asked for, then what was seen.
+
+    A window is exhausted when the broker falls silent and goes on as soon as acknowledgements leave. The
+    same count seen like that three times in a row is the broker's window. More than the window proves
+    the guess wrong: it is doubled, and learned anew. Pure: times come from outside.
+    """
+
+    QUIET_S = 0.005
+    AGREE = 3
+
+    __slots__ = ("_agreed", "_count", "_probe", "_probe_at", "granted", "most", "round_trip_s")
+
+    def __init__(self, granted: int, most: int = _MAX_WINDOW) -> None:
+        self.most = most
+        self.granted = max(1, min(granted, most))
+        self.round_trip_s = 0.0
+        self._probe = 0  # what was unacknowledged when acknowledgements left after a silence
+        self._probe_at = 0.0
+        self._count = 0
+        self._agreed = 0
+
+    def acknowledging(self, unacked: int, now: float, last_read: float) -> None:
+        """Acknowledgements are about to leave."""
+        if now - last_read > self.QUIET_S:
+            self._probe = unacked
+            self._probe_at = now
+
+    def received(self, unacked: int, now: float) -> None:
+        """Messages came; `unacked` counts them."""
+        if unacked > self.granted:
+            self.granted = min(self.most, max(2 * unacked, 1))
+            self._agreed = 0
+        if not self._probe:
+            return
+        probe, self._probe = self._probe, 0
+        if now - self._probe_at > self.QUIET_S + 2 * self.round_trip_s:
+            self._agreed = 0  # they did not come because of the acknowledgements
+            return
+        self._agreed = self._agreed + 1 if probe == self._count else 1
+        self._count = probe
+        if self._agreed >= self.AGREE and probe < self.granted:
+            self.granted = probe
+
+
+class Intake:
+    """One subscription: keeps a connection to the broker and feeds what comes to the router's sinks."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        subscriptions: Sequence[tuple[str, int]],
+        *,
+        router: Router,
+        ledger: Ledger,
+        on_read: Callable[[], None],
+        on_state: Callable[[str], None] | None = None,
+        name: str | None = None,
+    ) -> None:
+        """`on_read` runs once per read in which messages were taken or a sink stalled.
+
+        ConfigError: certificate files that cannot be read.
+        """
+        self.broker = broker
+        self.subscriptions = list(subscriptions)
+        self.router = router
+        self.ledger = ledger
+        self.on_read = on_read
+        self._on_state = on_state
+        self._tls = tls_context(broker)
+        self._where = f"pipeline={name} stage=intake" if name else "stage=intake"
+        self.client_id = broker.client_id
+        if not broker.client_id and not broker.clean_session:
+            self.client_id = f"fastkin-{os.urandom(8).hex()}"
+            _LOG.warning(
+                "%s broker=%s no client id is set: using %s for this process. The session, and what the broker keeps"
+                " in it, cannot be taken up again after a restart; set a client id",
+                self._where, broker.url, self.client_id,
+            )  # fmt: skip
+
+        self.state = "new"  # new, connecting, connected, refused (a filter), waiting, draining, closed
+        self.connected = asyncio.Event()  # and every filter is subscribed
+        self.connects = 0
+        self.disconnects = 0
+        self.messages = 0
+        self.reads = 0
+        self.last_read = 0.0  # loop time
+        self.last_error: str | None = None
+        self.version = 0  # 4 is 3.1.1, 5 is 5.0: of the connection that is open, or was last
+        self.window = Window(broker.receive_maximum, broker.receive_maximum)
+
+        self._paused_s = 0.0
+        self._link: _Link | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+        self._bug: Exception | None = None
+        self._attempts = 0  # since a connection worked
+        self._early = 0  # connections in a row that died right after SUBSCRIBE
+        self._auto = 5 if broker.protocol != "3.1.1" else 4
+        self._auto_sure = broker.protocol != "auto"
+        self._silent_fives = 0
+        self._had_session = False
+
+    # -- what is seen from outside ---------------------------------------------------------------
+
+    @property
+    def granted_window(self) -> int:
+        """Unacknowledged messages the broker lets us hold, as far as is known."""
+        return self.window.granted
+
+    @property
+    def coalescing(self) -> bool:
+        """Small reads are followed by a pause just now."""
+        return self._link is not None and self._link.coalescing
+
+    @property
+    def paused(self) -> bool:
+        """Reading is paused because a sink has no room."""
+        return self._link is not None and self._link.stalled
+
+    @property
+    def paused_s(self) -> float:
+        """How long reading was paused for want of room, in all."""
+        return self._paused_s + (self._link.stalled_for() if self._link is not None else 0.0)
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Connect, subscribe, reconnect until stop(). Trouble with the network is logged, not raised."""
+        try:
+            while not self._stopping.is_set():
+                if await self._attempt() or self._stopping.is_set():
+                    continue
+                delay = self._backoff()
+                self._set_state("waiting")
+                _LOG.info("%s broker=%s trying again in %.1f s", self._where, self.broker.url, delay)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(delay):
+                        await self._stopping.wait()
+        finally:
+            self.connected.clear()
+            self._set_state("closed")
+
+    def flush_acks(self) -> None:
+        """Write the acknowledgements that are ready, as one run."""
+        if self._link is not None:
+            self._link.flush()
+
+    def resume(self) -> None:
+        """There is room again: offer what was refused, and read on."""
+        if self._link is not None:
+            self._link.resume()
+
+    async def stop(self) -> None:
+        """Take no more messages. The connection and its keep-alive stay, so that acknowledgements can go out."""
+        self._stopping.set()
+        if self._link is None:
+            return
+        if self._opening is not None:
+            self._opening.cancel()
+        elif self._link.up:
+            self._link.pause(_STOPPED)
+            self._set_state("draining")
+
+    async def close(self) -> None:
+        """stop(), write the last acknowledgements, say goodbye, close."""
+        await self.stop()
+        link = self._link
+        if link is not None and link.up:
+            await link.leave()
+
+    def _set_state(self, state: str) -> None:
+        if state != self.state:
+            self.state = state
+            if self._on_state is not None:
+                self._on_state(state)
+
+    def _backoff(self) -> float:
+        """Exponential with full jitter, above half of the least."""
+        least, most = self.broker.reconnect_min_s, self.broker.reconnect_max_s
+        self._attempts += 1
+        ceiling = min(most, least * 2.0 ** min(self._attempts - 1, 30))
+        return random.uniform(least / 2, max(least, ceiling))  # noqa: S311
+
+    # -- one connection ------------------------------------------------------------------------
+
+    async def _attempt(self) -> bool:
+        """One connection, from its start to its end. True: the next attempt may follow at once."""
+        version = self._auto
+        if version != self.version:
+            most = self.broker.receive_maximum if version == 5 else _MAX_WINDOW
+            self.window = Window(most if version == 5 else self.broker.inflight, most)
+            self.version = version
+        self.ledger.reset(not self.broker.clean_session)
+        link = self._link = _Link(self, version)
+        self._set_state("connecting")
+        try:
+            try:
+                self._opening = asyncio.create_task(link.open(), name="fastkin[intake].connect")
+                await self._opening
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if self._stopping.is_set() and task is not None and not task.cancelling():
+                    return True  # it was stop() that cancelled the attempt
+                raise
+            except (OSError, MqttError) as error:
+                return self._not_connected(link, error)
+            finally:
+                self._opening = None
+            if self._stopping.is_set():
+                link.pause(_STOPPED)
+                self._set_state("draining")
+            await link.ended
+            self._disconnected(link)
+            return False
+        finally:
+            if not link.ended.done():
+                link.abort()
+            self._link = None
+            self.connected.clear()
+            if self._bug is not None:
+                raise self._bug
+
+    def _not_connected(self, link: _Link, error: Exception) -> bool:
+        """True: try at once, in another way."""
+        url = self.broker.url
+        code = error.code if isinstance(error, RefusedError) else None
+        if not self._auto_sure:
+            if self._auto == 5 and (code in _VERSION_CODES or link.shut_at_once):
+                self._auto = 4
+                self._auto_sure = code in _VERSION_CODES or self._silent_fives > 0
+                _LOG.info("%s broker=%s does not take MQTT 5.0: trying 3.1.1", self._where, url)
+                return True
+            self._auto = 5  # a guess that did not help
+        reason = explain(error)
+        if code in _ID_CODES and not self.client_id:
+            self.client_id = f"fastkin-{os.urandom(8).hex()}"
+            _LOG.info("%s broker=%s wants a client id: using %s", self._where, url, self.client_id)
+            return True
+        if isinstance(error, TimeoutError) and error.errno is None:
+            reason = f"no answer within {self.broker.connect_timeout_s:g} s"
+        if code in _AUTH_CODES:
+            reason += "; check user, password and client id, and what the broker's policy allows them"
+        self.last_error = reason
+        say = _LOG.error if code is not None else _LOG.warning
+        say("%s broker=%s client=%s cannot connect: %s", self._where, url, ascii(self.client_id), reason)
+        return False
+
+    def _disconnected(self, link: _Link) -> None:
+        self.disconnects += 1
+        lived = link.loop.time() - link.began
+        if lived >= _WORKED_S:
+            self._attempts = self._early = 0
+        elif link.subscribing:
+            self._early += 1
+        if not self._auto_sure and self._auto == 4:
+            # 5.0 was not refused in words: ask once more, the broker may just have been starting.
+            self._silent_fives += 1
+            self._auto = 5
+        if self._stopping.is_set():
+            _LOG.info("%s broker=%s disconnected: %s", self._where, self.broker.url, link.reason)
+            return
+        self.last_error = link.reason
+        _LOG.warning(
+            "%s broker=%s client=%s connection lost after %.1f s: %s",
+            self._where, self.broker.url, ascii(self.client_id), lived, link.reason,
+        )  # fmt: skip
+        if self._early == _EARLY_MOST and link.code != _TAKEN_OVER:
+            _LOG.error(
+                "%s broker=%s client=%s the connection was lost %d times in a row soon after subscribing: does the"
+                " broker's policy allow these filters to this client, and does another client use the same client id?"
+                " Going on with a growing delay",
+                self._where, self.broker.url, ascii(self.client_id), self._early,
+            )  # fmt: skip
+
+    # -- what a link reports ---------------------------------------------------------------------
+
+    def _opened(self, link: _Link, connack: Connack) -> None:
+        self.connects += 1
+        broker = self.broker
+        assigned = connack.properties.get("assigned_client_identifier")
+        client = self.client_id or str(assigned or "")
+        _LOG.info(
+            "%s broker=%s client=%s connected (MQTT %s, %s)",
+            self._where, broker.url, ascii(client), "5.0" if link.version == 5 else "3.1.1",
+            "the broker has our session" if connack.session_present else "new session",
+        )  # fmt: skip
+        if broker.clean_session:
+            return
+        if self._had_session and not connack.session_present:
+            _LOG.warning(
+                "%s broker=%s client=%s the broker has lost our session: what was published meanwhile is lost",
+                self._where, broker.url, ascii(client),
+            )  # fmt: skip
+        self._had_session = True
+        expiry = connack.properties.get("session_expiry_interval")
+        if isinstance(expiry, int) and expiry < broker.session_expiry_s:
+            _LOG.warning(
+                "%s broker=%s keeps our session for %d s only, %d were asked for",
+                self._where, broker.url, expiry, broker.session_expiry_s,
+            )  # fmt: skip
+
+    def _subscribed(self, granted: Sequence[tuple[str, int]], refused: Sequence[tuple[str, int, int]]) -> None:
+        for topic_filter, qos, code in refused:
+            self.last_error = f"the broker refused to subscribe {topic_filter}: {reason_text(code)}"
+            _LOG.error(
+                "%s broker=%s client=%s filter=%s subscription with QoS %d refused: %s; check the broker's policy for"
+                " this client. Asking again in %.0f s",
+                self._where, self.broker.url, ascii(self.client_id), ascii(topic_filter), qos, reason_text(code),
+                self.broker.reconnect_max_s,
+            )  # fmt: skip
+        asked = dict(self.subscriptions)
+        for topic_filter, qos in granted:
+            if qos < asked.get(topic_filter, 0):
+                _LOG.warning(
+                    "%s broker=%s filter=%s QoS %d was asked for and %d granted%s",
+                    self._where, self.broker.url, ascii(topic_filter), asked[topic_filter], qos,
+                    ": messages may be lost" if qos == 0 else "",
+                )  # fmt: skip
+        if granted:
+            shown = ", ".join(f"{topic!a} QoS {qos}" for topic, qos in granted[:_FILTERS_SHOWN])
+            more = f" and {len(granted) - _FILTERS_SHOWN} more" if len(granted) > _FILTERS_SHOWN else ""
+            _LOG.info("%s broker=%s subscribed %s%s", self._where, self.broker.url, shown, more)
+        if self._stopping.is_set():
+            return
+        if refused:
+            self._set_state("refused")
+        else:
+            self.connected.set()
+            self._set_state("connected")
+
+    def _failed(self, error: Exception) -> None:
+        """A bug of ours, or of what on_read() calls: run() raises it."""
+        if self._bug is None:
+            self._bug = error
+
+
+class _Link(Receiver):
+    """One connection: what asyncio calls when bytes come, and what is written."""
+
+    def __init__(self, intake: Intake, version: int) -> None:
+        broker = intake.broker
+        self.intake = intake
+        self.version = version
+        self.loop = asyncio.get_running_loop()
+        self.session = Session(
+            version=version,
+            ledger=intake.ledger,
+            router=intake.router,
+            receive_maximum=broker.receive_maximum,
+            max_packet_bytes=broker.max_packet_bytes,
+            topic_alias_maximum=broker.topic_alias_maximum,
+        )
+        self.wire: Wire | None = None
+        self.ended: asyncio.Future[None] = self.loop.create_future()
+        self.began = 0.0  # when CONNACK came
+        self.up = False  # CONNACK has come, and nothing ended the connection yet
+        self.subscribing = False
+        self.coalescing = False
+        self.reason = ""  # why it ended
+        self.code = 0
+        self._ready: asyncio.Future[None] = self.loop.create_future()  # CONNACK, or why there is none
+        self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # nobody may be waiting
+        self._sent_at = 0.0
+        self._heard = False  # bytes have come
+        self._deaf = False  # what still comes is thrown away
+        self._dump: memoryview | None = None
+        self._busy = False
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+        self._paused = 0
+        self._stalled_at = 0.0
+        self._alive_at = 0.0  # the broker was heard, or could not be because we did not listen
+        self._keep_alive = float(broker.keep_alive_s)
+
+        self._next_id = 0
+        self._asked: dict[int, list[tuple[str, int]]] = {}  # SUBSCRIBE without its SUBACK
+        self._granted: list[tuple[str, int]] = []
+        self._refused: list[tuple[str, int, int]] = []
+
+        self._look_at = 0.0  # when the rate was last looked at
+        self._look_messages = 0
+        self._look_reads = 0
+        self._look_bytes = 0
+        self._pause_s = broker.coalesce_ms / 1000 if broker.scheme in {"mqtt", "mqtts"} else 0.0
+
+    # -- opening ---------------------------------------------------------------------------------
+
+    @property
+    def shut_at_once(self) -> bool:
+        """The peer took our CONNECT and closed without a word."""
+        return bool(self._sent_at) and not self._heard and self.ended.done() and self.code == 0
+
+    async def open(self) -> None:
+        """To CONNACK. Raises what explain() explains."""
+        try:
+            async with asyncio.timeout(self.intake.broker.connect_timeout_s):
+                await open_wire(self.intake.broker, self, self.intake._tls)
+                await self._ready
+        except BaseException:
+            self.abort()
+            raise
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.wire = cast("Wire", transport)
+        broker = self.intake.broker
+        clean = broker.clean_session
+        password = None if broker.password is None else broker.password.encode()
+        # 3.1.1 has no password without a user name, but an empty name will do
+        user = broker.user or ("" if password is not None and self.version == 4 else None)
+        self._sent_at = self._alive_at = self._look_at = self.loop.time()
+        try:
+            packet = self.session.connect(
+                client_id=self.intake.client_id,
+                user=user,
+                password=password,
+                clean_start=clean,
+                keep_alive=broker.keep_alive_s,
+                session_expiry=0 if clean or self.version == 4 else broker.session_expiry_s,
+            )
+        except Exception as error:  # noqa: BLE001 - a setting that nobody validated
+            self._bug(error)
+            return
+        self.wire.write(packet)
+
+    # -- reading: the hot path, once per read -----------------------------------------------------
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._deaf:
+            if self._dump is None:
+                self._dump = memoryview(bytearray(65_536))
+            return self._dump
+        return self.session.get_buffer(sizehint)
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._deaf:
+            return
+        session = self.session
+        now = session.now = self.intake.last_read = self.loop.time()
+        before = session.messages
+        self._busy = True
+        try:
+            flags = session.feed(nbytes)
+        except Exception as error:  # noqa: BLE001 - sorted in _broken()
+            self._broken(error, session.messages - before)
+            return
+        self._took(flags, session.messages - before, nbytes, now)
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
+        session = self.session
+        now = session.now = self.intake.last_read = self.loop.time()
+        before = session.messages
+        self._busy = True
+        try:
+            flags = session.feed_data(data)
+        except Exception as error:  # noqa: BLE001
+            self._broken(error, session.messages - before)
+            return
+        self._took(flags, session.messages - before, len(data), now)
+
+    def resume(self) -> None:
+        """Offer what a sink refused, then read on."""
+        if not self._paused & _STALL or self._paused & _STOPPED or self._deaf:
+            return
+        if self._busy:  # from within on_read(): what stalled just now is not offered again before it returns
+            self.loop.call_soon(self.resume)
+            return
+        session = self.session
+        now = session.now = self.loop.time()
+        before = session.messages
+        self._busy = True
+        try:
+            flags = session.resume()
+        except Exception as error:  # noqa: BLE001
+            self._broken(error, session.messages - before)
+            return
+        if not flags & STALLED:
+            self._unpause(_STALL)
+        self._took(flags, session.messages - before, 0, now)
+
+    def _took(self, flags: int, taken: int, nbytes: int, now: float) -> None:
+        """After each feed."""
+        intake = self.intake
+        self._heard = True
+        try:
+            if taken:
+                intake.messages += taken
+                intake.reads += 1
+                intake.window.received(intake.ledger.unacked, now)
+            if flags:
+                if flags & STALLED:
+                    self.pause(_STALL)
+                if flags & EVENTS:
+                    self._events()
+                if flags & OUTPUT:
+                    self.flush()
+            if taken or flags & STALLED:
+                intake.on_read()
+        except Exception as error:  # noqa: BLE001
+            self._bug(error)
+            return
+        finally:
+            self._busy = False
+        if self._pause_s:
+            self._coalesce(taken, nbytes, now)
+
+    def _coalesce(self, taken: int, nbytes: int, now: float) -> None:
+        """A pause after a small read, while many messages come in small reads.
+
+        Each wake-up costs 20-30 us whatever it brings; behind a broker that sends message by message a
+        short pause makes one read of ten. A pause is pointless when the window is exhausted: the broker
+        waits for us.
+        """
+        self._look_messages += taken
+        self._look_reads += 1
+        self._look_bytes += nbytes
+        elapsed = now - self._look_at
+        if elapsed >= _COALESCE_LOOK_S:
+            rate = self._look_messages / elapsed
+            self.coalescing = (
+                rate >= (_COALESCE_OFF if self.coalescing else _COALESCE_ON)
+                and self._look_bytes < self._look_reads * _COALESCE_READ
+            )
+            self._look_at = now
+            self._look_messages = self._look_reads = self._look_bytes = 0
+        if (
+            self.coalescing
+            and nbytes < _COALESCE_READ
+            and not self._paused
+            and not self._deaf
+            and self.intake.ledger.unacked < self.intake.window.granted
+        ):
+            self.pause(_COALESCE)
+            self.loop.call_later(self._pause_s, self._unpause, _COALESCE)
+
+    # -- pausing -----------------------------------------------------------------------------------
+
+    @property
+    def stalled(self) -> bool:
+        return bool(self._paused & _STALL)
+
+    def stalled_for(self) -> float:
+        return self.loop.time() - self._stalled_at if self._paused & _STALL else 0.0
+
+    def pause(self, why: int) -> None:
+        if self._paused & why or self.wire is None:
+            return
+        if why == _STALL:
+            self._stalled_at = self.loop.time()
+        if not self._paused:
+            self.wire.pause_reading()
+        self._paused |= why
+
+    def _unpause(self, why: int) -> None:
+        if not self._paused & why or self.wire is None:
+            return
+        if why == _STALL:
+            self.intake._paused_s += self.stalled_for()
+        self._paused &= ~why
+        if not self._paused and not self.wire.is_closing():
+            if why != _COALESCE:
+                # What the broker said meanwhile is unread: the time counts as alive.
+                self._alive_at = self.loop.time()
+            self.wire.resume_reading()
+
+    # -- control packets -------------------------------------------------------------------------
+
+    def _events(self) -> None:
+        for event in self.session.take_events():
+            if self._deaf:
+                return
+            if isinstance(event, Suback):
+                self._suback(event)
+            elif isinstance(event, Connack):
+                self._connack(event)
+            elif isinstance(event, Disconnect):
+                self.code = event.code
+                self._give_up(farewell(event), None)
+            elif not isinstance(event, Pingresp):
+                self._give_up(f"malformed MQTT from the broker: {type(event).__name__} for nothing we sent", 0x82)
+
+    def _connack(self, connack: Connack) -> None:
+        if connack.code:
+            error = refusal(connack)
+            self.code = connack.code
+            self.reason = str(error)
+            if not self._ready.done():
+                self._ready.set_exception(error)
+            return
+        now = self.loop.time()
+        self.intake.window.round_trip_s = now - self._sent_at
+        self.began = self._alive_at = now
+        self.up = True
+        keep_alive = connack.properties.get("server_keep_alive")
+        if isinstance(keep_alive, int):
+            self._keep_alive = float(keep_alive)
+        self.intake._opened(self, connack)
+        if not self._ready.done():
+            self._ready.set_result(None)
+        self._subscribe(self.intake.subscriptions)
+        if self._keep_alive:
+            self._timers["ping"] = self.loop.call_later(self._keep_alive / 2, self._ping)
+
+    def _subscribe(self, filters: Sequence[tuple[str, int]]) -> None:
+        assert self.wire is not None
+        self.subscribing = True
+        out = []
+        for at in range(0, len(filters), FILTERS_PER_PACKET):
+            part = list(filters[at : at + FILTERS_PER_PACKET])
+            self._next_id = self._next_id % 65_535 + 1
+            self._asked[self._next_id] = part
+            out.append(self.session.subscribe(self._next_id, part))
+        if out:
+            self.wire.write(b"".join(out))
+            self._await_subacks()
+
+    def _await_subacks(self) -> None:
+        self._timers["suback"] = self.loop.call_later(self.intake.broker.connect_timeout_s, self._no_suback)
+
+    def _no_suback(self) -> None:
+        if self._paused:  # it may be behind what we do not read
+            self._await_subacks()
+        elif self._asked:
+            self._give_up(f"no SUBACK within {self.intake.broker.connect_timeout_s:g} s", 0x83)
+
+    def _suback(self, suback: Suback) -> None:
+        asked = self._asked.pop(suback.packet_id, None)
+        if asked is None or len(asked) != len(suback.codes):
+            self._give_up("malformed MQTT from the broker: a SUBACK that answers no SUBSCRIBE of ours", 0x82)
+            return
+        for (topic_filter, qos), code in zip(asked, suback.codes, strict=True):
+            if code >= 0x80:
+                self._refused.append((topic_filter, qos, code))
+            else:
+                self._granted.append((topic_filter, code))
+        if self._asked:
+            return
+        self._timers.pop("suback").cancel()
+        granted, self._granted = self._granted, []
+        refused, self._refused = self._refused, []
+        if refused:
+            again = [(topic_filter, qos) for topic_filter, qos, _ in refused]
+            self._timers["again"] = self.loop.call_later(
+                self.intake.broker.reconnect_max_s, self._subscribe_again, again
+            )
+        self.intake._subscribed(granted, refused)
+
+    def _subscribe_again(self, filters: list[tuple[str, int]]) -> None:
+        if self.up and not self._paused & _STOPPED:
+            self._subscribe(filters)
+
+    # -- keep-alive ---------------------------------------------------------------------------------
+
+    def _ping(self) -> None:
+        """Twice per keep-alive, whether we read or not. Silence is death only while we listen."""
+        assert self.wire is not None
+        now = self.loop.time()
+        if self._paused & (_STALL | _STOPPED):
+            self._alive_at = now
+        else:
+            self._alive_at = max(self._alive_at, self.intake.last_read)
+            if now - self._alive_at > 1.5 * self._keep_alive:
+                self._give_up(
+                    f"the broker has been silent for {now - self._alive_at:.0f} s: it is taken for dead", None
+                )
+                return
+        self.wire.write(self.session.pingreq())
+        self._timers["ping"] = self.loop.call_later(self._keep_alive / 2, self._ping)
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Acknowledgements that are ready, as one run."""
+        if not self.up or self.wire is None:
+            return
+        intake = self.intake
+        unacked = intake.ledger.unacked
+        output = self.session.take_output()
+        if output:
+            if not self._paused & (_STALL | _STOPPED):
+                intake.window.acknowledging(unacked, self.loop.time(), intake.last_read)
+            self.wire.write(output)
+        if intake.ledger.failed and not intake._stopping.is_set():
+            self._give_up("a record can neither be stored nor set aside: the broker shall send it again", None)
+
+    # -- ending ------------------------------------------------------------------------------------
+
+    def _broken(self, error: Exception, taken: int) -> None:
+        """feed() raised: the broker's fault, or ours."""
+        self._busy = False
+        self._heard = True
+        if not isinstance(error, ProtocolError):
+            self._bug(error)
+            return
+        self._took(EVENTS, taken, 0, self.loop.time())  # what came before: a DISCONNECT says more
+        if not self._deaf:
+            self._give_up(str(error), error.code, error)
+
+    def _bug(self, error: Exception) -> None:
+        self.intake._failed(error)
+        self.reason = f"{type(error).__name__}: {error}"
+        if not self._ready.done():
+            self._ready.set_exception(MqttError(self.reason))
+        self.abort()
+
+    def _give_up(self, reason: str, code: int | None, error: MqttError | None = None) -> None:
+        """End the connection; `code` goes to a 5.0 broker."""
+        self.reason = self.reason or reason
+        if not self._ready.done():
+            self._ready.set_exception(error or MqttError(reason))
+        if self.wire is None:
+            return
+        if self.up and code is not None and self.version == 5:
+            self.wire.write(self.session.disconnect(code))
+        self.up = False
+        self._deaf = True
+        self.wire.close()
+        # close() waits for what is to be written; a dead peer never takes it.
+        self._timers["linger"] = self.loop.call_later(_LINGER_S, self.abort)
+
+    async def leave(self) -> None:
+        """The last acknowledgements, then DISCONNECT; the broker closes.
+
+        What is unread is read and thrown away meanwhile: closing a socket with unread bytes would send a
+        reset, and that may overtake our acknowledgements.
+        """
+        assert self.wire is not None
+        self.flush()
+        self.up = False
+        self.reason = "we left"
+        self._deaf = True
+        self.wire.write(self.session.disconnect(0))
+        self._unpause(_COALESCE)
+        self._unpause(_STALL)
+        self._unpause(_STOPPED)
+        await self._end_within(_LEAVE_S)
+        self.wire.close()
+        await self._end_within(_LINGER_S)
+        self.abort()
+        await asyncio.wait([self.ended])
+
+    async def _end_within(self, seconds: float) -> None:
+        if not self.ended.done():
+            await asyncio.wait([self.ended], timeout=seconds)
+
+    def abort(self) -> None:
+        self.up = False
+        self._deaf = True
+        if self.wire is not None:
+            self.wire.abort()
+
+    def eof_received(self) -> bool:
+        return False  # close
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.up = False
+        self._deaf = True
+        for timer in self._timers.values():
+            timer.cancel()
+        if self._paused & _STALL:
+            self.intake._paused_s += self.stalled_for()
+        self._paused = 0
+        if isinstance(exc, ssl.SSLError):
+            self.code = -1  # not a broker that refuses the version
+        if not self.reason:
+            self.reason = explain(exc) if exc is not None else "the broker closed the connection"
+        if not self.ended.done():
+            self.ended.set_result(None)
+        if not self._ready.done():
+            self._ready.set_exception(exc if exc is not None else MqttError(self.reason))

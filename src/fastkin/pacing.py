@@ -1,0 +1,260 @@
+"""When to send, how much, and how soon to try again. Pure: clock values and the random source are passed in.
+
+Theory of operation. A Kinesis shard takes 1,000 records/s and 1 MiB/s and answers what is above with
+ProvisionedThroughputExceededException, record by record. Sending less in the first place is cheaper for
+everybody, so each shard has a token bucket (`Rate`). Other producers share the shard, so the bucket's rate is
+lowered to what was really stored when a throttle is seen, and grows again as long as none is. Keys drawn at
+random spread evenly: such records are paced by one bucket for the whole stream, sized by the slowest shard;
+records with keys of their own are paced shard by shard, so that a hot shard waits alone.
+
+A call that fails as a whole says something about the way to Kinesis, not about a shard: `Concurrency` halves
+the calls in flight, and `Backoff` spaces the attempts with decorrelated jitter.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from random import Random
+
+# Quotas of a provisioned shard, https://docs.aws.amazon.com/streams/latest/dev/service-sizes-and-limits.html
+SHARD_RECORDS_PER_S = 1000.0
+SHARD_BYTES_PER_S = 1024.0 * 1024.0
+
+_HOLD_S = 0.25  # after a throttle the rate stays put this long: answers to older calls are still coming
+_CUT_EVERY_S = 0.1  # throttles closer together than this are one event
+_GROWTH_PER_S = 2.0  # e-fold rate of recovery: a tenth of the rate is whole again in about 1.2 s
+_ASK_AGAIN_S = 0.1
+_FLOOR = 10.0  # records/s: never so slow that the end of a throttle goes unnoticed
+_WINDOW_S = 0.25  # over which the stored rate is measured
+_BURST_S = 0.25  # what a bucket holds when full, in seconds of its rate
+_CALL_RECORDS = 500.0  # a bucket must be able to hold one full call
+_DUST = 1e-6  # of a token: rounding must not turn into a wait too short to pass
+
+
+class Backoff:
+    """Decorrelated jitter: each delay is drawn between `base_s` and three times the one before, up to `cap_s`.
+
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    """
+
+    __slots__ = ("_last", "_random", "base_s", "cap_s")
+
+    def __init__(self, base_s: float, cap_s: float, random: Random) -> None:
+        self.base_s = base_s
+        self.cap_s = cap_s
+        self._random = random
+        self._last = base_s
+
+    def next(self) -> float:
+        self._last = min(self.cap_s, self._random.uniform(self.base_s, self._last * 3))
+        return self._last
+
+    def reset(self) -> None:
+        self._last = self.base_s
+
+
+class Concurrency:
+    """How many calls may be open: halved when a call fails as a whole, raised by one per round of successes."""
+
+    __slots__ = ("_limit", "maximum")
+
+    def __init__(self, maximum: int) -> None:
+        self.maximum = maximum
+        self._limit = float(maximum)
+
+    @property
+    def limit(self) -> int:
+        return int(self._limit)
+
+    def succeeded(self) -> None:
+        self._limit = min(self.maximum, self._limit + 1.0 / self._limit)
+
+    def failed(self) -> None:
+        self._limit = max(1.0, self._limit / 2)
+
+
+class Rate:
+    """A token bucket in records and bytes whose rate follows what the other side takes.
+
+    `cap_records` and `cap_bytes` (per second) may be infinite: then nothing is held back until the first
+    throttle shows what the limit is.
+    """
+
+    __slots__ = (
+        "_bytes", "_cut_at", "_last", "_limit", "_records", "_seen", "_seen_at", "_sent", "_throttled_at",
+        "cap_bytes", "cap_records", "stored_per_s",
+    )  # fmt: skip
+
+    def __init__(self, now: float, cap_records: float = math.inf, cap_bytes: float = math.inf) -> None:
+        self.cap_records = cap_records
+        self.cap_bytes = cap_bytes
+        self._limit = cap_records
+        self._last = now
+        self._records = self._capacity(cap_records, _CALL_RECORDS)
+        self._bytes = self._capacity(cap_bytes, SHARD_BYTES_PER_S)
+        self._throttled_at = -math.inf
+        self._cut_at = -math.inf
+        self.stored_per_s = 0.0
+        self._seen = 0.0
+        self._sent = 0.0
+        self._seen_at = now
+
+    @staticmethod
+    def _capacity(rate: float, least: float) -> float:
+        return math.inf if rate == math.inf else max(rate * _BURST_S, least)
+
+    @property
+    def limit(self) -> float:
+        """Records per second let through now."""
+        return self._limit
+
+    @property
+    def adapted(self) -> bool:
+        """Whether throttling holds the rate below its cap."""
+        return self._limit < self.cap_records
+
+    def _refill(self, now: float) -> None:
+        passed = now - self._last
+        if passed <= 0:
+            return
+        self._last = now
+        if self._limit < self.cap_records and now - self._throttled_at > _HOLD_S:
+            self._limit = min(self.cap_records, self._limit * math.exp(_GROWTH_PER_S * min(passed, 1.0)))
+            # Without a cap there is no end to grow to: far above what is stored the bucket has no say.
+            if self.cap_records == math.inf and self._limit > 20 * max(self.stored_per_s, _FLOOR):
+                self._limit = math.inf
+        if self._limit == math.inf:
+            self._records = math.inf
+        else:
+            room = self._capacity(self._limit, _CALL_RECORDS)
+            self._records = min(room, self._records + self._limit * passed)
+        if self.cap_bytes != math.inf:
+            share = 1.0 if self.cap_records == math.inf else self._limit / self.cap_records
+            rate = self.cap_bytes * min(share, 1.0)
+            self._bytes = min(self._capacity(rate, SHARD_BYTES_PER_S), self._bytes + rate * passed)
+
+    def wait(self, now: float, records: float, nbytes: float) -> float:
+        """Seconds until a call with that load may go, or is worth asking for again: 0.0 when it may go now.
+
+        A load larger than the bucket waits for a full one.
+        """
+        self._refill(now)
+        delay = 0.0
+        need = min(records, self._capacity(self._limit, _CALL_RECORDS))
+        if need - self._records > _DUST:
+            delay = (need - self._records) / self._limit
+        if self.cap_bytes != math.inf:
+            share = 1.0 if self.cap_records == math.inf else min(self._limit / self.cap_records, 1.0)
+            # of the bucket as it is now: a throttled one is smaller and would never hold what a full one does
+            need = min(nbytes, self._capacity(self.cap_bytes * share, SHARD_BYTES_PER_S))
+            if need - self._bytes > _DUST:
+                delay = max(delay, (need - self._bytes) / (self.cap_bytes * share))
+        # While the rate grows, what was computed from the rate of now is too long.
+        return min(delay, _ASK_AGAIN_S) if self.adapted else delay
+
+    def take(self, records: float, nbytes: float) -> None:
+        """Spend tokens for a call that goes out; the bucket may go into debt for an oversized one."""
+        self._records -= records
+        self._bytes -= nbytes
+        self._sent += records
+
+    def stored(self, now: float, records: float) -> None:
+        """Note what an answer says is stored: the measure for the rate after a throttle."""
+        self._seen += records
+        passed = now - self._seen_at
+        if passed >= _WINDOW_S:
+            self.stored_per_s = self._seen / passed
+            self._seen = self._sent = 0.0
+            self._seen_at = now
+
+    def throttled(self, now: float) -> None:
+        """The other side took less than was sent: follow it down, at most to half in one step."""
+        self._refill(now)
+        self._throttled_at = now
+        if now - self._cut_at < _CUT_EVERY_S:
+            return
+        self._cut_at = now
+        target = self.stored_per_s * 0.95  # what was stored is what there is room for
+        if self._limit != math.inf:
+            target = min(self._limit, max(target, self._limit / 2))
+        elif not self.stored_per_s:
+            # Just after the start nothing is measured yet: half of what was sent is a better guess than nothing.
+            target = self._sent / max(now - self._seen_at, _WINDOW_S) / 2
+        self._limit = max(target, min(_FLOOR, self.cap_records))
+        self._records = min(self._records, self._capacity(self._limit, _CALL_RECORDS), self._limit * 0.05)
+
+
+class Pacer:
+    """The buckets of one stream: one for evenly spread keys, one per shard for keys with a place of their own.
+
+    A load maps shard ordinal to (records, bytes); ordinal -1 means spread evenly, or unknown.
+    """
+
+    __slots__ = ("_shards", "even", "shard_bytes", "shard_records")
+
+    def __init__(
+        self,
+        now: float,
+        *,
+        shard_records: float = SHARD_RECORDS_PER_S,
+        shard_bytes: float = SHARD_BYTES_PER_S,
+    ) -> None:
+        self.shard_records = shard_records
+        self.shard_bytes = shard_bytes
+        self.even = Rate(now)
+        self._shards: list[Rate] = []
+
+    def set_shards(self, now: float, shares: Sequence[float]) -> None:
+        """The shard map is known (or has changed): `shares` is each open shard's part of the key space."""
+        largest = max(shares)
+        self.even = Rate(now, self.shard_records / largest, self.shard_bytes / largest)
+        self._shards = [Rate(now, self.shard_records, self.shard_bytes) for _ in shares]
+
+    def clear_shards(self, now: float) -> None:
+        """No map, or an on-demand stream whose capacity is not its shards': learn from throttles alone."""
+        self.even = Rate(now)
+        self._shards = []
+
+    def _rate(self, shard: int) -> Rate:
+        # A batch that was encoded under a former map may name a shard that is gone: then it counts as spread.
+        return self._shards[shard] if 0 <= shard < len(self._shards) else self.even
+
+    def admit(self, now: float, load: Mapping[int, tuple[int, int]]) -> tuple[float, list[int]]:
+        """(seconds the evenly spread part must wait, shards of the load that have no room now)."""
+        delay = 0.0
+        held: list[int] = []
+        for shard, (records, nbytes) in load.items():
+            rate = self._rate(shard)
+            wait = rate.wait(now, records, nbytes)
+            if wait > 0.0:
+                if rate is self.even:
+                    delay = max(delay, wait)
+                else:
+                    held.append(shard)
+        return delay, held
+
+    def shard_wait(self, now: float, shard: int, records: int, nbytes: int) -> float:
+        return self._rate(shard).wait(now, records, nbytes)
+
+    def sent(self, load: Mapping[int, tuple[int, int]]) -> None:
+        for shard, (records, nbytes) in load.items():
+            self._rate(shard).take(records, nbytes)
+
+    def stored(self, now: float, load: Mapping[int, tuple[int, int]]) -> None:
+        for shard, (records, _) in load.items():
+            self._rate(shard).stored(now, records)
+
+    def throttled(self, now: float, shard: int | None, *, even: bool) -> None:
+        """`shard` is the ordinal the answer named; `even` says the throttled records were evenly spread."""
+        if even or shard is None:
+            self.even.throttled(now)
+        else:
+            self._rate(shard).throttled(now)
+
+    @property
+    def adapted(self) -> bool:
+        return self.even.adapted or any(rate.adapted for rate in self._shards)

@@ -1,0 +1,286 @@
+"""The embeddable producer: records in, receipts out, on the same stages as the service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from fastkin._codec import DRAIN, FAILED, Budget, KeyPlan, Lane, ShardTable
+from fastkin.config import MIB, Kinesis
+from fastkin.errors import ClosedError, ConfigError, KinesisError, LibraryError, RecordFailed
+from fastkin.flusher import Flusher
+from fastkin.keys import KeySpecError, key_plan
+from fastkin.kinesis import make_client
+from fastkin.sender import Sender
+from fastkin.shards import ShardMap
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from fastkin._codec import Batch, Receipt
+
+
+class Producer:
+    """Puts records into one stream; batching, pacing, retries and memory bounds included.
+
+        async with Producer("welders", region="eu-west-1") as producer:
+            receipt = await producer.put(b"...")
+            result = await receipt        # PutResult(shard_id, sequence_number), or raises
+
+    `put` waits only for room in the budget. A receipt costs next to nothing until it is awaited. Leaving the
+    block flushes and waits until everything has ended.
+    """
+
+    def __init__(
+        self,
+        stream: str | None = None,
+        *,
+        stream_arn: str | None = None,
+        region: str | None = None,
+        endpoint_url: str | None = None,
+        access_key: str | None = None,
+        secret_key: str | None = None,
+        session_token: str | None = None,
+        profile: str | None = None,
+        role_arn: str | None = None,
+        external_id: str | None = None,
+        session_name: str | None = None,
+        transport: Literal["auto", "native", "sdk"] = "auto",
+        partition_key: str = "uuid",
+        linger_ms: float = 50.0,
+        max_records: int = 500,
+        max_batch_bytes: int = 5 * MIB,
+        max_record_bytes: int = 1 * MIB,
+        max_connections: int = 16,
+        request_timeout_s: float = 30.0,
+        budget_bytes: int = 64 * MIB,
+        budget_records: int = 1_000_000,
+        aggregate_bytes: int = 0,
+        shard_map: bool = True,
+    ) -> None:
+        """One of `stream` and `stream_arn` is needed; credentials come from the SDK's chain unless given.
+
+        partition_key: the default for `put`: "uuid", "static:X", "field:a.b", "none" (only on streams that
+            choose shards themselves).
+        max_records, max_batch_bytes, max_record_bytes: limits of one call and one record; data before base64
+            plus the UTF-8 bytes of the partition key (the API's PutRecords page).
+        budget_bytes, budget_records: what may be held, buffered and in flight together.
+        aggregate_bytes: above 0, records are packed in KPL aggregates up to that size.
+        shard_map: read the stream's shards to pace by shard (needs kinesis:ListShards; without the permission
+            limits are learned from throttles).
+
+        LibraryError: an argument is wrong. Nothing is sent and no file or socket is opened here.
+        """
+        if not (stream or stream_arn):
+            raise LibraryError("Non empty argument required: stream or stream_arn")
+        try:
+            kind, parts = key_plan(partition_key)
+            if any(part[0] in {"topic", "level"} for part in parts):
+                raise LibraryError(f"partition_key {partition_key!r}: what is put has no topic; name the key in put()")
+            self._settings = Kinesis(
+                stream=stream, stream_arn=stream_arn, region=region, endpoint_url=endpoint_url,
+                access_key=access_key, secret_key=secret_key, session_token=session_token,
+                profile=profile, role_arn=role_arn, external_id=external_id, session_name=session_name,
+                transport=transport, max_connections=max_connections, request_timeout_s=request_timeout_s,
+            )  # fmt: skip
+            self._client = make_client(self._settings)
+            self._budget = Budget(budget_bytes, budget_records)
+            self._lane = Lane(
+                settler=None, budget=self._budget, frame="raw", key=KeyPlan(kind, parts),
+                target=self._client.target_json(), max_records=max_records,
+                max_batch_bytes=max_batch_bytes, max_record_bytes=max_record_bytes,
+                aggregate_bytes=aggregate_bytes,
+            )  # fmt: skip
+        except (ConfigError, KeySpecError) as error:
+            raise LibraryError(str(error)) from None
+        self._stream = stream or str(stream_arn)
+        self._linger_s = linger_ms / 1000
+        self._max_records = max_records
+        self._max_batch_bytes = max_batch_bytes
+        self._wants_shards = shard_map
+        self._sender: Sender | None = None
+        self._flusher: Flusher | None = None
+        self._room: deque[asyncio.Future[None]] = deque()
+        self._closed = False
+        self._closing: asyncio.Task[int] | None = None
+        self._hurry = asyncio.Event()  # who closes us will not wait
+        self._starting = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Find credentials and endpoint, read the shard map. KinesisError when the credentials cannot be had."""
+        async with self._starting:
+            if self._closed:
+                raise self._not_open()
+            if self._sender is not None:
+                return
+            try:
+                await self._start()
+            except BaseException:
+                await self._client.close()
+                raise
+
+    async def _start(self) -> None:
+        await self._client.start()
+        sender = Sender(
+            self._lane,
+            self._client,
+            name=self._stream,
+            max_calls=self._settings.max_connections,
+            set_aside=_refuse,
+            on_settled=self._settled,
+            max_records=self._max_records,
+            max_batch_bytes=self._max_batch_bytes,
+        )
+        if self._wants_shards:
+            try:
+                shards = ShardMap(await self._client.list_shards())
+            except (KinesisError, ValueError):
+                pass  # not allowed, or the stream is not there yet: throttles are learned from answers
+            else:
+                self._lane.shards = ShardTable(shards.ends)
+                sender.set_shards(shards)
+        if self._closed:  # close() came while we were asking
+            raise self._not_open()
+        self._flusher = Flusher(self._lane, sender, self._linger_s, asyncio.get_running_loop())
+        self._sender = sender
+
+    async def put(
+        self,
+        data: Buffer,
+        partition_key: str | None = None,
+        explicit_hash_key: str | None = None,
+    ) -> Receipt:
+        """Take one record; wait only while the budget is full.
+
+        data: bytes, bytearray or memoryview, 0 bytes up to max_record_bytes less the key.
+        partition_key: 1..256 characters; None: as the producer was told.
+        explicit_hash_key: decimal, 0..2**128-1.
+
+        RecordError: the record can never be stored. ClosedError: the producer is not open.
+        """
+        flusher = self._flusher
+        if flusher is None or self._closed:
+            raise self._not_open()
+        if self._budget.full:
+            await self._wait_for_room(flusher)
+        receipt = self._lane.put(data, partition_key, explicit_hash_key)
+        if self._lane.attention:
+            flusher.attend()
+        return receipt
+
+    async def put_frame(self, payload: Buffer) -> Receipt:
+        """Take every record of a bulk frame under one receipt (FrameResult). DataFormatError: none was taken."""
+        flusher = self._flusher
+        if flusher is None or self._closed:
+            raise self._not_open()
+        if self._budget.full:
+            await self._wait_for_room(flusher)
+        receipt = self._lane.put_frame(payload)
+        if self._lane.attention:
+            flusher.attend()
+        return receipt
+
+    async def flush(self) -> None:
+        """Send what is open now; return when every receipt given so far has ended, well or not."""
+        if self._flusher is None or self._sender is None or self._closed:
+            raise self._not_open()
+        self._flusher.close(DRAIN)
+        await self._sender.flush()
+
+    async def close(self, timeout_s: float = 30.0) -> int:
+        """Flush, then close. Returns how many records did not end in time: their receipts raise ClosedError.
+
+        May be called again, and while another call is closing: all return the same. A `put` that waits for room
+        raises ClosedError. When the caller is cancelled the flush is cut short, the rest is done all the same.
+        """
+        if self._closing is None:
+            self._closed = True
+            self._closing = asyncio.create_task(self._close(timeout_s), name=f"fastkin[{self._stream}].close")
+        closing = self._closing
+        try:
+            return await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            if not closing.done():
+                self._hurry.set()
+                await asyncio.wait([closing])
+            raise
+
+    async def _close(self, timeout_s: float) -> int:
+        error = ClosedError("the producer was closed before Kinesis stored the record")
+        while self._room:
+            waiter = self._room.popleft()
+            if not waiter.done():
+                waiter.set_exception(error)
+        sender, flusher = self._sender, self._flusher
+        unsettled = 0
+        try:
+            if sender is not None and flusher is not None:
+                flusher.close(DRAIN)
+                flushed = asyncio.create_task(sender.flush())
+                hurried = asyncio.create_task(self._hurry.wait())
+                await asyncio.wait([flushed, hurried], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                for task in (flushed, hurried):
+                    task.cancel()
+                await asyncio.gather(flushed, hurried, return_exceptions=True)
+        finally:
+            if sender is not None and flusher is not None:
+                self._flusher = None
+                flusher.stop()
+                await sender.close()
+                unsettled = self._lane.in_flight
+                for batch in sender.unsent():
+                    batch.finish(FAILED, error)
+                self._lane.abandon(error)
+            await self._client.close()
+        return unsettled
+
+    def stats(self) -> dict[str, Any]:
+        """Counters, in records: received == stored + dropped + in_flight (dropped: refused, or closed too early)."""
+        lane, sender = self._lane, self._sender
+        return {
+            "received": lane.received,
+            "stored": lane.stored,
+            "dropped": lane.dropped,
+            "in_flight": lane.in_flight,
+            "buffered_bytes": self._budget.bytes,
+            "peak_bytes": self._budget.peak_bytes,
+            "calls": sender.calls if sender else 0,
+            "retries": sender.retried if sender else 0,
+            "throttled": sum(sender.throttled.values()) if sender else 0,
+            "duplicates_possible": sender.duplicates_possible if sender else 0,
+            "last_error": sender.last_error if sender else None,
+        }
+
+    def _not_open(self) -> ClosedError:
+        if self._closed:
+            return ClosedError("this producer is closed: make a new one")
+        return ClosedError("this producer is not started: use `async with Producer(...)` or await start()")
+
+    async def _wait_for_room(self, flusher: Flusher) -> None:
+        while self._budget.full and not self._budget.low:
+            flusher.close(DRAIN)
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._room.append(waiter)
+            await waiter
+            if self._closed:  # it may have been closed since we were woken: nobody would send what we put
+                raise self._not_open()
+
+    def _settled(self) -> None:
+        if self._room and self._budget.low:
+            while self._room:
+                waiter = self._room.popleft()
+                if not waiter.done():
+                    waiter.set_result(None)
+
+
+def _refuse(batch: Batch, reason: str) -> None:
+    code, _, message = reason.partition(": ")
+    batch.finish(FAILED, RecordFailed(code, message))

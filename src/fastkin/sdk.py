@@ -1,0 +1,224 @@
+"""The reference way: the same face as KinesisClient, every call made by aiobotocore.
+
+The finished body goes out through the SDK's public events, so its serialiser and parser do nothing;
+signing, retries off, TLS, proxies and connections are the SDK's. Used for transport = "sdk" and behind a
+proxy; tests and benches compare the native way with it. Importing this module loads the SDK.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from aiobotocore.config import AioConfig
+from aiobotocore.credentials import AioCredentials
+from aiobotocore.session import AioSession
+from botocore.credentials import ReadOnlyCredentials
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    HTTPClientError,
+    ReadTimeoutError,
+    SSLError,
+)
+from botocore.exceptions import ConnectionError as SdkConnectionError
+
+from fastkin.credentials import Provider, make_provider
+from fastkin.endpoint import find_region, split_url
+from fastkin.errors import Action, ConfigError, KinesisError, NotSent, TransportError
+from fastkin.kinesis import Client, error_from, tls_context
+from fastkin.transport import IDLE_AWS_S, IDLE_FOREIGN_S, Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
+
+    from typing_extensions import Buffer
+
+    from fastkin.config import Kinesis
+
+_METHODS = {
+    "DescribeStreamSummary": "describe_stream_summary",
+    "DescribeStream": "describe_stream",
+    "ListShards": "list_shards",
+    "CreateStream": "create_stream",
+}
+
+
+class _Finished(list[Any]):
+    """Stands for Records: an empty list that carries the whole body past the serialiser."""
+
+    body: bytes = b""
+
+
+class _RawParser:
+    """Gives the answer's bytes out as they came, errors too: kinesis.py reads both."""
+
+    async def parse(self, response: dict[str, Any], _shape: object) -> dict[str, Any]:
+        return {
+            "ResponseMetadata": {
+                "HTTPStatusCode": response["status_code"],
+                "HTTPHeaders": {k.lower(): v for k, v in response["headers"].items()},
+            },
+            "Body": response["body"],
+        }
+
+
+class _RawParserFactory:
+    def create_parser(self, _protocol: str) -> _RawParser:
+        return _RawParser()
+
+
+class _Bridge(AioCredentials):  # type: ignore[misc]  # the SDK has no types
+    """The SDK asks this for keys before each signature; our provider answers."""
+
+    def __init__(self, provider: Provider, account_id: str | None) -> None:
+        super().__init__("-", "-", account_id=account_id, method="fastkin")
+        self._provider = provider
+
+    async def get_frozen_credentials(self) -> Any:
+        return ReadOnlyCredentials(*await self._provider.get())
+
+
+class _Resolver:
+    def __init__(self, credentials: _Bridge) -> None:
+        self._credentials = credentials
+
+    async def load_credentials(self) -> _Bridge:
+        return self._credentials
+
+
+class SdkClient(Client):
+    """Calls through aiobotocore, with the native client's errors and answers."""
+
+    def __init__(self, kinesis: Kinesis, *, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(kinesis)
+        self._clock = clock
+        self._provider: Provider | None = None
+        self._client: Any = None
+        self._context: AbstractAsyncContextManager[Any] | None = None
+        self.calls = 0
+
+    async def start(self) -> None:
+        """Find keys and make the SDK's client. No call to Kinesis is made."""
+        kinesis = self.kinesis
+        self._provider = self._provider or await make_provider(kinesis)
+        credentials = await self._provider.get()
+        try:
+            session = AioSession(profile=kinesis.profile)
+            region = find_region(kinesis) or session.get_config_variable("region")
+            if not region:
+                raise ConfigError("kinesis.region", "is missing", "set it, or AWS_REGION")
+            if kinesis.endpoint_url:
+                split_url(kinesis.endpoint_url)
+            if kinesis.ca_bundle or os.environ.get("AWS_CA_BUNDLE"):
+                tls_context(kinesis)  # a broken bundle is told now
+            bridge = _Bridge(self._provider, credentials.account_id)
+            session.register_component("credential_provider", _Resolver(bridge))
+            session.register_component("response_parser_factory", _RawParserFactory())
+            foreign = kinesis.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
+            context = session.create_client(
+                "kinesis",
+                region_name=region,
+                endpoint_url=kinesis.endpoint_url or None,
+                verify=kinesis.ca_bundle or None,
+                config=AioConfig(
+                    parameter_validation=False,
+                    retries={"total_max_attempts": 1},
+                    max_pool_connections=kinesis.max_connections,
+                    connect_timeout=kinesis.connect_timeout_s,
+                    read_timeout=kinesis.request_timeout_s,
+                    connector_args={"keepalive_timeout": IDLE_FOREIGN_S if foreign else IDLE_AWS_S},
+                ),
+            )
+            self._client = await context.__aenter__()
+        except BotoCoreError as error:
+            raise ConfigError("kinesis", f"the SDK refuses the settings: {error}") from None
+        self._context = context
+        events = self._client.meta.events
+        events.register("before-parameter-build.kinesis.PutRecords", _take_body)
+        events.register("before-call.kinesis.PutRecords", _put_body)
+
+    async def close(self) -> None:
+        """Close the SDK's client."""
+        context, self._context, self._client = self._context, None, None
+        if context is not None:
+            await context.__aexit__(None, None, None)
+        if self._provider is not None:
+            await self._provider.close()
+
+    async def call(self, target: str, body: Buffer) -> bytes:
+        """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome."""
+        self.calls += 1
+        assert self._provider is not None
+        credentials = await self._provider.get()
+        if self._client is None:
+            raise KinesisError("NotStarted", "the client was not made yet: start() had no credentials")
+        try:
+            return await self._once(target, body)
+        except KinesisError as error:
+            if (
+                error.action is not Action.CREDENTIALS
+                or not self._provider.invalidate(credentials)
+                or await self._provider.get() == credentials
+            ):
+                raise
+        return await self._once(target, body)
+
+    async def _once(self, target: str, body: Buffer) -> bytes:
+        arguments: dict[str, Any]
+        if target == "PutRecords":
+            records = _Finished()
+            records.body = bytes(body)
+            arguments = {"Records": records, **self._target()}
+            method = self._client.put_records
+        else:
+            arguments = orjson.loads(bytes(body))
+            method = getattr(self._client, _METHODS[target])
+        try:
+            answer = await method(**arguments)
+        except ClientError as error:
+            raise await self._told(error.response) from None
+        except (ConnectTimeoutError, ReadTimeoutError) as error:
+            if isinstance(error, ConnectTimeoutError):
+                raise NotSent("ConnectTimeout", str(error)) from None
+            raise TransportError("RequestTimeout", str(error)) from None
+        except SSLError as error:
+            raise NotSent(
+                "CertificateNotTrusted" if "CERTIFICATE_VERIFY" in str(error) else "TlsFailed",
+                str(error),
+                action=Action.OPERATOR,
+            ) from None
+        except EndpointConnectionError as error:
+            raise NotSent("ConnectFailed", str(error)) from None
+        except (HTTPClientError, SdkConnectionError) as error:
+            raise TransportError("ConnectionLost", str(error)) from None
+        except BotoCoreError as error:
+            raise KinesisError("SdkError", str(error), action=Action.OPERATOR) from None
+        found: bytes = answer["Body"]
+        return found
+
+    async def _told(self, response: dict[str, Any]) -> KinesisError:
+        assert self._provider is not None
+        told = response["ResponseMetadata"]
+        reply = Reply(told["HTTPStatusCode"], told["HTTPHeaders"], response["Body"])
+        keys = await self._provider.get()
+        return error_from(reply, self._clock(), (keys.token, keys.secret_key))
+
+
+def _take_body(params: dict[str, Any], context: dict[str, Any], **_: object) -> None:
+    records = params.get("Records")
+    if isinstance(records, _Finished):
+        context["fastkin_body"] = records.body
+
+
+def _put_body(params: dict[str, Any], context: dict[str, Any], **_: object) -> None:
+    body = context.get("fastkin_body")
+    if body is not None:
+        # aiohttp warns of large bytes: it would write them in one go
+        params["body"] = io.BytesIO(body) if len(body) > 2**20 else body

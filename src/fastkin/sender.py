@@ -1,0 +1,585 @@
+"""Calls in flight: takes closed batches, applies pacing, sends, settles entry by entry, sends again what failed.
+
+The order of what goes next: what failed before (the oldest data; its acknowledgements hold back all that
+came later), then the lane's closed batches. A failed entry goes again as the same bytes with the same key,
+so a duplicate can be recognised. Nothing is dropped here: an entry leaves by being stored, or through
+`set_aside` when Kinesis says it can never be stored.
+
+Two kinds of failure are kept apart. An entry that failed says something about its shard: it waits in that
+shard's queue while the others go on. A call that failed says something about the way to Kinesis: the gate
+closes for a while that grows with each failure, and fewer calls are kept open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections import deque
+from random import Random
+from typing import TYPE_CHECKING, Protocol
+
+from fastkin._codec import Batch
+from fastkin.errors import Action, ClosedError, KinesisError, LibraryError, NotSent, TransportError, UnexpectedResponse
+from fastkin.kinesis import classify_record
+from fastkin.pacing import Backoff, Concurrency, Pacer
+from fastkin.shards import shard_in_message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Buffer
+
+    from fastkin._codec import Failure, Lane
+    from fastkin.shards import ShardMap
+
+_LOG = logging.getLogger("fastkin.send")
+
+# Attempts for an entry whose error code nobody documented, before it is set aside.
+_UNKNOWN_CODE_ATTEMPTS = 10
+_WARN_EVERY_S = 5.0
+# The codes AWS documents for a single entry besides throttling: tried for ever.
+_TRANSIENT = frozenset({"InternalFailure", "InternalFailureException", "ServiceUnavailableException"})
+# When somebody must act, ask again slowly and keep the data.
+_OPERATOR_BASE_S = 5.0
+_OPERATOR_CAP_S = 30.0
+_ENTRY_BASE_S = 0.03
+_THROTTLE_CAP_S = 0.3  # the pacer keeps the rate: the wait only needs to spread the retries
+_ENTRY_CAP_S = 5.0
+_CALL_BASE_S = 0.05
+_CALL_CAP_S = 5.0
+_THROTTLE_ERROR_AFTER_S = 60.0
+_LEAST_WAIT_S = 0.001  # a shorter one may vanish in the clock's rounding, and the pump would go round for ever
+
+Load = dict[int, tuple[int, int]]
+
+
+class Client(Protocol):
+    """What the sender needs of a Kinesis client."""
+
+    on_resend: Callable[[Buffer], None] | None
+
+    async def call(self, target: str, body: Batch) -> bytes: ...
+
+
+class _Queue:
+    """What waits to go again for one shard (or for a reason that names none), oldest first."""
+
+    __slots__ = ("alone", "batches", "not_before")
+
+    def __init__(self, *, alone: bool = False) -> None:
+        self.batches: deque[Batch] = deque()
+        self.not_before = 0.0
+        self.alone = alone  # must not share a call: half of one that Kinesis refused
+
+
+class Sender:
+    """Sends one lane's batches to one stream."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        client: Client,
+        *,
+        name: str,
+        max_calls: int,
+        set_aside: Callable[[Batch, str], None],
+        on_settled: Callable[[], None],
+        target: str = "PutRecords",
+        max_records: int = 500,
+        max_batch_bytes: int = 5 * 1024 * 1024,
+        random: Random | None = None,
+    ) -> None:
+        """`set_aside(batch, reason)` takes over what can never be stored; `on_settled()` runs after each answer."""
+        self.lane = lane
+        self.name = name
+        self._client = client
+        client.on_resend = self._resent
+        self._target = target
+        self._set_aside = set_aside
+        self._on_settled = on_settled
+        self._max_records = max_records
+        self._max_bytes = max_batch_bytes
+        self._loop = asyncio.get_running_loop()
+        self._random = random or Random()  # noqa: S311 - jitter, not secrets
+        self.pacer = Pacer(self._loop.time())
+        self.shards: ShardMap | None = None
+        self._concurrency = Concurrency(max_calls)
+        self._gate_backoff = Backoff(_CALL_BASE_S, _CALL_CAP_S, self._random)
+        self._operator_backoff = Backoff(_OPERATOR_BASE_S, _OPERATOR_CAP_S, self._random)
+        self._gate = 0.0  # no call before this time
+        self._failed: dict[str, _Queue] = {}
+        self._next: Batch | None = None  # taken from its queue, waiting for tokens
+        self._tasks: dict[asyncio.Task[None], Batch] = {}  # calls in flight
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._epoch = 0
+        self._serial = itertools.count()
+        self._ever_stored = False
+        self._outstanding: dict[int, int] = {0: 0}  # epoch -> records taken from the lane and not ended
+        self._waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._closing = False
+        self._warned_at = -_WARN_EVERY_S
+        self._unsaid = 0
+        self._throttled_since: float | None = None
+        self.last_error: str | None = None
+        self.calls = 0
+        self.calls_failed = 0
+        self.retried = 0  # records sent again
+        self.throttled: dict[str, int] = {}  # shard id ("" when not told) -> records
+        self.failed_by_code: dict[str, int] = {}
+        self.duplicates_possible = 0  # records of calls whose outcome stayed unknown
+        self.max_in_flight = 0
+
+    # -- what the owner calls ------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        """Calls open now."""
+        return len(self._tasks)
+
+    @property
+    def idle(self) -> bool:
+        return not self._tasks and self._next is None and not self._failed and not self.lane.ready
+
+    def set_shards(self, shards: ShardMap | None) -> None:
+        """Pace by these shards from now on; None: learn from throttles alone."""
+        self.shards = shards
+        if shards is None:
+            self.pacer.clear_shards(self._loop.time())
+        else:
+            self.pacer.set_shards(self._loop.time(), [shard.share for shard in shards.shards])
+
+    def pump(self) -> None:
+        """Start as many calls as may go now; arm a timer for the rest. Cheap when there is nothing to do."""
+        if self._closing:
+            return
+        now = self._loop.time()
+        while len(self._tasks) < self._concurrency.limit:
+            if now < self._gate:
+                self._wake_at(self._gate)
+                return
+            batch = self._next or self._retry(now) or self._fresh()
+            self._next = None
+            if batch is None:
+                return
+            load = batch.shard_load()
+            delay, held = self.pacer.admit(now, load)
+            if held:
+                batch, load = self._hold(batch, held, now)
+                if batch is None:
+                    continue
+            if delay > 0.0:
+                self._next = batch
+                self._wake_at(now + delay)
+                return
+            self.pacer.sent(load)
+            task = self._loop.create_task(self._call(batch, load), name=f"fastkin[{self.name}].call")
+            self._tasks[task] = batch
+            self.max_in_flight = max(self.max_in_flight, len(self._tasks))
+            task.add_done_callback(self._call_done)
+
+    async def flush(self) -> None:
+        """Return when every record that the lane has closed into batches so far has ended.
+
+        ClosedError: the sender was closed before that.
+        """
+        if self._closing:
+            raise _closed()
+        while (batch := self.lane.take()) is not None:
+            self._queue_fresh(batch)
+        mark = self._epoch
+        self._epoch += 1
+        self._outstanding[self._epoch] = 0
+        self.pump()
+        if self._settled_through(mark):
+            return
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiters.append((mark, waiter))
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            with contextlib.suppress(ValueError):
+                self._waiters.remove((mark, waiter))
+            raise
+
+    async def close(self) -> None:
+        """Cancel the calls in flight. What has not ended stays unsettled: see `unsent`."""
+        self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        for _, waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(_closed())
+        self._waiters.clear()
+
+    def unsent(self) -> list[Batch]:
+        """After close(): the batches that never ended, for the owner to fail or forget."""
+        batches = [batch for queue in self._failed.values() for batch in queue.batches]
+        if self._next is not None:
+            batches.append(self._next)
+        self._failed.clear()
+        self._next = None
+        return batches
+
+    # -- what goes next ------------------------------------------------------------------------
+
+    def _fresh(self) -> Batch | None:
+        batch = self.lane.take()
+        if batch is not None:
+            self._adopt(batch)
+        return batch
+
+    def _adopt(self, batch: Batch) -> None:
+        batch.epoch = self._epoch
+        self._outstanding[self._epoch] += len(batch)
+
+    def _queue_fresh(self, batch: Batch) -> None:
+        self._adopt(batch)
+        self._queue("fresh").batches.append(batch)
+
+    def _queue(self, key: str) -> _Queue:
+        queue = self._failed.get(key)
+        if queue is None:
+            queue = self._failed[key] = _Queue()
+        return queue
+
+    def _retry(self, now: float) -> Batch | None:
+        """Gather what is due, over all shards, into one call."""
+        picked: list[Batch] = []
+        records = size = 0
+        soonest = 0.0
+        for key, queue in list(self._failed.items()):
+            if not queue.batches:
+                del self._failed[key]
+                continue
+            if queue.alone:
+                if picked:
+                    continue
+                del self._failed[key]
+                return queue.batches.popleft()
+            if queue.not_before > now:
+                soonest = min(soonest or queue.not_before, queue.not_before)
+                continue
+            while queue.batches:
+                head = queue.batches[0]
+                if picked and (
+                    records + len(head) > self._max_records
+                    or size + head.size > self._max_bytes
+                    or not self._alike(picked[0], head)
+                ):
+                    break
+                picked.append(queue.batches.popleft())
+                records += len(head)
+                size += head.size
+        if soonest:
+            self._wake_at(soonest)
+        if not picked:
+            return None
+        if len(picked) == 1:
+            return picked[0]
+        return self._gather(picked)
+
+    def _alike(self, one: Batch, other: Batch) -> bool:
+        """May these share a call?
+
+        Not when their attempts differ: a record would be given up for the failures of another. And not while
+        somebody waits for a flush that concerns one of them only: under a lasting throttle what fails would
+        take in what is newer again and again, and the flush would never return.
+        """
+        return one.attempts == other.attempts and (one.epoch == other.epoch or not self._waiters)
+
+    def _gather(self, picked: list[Batch]) -> Batch:
+        epoch = min(batch.epoch for batch in picked)
+        attempts = picked[0].attempts
+        for batch in picked:
+            count = len(batch)
+            self._outstanding[batch.epoch] -= count
+            self._outstanding[epoch] += count
+        first, *rest = Batch.gather(picked)
+        for batch in (first, *rest):
+            batch.epoch = epoch
+            batch.attempts = attempts
+        for batch in reversed(rest):
+            self._queue("").batches.appendleft(batch)
+        return first
+
+    def _hold(self, batch: Batch, held: list[int], now: float) -> tuple[Batch | None, Load]:
+        """Take the records of shards without room out of the call; the others need not wait for them."""
+        epoch, attempts = batch.epoch, batch.attempts
+        for shard in held:
+            part, others = batch.split([shard])
+            if part is not None:
+                part.epoch, part.attempts = epoch, attempts
+                queue = self._queue(self._shard_key(shard))
+                queue.batches.append(part)
+                wait = self.pacer.shard_wait(now, shard, len(part), part.size)
+                queue.not_before = max(queue.not_before, now + max(wait, _LEAST_WAIT_S))
+                self._wake_at(queue.not_before)
+            if others is None:
+                return None, {}
+            batch = others
+            batch.epoch, batch.attempts = epoch, attempts
+        return batch, batch.shard_load()
+
+    def _shard_key(self, shard: int) -> str:
+        if self.shards is not None and 0 <= shard < len(self.shards):
+            return self.shards.shards[shard].id
+        return ""
+
+    def _wake_at(self, when: float) -> None:
+        if self._closing:
+            return
+        if self._timer is not None:
+            if self._timer_at <= when:
+                return
+            self._timer.cancel()
+        self._timer_at = when
+        # uvloop rounds timers down to a millisecond: waking early would spin
+        self._timer = self._loop.call_at(when + 0.001, self._woken)
+
+    def _woken(self) -> None:
+        self._timer = None
+        self.pump()
+
+    # -- one call ------------------------------------------------------------------------------
+
+    async def _call(self, batch: Batch, load: Load) -> None:
+        self.calls += 1
+        count = len(batch)
+        epoch, attempts = batch.epoch, batch.attempts
+        try:
+            answer = await self._client.call(self._target, batch)
+            failures = batch.settle(answer)
+        except KinesisError as error:
+            self._call_failed(batch, error)
+        except asyncio.CancelledError:
+            self.duplicates_possible += batch.user_records
+            raise
+        except Exception as error:
+            self._broke(batch, epoch, count, error)
+            self._on_settled()
+            raise
+        else:
+            self._answered(epoch, attempts, count, load, failures)
+        self._on_settled()
+
+    def _call_done(self, task: asyncio.Task[None]) -> None:
+        batch = self._tasks.pop(task)
+        if task.cancelled():
+            # Perhaps before its first step, so this cannot be left to the task itself.
+            self._queue("").batches.appendleft(batch)
+        elif (error := task.exception()) is not None:
+            # Nothing may fail here: what does is a bug, and hiding it would lose data quietly.
+            self._loop.call_exception_handler(
+                {
+                    "message": f"fastkin[{self.name}]: the sender failed",
+                    "exception": error,
+                    "task": task,
+                }
+            )
+        self.pump()
+
+    def _broke(self, batch: Batch, epoch: int, count: int, error: Exception) -> None:
+        """Something that is no answer of Kinesis: a bug, or a setting that shows only now. The data is kept."""
+        try:
+            batch.shard_load()
+        except LibraryError:
+            self._ended(epoch, count)  # it was settled, and one of those who were told raised
+        else:
+            self._call_failed(batch, KinesisError(type(error).__name__, str(error), action=Action.OPERATOR))
+
+    def _resent(self, body: Buffer) -> None:
+        """The transport sent a call again at once: its connection died without an answer."""
+        if isinstance(body, Batch):
+            self.duplicates_possible += body.user_records
+
+    def _answered(self, epoch: int, attempts: int, count: int, load: Load, failures: list[Failure]) -> None:
+        now = self._loop.time()
+        self._concurrency.succeeded()
+        self._gate_backoff.reset()
+        self._operator_backoff.reset()
+        self.last_error = None
+        self._ever_stored = True
+        if not failures:
+            self.pacer.stored(now, load)
+            self._throttled_since = None
+            self._ended(epoch, count)
+            return
+        failed = sum(len(failure.batch) for failure in failures)
+        if failed < count:
+            self.pacer.stored(now, _less(load, failures))
+        self._ended(epoch, count - failed)
+        for failure in failures:
+            failure.batch.epoch = epoch
+            failure.batch.attempts = attempts
+            self._entry_failed(failure, now)
+
+    def _entry_failed(self, failure: Failure, now: float) -> None:
+        code, batch = failure.code, failure.batch
+        self.failed_by_code[code] = self.failed_by_code.get(code, 0) + len(batch)
+        action = classify_record(code)
+        if action is not Action.THROTTLE:
+            batch.attempts += 1
+        if action is Action.REJECTED or (
+            action is Action.RETRY and code not in _TRANSIENT and batch.attempts >= _UNKNOWN_CODE_ATTEMPTS
+        ):
+            self._ended(batch.epoch, len(batch))
+            self._set_aside(batch, f"{code}: {failure.message}")
+            return
+        shard_id = shard_in_message(failure.message) or ""
+        self.retried += len(batch)
+        most = min(_ENTRY_CAP_S, _ENTRY_BASE_S * 2.0 ** min(batch.attempts, 10))
+        if action is Action.THROTTLE:
+            most = _ENTRY_BASE_S * 2 if self._throttled_since is None else _THROTTLE_CAP_S
+            self.throttled[shard_id] = self.throttled.get(shard_id, 0) + len(batch)
+            ordinal = self.shards.ordinal(shard_id) if self.shards is not None else None
+            self.pacer.throttled(now, ordinal, even=-1 in batch.shard_load())
+            self._say_throttled(now, shard_id, len(batch))
+        else:
+            self._warn(now, "%d records failed with %s: %s; they go again", len(batch), code, failure.message)
+        queue = self._queue(shard_id)
+        queue.batches.append(batch)
+        if queue.not_before <= now:
+            queue.not_before = now + self._random.uniform(_ENTRY_BASE_S, most)
+        self._wake_at(queue.not_before)
+
+    def _call_failed(self, batch: Batch, error: KinesisError) -> None:
+        now = self._loop.time()
+        self.calls_failed += 1
+        self.last_error = str(error)
+        self.failed_by_code[error.code] = self.failed_by_code.get(error.code, 0) + len(batch)
+        if error.action is Action.REJECTED:
+            self._bisect(batch, error)
+            return
+        self._concurrency.failed()
+        if error.action is Action.THROTTLE:
+            self.pacer.throttled(now, None, even=True)
+        if _maybe_stored(error):
+            self.duplicates_possible += batch.user_records
+        self.retried += len(batch)
+        self._queue("").batches.appendleft(batch)
+        if self._gate <= now:
+            if error.action in (Action.OPERATOR, Action.CREDENTIALS, Action.CLOCK):
+                delay = self._operator_backoff.next()
+                _LOG.error(
+                    "pipeline=%s stage=send %s; the data is kept and tried again in %.0f s%s",
+                    self.name, error, delay, _cure(error),
+                )  # fmt: skip
+            else:
+                delay = self._gate_backoff.next()
+                if error.action is not Action.THROTTLE or not self._throttled_for_long(now, ""):
+                    self._warn(now, "call failed: %s; again in %.2f s", error, delay)
+            self._gate = now + max(delay, min(error.retry_after or 0.0, _OPERATOR_CAP_S))
+        self._wake_at(self._gate)
+
+    def _bisect(self, batch: Batch, error: KinesisError) -> None:
+        """Kinesis refuses a whole call for one bad record: halve it until the bad one stands alone."""
+        if len(batch) == 1:
+            if not self._ever_stored:
+                # Nothing was ever accepted: the fault is not this record's but the destination's or ours.
+                self._call_failed(batch, _as_operator(error))
+                return
+            self._ended(batch.epoch, 1)
+            self._set_aside(batch, f"{error.code}: {error.message}")
+            return
+        epoch, attempts = batch.epoch, batch.attempts
+        for half in batch.halves():
+            half.epoch, half.attempts = epoch, attempts
+            queue = self._failed[f"half-{next(self._serial)}"] = _Queue(alone=True)
+            queue.batches.append(half)
+
+    # -- bookkeeping ---------------------------------------------------------------------------
+
+    def _ended(self, epoch: int, count: int) -> None:
+        self._outstanding[epoch] -= count
+        if not self._waiters:
+            return
+        still = []
+        for mark, waiter in self._waiters:
+            if not self._settled_through(mark):
+                still.append((mark, waiter))
+            elif not waiter.done():
+                waiter.set_result(None)
+        self._waiters = still
+
+    def _settled_through(self, mark: int) -> bool:
+        for epoch in [e for e, n in self._outstanding.items() if n == 0 and e < self._epoch]:
+            del self._outstanding[epoch]
+        return all(epoch > mark for epoch in self._outstanding if self._outstanding[epoch])
+
+    def _warn(self, now: float, message: str, *args: object) -> None:
+        if now - self._warned_at < _WARN_EVERY_S:
+            self._unsaid += 1
+            return
+        self._warned_at = now
+        more = f" ({self._unsaid} more like this)" if self._unsaid else ""
+        self._unsaid = 0
+        _LOG.warning("pipeline=%s stage=send " + message + "%s", self.name, *args, more)
+
+    def _say_throttled(self, now: float, shard_id: str, records: int) -> None:
+        if not self._throttled_for_long(now, shard_id):
+            self._warn(now, "throttled at %s: %d records go again, slower", shard_id or "the stream", records)
+
+    def _throttled_for_long(self, now: float, shard_id: str) -> bool:
+        """Say so as an error, once per _THROTTLE_ERROR_AFTER_S without a call that went through whole."""
+        if self._throttled_since is None:
+            self._throttled_since = now
+        if now - self._throttled_since <= _THROTTLE_ERROR_AFTER_S:
+            return False
+        self._throttled_since = now
+        _LOG.error(
+            "pipeline=%s stage=send throttled for %.0f s at %s, %.0f records/s are stored;"
+            " data is kept: add shards, use keys that spread, or send less",
+            self.name, _THROTTLE_ERROR_AFTER_S, shard_id or "the stream", self.pacer.even.stored_per_s,
+        )  # fmt: skip
+        return True
+
+
+def _less(load: Load, failures: list[Failure]) -> Load:
+    """What of the load was stored."""
+    rest = dict(load)
+    for failure in failures:
+        for shard, (records, nbytes) in failure.batch.shard_load().items():
+            have = rest.get(shard)
+            if have is not None:
+                rest[shard] = (have[0] - records, have[1] - nbytes)
+    return rest
+
+
+def _closed() -> ClosedError:
+    return ClosedError("closed before everything had ended")
+
+
+def _maybe_stored(error: KinesisError) -> bool:
+    """Whether the records of a failed call may be in the stream: the outcome is unknown, or a 5xx hides it."""
+    if isinstance(error, UnexpectedResponse | TransportError):
+        return not isinstance(error, NotSent)
+    return error.http_status is not None and error.http_status >= 500
+
+
+def _as_operator(error: KinesisError) -> KinesisError:
+    return KinesisError(
+        error.code,
+        f"{error.message}; Kinesis refused even a single record and never took one: check the destination",
+        action=Action.OPERATOR,
+        http_status=error.http_status,
+        request_id=error.request_id,
+    )
+
+
+def _cure(error: KinesisError) -> str:
+    if error.action is Action.CLOCK:
+        return ": set this machine's clock"
+    if error.action is Action.CREDENTIALS:
+        return ": check the credentials"
+    if "ResourceNotFound" in error.code:
+        return ": check stream name, region and account"
+    if "AccessDenied" in error.code:
+        return ": allow kinesis:PutRecords on the stream"
+    return ""

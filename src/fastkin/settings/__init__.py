@@ -1,0 +1,47 @@
+"""Reads what the user says, from one TOML file, the environment, or both, and checks it once.
+
+Who wins: FASTKIN_ names in the environment, then those in the env file, then the TOML file, then
+the AWS_ names. Without a TOML file the names of the MQTT-to-Kinesis microservice (BROKER, TOPIC,
+KIN_STREAM_NAME, ...) are read too, under the FASTKIN_ names. An empty variable counts as unset.
+
+tomllib and dataclasses do all of it: pydantic costs 15 MB a process, and one process per core is
+how fastkin is run; msgspec stops at the first wrong value, and here all are reported at once.
+
+    sources.py   reads files and variables, and decides who wins
+    values.py    one value: is it what its key allows?
+    checks.py    all values together: defaults, contradictions, what is missing
+    tables.py    the keys themselves
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from fastkin.settings.checks import Checker
+from fastkin.settings.sources import Sources
+from fastkin.settings.values import Report, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from fastkin.config import Settings
+
+__all__ = ["SettingsError", "load"]
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+    env_file: str | Path | None = None,
+    login: str | None = None,
+) -> Settings:
+    """Read and validate; raises SettingsError with everything that is wrong.
+
+    `login` is the login name: a USER variable that equals it is the shell's, not the broker's.
+    """
+    report = Report()
+    sources = Sources(path, os.environ if env is None else env, env_file, login, report)
+    return Checker(sources, report).settings()

@@ -1,0 +1,54 @@
+"""The settings in effect, as TOML."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from fastkin.config import Pipeline, Settings, Tls
+from fastkin.settings.tables import BROKER_KEYS, KINESIS_KEYS, PIPELINE_KEYS, TLS_KEYS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fastkin.settings.tables import Key
+
+
+def effective(settings: Settings) -> str:
+    """All settings as TOML, secrets as "***"; what is not set is left out."""
+    lines = ["[broker]"]
+    lines += _shown_table(settings.broker, BROKER_KEYS)
+    if settings.broker.tls != Tls():
+        lines += ["", "[broker.tls]", *_shown_table(settings.broker.tls, TLS_KEYS)]
+    for pipeline in settings.pipelines:
+        lines += ["", "[[pipeline]]"]
+        lines += _shown_table(pipeline, PIPELINE_KEYS)
+        lines += _shown_table(pipeline.kinesis, KINESIS_KEYS)
+    return "\n".join(lines) + "\n"
+
+
+def _shown_table(table: object, names: Mapping[str, Key]) -> list[str]:
+    lines = []
+    for name, key in names.items():
+        if name == "url":
+            continue
+        value = getattr(table, name)
+        if value is None or value == ():
+            continue
+        if name == "topics" and isinstance(table, Pipeline) and table.bulk_label is not None:
+            value = tuple(t for t in value if t != f"/devices/+/bulkData/{table.bulk_label}")
+            if not value:
+                continue
+        lines.append(f"{name} = {_toml_value('***' if key.secret else value)}")
+    return lines
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    # TOML's basic strings escape as JSON's do, but for DEL, which no setting can hold
+    return json.dumps(str(value), ensure_ascii=False)

@@ -1,0 +1,309 @@
+"""Where values come from: the TOML file, the env file, the environment; and which of them wins."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastkin import envfile
+from fastkin.errors import ConfigError
+from fastkin.settings.tables import (
+    ALIASES,
+    AWS,
+    ENV,
+    KINESIS_KEYS,
+    MICROSERVICE,
+    MICROSERVICE_MORE,
+    NOT_SETTINGS,
+    OWN,
+    TABLES,
+)
+from fastkin.settings.values import SettingsError, Value, close, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fastkin.settings.tables import Key
+    from fastkin.settings.values import Raw, Report
+
+_SECRETS = frozenset({"access_key", "secret_key", "session_token"})
+# a nearer source that says one of these takes the whole group over
+_STREAM = frozenset({"stream", "stream_arn"})
+_KEYS = frozenset({"access_key", "secret_key", "profile"})
+TOGETHER = {
+    **dict.fromkeys(_STREAM, _STREAM),
+    **dict.fromkeys((*_KEYS, "session_token"), _KEYS),
+}
+
+
+class Sources:
+    """Reads everything; then `broker`, `tls`, `kinesis`, `aws` and `pipelines` hold what was said."""
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        env: Mapping[str, str],
+        env_file: str | Path | None,
+        login: str | None,
+        report: Report,
+    ) -> None:
+        self.path = path
+        self.login = login
+        self.report = report
+        self.broker: Raw = {}
+        self.tls: Raw = {}
+        self.kinesis: Raw = {}
+        self.pipelines: list[Raw] = []
+        self.vars: dict[str, Value] = {}
+        self.from_file: frozenset[str] = frozenset()
+        self._read_variables(env, env_file)
+        if path is not None:
+            self._toml(Path(path))
+        else:
+            self.pipelines.append({})
+            self._microservice(self.pipelines[0])
+        self._fastkin_names()
+        self._unused_names()
+        self.aws = self._aws()
+        if path is None and not (any((self.broker, self.kinesis, *self.pipelines)) or report.problems):
+            cure = "give a settings file, or set BROKER, TOPIC and KIN_STREAM_NAME"
+            if Path(".env").exists() and not self.from_file:
+                cure += "; there is a .env here: --env-file .env reads it"
+            raise SettingsError([ConfigError("settings", "there are none", cure)])
+
+    def _read_variables(self, env: Mapping[str, str], env_file: str | Path | None) -> None:
+        env = dict(env)
+        if env_file is not None:
+            try:
+                found = envfile.read(Path(env_file))
+            except ConfigError as error:
+                raise SettingsError([error]) from None
+            for name, (value, line) in found.items():
+                if value:
+                    self.vars[name] = Value(value, f"{env_file} line {line}: {name}", True)
+            if "USER" in self.vars and not env.get("PASS") and env.get("USER") == self._login_name():
+                del env["USER"]  # every login shell sets it: the file's is meant
+            self.from_file = frozenset(name for name in self.vars if not env.get(name))
+        for name, value in env.items():
+            if value:
+                self.vars[name] = Value(value, f"environment variable {name}", True)
+
+    # --- the TOML file ---
+
+    def _toml(self, path: Path) -> None:
+        document = _read_toml(path)
+        for name, value in document.items():
+            if name in {"broker", "kinesis"} and isinstance(value, dict):
+                self._names(f"[{name}]", name, value, self.broker if name == "broker" else self.kinesis)
+            elif name == "pipeline" and isinstance(value, list) and _all_tables(value):
+                for number, each in enumerate(value, 1):
+                    raw: Raw = {}
+                    self._names(pipeline_name(number, each.get("id")), name, each, raw)
+                    self.pipelines.append(raw)
+            elif name in {"broker", "kinesis", "pipeline"}:
+                form = "[[pipeline]]" if name == "pipeline" else f"[{name}]"
+                self.report.problem(f"{path}: {name}", "is not a table", f"write {form}")
+            else:
+                self.report.problem(
+                    f"{path}: {name!r}",
+                    "is not a table fastkin knows",
+                    nearest(name, ("broker", "kinesis", "pipeline")),
+                )
+        if "pipeline" not in document:
+            self.report.problem(str(path), "has no [[pipeline]]", "add one with topics and stream")
+
+    def _names(self, table: str, kind: str, given: dict[str, Any], into: Raw) -> None:
+        """Sort the keys of one TOML table, refusing those that mean nothing."""
+        known = dict(TABLES[kind])
+        if kind == "pipeline":
+            known.update(KINESIS_KEYS)
+        aliases = ALIASES if kind in {"kinesis", "pipeline"} else {}
+        for name, value in given.items():
+            place = f"{self.path}: {table} key {name!r}"
+            key = aliases.get(name, name)
+            if kind == "broker" and name == "tls":
+                if isinstance(value, dict):
+                    self._names("[broker.tls]", "broker.tls", value, self.tls)
+                else:
+                    self.report.problem(place, "is not a table", "write [broker.tls]")
+            elif key not in known:
+                cure = _nearest_key(name, kind, known)
+                self.report.problem(place, "is not a key of this table", cure)
+            elif key in into:
+                self.report.problem(place, f"says {key} a second time", "keep one of them")
+            else:
+                into[key] = Value(value, place)
+
+    # --- the environment ---
+
+    def _fastkin_names(self) -> None:
+        tables = {"broker": self.broker, "broker.tls": self.tls, "kinesis": self.kinesis}
+        for name, value in self.vars.items():
+            if not name.startswith("FASTKIN_") or name in NOT_SETTINGS:
+                continue
+            if name not in ENV:
+                self.report.problem(value.place, "is not a setting", nearest(name, ENV))
+                continue
+            table, key = ENV[name]
+            if table == "pipeline":
+                self._pipeline_name_of_all(key, value)
+                continue
+            if name == "FASTKIN_BROKER_URL":
+                # it wins over the file's parts as well, not only over its url
+                for part in ("scheme", "host", "port", "path"):
+                    self.broker.pop(part, None)
+            tables[table][key] = value
+            if table == "kinesis":
+                # over the TOML file, so over what its pipelines say too
+                for raw in self.pipelines:
+                    for each in TOGETHER.get(key, frozenset({key})):
+                        raw.pop(each, None)
+
+    def _pipeline_name_of_all(self, key: str, value: Value) -> None:
+        if key in OWN and len(self.pipelines) > 1:
+            self.report.problem(
+                value.place,
+                f"cannot mean {len(self.pipelines)} pipelines at once",
+                "say it in the settings file",
+            )
+            return
+        for raw in self.pipelines:
+            raw[key] = value
+
+    def _unused_names(self) -> None:
+        names = ("BROKER", "CLIENTID", "KIN_PARTITION_KEY", "KIN_STREAM_NAME", "TOPIC")
+        unused = [name for name in names if name in self.vars]
+        if self.path is not None and unused:
+            self.report.warn(
+                f"{', '.join(unused)} not used: with a settings file, the environment counts only by"
+                " FASTKIN_ and AWS_ names (for example FASTKIN_BROKER_URL)"
+            )
+        known = {*ENV, *MICROSERVICE, *MICROSERVICE_MORE}
+        for name in sorted(self.from_file - known):
+            if not name.startswith(("AWS_", "FASTKIN_")) and (near := close(name, known)):
+                self.report.warn(f"{self.vars[name].place}: not used; {near} is meant?")
+
+    def _aws(self) -> Raw:
+        found: Raw = {}
+        ignore = str(self.vars.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", Value("", "")).raw)
+        for key, names in AWS.items():
+            if key == "endpoint_url" and ignore.lower() == "true":
+                continue
+            for name in names:
+                # Keys of the real environment are left to credentials.py, which knows what else is
+                # set beside them; those of an env file nobody else can see.
+                if name in self.vars and (key not in _SECRETS or name in self.from_file):
+                    found[key] = self.vars[name]
+                    break
+        return found
+
+    # --- the names of the microservice ---
+
+    def _microservice(self, pipeline: Raw) -> None:
+        tables = {"broker": self.broker, "kinesis": self.kinesis, "pipeline": pipeline}
+        for name, (table, key) in MICROSERVICE.items():
+            if name in self.vars:
+                tables[table][key] = self.vars[name]
+        if fixed := self.vars.get("KIN_PARTITION_KEY"):
+            pipeline["partition_key"] = fixed._replace(raw=f"static:{fixed.raw}")
+        if "DOCKERLOG" in self.vars:
+            self.report.warn("DOCKERLOG is ignored: the log goes to stderr")
+        self._microservice_address()
+        self._microservice_user()
+
+    def _microservice_user(self) -> None:
+        user, password = self._either("MQTT_USER", "USER"), self._either("MQTT_PASS", "PASS")
+        if password is not None:
+            self.broker["password"] = password
+        if user is None:
+            return
+        shells = user is self.vars.get("USER") and "USER" not in self.from_file
+        if password is None and shells:
+            login = self._login_name()
+            if user.raw == login:
+                self.report.warn(
+                    f"USER={login} is the login name and PASS is not set: taken for the shell's"
+                    " own and not sent to the broker; set MQTT_USER to send it"
+                )
+                return
+        self.broker["user"] = user
+
+    def _login_name(self) -> str:
+        return self.login if self.login is not None else _login()
+
+    def _microservice_address(self) -> None:
+        host, port, websocket = (self.vars.get(name) for name in ("BROKER", "PORT", "WEBSOCKET"))
+        if port is not None:
+            self.broker["port"] = port
+        if host is None:
+            return
+        text = str(host.raw)
+        if "://" in text:
+            self.broker["url"] = host
+            if websocket is not None:
+                self.report.warn("WEBSOCKET not used: BROKER says how to connect")
+        elif _has_port(text):
+            self.broker["url"] = host._replace(raw=f"mqtt://{text}")
+            if websocket is not None:
+                self.report.problem(websocket.place, "BROKER has a port already", "keep one of them")
+        else:
+            self.broker["host"] = host
+            if websocket is not None:
+                self.broker["scheme"] = Value("ws", websocket.place, True)
+                self.broker["port"] = websocket
+                if port is not None:
+                    self.report.warn(
+                        f"WEBSOCKET is set: connecting to ws://{text}:{websocket.raw}/mqtt; PORT is not used"
+                    )
+
+    def _either(self, first: str, second: str) -> Value | None:
+        return self.vars.get(first) or self.vars.get(second)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        problem = ConfigError(str(path), "there is no such settings file", "check the path")
+    except UnicodeDecodeError as error:
+        problem = ConfigError(str(path), f"is not UTF-8 at byte {error.start}", "save it as UTF-8")
+    except OSError as error:
+        problem = ConfigError(str(path), f"cannot be read: {error.strerror}")
+    except tomllib.TOMLDecodeError as error:
+        problem = ConfigError(str(path), f"is not TOML: {error}", "see https://toml.io")
+    raise SettingsError([problem])
+
+
+def _all_tables(values: list[Any]) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def pipeline_name(number: int, name: object) -> str:
+    return f"[[pipeline]] {number}" + (f" ({name!r})" if isinstance(name, str) else "")
+
+
+def _login() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return ""
+
+
+def _has_port(host: str) -> bool:
+    return re.fullmatch(r"(\[[^\]]*\]|[^:]*):\d+", host) is not None
+
+
+def _nearest_key(name: str, kind: str, known: Mapping[str, Key]) -> str:
+    if name in known:
+        return ""
+    for other, names in TABLES.items():
+        if name in names and other != kind:
+            form = "[[pipeline]]" if other == "pipeline" else f"[{other}]"
+            return f"it belongs into {form}"
+    return nearest(name, known)

@@ -1,0 +1,332 @@
+"""A byte stream to a broker: TCP, TLS or WebSocket, and what can go wrong on the way, in plain words.
+
+A TCP or TLS wire is asyncio's own transport. A WebSocket wire has the same face; aiohttp does its
+framing and is imported only then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import ssl
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastkin._mqtt import reason_text
+from fastkin.errors import ConfigError, MqttError, ProtocolError, RefusedError
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession, ClientWebSocketResponse
+
+    from fastkin._mqtt import Connack, Disconnect
+    from fastkin.config import Broker
+
+_LOG = logging.getLogger("fastkin.intake")
+
+_WEBSOCKET_HIGH = 1 << 20  # bytes waiting to be written before the receiver is asked to wait
+_WEBSOCKET_LEAST = 16 << 20  # a message may hold many packets: never refuse one below this
+_WEBSOCKET_CLOSE_S = 2.0
+
+
+class Wire(Protocol):
+    """What a connection writes to, and where it stops and restarts reading."""
+
+    def write(self, data: bytes, /) -> None: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def get_write_buffer_size(self) -> int: ...
+    def is_closing(self) -> bool: ...
+    def close(self) -> None: ...  # writes what waits, then closes
+    def abort(self) -> None: ...
+
+
+class Receiver(asyncio.BufferedProtocol):
+    """What a wire calls. connection_made() comes before open_wire() returns, connection_lost() once at the end."""
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes that did not come through get_buffer(): a WebSocket message."""
+        raise NotImplementedError
+
+
+async def open_wire(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | None) -> None:
+    """Connect. Raises OSError (ssl.SSLError too) or MqttError; the caller bounds the time.
+
+    `receiver` is connected from here on, by its connection_made().
+    """
+    loop = asyncio.get_running_loop()
+    if broker.scheme in {"ws", "wss"}:
+        wire = await _open_websocket(broker, receiver, tls)
+        receiver.connection_made(wire)  # type: ignore[arg-type]
+        wire.start()
+        return
+    # No happy_eyeballs_delay: uvloop does not take it.
+    await loop.create_connection(
+        lambda: receiver,
+        broker.host,
+        broker.port,
+        ssl=tls,
+        server_hostname=broker.host if tls is not None else None,
+    )
+
+
+def tls_context(broker: Broker) -> ssl.SSLContext | None:
+    """None for a scheme without TLS. ConfigError names the file that is wrong."""
+    if broker.scheme not in {"mqtts", "wss"}:
+        return None
+    tls = broker.tls
+    try:
+        context = ssl.create_default_context(cafile=tls.ca)
+    except FileNotFoundError:
+        raise ConfigError("broker tls ca", f"{tls.ca} does not exist") from None
+    except OSError as error:
+        raise ConfigError("broker tls ca", f"{tls.ca}: {_tls_words(error)}", "give a PEM file") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if tls.insecure_skip_verify:
+        _LOG.warning(
+            "stage=intake broker=%s THE BROKER'S CERTIFICATE IS NOT CHECKED (insecure_skip_verify): anybody on the way"
+            " can read and change messages and learn the password",
+            broker.url,
+        )
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if tls.cert is not None:
+        try:
+            # An empty password, not none: OpenSSL would ask for one at the terminal.
+            context.load_cert_chain(tls.cert, tls.key, tls.key_password or "")
+        except FileNotFoundError:
+            raise ConfigError("broker tls cert, key", f"{tls.cert} or {tls.key} does not exist") from None
+        except OSError as error:
+            cure = "are certificate and key PEM, do they belong together, is the key's password right?"
+            raise ConfigError("broker tls cert, key", f"{tls.cert}, {tls.key}: {_tls_words(error)}", cure) from None
+    if tls.alpn:
+        context.set_alpn_protocols(list(tls.alpn))
+    return context
+
+
+# -- words -------------------------------------------------------------------------------------
+
+_ERRNO_WORDS = {
+    errno.ECONNREFUSED: "connection refused: nothing listens on that port",
+    errno.ECONNRESET: "the broker reset the connection",
+    errno.EPIPE: "the broker has closed the connection",
+    errno.EHOSTUNREACH: "no route to the host",
+    errno.ENETUNREACH: "the network is unreachable",
+    errno.ETIMEDOUT: "the network gave up: nothing came back from the host",
+}
+
+# parts of OpenSSL's reasons
+_TLS_WORDS = (
+    ("WRONG_VERSION_NUMBER", "that port does not speak TLS"),
+    ("CERTIFICATE_REQUIRED", "the broker wants a client certificate: set cert and key"),
+    ("HANDSHAKE_FAILURE", "the broker refused the handshake: it may want a client certificate"),
+    ("UNKNOWN_CA", "the broker does not trust our client certificate"),
+    ("BAD_CERTIFICATE", "the broker does not take our client certificate"),
+    ("CERTIFICATE_EXPIRED", "the broker says that our client certificate has expired"),
+    ("CERTIFICATE_REVOKED", "the broker says that our client certificate is revoked"),
+    ("NO_APPLICATION_PROTOCOL", "the broker takes none of our ALPN protocols"),
+    ("PROTOCOL_VERSION", "no TLS version in common: fastkin asks for 1.2 or newer"),
+    ("UNSUPPORTED_PROTOCOL", "no TLS version in common: fastkin asks for 1.2 or newer"),
+)
+
+
+def _tls_words(error: BaseException) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the broker's certificate is not trusted: {error.verify_message}; set ca to the file that signed it"
+    reason = getattr(error, "reason", None) or ""
+    for part, words in _TLS_WORDS:
+        if part in reason:
+            return words
+    return reason.replace("_", " ").lower() or str(error) or type(error).__name__
+
+
+def explain(error: BaseException) -> str:
+    """Why there is no connection, or why it ended, for the log."""
+    if isinstance(error, MqttError):
+        return str(error)
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {_tls_words(error)}"
+    if isinstance(error, socket.gaierror):
+        return f"the host name cannot be resolved ({error.strerror})"
+    if isinstance(error, TimeoutError) and error.errno is None:
+        return "no answer in time"
+    if isinstance(error, OSError):
+        if error.errno is None and str(error).count(f"[Errno {errno.ECONNREFUSED}]") > 1:
+            return _ERRNO_WORDS[errno.ECONNREFUSED]  # asyncio's summary of several addresses
+        if error.errno in _ERRNO_WORDS:
+            return _ERRNO_WORDS[error.errno]
+        return error.strerror or str(error) or type(error).__name__
+    return str(error) or type(error).__name__
+
+
+def refusal(connack: Connack) -> RefusedError:
+    """A CONNACK that says no."""
+    return RefusedError(
+        f"the broker refused the connection: {reason_text(connack.code)}{_told(connack.properties)}", connack.code
+    )
+
+
+def farewell(disconnect: Disconnect) -> str:
+    """A DISCONNECT of the broker, in words."""
+    why = reason_text(disconnect.code) if disconnect.code else "no reason given"
+    return f"the broker ended the connection: {why}{_told(disconnect.properties)}"
+
+
+def _told(properties: dict[str, object]) -> str:
+    """What the broker added for people; escaped, since it goes to a log."""
+    told = ""
+    if text := properties.get("reason_string"):
+        told += f"; it says {text!a}"
+    if server := properties.get("server_reference"):
+        told += f"; it names {server!a} instead"
+    return told
+
+
+# -- WebSocket ---------------------------------------------------------------------------------
+
+
+class _WebSocketWire:
+    """A WebSocket with the face of a transport: write() never waits, one task reads, one writes."""
+
+    def __init__(self, session: ClientSession, websocket: ClientWebSocketResponse[Any], receiver: Receiver) -> None:
+        self._session = session
+        self._websocket = websocket
+        self._receiver = receiver
+        self._waiting = bytearray()
+        self._sending = 0
+        self._full = False
+        self._closing = False
+        self._lost = False
+        self._kick = asyncio.Event()
+        self._reading = asyncio.Event()
+        self._reading.set()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(self._guard(self._read()), name="fastkin[websocket].read"),
+            loop.create_task(self._guard(self._write()), name="fastkin[websocket].write"),
+        ]
+
+    def write(self, data: bytes, /) -> None:
+        if self._closing or self._lost:
+            return
+        self._waiting += data
+        self._kick.set()
+        if not self._full and len(self._waiting) > _WEBSOCKET_HIGH:
+            self._full = True
+            self._receiver.pause_writing()
+
+    def get_write_buffer_size(self) -> int:
+        return len(self._waiting) + self._sending
+
+    def pause_reading(self) -> None:
+        self._reading.clear()
+
+    def resume_reading(self) -> None:
+        self._reading.set()
+
+    def is_closing(self) -> bool:
+        return self._closing or self._lost
+
+    def close(self) -> None:
+        self._closing = True
+        self._kick.set()
+
+    def abort(self) -> None:
+        self._end(None)
+
+    async def _read(self) -> None:
+        from aiohttp import WSMsgType
+
+        while True:
+            await self._reading.wait()
+            message = await self._websocket.receive()
+            if message.type is WSMsgType.BINARY:
+                self._receiver.data_received(message.data)
+            elif message.type is WSMsgType.TEXT:
+                raise ProtocolError("a WebSocket text message, MQTT comes in binary ones", 0, 0x81)
+            elif message.type is WSMsgType.ERROR:
+                raise self._websocket.exception() or ConnectionResetError(errno.ECONNRESET, "")
+            else:
+                return
+
+    async def _write(self) -> None:
+        while True:
+            await self._kick.wait()
+            self._kick.clear()
+            while self._waiting:
+                data = bytes(self._waiting)
+                self._waiting.clear()
+                self._sending = len(data)
+                await self._websocket.send_bytes(data)
+                self._sending = 0
+                if self._full:
+                    self._full = False
+                    self._receiver.resume_writing()
+            if self._closing:
+                return
+
+    async def _guard(self, work: Any) -> None:
+        """The first of the two that ends takes the wire down with it."""
+        error: Exception | None = None
+        try:
+            await work
+        except Exception as failure:  # noqa: BLE001 - handed to connection_lost()
+            error = failure
+        self._end(error)
+
+    def _end(self, error: Exception | None) -> None:
+        if self._lost:
+            return
+        self._lost = True
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self._shut(error), name="fastkin[websocket].close"))
+
+    async def _shut(self, error: Exception | None) -> None:
+        try:
+            for task in self._tasks[:2]:
+                task.cancel()
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(_WEBSOCKET_CLOSE_S):
+                    await self._websocket.close()
+            with contextlib.suppress(Exception):
+                await self._session.close()
+        finally:
+            self._receiver.connection_lost(error)
+
+
+async def _open_websocket(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | None) -> _WebSocketWire:
+    import aiohttp
+
+    session = aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=None), cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+    )
+    try:
+        websocket = await session.ws_connect(
+            broker.url,
+            protocols=("mqtt",),
+            ssl=True if tls is None else tls,
+            max_msg_size=max(_WEBSOCKET_LEAST, 2 * broker.max_packet_bytes),
+        )
+    except aiohttp.WSServerHandshakeError as error:
+        await session.close()
+        raise MqttError(
+            f"the WebSocket upgrade was refused (HTTP {error.status}): is {broker.path} the path, is it a listener for"
+            " MQTT over WebSocket?"
+        ) from None
+    except aiohttp.ClientConnectorCertificateError as error:
+        await session.close()
+        raise error.certificate_error from None
+    except aiohttp.ClientConnectorError as error:
+        await session.close()
+        raise error.os_error from None
+    except aiohttp.ClientError as error:
+        await session.close()
+        raise MqttError(f"no WebSocket: {str(error) or type(error).__name__!a}") from None
+    except BaseException:
+        await session.close()
+        raise
+    return _WebSocketWire(session, websocket, receiver)
