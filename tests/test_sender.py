@@ -1,0 +1,507 @@
+"""The sender against a scripted Kinesis: what fails goes again, what cannot be stored is set aside, nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections import Counter
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fastkin._codec import DRAIN, DROPPED, Batch, Budget, KeyPlan, Lane, ShardTable
+from fastkin.errors import Action, ClosedError, KinesisError, NotSent, TransportError
+from fastkin.sender import Sender
+from fastkin.shards import HASH_SPACE, Shard, ShardMap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+THROTTLED = "ProvisionedThroughputExceededException"
+TEXT = "Rate exceeded for shard shardId-{:012d} in stream s under account 123456789012."
+
+# what a scripted call may do with one record: None stores it, (code, message) fails it
+Verdict = tuple[str, str] | None
+
+
+class Scripted:
+    """A Kinesis whose every call is decided by `script(call number, records)`."""
+
+    def __init__(self, script: Callable[[int, list[dict[str, str]]], list[Verdict] | Exception | bytes]) -> None:
+        self.script = script
+        self.calls = 0
+        self.stored: list[tuple[bytes, str]] = []
+        self.open = 0
+        self.most_open = 0
+
+    async def call(self, target: str, body: Batch) -> bytes:
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
+        await asyncio.sleep(0)
+        self.open -= 1
+        self.calls += 1
+        records = json.loads(bytes(body))["Records"]
+        verdicts = self.script(self.calls, records)
+        if isinstance(verdicts, Exception):
+            raise verdicts
+        if isinstance(verdicts, bytes):
+            return verdicts
+        entries: list[dict[str, Any]] = []
+        for record, verdict in zip(records, verdicts, strict=True):
+            if verdict is None:
+                self.stored.append((base64.b64decode(record["Data"]), record["PartitionKey"]))
+                entries.append({"SequenceNumber": str(len(self.stored)), "ShardId": "shardId-000000000000"})
+            else:
+                entries.append({"ErrorCode": verdict[0], "ErrorMessage": verdict[1]})
+        failed = sum(verdict is not None for verdict in verdicts)
+        return json.dumps({"FailedRecordCount": failed, "Records": entries}).encode()
+
+
+class Rig:
+    def __init__(self, client: Scripted, *, key: str = "uuid", **options: Any) -> None:
+        self.budget = Budget(64 * 2**20, 100_000)
+        plan = KeyPlan("uuid") if key == "uuid" else KeyPlan("parts", [("text", key)])
+        self.lane = Lane(settler=None, budget=self.budget, frame="raw", key=plan, target=b'"StreamName":"s"')
+        self.client = client
+        self.aside: list[tuple[bytes, str]] = []
+        self.settled = 0
+        self.sender = Sender(
+            self.lane,
+            client,
+            name="test",
+            set_aside=self._set_aside,
+            on_settled=self._settled,
+            random=Random(5),
+            **({"max_calls": 4} | options),
+        )
+
+    def _set_aside(self, batch: Batch, reason: str) -> None:
+        self.aside += [(data, reason) for data, _, _ in batch.entries()]
+        batch.finish(DROPPED)
+
+    def _settled(self) -> None:
+        self.settled += 1
+
+    async def send(self, records: list[bytes], timeout: float = 20.0) -> None:
+        for record in records:
+            self.lane.add(record)
+        self.lane.seal(DRAIN)
+        async with asyncio.timeout(timeout):
+            await self.sender.flush()
+        self.check()
+        await self.sender.close()
+
+    def check(self) -> None:
+        lane = self.lane
+        assert lane.in_flight == 0
+        assert lane.received == lane.stored + lane.dropped + lane.dead_lettered + lane.filtered
+        assert self.budget.bytes == 0
+        assert self.budget.records == 0
+
+
+def numbered(count: int) -> list[bytes]:
+    return [b"%d" % n for n in range(count)]
+
+
+def all_stored(call: int, records: list[dict[str, str]]) -> list[Verdict]:
+    return [None] * len(records)
+
+
+async def test_stores_everything_in_full_calls() -> None:
+    rig = Rig(Scripted(all_stored))
+    await rig.send(numbered(1700))
+    assert rig.client.calls == 4
+    assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(1700))
+    assert rig.settled == 4
+
+
+async def test_only_failed_entries_go_again_with_the_same_key() -> None:
+    sent: dict[str, set[str]] = {}
+
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict]:
+        for record in records:
+            sent.setdefault(record["Data"], set()).add(record["PartitionKey"])
+        if call > 3:
+            return [None] * len(records)
+        return [("InternalFailure", "Internal Service Failure") if n % 7 == 3 else None for n in range(len(records))]
+
+    rig = Rig(Scripted(script))
+    await rig.send(numbered(1000))
+    assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(1000))
+    assert all(len(keys) == 1 for keys in sent.values())
+    assert rig.sender.retried == rig.sender.failed_by_code["InternalFailure"]
+    assert rig.sender.duplicates_possible == 0
+
+
+async def test_a_throttled_shard_slows_the_sender_and_loses_nothing() -> None:
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict]:
+        if call > 6:
+            return [None] * len(records)
+        return [(THROTTLED, TEXT.format(n % 2)) if n >= 50 else None for n in range(len(records))]
+
+    rig = Rig(Scripted(script))
+    await rig.send(numbered(2000))
+    assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(2000))
+    assert set(rig.sender.throttled) == {"shardId-000000000000", "shardId-000000000001"}
+    assert rig.sender.pacer.even.stored_per_s > 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KinesisError("ServiceUnavailable", "later", action=Action.RETRY, http_status=503),
+        KinesisError("ThrottlingException", "slow", action=Action.THROTTLE, http_status=400),
+        TransportError("ConnectionClosed", "cut", action=Action.RETRY),
+        NotSent("ConnectFailed", "nobody listens"),
+        KinesisError("NoCredentials", "none yet"),
+    ],
+    ids=lambda error: error.code,
+)
+async def test_a_failed_call_goes_again_whole(error: KinesisError) -> None:
+    rig = Rig(Scripted(lambda call, records: error if call <= 3 else [None] * len(records)))
+    await rig.send(numbered(1200))
+    assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(1200))
+    assert rig.sender.calls_failed == 3
+    assert (rig.sender.duplicates_possible > 0) == (error.code in {"ConnectionClosed", "ServiceUnavailable"})
+
+
+async def test_no_retry_storm_while_kinesis_is_down() -> None:
+    """In a second of outage sixteen lanes' worth of data costs a handful of calls."""
+    loop = asyncio.get_running_loop()
+    up_at = loop.time() + 1.0
+    down = TransportError("ConnectionRefused", "down", action=Action.RETRY)
+    rig = Rig(Scripted(lambda call, records: down if loop.time() < up_at else [None] * len(records)), max_calls=16)
+    await rig.send(numbered(8000))
+    assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(8000))
+    assert rig.sender.calls_failed < 45
+
+
+async def test_an_answer_that_makes_no_sense_settles_nothing() -> None:
+    answers = {1: b"<html>", 2: b'{"FailedRecordCount":0,"Records":[]}', 3: b"{}"}
+    rig = Rig(Scripted(lambda call, records: answers.get(call) or [None] * len(records)))
+    await rig.send(numbered(10))
+    assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(10))
+    assert rig.sender.calls_failed == 3
+    assert rig.sender.duplicates_possible == 30
+
+
+async def test_a_refused_call_is_halved_down_to_the_bad_record() -> None:
+    bad = {b"77", b"333"}
+
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
+        if any(base64.b64decode(record["Data"]) in bad for record in records):
+            return KinesisError("ValidationException", "no", action=Action.REJECTED, http_status=400)
+        return [None] * len(records)
+
+    rig = Rig(Scripted(script))
+    await rig.send(numbered(1000))
+    assert {data for data, _ in rig.aside} == bad
+    assert all("ValidationException" in reason for _, reason in rig.aside)
+    assert Counter(data for data, _ in rig.client.stored) == Counter(set(numbered(1000)) - bad)
+    assert rig.client.calls < 60
+
+
+async def test_when_nothing_is_ever_taken_the_data_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that refuses every call is a wrong destination: dead-lettering everything would be a loss."""
+    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.02)
+    error = KinesisError("ValidationException", "no such thing", action=Action.REJECTED, http_status=400)
+    rig = Rig(Scripted(lambda call, records: error if call <= 30 else [None] * len(records)))
+    await rig.send(numbered(4))
+    assert rig.aside == []
+    assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(4))
+
+
+async def test_an_entry_refused_for_good_is_set_aside_alone() -> None:
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict]:
+        return [("InvalidArgumentException", "bad key") if r["Data"] == "NQ==" else None for r in records]
+
+    rig = Rig(Scripted(script))
+    await rig.send(numbered(20))
+    assert rig.aside == [(b"5", "InvalidArgumentException: bad key")]
+    assert len(rig.client.stored) == 19
+
+
+async def test_an_undocumented_entry_error_is_tried_a_while_then_set_aside() -> None:
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict]:
+        return [("Strange", "?") if r["Data"] == "NQ==" else None for r in records]
+
+    rig = Rig(Scripted(script))
+    rig.sender._random = Random(1)
+    await rig.send(numbered(20), timeout=60)
+    assert [data for data, _ in rig.aside] == [b"5"]
+    assert rig.client.calls == 10
+
+
+async def test_never_more_calls_open_than_allowed() -> None:
+    rig = Rig(Scripted(all_stored), max_calls=3)
+    await rig.send(numbered(9000))
+    assert rig.client.most_open == 3
+    assert rig.sender.max_in_flight == 3
+
+
+async def test_a_hot_shard_waits_alone_and_the_others_go_on() -> None:
+    half = HASH_SPACE // 2
+    shards = ShardMap([Shard("shardId-000000000000", 0, half - 1), Shard("shardId-000000000001", half, HASH_SPACE - 1)])
+    table = ShardTable(shards.ends)
+    hot = next(f"k{n}" for n in range(100) if table.find(f"k{n}") == 0)
+    cold = next(f"k{n}" for n in range(100) if table.find(f"k{n}") == 1)
+    rig = Rig(Scripted(all_stored))
+    rig.lane.shards = table
+    rig.sender.set_shards(shards)
+    for n in range(3000):
+        rig.lane.add(b"hot%d" % n, key=hot)
+        if n % 10 == 0:
+            rig.lane.add(b"cold%d" % n, key=cold)
+    rig.lane.seal(DRAIN)
+    rig.sender.pump()
+    await asyncio.sleep(0.3)
+    stored = Counter(key for _, key in rig.client.stored)
+    assert stored[cold] == 300, "records of the free shard waited for the hot one"
+    assert stored[hot] < 1500, "the hot shard was sent more than it takes"
+    async with asyncio.timeout(10):
+        await rig.sender.flush()
+    assert len(rig.client.stored) == 3300
+    rig.check()
+    await rig.sender.close()
+
+
+async def test_flush_waits_for_what_was_there_and_not_for_what_comes_later() -> None:
+    gate = asyncio.Event()
+
+    class Slow(Scripted):
+        async def call(self, target: str, body: Batch) -> bytes:
+            if b"late" in [base64.b64decode(r["Data"]) for r in json.loads(bytes(body))["Records"]]:
+                await gate.wait()
+            return await super().call(target, body)
+
+    rig = Rig(Slow(all_stored))
+    for record in numbered(10):
+        rig.lane.add(record)
+    rig.lane.seal(DRAIN)
+    flushed = asyncio.create_task(rig.sender.flush())
+    await asyncio.sleep(0)
+    rig.lane.add(b"late")
+    rig.lane.seal(DRAIN)
+    rig.sender.pump()
+    await asyncio.wait_for(flushed, 5)
+    assert rig.lane.in_flight == 1
+    gate.set()
+    await asyncio.wait_for(rig.sender.flush(), 5)
+    rig.check()
+    await rig.sender.close()
+
+
+async def test_close_leaves_what_has_not_ended_to_the_owner() -> None:
+    rig = Rig(Scripted(lambda call, records: TransportError("ConnectionRefused", "down", action=Action.RETRY)))
+    for record in numbered(700):
+        rig.lane.add(record)
+    rig.lane.seal(DRAIN)
+    rig.sender.pump()
+    await asyncio.sleep(0.1)
+    await rig.sender.close()
+    left = rig.sender.unsent()
+    assert sum(len(batch) for batch in left) == rig.lane.in_flight == 700
+    for batch in left:
+        batch.finish(DROPPED)
+    rig.check()
+
+
+async def test_a_body_that_goes_again_is_not_hashed_again() -> None:
+    digests: list[str | None] = []
+
+    class Hashing(Scripted):
+        async def call(self, target: str, body: Batch) -> bytes:
+            digests.append(body.digest)
+            body.digest = "kept"
+            return await super().call(target, body)
+
+    error = KinesisError("ServiceUnavailable", "later", action=Action.RETRY, http_status=503)
+    rig = Rig(Hashing(lambda call, records: error if call == 1 else [None] * len(records)))
+    await rig.send(numbered(10))
+    assert digests == [None, "kept"]
+
+
+async def test_closing_before_a_call_took_its_first_step_loses_nothing() -> None:
+    rig = Rig(Scripted(all_stored))
+    for record in numbered(700):
+        rig.lane.add(record)
+    rig.lane.seal(DRAIN)
+    rig.sender.pump()
+    await rig.sender.close()
+    assert rig.lane.in_flight == 700
+    left = rig.sender.unsent()
+    assert sum(len(batch) for batch in left) == 700
+    assert rig.sender.duplicates_possible == 0
+    for batch in left:
+        batch.finish(DROPPED)
+    rig.check()
+
+
+async def test_a_call_cancelled_from_outside_goes_again() -> None:
+    waiting = asyncio.Event()
+
+    class Hanging(Scripted):
+        async def call(self, target: str, body: Batch) -> bytes:
+            if not waiting.is_set():
+                waiting.set()
+                await asyncio.sleep(60)
+            return await super().call(target, body)
+
+    rig = Rig(Hanging(all_stored))
+    rig.lane.add(b"one")
+    rig.lane.seal(DRAIN)
+    flushed = asyncio.create_task(rig.sender.flush())
+    await waiting.wait()
+    next(iter(rig.sender._tasks)).cancel()
+    await asyncio.wait_for(flushed, 5)
+    assert rig.client.stored[0][0] == b"one"
+    assert rig.sender.duplicates_possible == 1
+    rig.check()
+    await rig.sender.close()
+
+
+async def test_an_error_nobody_foresaw_keeps_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug, or a setting that shows only when a call is made: told to the loop, and the call goes again."""
+    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.02)
+    told: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
+    rig = Rig(Scripted(lambda call, records: OSError("odd") if call <= 2 else [None] * len(records)))
+    await rig.send(numbered(10))
+    assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(10))
+    assert [str(context["exception"]) for context in told] == ["odd", "odd"]
+
+
+async def test_closing_ends_a_flush_with_an_error_and_not_with_a_cancellation() -> None:
+    rig = Rig(Scripted(lambda call, records: NotSent("ConnectFailed", "down", action=Action.RETRY)))
+    rig.lane.add(b"one")
+    rig.lane.seal(DRAIN)
+    flushed = asyncio.create_task(rig.sender.flush())
+    await asyncio.sleep(0.05)
+    await rig.sender.close()
+    with pytest.raises(ClosedError):
+        await flushed
+    with pytest.raises(ClosedError):
+        await asyncio.wait_for(rig.sender.flush(), 1)
+    assert rig.sender.duplicates_possible == 0, "nothing had left this machine"
+    for batch in rig.sender.unsent():
+        batch.finish(DROPPED)
+    rig.check()
+
+
+async def test_flushes_that_were_given_up_leave_nothing_behind() -> None:
+    rig = Rig(Scripted(lambda call, records: NotSent("ConnectFailed", "down", action=Action.RETRY)))
+    rig.lane.add(b"one")
+    rig.lane.seal(DRAIN)
+    for _ in range(20):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(rig.sender.flush(), 0.005)
+    assert rig.sender._waiters == []
+    assert len(rig.sender._outstanding) <= 2
+    await rig.sender.close()
+    for batch in rig.sender.unsent():
+        batch.finish(DROPPED)
+    rig.check()
+
+
+async def test_attempts_in_an_outage_do_not_count_against_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failed calls and throttles say nothing about a record: an odd error afterwards is its first."""
+    monkeypatch.setattr("fastkin.sender._ENTRY_CAP_S", 0.1)
+    monkeypatch.setattr("fastkin.sender._CALL_CAP_S", 0.1)
+
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
+        if call <= 6:
+            return KinesisError("ServiceUnavailable", "later", action=Action.RETRY, http_status=503)
+        if call <= 12:
+            return [(THROTTLED, TEXT.format(0))] * len(records)
+        return [("Strange", "?")] * len(records) if call <= 15 else [None] * len(records)
+
+    rig = Rig(Scripted(script))
+    await rig.send(numbered(20), timeout=60)
+    assert rig.aside == []
+    assert len(rig.client.stored) == 20
+
+
+async def test_a_record_is_not_given_up_for_the_failures_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkin.sender._ENTRY_CAP_S", 0.1)
+    monkeypatch.setattr("fastkin.sender._CALL_CAP_S", 0.1)
+
+    async def more() -> None:
+        n = 0
+        while True:
+            rig.lane.add(b"new%d" % n)
+            rig.lane.seal(DRAIN)
+            rig.sender.pump()
+            n += 1
+            await asyncio.sleep(0.02)
+
+    tries: Counter[str] = Counter()
+
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict]:
+        out: list[Verdict] = []
+        for record in records:
+            tries[record["Data"]] += 1
+            bad = base64.b64decode(record["Data"]) == b"bad" or tries[record["Data"]] <= 2
+            out.append(("Strange", "?") if bad else None)
+        return out
+
+    rig = Rig(Scripted(script))
+    rig.lane.add(b"bad")
+    feeder = asyncio.create_task(more())
+    async with asyncio.timeout(40):
+        while not rig.aside:
+            await asyncio.sleep(0.05)
+    feeder.cancel()
+    await rig.sender.flush()
+    assert [data for data, _ in rig.aside] == [b"bad"]
+    rig.check()
+    await rig.sender.close()
+
+
+async def test_a_flush_returns_under_a_lasting_throttle_with_a_steady_load() -> None:
+    random = Random(3)
+
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict]:
+        return [(THROTTLED, "Rate exceeded") if random.random() < 0.6 else None for _ in records]
+
+    rig = Rig(Scripted(script))
+
+    async def more() -> None:
+        while True:
+            for record in numbered(40):
+                rig.lane.add(record)
+            rig.lane.seal(DRAIN)
+            rig.sender.pump()
+            await asyncio.sleep(0.02)
+
+    for record in numbered(100):
+        rig.lane.add(record)
+    rig.lane.seal(DRAIN)
+    flushed = asyncio.create_task(rig.sender.flush())
+    await asyncio.sleep(0)
+    feeder = asyncio.create_task(more())
+    try:
+        await asyncio.wait_for(flushed, 12)
+    finally:
+        feeder.cancel()
+    await rig.sender.close()
+    for batch in rig.sender.unsent():
+        batch.finish(DROPPED)
+    rig.lane.abandon(ClosedError("end"))
+    rig.check()
+
+
+async def test_a_server_that_asks_for_an_hour_is_asked_again_sooner() -> None:
+    error = KinesisError("ServiceUnavailable", "", action=Action.RETRY, http_status=503, retry_after=3600.0)
+    rig = Rig(Scripted(lambda call, records: error))
+    rig.lane.add(b"one")
+    rig.lane.seal(DRAIN)
+    rig.sender.pump()
+    await asyncio.sleep(0.05)
+    assert rig.sender._gate - asyncio.get_running_loop().time() <= 30.0
+    await rig.sender.close()
+    for batch in rig.sender.unsent():
+        batch.finish(DROPPED)
