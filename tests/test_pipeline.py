@@ -99,7 +99,9 @@ async def rig(
             "access_key": ACCESS_KEY, "secret_key": SECRET_KEY,
         }  # fmt: skip
         settings = Settings(
-            broker=Broker(**{"host": server.host, "port": server.port, "client_id": f"rig-{next(_RIGS)}"} | (broker or {})),
+            broker=Broker(
+                **{"host": server.host, "port": server.port, "client_id": f"rig-{next(_RIGS)}"} | (broker or {})
+            ),
             pipelines=(
                 Pipeline(
                     **{"id": "p", "topics": ("plant/#",), "dead_letter": "none"} | pipeline,
