@@ -16,6 +16,7 @@ FLOORS = [
     {"credentials", "endpoint", "transport", "wire", "emulator", "printing"},
     {"kinesis", "sdk", "publisher"},
     {"intake", "sender", "flusher"},
+    {"aside"},
     {"pipeline", "producer"},
     {"engine"},
     {"bench"},
