@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import DEAD, DROPPED
 from fastkin.deadletter import DeadLetterError
+from fastkin.tallies import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -45,8 +46,10 @@ class Aside:
         self._spawn = spawn
         self._on_settled = on_settled
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
-        # letters to write, each group with what settles it once it is stored
-        self._waiting: list[tuple[list[dict[str, Any]], Callable[[int], None]]] = []
+        self.dead = Tally()  # records dead-lettered, by kind of Reject; "refused" by Kinesis
+        self.dropped = 0  # records that ended here without a letter
+        # letters to write, each group with its kind and what settles it once it is stored
+        self._waiting: list[tuple[str, list[dict[str, Any]], Callable[[int], None]]] = []
         self._writing: asyncio.Task[None] | None = None
 
     @property
@@ -70,20 +73,20 @@ class Aside:
             "index": reject.index,
             "payload": reject.payload,
         }
-        self._lay([letter], lambda outcome: self._lane.settle_reject(reject, outcome))
+        self._lay(reject.kind, [letter], lambda outcome: self._lane.settle_reject(reject, outcome))
 
     def refused(self, batch: Batch, reason: str) -> None:
         """Kinesis will never take these records."""
         _LOG.error("pipeline=%s stage=send %d records refused for good: %s", self._name, len(batch), reason)
         letters = [{"reason": reason, "partition_key": key, "payload": data} for data, key, _ in batch.entries()]
-        self._lay(letters, batch.finish)
+        self._lay("refused", letters, batch.finish)
 
     def close(self) -> None:
         if self._dead_letters is not None and self._writing is None:  # else a thread may still have the file
             self._dead_letters.close()
 
-    def _lay(self, letters: list[dict[str, Any]], settle: Callable[[int], None]) -> None:
-        self._waiting.append((letters, settle))
+    def _lay(self, kind: str, letters: list[dict[str, Any]], settle: Callable[[int], None]) -> None:
+        self._waiting.append((kind, letters, settle))
         if self._writing is None:
             self._writing = self._spawn(self._write(), "dead-letters")
 
@@ -94,11 +97,14 @@ class Aside:
             outcome = DROPPED
             if self._dead_letters is not None:
                 outcome = DEAD
-                letters = [{"pipeline": self._name, **one} for group, _ in work for one in group]
+                letters = [{"pipeline": self._name, **one} for _, group, _ in work for one in group]
                 await self._write_until_durable(self._dead_letters, letters)
             del self._waiting[: len(work)]
-            for _, settle in work:
+            for kind, _, settle in work:
+                dead, dropped = self._lane.dead_lettered, self._lane.dropped
                 settle(outcome)
+                self.dead.add(kind, self._lane.dead_lettered - dead)
+                self.dropped += self._lane.dropped - dropped
             self._on_settled()
         self._writing = None
 

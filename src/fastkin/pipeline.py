@@ -108,7 +108,8 @@ class PipelineRun:
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress = asyncio.Event()
-        self.ready = False
+        self.ready = False  # the stream was reached
+        self.start_error: str | None = None  # why it was not yet
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -141,9 +142,11 @@ class PipelineRun:
             await self.client.start()
             await self._look_at_stream()
         except KinesisError as error:
+            self.start_error = str(error)
             _LOG.error("pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S)
             return False
         self.ready = True
+        self.start_error = None
         self._spawn(self._watch_shards(), "shards")
         return True
 
@@ -329,5 +332,30 @@ class PipelineRun:
             "connects": intake.connects,
             "state": intake.state,
             "flushes": lane.flushes,
-            "last_error": sender.last_error or intake.last_error,
+            "last_error": self.last_error,
         }
+
+    @property
+    def last_error(self) -> str | None:
+        """What is wrong now, for a person; it clears when the same goes well."""
+        return self.start_error or self.sender.last_error or self.intake.last_error
+
+    def oldest_s(self) -> float:
+        """Age of the oldest message that is not acknowledged; 0.0 when there is none."""
+        return self._loop.time() - self.ledger.oldest() if self.ledger.unacked else 0.0
+
+    def failed(self) -> str | None:
+        """Why this pipeline does nothing any more, or None."""
+        if not self.failure.done() or self.failure.cancelled() or (error := self.failure.exception()) is None:
+            return None
+        return f"failed: {type(error).__name__}: {error}"
+
+    def unready(self) -> str | None:
+        """Why it does not do its work, or None when it is connected, subscribed and has reached its stream."""
+        if reason := self.failed():
+            return reason
+        if not self.ready:
+            return f"the stream was not reached: {self.start_error or 'not tried yet'}"
+        if not self.intake.connected.is_set():
+            return f"the broker: {self.intake.state}{f': {self.intake.last_error}' if self.intake.last_error else ''}"
+        return None
