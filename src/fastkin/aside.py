@@ -47,7 +47,7 @@ class Aside:
         self._on_settled = on_settled
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
         self.dead = Tally()  # records dead-lettered, by kind of Reject; "refused" by Kinesis
-        self.dropped = 0  # records that ended here without a letter
+        self.dropped = Tally()  # records that ended here without a letter
         # letters to write, each group with its kind and what settles it once it is stored
         self._waiting: list[tuple[str, list[dict[str, Any]], Callable[[int], None]]] = []
         self._writing: asyncio.Task[None] | None = None
@@ -104,7 +104,7 @@ class Aside:
                 dead, dropped = self._lane.dead_lettered, self._lane.dropped
                 settle(outcome)
                 self.dead.add(kind, self._lane.dead_lettered - dead)
-                self.dropped += self._lane.dropped - dropped
+                self.dropped.add("no_dead_letter", self._lane.dropped - dropped)
             self._on_settled()
         self._writing = None
 

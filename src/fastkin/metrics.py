@@ -1,162 +1,173 @@
 """What Prometheus is told. Counters live in the stages; they are read when somebody asks, and cost nothing before.
 
-One scrape is one moment: `collect` does not wait for anything, so the counters of a pipeline fit together.
-prometheus_client is imported by whoever needs this module, which is not every process.
-
     registry.register(engine.metrics())
+
+One scrape is one moment: nothing is waited for in between, so the counters of a pipeline fit together. They go on
+over a reload. prometheus_client is imported by whoever needs this module, which is not every process.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Protocol
+import concurrent.futures
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fastkin import __version__
-from fastkin.tallies import OTHER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from fastkin.pipeline import PipelineRun
-    from fastkin.tallies import Histogram
 
-# index: why a batch was closed, see _codec.pyi
-FLUSH_REASONS = ("full_count", "full_bytes", "linger", "window", "idle", "drain")
 _SHARDS_SHOWN = 256  # the hottest ones
+_THREAD_WAITS_S = 5.0  # a scrape in another thread, for the loop
+
+# name, key of stats(), what it says
+_COUNTERS = (
+    ("messages_received", "messages", "MQTT messages taken"),
+    ("records_received", "received", "Records taken from messages; a frame that is no frame counts as one"),
+    ("records_batched", "batched", "Records in batches handed to the sender"),
+    ("records_sent", "sent", "Records in calls made, repeats included"),
+    ("records_stored", "stored", "Records that Kinesis confirmed"),
+    ("records_filtered", "filtered", "Records that were not wanted"),
+    ("records_spooled", "spooled_ever", "Records that went to disk, ever"),
+    ("duplicates_possible", "duplicates_possible", "Records of calls whose outcome stayed unknown: duplicates at most"),
+    ("calls", "calls", "Calls made to Kinesis"),
+    ("intake_connects", "connects", "Connections made to the broker"),
+    ("intake_paused_seconds", "paused_s", "Time that reading was paused for want of room"),
+)
+# and the label that tells them apart
+_LABELLED = (
+    ("records_retried", "retried_by_code", "code", "Records sent again, by what failed"),
+    ("records_throttled", "throttled_by_shard", "shard", "Records throttled, by the shard that Kinesis named"),
+    ("records_dead_lettered", "dead_by_reason", "reason", "Records set aside for good"),
+    ("records_dropped", "dropped_by_policy", "policy", "Records given up"),
+    ("format_errors", "format_errors", "reason", "Payloads or records that were malformed"),
+    ("batches_flushed", "flushed_by_reason", "reason", "Batches closed, by why"),
+    ("calls_failed", "calls_failed_by_code", "code", "Calls that failed as a whole"),
+)
+# A sum over a family with no member yet is no number in PromQL: these exist from the start.
+_ALWAYS = {"records_dead_lettered": "refused", "records_dropped": "failed"}
+_HISTOGRAMS = (
+    ("call_seconds", "call_seconds", "Time from a call to its answer"),
+    ("batch_fill_ratio", "batch_fill", "How full a batch is, of the records or bytes it may hold"),
+)
+_GAUGES = (
+    ("records_in_flight", "in_flight", "Records received and not ended, in memory"),
+    ("spool_records", "spooled", "Records that are on disk only"),
+    ("spool_bytes", "spool_bytes", "Size of the spool on disk"),
+    ("budget_bytes", "buffered_bytes", "Memory charged for records"),
+    ("unacknowledged_messages", "unacked", "Messages that the broker was not told of yet"),
+    ("calls_open", "calls_open", "Calls without an answer yet"),
+)
 
 
 class Engine(Protocol):
+    """What is read of an engine."""
+
     @property
     def pipelines(self) -> Mapping[str, PipelineRun]: ...
 
-
-class _Page:
-    """Metric families by name, in the order they were first written."""
-
-    def __init__(self) -> None:
-        self.families: dict[str, Metric] = {}
-
-    def counter(self, name: str, doc: str, value: float, pipeline: str, **labels: str) -> None:
-        family = self.families.get(name)
-        if family is None:
-            family = self.families[name] = CounterMetricFamily(name, doc, labels=("pipeline", *labels))
-        assert isinstance(family, CounterMetricFamily)
-        family.add_metric((pipeline, *labels.values()), value)
-
-    def counters(self, name: str, doc: str, values: Mapping[str, int], pipeline: str, label: str) -> None:
-        for each, value in values.items():
-            self.counter(name, doc, value, pipeline, **{label: each or "unknown"})
-
-    def gauge(self, name: str, doc: str, value: float, pipeline: str, **labels: str) -> None:
-        family = self.families.get(name)
-        if family is None:
-            family = self.families[name] = GaugeMetricFamily(name, doc, labels=("pipeline", *labels))
-        assert isinstance(family, GaugeMetricFamily)
-        family.add_metric((pipeline, *labels.values()), value)
-
-    def histogram(self, name: str, doc: str, value: Histogram, pipeline: str) -> None:
-        family = self.families.get(name)
-        if family is None:
-            family = self.families[name] = HistogramMetricFamily(name, doc, labels=("pipeline",))
-        assert isinstance(family, HistogramMetricFamily)
-        family.add_metric((pipeline,), value.buckets(), value.sum)
+    def stats(self) -> dict[str, dict[str, Any]]: ...
 
 
 class EngineCollector(Collector):
-    """The metrics of an engine's pipelines. Scrape it in the thread of the engine's loop: it takes no lock."""
+    """The metrics of an engine's pipelines. Make it in the engine's loop; it may be scraped in any thread."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._loop = asyncio.get_running_loop()
 
     def describe(self) -> Iterable[Metric]:
         # Without this a registry would collect once just to learn the names.
         return [GaugeMetricFamily("fastkin_info", "")]
 
     def collect(self) -> list[Metric]:
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            here = False
+        if here or not self._loop.is_running():
+            return self._collect()
+        told: concurrent.futures.Future[list[Metric]] = concurrent.futures.Future()
+        self._loop.call_soon_threadsafe(self._tell, told)
+        return told.result(_THREAD_WAITS_S)
+
+    def _tell(self, told: concurrent.futures.Future[list[Metric]]) -> None:
+        try:
+            told.set_result(self._collect())
+        except Exception as error:  # noqa: BLE001 - for whoever waits
+            told.set_exception(error)
+
+    def _collect(self) -> list[Metric]:
         info = GaugeMetricFamily("fastkin_info", "What runs.", labels=("version",))
         info.add_metric((__version__,), 1)
-        page = _Page()
-        for name, run in self._engine.pipelines.items():
-            _records(page, name, run)
-            _calls(page, name, run)
-            _intake(page, name, run)
-        return [info, *page.families.values()]
+        families: list[Metric] = [info]
+        stats = self._engine.stats()
+        for name, key, doc in _COUNTERS:
+            counter = CounterMetricFamily(f"fastkin_{name}", f"{doc}.", labels=("pipeline",))
+            for pipeline, counts in stats.items():
+                counter.add_metric((pipeline,), counts.get(key, 0))
+            families.append(counter)
+        decoded = CounterMetricFamily("fastkin_records_decoded", "Records that were well-formed.", labels=("pipeline",))
+        for pipeline, counts in stats.items():
+            decoded.add_metric((pipeline,), counts["received"] - sum(counts["format_errors"].values()))
+        families.append(decoded)
+        for name, key, label, doc in _LABELLED:
+            counter = CounterMetricFamily(f"fastkin_{name}", f"{doc}.", labels=("pipeline", label))
+            for pipeline, counts in stats.items():
+                values = counts[key] or {_ALWAYS[name]: 0} if name in _ALWAYS else counts[key]
+                for value, count in values.items():
+                    counter.add_metric((pipeline, value or "unknown"), count)
+            families.append(counter)
+        for name, key, doc in _HISTOGRAMS:
+            histogram = HistogramMetricFamily(f"fastkin_{name}", f"{doc}.", labels=("pipeline",))
+            for pipeline, counts in stats.items():
+                histogram.add_metric((pipeline,), *_cumulated(counts[key]))
+            families.append(histogram)
+        for name, key, doc in _GAUGES:
+            gauge = GaugeMetricFamily(f"fastkin_{name}", f"{doc}.", labels=("pipeline",))
+            for pipeline, counts in stats.items():
+                gauge.add_metric((pipeline,), counts.get(key, 0))
+            families.append(gauge)
+        return families + self._of_runs()
+
+    def _of_runs(self) -> list[Metric]:
+        """What only the run that is at work can say."""
+        labels = ("pipeline",)
+        limit = GaugeMetricFamily("fastkin_budget_bytes_limit", "What may be charged.", labels=labels)
+        oldest = GaugeMetricFamily(
+            "fastkin_oldest_unacknowledged_seconds", "Age of the oldest unacknowledged message.", labels=labels
+        )
+        window = GaugeMetricFamily(
+            "fastkin_broker_window_messages", "Unacknowledged messages that the broker allows.", labels=labels
+        )
+        connected = GaugeMetricFamily("fastkin_intake_connected", "1: connected and subscribed.", labels=labels)
+        ready = GaugeMetricFamily("fastkin_pipeline_ready", "1: connected, and the stream was reached.", labels=labels)
+        heat = GaugeMetricFamily(
+            "fastkin_shard_heat", "Share of a shard's limit that we used lately.", labels=("pipeline", "shard")
+        )
+        for pipeline, run in self._engine.pipelines.items():
+            limit.add_metric((pipeline,), run.budget.max_bytes)
+            oldest.add_metric((pipeline,), run.oldest_s())
+            window.add_metric((pipeline,), run.intake.granted_window)
+            connected.add_metric((pipeline,), run.intake.connected.is_set())
+            ready.add_metric((pipeline,), run.unready() is None)
+            hottest = sorted(run.sender.heat().items(), key=lambda item: item[1], reverse=True)
+            for shard, share in hottest[:_SHARDS_SHOWN]:
+                heat.add_metric((pipeline, shard), share)
+        return [limit, oldest, window, connected, ready, heat]
 
 
-def _records(page: _Page, pipeline: str, run: PipelineRun) -> None:
-    """The books: received == stored + dead_lettered + filtered + dropped + in_flight + spooled."""
-    lane, sender, aside, stats = run.lane, run.sender, run.aside, run.stats()
-    rejected = sum(aside.format_errors.values())
-    page.counter("fastkin_records_received", "Records taken from messages.", stats["received"], pipeline)
-    page.counter("fastkin_records_decoded", "Records that were well-formed.", stats["received"] - rejected, pipeline)
-    page.counter("fastkin_records_batched", "Records in batches handed to the sender.", sender.batched, pipeline)
-    page.counter("fastkin_records_sent", "Records in calls made, repeats included.", sender.sent, pipeline)
-    page.counter("fastkin_records_stored", "Records that Kinesis confirmed.", stats["stored"], pipeline)
-    page.counters(
-        "fastkin_records_retried", "Records sent again, by what failed.", sender.retried_by_code, pipeline, "code"
-    )
-    page.counters("fastkin_records_throttled", "Records throttled, by shard.", sender.throttled, pipeline, "shard")
-    dead = _accounted(aside.dead, stats["dead_lettered"], OTHER)
-    page.counters("fastkin_records_dead_lettered", "Records set aside for good.", dead, pipeline, "reason")
-    page.counter("fastkin_records_filtered", "Records that were not wanted.", stats["filtered"], pipeline)
-    dropped = _accounted({"no_dead_letter": aside.dropped}, stats["dropped"], "failed")
-    page.counters("fastkin_records_dropped", "Records given up, by policy.", dropped, pipeline, "policy")
-    page.counter(
-        "fastkin_duplicates_possible", "Records of calls whose outcome stayed unknown: the upper bound of duplicates.",
-        sender.duplicates_possible, pipeline,
-    )  # fmt: skip
-    page.counter("fastkin_records_spooled", "Records that went to disk, ever.", 0, pipeline)
-    page.gauge("fastkin_records_in_flight", "Records received and not ended.", stats["in_flight"], pipeline)
-    page.gauge("fastkin_spool_records", "Records that are on disk only.", 0, pipeline)
-    page.gauge("fastkin_spool_bytes", "Size of the spool.", 0, pipeline)
-    page.gauge("fastkin_budget_bytes", "Memory charged for records.", run.budget.bytes, pipeline)
-    page.gauge("fastkin_budget_bytes_limit", "What may be charged.", run.budget.max_bytes, pipeline)
-    flushes = dict(zip(FLUSH_REASONS, lane.flushes, strict=True))
-    page.counters("fastkin_batches_flushed", "Batches closed, by why.", flushes, pipeline, "reason")
-    page.histogram(
-        "fastkin_batch_fill_ratio", "How full a batch is, of its records or bytes.", sender.batch_fill, pipeline
-    )
-
-
-def _accounted(counted: Mapping[str, int], total: int, rest: str) -> dict[str, int]:
-    """What was counted by name, and under `rest` what was not: the sum is always `total`."""
-    found = {name: count for name, count in counted.items() if count}
-    missing = total - sum(found.values())
-    if missing or not found:
-        found[rest] = found.get(rest, 0) + missing
-    return found
-
-
-def _calls(page: _Page, pipeline: str, run: PipelineRun) -> None:
-    sender = run.sender
-    page.counter("fastkin_calls", "Calls made to Kinesis.", sender.calls, pipeline)
-    page.counters(
-        "fastkin_calls_failed", "Calls that failed as a whole.", sender.calls_failed_by_code, pipeline, "code"
-    )
-    page.gauge("fastkin_calls_open", "Calls without an answer yet.", sender.in_flight, pipeline)
-    page.histogram("fastkin_call_seconds", "Time from a call to its answer.", sender.call_seconds, pipeline)
-    if sender.shards is not None:
-        heats = sender.pacer.heat(asyncio.get_running_loop().time())
-        by_heat = sorted(zip(heats, (shard.id for shard in sender.shards.shards), strict=True), reverse=True)
-        for heat, shard in by_heat[:_SHARDS_SHOWN]:
-            page.gauge(
-                "fastkin_shard_heat", "Share of a shard's limit that we used lately.", heat, pipeline, shard=shard
-            )
-
-
-def _intake(page: _Page, pipeline: str, run: PipelineRun) -> None:
-    intake = run.intake
-    page.counter("fastkin_messages_received", "MQTT messages taken.", intake.messages, pipeline)
-    page.counter(
-        "fastkin_intake_paused_seconds", "Time that reading was paused for want of room.", intake.paused_s, pipeline
-    )
-    page.counter("fastkin_intake_connects", "Connections made to the broker.", intake.connects, pipeline)
-    page.gauge("fastkin_unacknowledged_messages", "Messages not acknowledged yet.", run.ledger.unacked, pipeline)
-    page.gauge("fastkin_oldest_unacknowledged_seconds", "Age of the oldest of them.", run.oldest_s(), pipeline)
-    page.gauge("fastkin_intake_connected", "1: connected and subscribed.", intake.connected.is_set(), pipeline)
-    page.gauge(
-        "fastkin_pipeline_ready", "1: connected, subscribed, and the stream was reached.", not run.unready(), pipeline
-    )
+def _cumulated(told: Mapping[str, float]) -> tuple[list[tuple[str, float]], float]:
+    """(buckets as Prometheus has them: each with what is below it, sum)"""
+    buckets: list[tuple[str, float]] = []
+    below = 0.0
+    for bound, count in told.items():
+        if bound != "sum":
+            below += count
+            buckets.append((bound, below))
+    return buckets, told["sum"]

@@ -40,6 +40,7 @@ _SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that t
 _SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
 # KPL's AggregationMaxSize: a record costs a few bytes of overhead, and a retry stays cheap
 _AGGREGATE_BYTES = 51_200
+_FLUSH_REASONS = ("full_count", "full_bytes", "linger", "window", "idle", "drain")  # as in Lane.flushes
 
 
 class PipelineRun:
@@ -333,6 +334,18 @@ class PipelineRun:
             "state": intake.state,
             "flushes": lane.flushes,
             "last_error": self.last_error,
+            # by name; the first two sum up to their totals above
+            "dead_by_reason": self.aside.dead.summing_to(lane.dead_lettered),
+            "dropped_by_policy": self.aside.dropped.summing_to(lane.dropped, "failed"),
+            "retried_by_code": dict(sender.retried_by_code),
+            "throttled_by_shard": dict(sender.throttled),
+            "calls_failed_by_code": dict(sender.calls_failed_by_code),
+            "flushed_by_reason": dict(zip(_FLUSH_REASONS, lane.flushes, strict=True)),
+            "batched": sender.batched,
+            "sent": sender.sent,
+            "paused_s": intake.paused_s,
+            "call_seconds": sender.call_seconds.told(),
+            "batch_fill": sender.batch_fill.told(),
         }
 
     @property

@@ -156,6 +156,13 @@ class Sender:
     def idle(self) -> bool:
         return not self._tasks and self._next is None and not self._failed and not self.lane.ready
 
+    def heat(self) -> dict[str, float]:
+        """Shard id to the share of its limit that was used lately; empty while the shards are not known."""
+        if self.shards is None:
+            return {}
+        ids = (shard.id for shard in self.shards.shards)
+        return dict(zip(ids, self.pacer.heat(self._loop.time()), strict=True))
+
     def set_shards(self, shards: ShardMap | None) -> None:
         """Pace by these shards from now on; None: learn from throttles alone."""
         self.shards = shards

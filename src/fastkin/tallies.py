@@ -26,9 +26,12 @@ class Tally(dict[str, int]):
             name = OTHER
         self[name] = self.get(name, 0) + count
 
-    @property
-    def total(self) -> int:
-        return sum(self.values())
+    def summing_to(self, total: int, rest: str = OTHER) -> dict[str, int]:
+        """A copy in which what nobody counted by name stands under `rest`: its sum is `total`."""
+        found = {name: count for name, count in self.items() if count}
+        if missing := total - sum(found.values()):
+            found[rest] = found.get(rest, 0) + missing
+        return found
 
 
 class Histogram:
@@ -45,11 +48,7 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def buckets(self) -> list[tuple[str, int]]:
-        """(upper bound, how many values are not above it), as Prometheus wants them."""
-        found: list[tuple[str, int]] = []
-        below = 0
-        for bound, count in zip((*map(repr, self.bounds), "+Inf"), self.counts, strict=True):
-            below += count
-            found.append((bound, below))
-        return found
+    def told(self) -> dict[str, float]:
+        """Upper bound to how many values fell below it and not below the one before; "sum" to their sum."""
+        counts = dict(zip((*map(repr, self.bounds), "+Inf"), self.counts, strict=True))
+        return {**counts, "sum": self.sum}
