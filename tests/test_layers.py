@@ -17,7 +17,7 @@ FLOORS = [
     {"kinesis", "sdk", "publisher"},
     {"intake", "sender", "flusher"},
     {"pipeline", "producer"},
-    {"engine"},
+    {"engine", "carry"},
     {"bench"},
     {"commands", "cli"},
 ]
