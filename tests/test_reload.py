@@ -383,11 +383,13 @@ async def test_with_a_drawn_client_id_the_new_run_is_there_before_the_old_one_le
                     await asyncio.sleep(0.002)
 
             work = asyncio.create_task(publish())
+            pipeline = p.pipeline(qos=0)
             for linger in (1.0, 2.0, 3.0):
                 await asyncio.sleep(0.1)
                 drawn = {**broker, "client_id": f"drawn-{linger}"}  # by each reading of the settings anew
-                assert (await engine.reload(p.settings(p.pipeline(qos=0), **drawn))).unchanged == ("p",)
-                await engine.reload(p.settings(p.pipeline(qos=0, linger_ms=linger), **drawn))
+                assert (await engine.reload(p.settings(pipeline, **drawn))).unchanged == ("p",)
+                pipeline = dataclasses.replace(pipeline, linger_ms=linger)
+                assert (await engine.reload(p.settings(pipeline, **drawn))).restarted == ("p",)
             over.set()
             await work
             await p.all_stored()
