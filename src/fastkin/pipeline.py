@@ -185,6 +185,7 @@ class PipelineRun:
                     await self._progress.wait()
         except TimeoutError:
             pass
+        self._drain = None
         self.flusher.stop()
         await self.sender.close()
         await self.intake.close()
