@@ -12,11 +12,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "fastkin"
 # from the ground up; the floors of DESIGN.md section 4
 FLOORS = [
     {"errors", "results", "_codec", "_mqtt", "lambdas"},
-    {"config", "envfile", "settings", "keys", "shards", "pacing", "deadletter", "logs", "signing"},
+    {"config", "envfile", "settings", "keys", "shards", "pacing", "tallies", "deadletter", "logs", "signing"},
     {"credentials", "endpoint", "transport", "wire", "emulator", "printing"},
     {"kinesis", "sdk", "publisher"},
     {"intake", "sender", "flusher"},
+    {"aside"},
     {"pipeline", "producer"},
+    {"metrics", "status"},
     {"engine"},
     {"bench"},
     {"commands", "cli"},

@@ -101,10 +101,19 @@ class Pipeline:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """The HTTP port for metrics and health."""
+
+    port: int = 0  # 0: none
+    host: str = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     broker: Broker
     pipelines: tuple[Pipeline, ...]
     warnings: tuple[str, ...] = ()
+    status: Status = field(default_factory=Status)
 
 
 def load_settings(

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastkin.config import Settings
+    from fastkin.metrics import EngineCollector
+    from fastkin.status import StatusServer
 
 _LOG = logging.getLogger("fastkin.engine")
 
@@ -35,6 +37,7 @@ class Engine:
         self.pipelines: dict[str, PipelineRun] = {}
         self._stopped: asyncio.Event | None = None
         self._stopping: asyncio.Task[int] | None = None
+        self.status: StatusServer | None = None  # when the settings want one
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -61,6 +64,12 @@ class Engine:
             self.pipelines[pipeline.id] = PipelineRun(
                 pipeline, broker, on_settled=self._on_settled, on_message=self._on_message
             )
+        if self.settings.status.port:
+            # imported here: prometheus_client is only for who wants it
+            from fastkin.status import StatusServer
+
+            self.status = StatusServer(self)
+            await self.status.start(self.settings.status)
         for run in self.pipelines.values():
             run.start()
 
@@ -91,12 +100,20 @@ class Engine:
 
     async def _stop(self) -> int:
         results = await asyncio.gather(*(run.stop() for run in self.pipelines.values()), return_exceptions=True)
+        if self.status is not None:
+            await self.status.close()  # last: a drain can be watched
         unsettled = 0
         for result in results:
             if isinstance(result, BaseException):
                 raise result
             unsettled += result
         return unsettled
+
+    def metrics(self) -> EngineCollector:
+        """What the host's Prometheus registry takes: `registry.register(engine.metrics())`."""
+        from fastkin.metrics import EngineCollector
+
+        return EngineCollector(self)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters by pipeline id. Records: received == stored + dead_lettered + filtered + dropped + in_flight."""
