@@ -16,8 +16,7 @@ import orjson
 
 from fastkin._codec import DRAIN, DROPPED, WINDOW, Budget, KeyPlan, Lane, ShardTable
 from fastkin._mqtt import CallbackSink, Ledger, Router
-from fastkin.aside import Aside
-from fastkin.deadletter import DeadLetters
+from fastkin.aside import Aside, make_store
 from fastkin.errors import Action, ConfigError, KinesisError
 from fastkin.flusher import Flusher
 from fastkin.intake import Intake
@@ -83,7 +82,8 @@ class PipelineRun:
         self.aside = Aside(
             self.name,
             self.lane,
-            None if pipeline.dead_letter in (None, "none") else DeadLetters(pipeline.dead_letter),
+            make_store(pipeline),
+            topics=pipeline.topics,
             spawn=self._spawn,
             on_settled=self._settled,
         )
@@ -113,6 +113,7 @@ class PipelineRun:
     # -- life ----------------------------------------------------------------------------------
 
     def start(self) -> None:
+        self.aside.start()
         self._spawn(self._run(), "run")
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -172,7 +173,7 @@ class PipelineRun:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.client.close()
-        self.aside.close()
+        await self.aside.close()
         unsettled = self.lane.in_flight
         say = _LOG.info if unsettled == 0 else _LOG.error
         say(
@@ -324,6 +325,8 @@ class PipelineRun:
             "throttled": sum(sender.throttled.values()),
             "duplicates_possible": sender.duplicates_possible,
             "format_errors": dict(self.aside.format_errors),
+            "dead_lettered_by": dict(self.aside.dead_lettered_by),
+            "dead_letters_deleted": self.aside.deleted,
             "unacked": self.ledger.unacked,
             "messages": intake.messages,
             "connects": intake.connects,
