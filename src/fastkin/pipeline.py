@@ -16,8 +16,7 @@ import orjson
 
 from fastkin._codec import DRAIN, DROPPED, WINDOW, Budget, KeyPlan, Lane, ShardTable
 from fastkin._mqtt import CallbackSink, Ledger, Router
-from fastkin.aside import Aside
-from fastkin.deadletter import DeadLetters
+from fastkin.aside import Aside, make_store
 from fastkin.errors import Action, ConfigError, KinesisError
 from fastkin.flusher import Flusher
 from fastkin.intake import Intake
@@ -84,7 +83,8 @@ class PipelineRun:
         self.aside = Aside(
             self.name,
             self.lane,
-            None if pipeline.dead_letter in (None, "none") else DeadLetters(pipeline.dead_letter),
+            make_store(pipeline),
+            topics=pipeline.topics,
             spawn=self._spawn,
             on_settled=self._settled,
         )
@@ -118,6 +118,7 @@ class PipelineRun:
     # -- life ----------------------------------------------------------------------------------
 
     def start(self) -> None:
+        self.aside.start()
         self._spawn(self._run(), "run")
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -193,7 +194,7 @@ class PipelineRun:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.client.close()
-        self.aside.close()
+        await self.aside.close()
         unsettled = self.lane.in_flight
         say = _LOG.info if unsettled == 0 else _LOG.error
         say(
@@ -345,6 +346,7 @@ class PipelineRun:
             "throttled": sum(sender.throttled.values()),
             "duplicates_possible": sender.duplicates_possible,
             "format_errors": dict(self.aside.format_errors),
+            "dead_letters_deleted": self.aside.deleted,
             "unacked": self.ledger.unacked,
             "messages": intake.messages,
             "connects": intake.connects,
