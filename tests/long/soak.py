@@ -166,7 +166,7 @@ def soak(args: argparse.Namespace) -> int:
         Stand({"raw": SHARDS, "bulk": SHARDS}) as stand,
         Plant(raw=raw, bulk=bulk, rate=args.rate) as plant,
         service(directory, SETTINGS.format(port=plant.port, url=stand.url, budget=int(args.budget_mib * MIB))) as run,
-        Memory(run, every_s=0.2) as memory,
+        Memory(run, every_s=0.2, csv=directory / "memory.csv" if args.directory else None) as memory,
     ):
         wait_for(lambda: run.log().count("subscribed") >= 2, 30, "both pipelines subscribed")
         began = said_at = time.monotonic()

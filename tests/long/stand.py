@@ -214,8 +214,10 @@ def rss_of(pid: int) -> int:
 class Memory:
     """RSS of a service, looked at all the time; `run` may be killed and started meanwhile."""
 
-    def __init__(self, run: Service, every_s: float = 0.05) -> None:
+    def __init__(self, run: Service, every_s: float = 0.05, *, csv: Path | None = None) -> None:
+        """`csv`: note each second's time, resident bytes and those of them that are no file's."""
         self._run = run
+        self._to = csv.open("w") if csv is not None else None
         self._every_s = every_s
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -229,6 +231,15 @@ class Memory:
     def __exit__(self, *exc: object) -> None:
         self._over.set()
         self._thread.join(10)
+        if self._to is not None:
+            self._to.close()
+
+    def _anonymous(self) -> int:
+        assert self._run.process is not None
+        with contextlib.suppress(OSError, IndexError):
+            status = Path(f"/proc/{self._run.process.pid}/status").read_text()
+            return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+        return 0
 
     def now(self) -> int:
         return rss_of(self._run.process.pid) if self._run.process is not None else 0
@@ -252,6 +263,9 @@ class Memory:
             if (now := time.monotonic()) - noted >= 1.0 and rss:
                 noted = now
                 self.points.append((now, rss))
+                if self._to is not None:
+                    self._to.write(f"{now:.1f},{rss},{self._anonymous()}\n")
+                    self._to.flush()
 
 
 def slope(points: Sequence[tuple[float, int]], block_s: float = 10.0) -> tuple[float, float]:
