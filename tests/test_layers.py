@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "fastkin"
 # from the ground up; the floors of DESIGN.md section 4
 FLOORS = [
     {"errors", "results", "_codec", "_mqtt"},
-    {"config", "envfile", "settings", "keys", "shards", "pacing", "deadletter", "logs", "signing"},
+    {"config", "envfile", "settings", "keys", "shards", "pacing", "deadletter", "spool", "logs", "signing"},
     {"credentials", "endpoint", "transport", "wire", "emulator", "printing"},
     {"kinesis", "sdk", "publisher"},
-    {"intake", "sender", "flusher"},
+    {"intake", "sender", "flusher", "overflow"},
     {"pipeline", "producer"},
     {"engine"},
     {"bench"},

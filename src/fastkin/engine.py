@@ -99,5 +99,8 @@ class Engine:
         return unsettled
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """Counters by pipeline id. Records: received == stored + dead_lettered + filtered + dropped + in_flight."""
+        """Counters by pipeline id, in records.
+
+        received == stored + dead_lettered + filtered + dropped + in_flight + spooled, at any moment.
+        """
         return {name: run.stats() for name, run in self.pipelines.items()}
