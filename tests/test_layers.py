@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "fastkin"
 
 # from the ground up; the floors of DESIGN.md section 4
 FLOORS = [
-    {"errors", "results", "_codec", "_mqtt"},
+    {"errors", "results", "_codec", "_mqtt", "lambdas"},
     {
         "config",
         "envfile",
@@ -19,11 +19,13 @@ FLOORS = [
         "keys",
         "shards",
         "pacing",
+        "tallies",
         "deadletter",
-        "logs",
-        "signing",
         "letterfile",
         "letterplace",
+        "logs",
+        "signing",
+        "notify",
     },
     {"credentials", "endpoint", "transport", "wire", "emulator", "printing"},
     {"kinesis", "sdk", "publisher"},
@@ -31,7 +33,8 @@ FLOORS = [
     {"letterstream"},
     {"aside"},
     {"pipeline", "producer"},
-    {"engine"},
+    {"metrics", "status"},
+    {"engine", "carry"},
     {"bench"},
     {"commands", "cli"},
 ]

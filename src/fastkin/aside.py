@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import threading
 import time
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from fastkin._codec import DEAD, DROPPED
 from fastkin.deadletter import DeadLetterError, DeadLetters
 from fastkin.letterplace import destination
 from fastkin.letterstream import LetterStream
+from fastkin.tallies import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -36,8 +36,6 @@ _ERROR_EVERY_S = 60.0  # how often to say that they still wait
 _HEX_BYTES = 32  # of a bad payload shown in the log
 _CHUNK_BYTES = 1 << 20  # of payload written at once, or one batch: bounds memory, and what a rotated file may exceed
 _CHUNK_GROUPS = 1000
-_KINDS = 32  # different reasons counted by name; a server may invent more
-_CODE = re.compile(r"[A-Za-z][A-Za-z0-9]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +153,10 @@ class Aside:
         self._on_settled = on_settled
         self._topic = _only(topics)
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
-        # kind of a bad payload or code of Kinesis -> records; the sum is lane.dead_lettered at any moment
-        self.dead_lettered_by: dict[str, int] = {}
-        self.dropped = 0  # records that ended here without a letter, for there is no `dead_letter`
+        self.dead = (
+            Tally()
+        )  # records dead-lettered, by kind of a bad payload or code of Kinesis; sums to lane.dead_lettered
+        self.dropped = Tally()  # records that ended here without a letter, for there is no `dead_letter`
         self._deleted_said = 0
         self._waiting: list[_Group] = []
         self._writing: asyncio.Task[None] | None = None
@@ -214,7 +213,7 @@ class Aside:
             ]
 
         code = reason.partition(":")[0]
-        self._lay(_Group(code if _CODE.fullmatch(code) else "other", letters, batch.finish, batch.nbytes))
+        self._lay(_Group(code, letters, batch.finish, batch.nbytes))
 
     async def close(self) -> None:
         """After the tasks of the pipeline have ended."""
@@ -255,11 +254,10 @@ class Aside:
             group.settle(outcome)
         finally:
             # taken from the lane, which counts the records inside an aggregate: the sums are the same at any moment
-            self.dropped += self._lane.dropped - dropped
             if more := self._lane.dead_lettered - dead:
-                by = self.dead_lettered_by
-                kind = group.kind if group.kind in by or len(by) < _KINDS else "other"
-                by[kind] = by.get(kind, 0) + more
+                self.dead.add(group.kind, more)
+            if more := self._lane.dropped - dropped:
+                self.dropped.add("no_dead_letter", more)
 
     def _say_deleted(self) -> None:
         deleted = self.deleted

@@ -32,6 +32,7 @@ class Broker:
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     client_id: str = ""
+    client_id_drawn: bool = False  # nobody chose it: each reading of the settings draws another
     protocol: Literal["auto", "5", "3.1.1"] = "auto"
     clean_session: bool = False
     session_expiry_s: int = 86_400
@@ -103,10 +104,19 @@ class Pipeline:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """The HTTP port for metrics and health."""
+
+    port: int = 0  # 0: none
+    host: str = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     broker: Broker
     pipelines: tuple[Pipeline, ...]
     warnings: tuple[str, ...] = ()
+    status: Status = field(default_factory=Status)
 
 
 def load_settings(

@@ -39,6 +39,7 @@ _SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that t
 _SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
 # KPL's AggregationMaxSize: a record costs a few bytes of overhead, and a retry stays cheap
 _AGGREGATE_BYTES = 51_200
+_FLUSH_REASONS = ("full_count", "full_bytes", "linger", "window", "idle", "drain")  # as in Lane.flushes
 
 
 class PipelineRun:
@@ -108,7 +109,11 @@ class PipelineRun:
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress = asyncio.Event()
-        self.ready = False
+        self.ready = False  # the stream was reached
+        self.start_error: str | None = None  # why it was not yet
+        self._hurried = False
+        self.left = asyncio.Event()  # the broker was left, by a run that lingers
+        self._drain: asyncio.Timeout | None = None
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -142,9 +147,11 @@ class PipelineRun:
             await self.client.start()
             await self._look_at_stream()
         except KinesisError as error:
+            self.start_error = str(error)
             _LOG.error("pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S)
             return False
         self.ready = True
+        self.start_error = None
         self._spawn(self._watch_shards(), "shards")
         return True
 
@@ -154,18 +161,32 @@ class PipelineRun:
             if await self._prepare():
                 return
 
-    async def stop(self) -> int:
-        """Drain within the shutdown timeout; returns how many records did not end."""
+    def hurry(self) -> None:
+        """A stop() that lingers has a deadline from now on."""
+        self._hurried = True
+        if self._drain is not None and self._drain.when() is None:
+            self._drain.reschedule(self._loop.time() + self.pipeline.shutdown_timeout_s)
+
+    async def stop(self, *, linger: bool = False) -> int:
+        """Drain within the shutdown timeout; returns how many records did not end.
+
+        `linger`: leave the broker first, for another run to take our place, and drain until hurry() is called.
+        """
         await self.intake.stop()
+        if linger:
+            await self.intake.close()
+            self.left.set()
         self.flusher.close(DRAIN)
         try:
-            async with asyncio.timeout(self.pipeline.shutdown_timeout_s):
+            self._drain = asyncio.timeout(None if linger and not self._hurried else self.pipeline.shutdown_timeout_s)
+            async with self._drain:
                 while self.lane.in_flight:
                     self._progress.clear()
                     self._attend()
                     await self._progress.wait()
         except TimeoutError:
             pass
+        self._drain = None
         self.flusher.stop()
         await self.sender.close()
         await self.intake.close()
@@ -325,12 +346,48 @@ class PipelineRun:
             "throttled": sum(sender.throttled.values()),
             "duplicates_possible": sender.duplicates_possible,
             "format_errors": dict(self.aside.format_errors),
-            "dead_lettered_by": dict(self.aside.dead_lettered_by),
             "dead_letters_deleted": self.aside.deleted,
             "unacked": self.ledger.unacked,
             "messages": intake.messages,
             "connects": intake.connects,
             "state": intake.state,
             "flushes": lane.flushes,
-            "last_error": sender.last_error or intake.last_error,
+            "last_error": self.last_error,
+            # by name; the first two sum up to their totals above
+            "dead_by_reason": self.aside.dead.summing_to(lane.dead_lettered),
+            "dropped_by_policy": self.aside.dropped.summing_to(lane.dropped, "failed"),
+            "retried_by_code": dict(sender.retried_by_code),
+            "throttled_by_shard": dict(sender.throttled),
+            "calls_failed_by_code": dict(sender.calls_failed_by_code),
+            "flushed_by_reason": dict(zip(_FLUSH_REASONS, lane.flushes, strict=True)),
+            "batched": sender.batched,
+            "sent": sender.sent,
+            "paused_s": intake.paused_s,
+            "call_seconds": sender.call_seconds.told(),
+            "batch_fill": sender.batch_fill.told(),
         }
+
+    @property
+    def last_error(self) -> str | None:
+        """What is wrong now, for a person; it clears when the same goes well."""
+        return self.start_error or self.sender.last_error or self.intake.last_error
+
+    def oldest_s(self) -> float:
+        """Age of the oldest message that is not acknowledged; 0.0 when there is none."""
+        return self._loop.time() - self.ledger.oldest() if self.ledger.unacked else 0.0
+
+    def failed(self) -> str | None:
+        """Why this pipeline does nothing any more, or None."""
+        if not self.failure.done() or self.failure.cancelled() or (error := self.failure.exception()) is None:
+            return None
+        return f"failed: {type(error).__name__}: {error}"
+
+    def unready(self) -> str | None:
+        """Why it does not do its work, or None when it is connected, subscribed and has reached its stream."""
+        if reason := self.failed():
+            return reason
+        if not self.ready:
+            return f"the stream was not reached: {self.start_error or 'not tried yet'}"
+        if not self.intake.connected.is_set():
+            return f"the broker: {self.intake.state}{f': {self.intake.last_error}' if self.intake.last_error else ''}"
+        return None

@@ -126,6 +126,11 @@ PIPELINE_KEYS = _table(
     _flag("stdout", "true: print every message"),
 )  # fmt: skip
 
+STATUS_KEYS = _table(
+    _int("port", 0, 65_535, "serves `/metrics`, `/healthz` and `/readyz`; 0: none"),
+    _text("host", "address to listen on"),
+)
+
 ALIASES = {
     "accessKeyId": "access_key",
     "access_key_id": "access_key",
@@ -187,6 +192,7 @@ TABLES: dict[str, dict[str, Key]] = {
     "broker.tls": TLS_KEYS,
     "kinesis": KINESIS_KEYS,
     "pipeline": PIPELINE_KEYS,
+    "status": STATUS_KEYS,
 }
 ENV = {
     f"FASTKIN_{table.replace('.', '_').upper()}_{key.upper()}": (table, key)
