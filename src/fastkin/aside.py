@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import DEAD, DROPPED
 from fastkin.deadletter import DeadLetterError
+from fastkin.logs import Repeats
 from fastkin.tallies import Tally
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ _LOG = logging.getLogger("fastkin.pipeline")
 
 _RETRY_S = 5.0  # between attempts at a disk that an operator must mend
 _HEX_BYTES = 32  # of a bad payload shown in the log
+_TOPIC_CHARS = 1024  # of a topic
+_LINES_PER_S = 10  # of bad payloads of one kind; what is more is counted
 
 
 class Aside:
@@ -45,6 +48,7 @@ class Aside:
         self._dead_letters = dead_letters
         self._spawn = spawn
         self._on_settled = on_settled
+        self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=_LINES_PER_S, per_s=1.0)
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
         self.dead = Tally()  # records dead-lettered, by kind of Reject; "refused" by Kinesis
         self.dropped = Tally()  # records that ended here without a letter
@@ -61,9 +65,10 @@ class Aside:
         self.format_errors[reject.kind] = self.format_errors.get(reject.kind, 0) + 1
         topic = reject.topic.decode("utf-8", "replace")
         where = "" if reject.index is None else f" record={reject.index}"
-        _LOG.error(
+        self._lines.say(
+            logging.ERROR, reject.kind,
             "pipeline=%s stage=decode topic=%s%s byte %d: %s (%d bytes, first %s)",
-            self._name, ascii(topic), where, reject.offset, reject.reason,
+            self._name, ascii(topic[:_TOPIC_CHARS]), where, reject.offset, reject.reason,
             len(reject.payload), reject.payload[:_HEX_BYTES].hex() or "none",
         )  # fmt: skip
         letter = {
@@ -77,11 +82,15 @@ class Aside:
 
     def refused(self, batch: Batch, reason: str) -> None:
         """Kinesis will never take these records."""
-        _LOG.error("pipeline=%s stage=send %d records refused for good: %s", self._name, len(batch), reason)
+        self._lines.say(
+            logging.ERROR, "refused",
+            "pipeline=%s stage=send %d records refused for good: %s", self._name, len(batch), reason,
+        )  # fmt: skip
         letters = [{"reason": reason, "partition_key": key, "payload": data} for data, key, _ in batch.entries()]
         self._lay("refused", letters, batch.finish)
 
     def close(self) -> None:
+        self._lines.close()
         if self._dead_letters is not None and self._writing is None:  # else a thread may still have the file
             self._dead_letters.close()
 

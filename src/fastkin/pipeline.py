@@ -23,6 +23,7 @@ from fastkin.flusher import Flusher
 from fastkin.intake import Intake
 from fastkin.keys import key_plan
 from fastkin.kinesis import make_client
+from fastkin.logs import Repeats
 from fastkin.sender import Sender
 from fastkin.shards import ShardMap
 
@@ -109,6 +110,7 @@ class PipelineRun:
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress = asyncio.Event()
+        self._lines = Repeats(_LOG, self._loop.call_later, most=5, per_s=60.0)
         self.ready = False  # the stream was reached
         self.start_error: str | None = None  # why it was not yet
 
@@ -144,7 +146,10 @@ class PipelineRun:
             await self._look_at_stream()
         except KinesisError as error:
             self.start_error = str(error)
-            _LOG.error("pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S)
+            self._lines.say(
+                logging.ERROR, "not ready",
+                "pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S,
+            )  # fmt: skip
             return False
         self.ready = True
         self.start_error = None
@@ -169,6 +174,7 @@ class PipelineRun:
                     await self._progress.wait()
         except TimeoutError:
             pass
+        self._lines.close()
         self.flusher.stop()
         await self.sender.close()
         await self.intake.close()
@@ -351,7 +357,8 @@ class PipelineRun:
     @property
     def last_error(self) -> str | None:
         """What is wrong now, for a person; it clears when the same goes well."""
-        return self.start_error or self.sender.last_error or self.intake.last_error
+        here = None if self.intake.connected.is_set() else self.intake.last_error
+        return self.start_error or self.sender.last_error or here
 
     def oldest_s(self) -> float:
         """Age of the oldest message that is not acknowledged; 0.0 when there is none."""
