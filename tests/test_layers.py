@@ -19,7 +19,7 @@ FLOORS = [
     {"aside"},
     {"pipeline", "producer"},
     {"metrics", "status"},
-    {"engine"},
+    {"engine", "carry"},
     {"bench"},
     {"commands", "cli"},
 ]

@@ -32,6 +32,7 @@ class Broker:
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     client_id: str = ""
+    client_id_drawn: bool = False  # nobody chose it: each reading of the settings draws another
     protocol: Literal["auto", "5", "3.1.1"] = "auto"
     clean_session: bool = False
     session_expiry_s: int = 86_400

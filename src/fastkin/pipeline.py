@@ -113,6 +113,9 @@ class PipelineRun:
         self._lines = Repeats(_LOG, self._loop.call_later, most=5, per_s=60.0)
         self.ready = False  # the stream was reached
         self.start_error: str | None = None  # why it was not yet
+        self._hurried = False
+        self.left = asyncio.Event()  # the broker was left, by a run that lingers
+        self._drain: asyncio.Timeout | None = None
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -162,12 +165,25 @@ class PipelineRun:
             if await self._prepare():
                 return
 
-    async def stop(self) -> int:
-        """Drain within the shutdown timeout; returns how many records did not end."""
+    def hurry(self) -> None:
+        """A stop() that lingers has a deadline from now on."""
+        self._hurried = True
+        if self._drain is not None and self._drain.when() is None:
+            self._drain.reschedule(self._loop.time() + self.pipeline.shutdown_timeout_s)
+
+    async def stop(self, *, linger: bool = False) -> int:
+        """Drain within the shutdown timeout; returns how many records did not end.
+
+        `linger`: leave the broker first, for another run to take our place, and drain until hurry() is called.
+        """
         await self.intake.stop()
+        if linger:
+            await self.intake.close()
+            self.left.set()
         self.flusher.close(DRAIN)
         try:
-            async with asyncio.timeout(self.pipeline.shutdown_timeout_s):
+            self._drain = asyncio.timeout(None if linger and not self._hurried else self.pipeline.shutdown_timeout_s)
+            async with self._drain:
                 while self.lane.in_flight:
                     self._progress.clear()
                     self._attend()

@@ -123,7 +123,8 @@ class Checker:
             )
         # a blank id that was written down is wanted: the broker then draws one
         self.random_id = True
-        given.setdefault("client_id", f"fastkin-{os.urandom(6).hex()}")
+        if "client_id" not in given:
+            given.update(client_id=f"fastkin-{os.urandom(6).hex()}", client_id_drawn=True)
 
     def _url(self, given: dict[str, Any], raw: Raw) -> None:
         place = raw["url"].place
