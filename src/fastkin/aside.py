@@ -50,7 +50,7 @@ class Aside:
         self._on_settled = on_settled
         self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=_LINES_PER_S, per_s=1.0)
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
-        self.dead = Tally()  # records dead-lettered, by kind of Reject; "refused" by Kinesis
+        self.dead_lettered_by = Tally()  # records dead-lettered, by kind of Reject; "refused" by Kinesis
         self.dropped = Tally()  # records that ended here without a letter
         # letters to write, each group with its kind and what settles it once it is stored
         self._waiting: list[tuple[str, list[dict[str, Any]], Callable[[int], None]]] = []
@@ -112,7 +112,7 @@ class Aside:
             for kind, _, settle in work:
                 dead, dropped = self._lane.dead_lettered, self._lane.dropped
                 settle(outcome)
-                self.dead.add(kind, self._lane.dead_lettered - dead)
+                self.dead_lettered_by.add(kind, self._lane.dead_lettered - dead)
                 self.dropped.add("no_dead_letter", self._lane.dropped - dropped)
             self._on_settled()
         self._writing = None

@@ -357,8 +357,8 @@ class PipelineRun:
             "flushes": lane.flushes,
             "last_error": self.last_error,
             # by name; the first two sum up to their totals above
-            "dead_by_reason": self.aside.dead.summing_to(lane.dead_lettered),
-            "dropped_by_policy": self.aside.dropped.summing_to(lane.dropped, "failed"),
+            "dead_lettered_by": self.aside.dead_lettered_by.summing_to(lane.dead_lettered),
+            "dropped_by": self.aside.dropped.summing_to(lane.dropped, "failed"),
             "retried_by_code": dict(sender.retried_by_code),
             "throttled_by_shard": dict(sender.throttled),
             "calls_failed_by_code": dict(sender.calls_failed_by_code),
