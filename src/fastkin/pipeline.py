@@ -22,6 +22,7 @@ from fastkin.flusher import Flusher
 from fastkin.intake import Intake
 from fastkin.keys import key_plan
 from fastkin.kinesis import make_client
+from fastkin.logs import Repeats
 from fastkin.overflow import Overflow, batch_limit, shares
 from fastkin.sender import Sender
 from fastkin.shards import ShardMap
@@ -132,6 +133,7 @@ class PipelineRun:
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress = asyncio.Event()
+        self._lines = Repeats(_LOG, self._loop.call_later, most=5, per_s=60.0)
         self.ready = False  # the stream was reached
         self.start_error: str | None = None  # why it was not yet
         self._hurried = False
@@ -175,7 +177,10 @@ class PipelineRun:
             await self._look_at_stream()
         except KinesisError as error:
             self.start_error = str(error)
-            _LOG.error("pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S)
+            self._lines.say(
+                logging.ERROR, "not ready",
+                "pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S,
+            )  # fmt: skip
             return False
         self.ready = True
         self.start_error = None
@@ -216,6 +221,7 @@ class PipelineRun:
         except TimeoutError:
             pass
         self._drain = None
+        self._lines.close()
         self.flusher.stop()
         await self.sender.close()
         if self.overflow is not None:
@@ -397,8 +403,8 @@ class PipelineRun:
             "flushes": lane.flushes,
             "last_error": self.last_error,
             # by name; the first two sum up to their totals above
-            "dead_by_reason": self.aside.dead.summing_to(lane.dead_lettered),
-            "dropped_by_policy": self._dropped().summing_to(lane.dropped, "failed"),
+            "dead_lettered_by": self.aside.dead_lettered_by.summing_to(lane.dead_lettered),
+            "dropped_by": self._dropped().summing_to(lane.dropped, "failed"),
             "retried_by_code": dict(sender.retried_by_code),
             "throttled_by_shard": dict(sender.throttled),
             "calls_failed_by_code": dict(sender.calls_failed_by_code),
@@ -413,7 +419,8 @@ class PipelineRun:
     @property
     def last_error(self) -> str | None:
         """What is wrong now, for a person; it clears when the same goes well."""
-        return self.start_error or self.sender.last_error or self.intake.last_error
+        here = None if self.intake.connected.is_set() else self.intake.last_error
+        return self.start_error or self.sender.last_error or here
 
     def _dropped(self) -> Tally:
         """Records that were given up, by policy."""

@@ -21,8 +21,18 @@ from random import Random
 from typing import TYPE_CHECKING, Protocol
 
 from fastkin._codec import Batch
-from fastkin.errors import Action, ClosedError, KinesisError, LibraryError, NotSent, TransportError, UnexpectedResponse
+from fastkin.errors import (
+    Action,
+    ClosedError,
+    KinesisError,
+    LibraryError,
+    NotSent,
+    TransportError,
+    UnexpectedResponse,
+    printable,
+)
 from fastkin.kinesis import classify_record
+from fastkin.logs import Repeats
 from fastkin.pacing import Backoff, Concurrency, Pacer
 from fastkin.shards import shard_in_message
 from fastkin.tallies import Histogram, Tally
@@ -132,8 +142,7 @@ class Sender:
         self._outstanding: dict[int, int] = {0: 0}  # epoch -> records taken from the lane and not ended
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._closing = False
-        self._warned_at = -_WARN_EVERY_S
-        self._unsaid = 0
+        self._warnings = Repeats(_LOG, self._loop.call_later, most=1, per_s=_WARN_EVERY_S)
         self._throttled_since: float | None = None
         self.last_error: str | None = None
         self.calls = 0
@@ -234,6 +243,7 @@ class Sender:
     async def close(self) -> None:
         """Cancel the calls in flight. What has not ended stays unsettled: see `unsent`."""
         self._closing = True
+        self._warnings.close()
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
@@ -522,7 +532,8 @@ class Sender:
             self._entry_failed(failure, now)
 
     def _entry_failed(self, failure: Failure, now: float) -> None:
-        code, batch = failure.code, failure.batch
+        batch = failure.batch
+        code, message = printable(failure.code, 128), printable(failure.message)
         self.failed_by_code.add(code, len(batch))
         action = classify_record(code)
         if action is not Action.THROTTLE:
@@ -531,9 +542,9 @@ class Sender:
             action is Action.RETRY and code not in _TRANSIENT and batch.attempts >= _UNKNOWN_CODE_ATTEMPTS
         ):
             self._ended(batch.epoch, len(batch))
-            self._set_aside(batch, f"{code}: {failure.message}")
+            self._set_aside(batch, f"{code}: {message}")
             return
-        shard_id = shard_in_message(failure.message) or ""
+        shard_id = shard_in_message(message) or ""
         self.retried += len(batch)
         self.retried_by_code.add(code, batch.user_records)
         most = min(_ENTRY_CAP_S, _ENTRY_BASE_S * 2.0 ** min(batch.attempts, 10))
@@ -544,7 +555,7 @@ class Sender:
             self.pacer.throttled(now, ordinal, even=-1 in batch.shard_load())
             self._say_throttled(now, shard_id, len(batch))
         else:
-            self._warn(now, "%d records failed with %s: %s; they go again", len(batch), code, failure.message)
+            self._warn("%d records failed with %s: %s; they go again", len(batch), code, message)
         queue = self._queue(shard_id)
         queue.batches.append(batch)
         if queue.not_before <= now:
@@ -578,7 +589,7 @@ class Sender:
             else:
                 delay = self._gate_backoff.next()
                 if error.action is not Action.THROTTLE or not self._throttled_for_long(now, ""):
-                    self._warn(now, "call failed: %s; again in %.2f s", error, delay)
+                    self._warn("call failed: %s; again in %.2f s", error, delay)
             self._gate = now + max(delay, min(error.retry_after or 0.0, _OPERATOR_CAP_S))
         self._wake_at(self._gate)
 
@@ -618,18 +629,12 @@ class Sender:
             del self._outstanding[epoch]
         return all(epoch > mark for epoch in self._outstanding if self._outstanding[epoch])
 
-    def _warn(self, now: float, message: str, *args: object) -> None:
-        if now - self._warned_at < _WARN_EVERY_S:
-            self._unsaid += 1
-            return
-        self._warned_at = now
-        more = f" ({self._unsaid} more like this)" if self._unsaid else ""
-        self._unsaid = 0
-        _LOG.warning("pipeline=%s stage=send " + message + "%s", self.name, *args, more)
+    def _warn(self, message: str, *args: object) -> None:
+        self._warnings.say(logging.WARNING, message, "pipeline=%s stage=send " + message, self.name, *args)
 
     def _say_throttled(self, now: float, shard_id: str, records: int) -> None:
         if not self._throttled_for_long(now, shard_id):
-            self._warn(now, "throttled at %s: %d records go again, slower", shard_id or "the stream", records)
+            self._warn("throttled at %s: %d records go again, slower", shard_id or "the stream", records)
 
     def _throttled_for_long(self, now: float, shard_id: str) -> bool:
         """Say so as an error, once per _THROTTLE_ERROR_AFTER_S without a call that went through whole."""
