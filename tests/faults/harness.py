@@ -50,8 +50,9 @@ from running import ROOT, Service
 from servers import ACCESS_KEY, SECRET_KEY, free_port, mosquitto
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Callable, Iterable
 
+    from scripted import ScriptedBroker
     from servers import Server
 
 T = TypeVar("T")
@@ -207,6 +208,7 @@ class Plant:
                 done = len(messages)
             except FastkinError:
                 done = base + (publisher.acked if self._qos else publisher.published)
+                self._ledger.repeated += sum(len(each[2]) for each in messages[done : base + publisher.published])
                 await asyncio.sleep(0.1)
             finally:
                 for _, _, which in messages[base:done]:
@@ -231,7 +233,7 @@ class Rig:
         pipelines: Iterable[str] = ("raw", "bulk"),
         conf: str = "",
         persistence: bool = False,
-        scripted: Callable[[], Awaitable[Any]] | None = None,
+        scripted: ScriptedBroker | None = None,
         tls: Any = None,  # a server-side ssl context: the broker is reached through TLS
         patch: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
@@ -287,6 +289,7 @@ class Rig:
         self._dead_size = -1
         self._dead_now: set[int] = set()
         self.total = 0
+        self.broker_restarts = 0
         self.status_port = free_port()
         self.scraper = Scraper(self.status_port)
 
@@ -343,7 +346,10 @@ class Rig:
             )
             port = self.broker.port
         else:
-            port = self.wait(self._scripted())
+            port = self.wait(self._scripted.start())
+            self._exit.callback(lambda: self.wait(self._scripted.close()))  # type: ignore[union-attr]
+            self.ledger.published |= self._scripted.numbers
+            self.total = len(self._scripted.numbers)
         self.watched = self._proxy(port, watch=lambda: MqttWatch(self.ledger), ssl_context=self._tls)
         self.broker_way = self.watched if self._tls is None else self._proxy(self.watched.port)
         if self._scripted is None:
@@ -450,6 +456,17 @@ class Rig:
         self.service.start()
         want = before + len(self._pipelines)
         self.until(lambda: self.service.log().count(" subscribed") >= want, "subscribed again")
+
+    def stop_broker(self, *, kill: bool = False) -> None:
+        self.broker_restarts += 1
+        self.broker.kill() if kill else self.broker.stop()
+
+    def terminate(self) -> None:
+        """SIGTERM in the middle; the exit status must be 0."""
+        self.scraper.look()
+        got = self.service.terminate(PATIENCE_S)
+        assert got == 0, f"exit status {got}"
+        self.until(lambda: not self.broker_way.links, "the connections are gone")
 
     def delete_stream(self) -> None:
         """What it held stays in the books."""
@@ -584,6 +601,10 @@ class Rig:
         assert books["lost"] == 0, f"{books['lost']} records are lost: {books}"
         self._contents()
         assert books["dup"] <= books["bound"], f"more duplicates than can be explained: {books}"
+        if not self.broker_restarts and self._scripted is None:
+            # else the broker may have lost acknowledgements that it had not read or not written down
+            most = ledger.unacked_at_cut + ledger.late_acks + ledger.repeated
+            assert books["redelivered"] <= most, f"the broker says again what was acknowledged: {most} {books}"
         assert books["redelivered"] >= least_redelivered, f"the fault did not bite: {books}"
         return books
 
