@@ -32,6 +32,7 @@ class Broker:
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     client_id: str = ""
+    client_id_drawn: bool = False  # nobody chose it: each reading of the settings draws another
     protocol: Literal["auto", "5", "3.1.1"] = "auto"
     clean_session: bool = False
     session_expiry_s: int = 86_400
@@ -95,6 +96,8 @@ class Pipeline:
     budget_bytes: int = 64 * MIB
     budget_records: int = 1_000_000
     dead_letter: str | None = None
+    dead_letter_max_bytes: int = 64 * MIB
+    dead_letter_keep: int = 5
     startup_check: Literal["none", "describe", "dry_run", "put"] = "describe"
     shutdown_timeout_s: float = 30.0
     stdout: bool = False

@@ -28,6 +28,7 @@ from fastkin._mqtt import (
     Pingresp,
     Session,
     Suback,
+    Unsuback,
     reason_text,
 )
 from fastkin.errors import MqttError, ProtocolError, RefusedError
@@ -134,6 +135,7 @@ class Intake:
         """
         self.broker = broker
         self.subscriptions = list(subscriptions)
+        self.unsubscribe: Sequence[str] = ()  # what the session may know from before and is not wanted any more
         self.router = router
         self.ledger = ledger
         self.on_read = on_read
@@ -447,6 +449,7 @@ class _Link(Receiver):
 
         self._next_id = 0
         self._asked: dict[int, list[tuple[str, int]]] = {}  # SUBSCRIBE without its SUBACK
+        self._dropped: set[int] = set()  # UNSUBSCRIBE without its UNSUBACK
         self._granted: list[tuple[str, int]] = []
         self._refused: list[tuple[str, int, int]] = []
 
@@ -650,6 +653,8 @@ class _Link(Receiver):
             elif isinstance(event, Disconnect):
                 self.code = event.code
                 self._give_up(farewell(event), None)
+            elif isinstance(event, Unsuback) and event.packet_id in self._dropped:
+                self._dropped.discard(event.packet_id)
             elif not isinstance(event, Pingresp):
                 self._give_up(f"malformed MQTT from the broker: {type(event).__name__} for nothing we sent", 0x82)
 
@@ -672,6 +677,7 @@ class _Link(Receiver):
         if not self._ready.done():
             self._ready.set_result(None)
         self._subscribe(self.intake.subscriptions)
+        self._unsubscribe(self.intake.unsubscribe)
         if self._keep_alive:
             self._timers["ping"] = self.loop.call_later(self._keep_alive / 2, self._ping)
 
@@ -687,6 +693,13 @@ class _Link(Receiver):
         if out:
             self.wire.write(b"".join(out))
             self._await_subacks()
+
+    def _unsubscribe(self, filters: Sequence[str]) -> None:
+        assert self.wire is not None
+        for at in range(0, len(filters), FILTERS_PER_PACKET):
+            self._next_id = self._next_id % 65_535 + 1
+            self._dropped.add(self._next_id)
+            self.wire.write(self.session.unsubscribe(self._next_id, filters[at : at + FILTERS_PER_PACKET]))
 
     def _await_subacks(self) -> None:
         self._timers["suback"] = self.loop.call_later(self.intake.broker.connect_timeout_s, self._no_suback)

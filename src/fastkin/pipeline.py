@@ -16,8 +16,7 @@ import orjson
 
 from fastkin._codec import DRAIN, DROPPED, WINDOW, Budget, KeyPlan, Lane, ShardTable
 from fastkin._mqtt import CallbackSink, Ledger, Router
-from fastkin.aside import Aside
-from fastkin.deadletter import DeadLetters
+from fastkin.aside import Aside, make_store
 from fastkin.errors import Action, ConfigError, KinesisError
 from fastkin.flusher import Flusher
 from fastkin.intake import Intake
@@ -84,7 +83,8 @@ class PipelineRun:
         self.aside = Aside(
             self.name,
             self.lane,
-            None if pipeline.dead_letter in (None, "none") else DeadLetters(pipeline.dead_letter),
+            make_store(pipeline),
+            topics=pipeline.topics,
             spawn=self._spawn,
             on_settled=self._settled,
         )
@@ -111,10 +111,14 @@ class PipelineRun:
         self._progress = asyncio.Event()
         self.ready = False  # the stream was reached
         self.start_error: str | None = None  # why it was not yet
+        self._hurried = False
+        self.left = asyncio.Event()  # the broker was left, by a run that lingers
+        self._drain: asyncio.Timeout | None = None
 
     # -- life ----------------------------------------------------------------------------------
 
     def start(self) -> None:
+        self.aside.start()
         self._spawn(self._run(), "run")
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -157,18 +161,32 @@ class PipelineRun:
             if await self._prepare():
                 return
 
-    async def stop(self) -> int:
-        """Drain within the shutdown timeout; returns how many records did not end."""
+    def hurry(self) -> None:
+        """A stop() that lingers has a deadline from now on."""
+        self._hurried = True
+        if self._drain is not None and self._drain.when() is None:
+            self._drain.reschedule(self._loop.time() + self.pipeline.shutdown_timeout_s)
+
+    async def stop(self, *, linger: bool = False) -> int:
+        """Drain within the shutdown timeout; returns how many records did not end.
+
+        `linger`: leave the broker first, for another run to take our place, and drain until hurry() is called.
+        """
         await self.intake.stop()
+        if linger:
+            await self.intake.close()
+            self.left.set()
         self.flusher.close(DRAIN)
         try:
-            async with asyncio.timeout(self.pipeline.shutdown_timeout_s):
+            self._drain = asyncio.timeout(None if linger and not self._hurried else self.pipeline.shutdown_timeout_s)
+            async with self._drain:
                 while self.lane.in_flight:
                     self._progress.clear()
                     self._attend()
                     await self._progress.wait()
         except TimeoutError:
             pass
+        self._drain = None
         self.flusher.stop()
         await self.sender.close()
         await self.intake.close()
@@ -176,7 +194,7 @@ class PipelineRun:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.client.close()
-        self.aside.close()
+        await self.aside.close()
         unsettled = self.lane.in_flight
         say = _LOG.info if unsettled == 0 else _LOG.error
         say(
@@ -328,6 +346,7 @@ class PipelineRun:
             "throttled": sum(sender.throttled.values()),
             "duplicates_possible": sender.duplicates_possible,
             "format_errors": dict(self.aside.format_errors),
+            "dead_letters_deleted": self.aside.deleted,
             "unacked": self.ledger.unacked,
             "messages": intake.messages,
             "connects": intake.connects,
