@@ -384,7 +384,6 @@ class PipelineRun:
             "filtered": lane.filtered,
             "dropped": lane.dropped,
             "in_flight": lane.in_flight,
-            "spooled": 0,
             "spooled": lane.spooled,
             "buffered_bytes": self.budget.bytes,
             "peak_bytes": self.budget.peak_bytes,
