@@ -153,9 +153,8 @@ class Aside:
         self._on_settled = on_settled
         self._topic = _only(topics)
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
-        self.dead = (
-            Tally()
-        )  # records dead-lettered, by kind of a bad payload or code of Kinesis; sums to lane.dead_lettered
+        # records, by kind of a bad payload or code of Kinesis; the sum is lane.dead_lettered at any moment
+        self.dead = Tally()
         self.dropped = Tally()  # records that ended here without a letter, for there is no `dead_letter`
         self._deleted_said = 0
         self._waiting: list[_Group] = []
