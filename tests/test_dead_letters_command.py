@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -427,3 +428,30 @@ async def test_progress_is_shown_on_a_terminal(
     monkeypatch.setattr(command.sys.stderr, "isatty", lambda: True)
     assert await run("replay", "--config", settings(tmp_path, emulator, path)) == 0
     assert "\r2 replayed, 0 failed again \r4 replayed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+async def test_a_replay_that_is_killed_for_real_is_finished_by_the_next(
+    tmp_path: Path, path: Path, number: signal.Signals
+) -> None:
+    count = 1800
+    with DeadLetters(path) as dead:
+        dead.write([refused(b"%05d" % n, str(n)) for n in range(count)])
+    async with Emulator({"welders": 2}, latency_ms=150) as emulator:
+        config = settings(tmp_path, emulator, path)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastkin.cli", "dead-letters", "replay", "--config", config],
+            stderr=subprocess.DEVNULL,
+        )
+        async with asyncio.timeout(30):
+            while emulator.stored_count("welders") < 600:
+                await asyncio.sleep(0.005)
+        process.send_signal(number)
+        code = await asyncio.to_thread(process.wait, 30)
+        assert code == (-number if number == signal.SIGKILL else 130)
+        emulator.latency_s = 0.0
+        assert await run("replay", "--config", config) == 0
+        got = [data for _, data in stored(emulator)]
+    assert set(got) == {b"%05d" % n for n in range(count)}
+    assert len(got) <= count + command.GROUP_LETTERS
+    assert path.read_bytes() == b""
