@@ -11,11 +11,26 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "fastkin"
 
 # from the ground up; the floors of DESIGN.md section 4
 FLOORS = [
-    {"errors", "results", "_codec", "_mqtt"},
-    {"config", "envfile", "settings", "keys", "shards", "pacing", "tallies", "deadletter", "logs", "signing"},
+    {"errors", "results", "_codec", "_mqtt", "lambdas"},
+    {
+        "config",
+        "envfile",
+        "settings",
+        "keys",
+        "shards",
+        "pacing",
+        "tallies",
+        "deadletter",
+        "letterfile",
+        "letterplace",
+        "logs",
+        "signing",
+        "notify",
+    },
     {"credentials", "endpoint", "transport", "wire", "emulator", "printing"},
     {"kinesis", "sdk", "publisher"},
     {"intake", "sender", "flusher"},
+    {"letterstream"},
     {"aside"},
     {"pipeline", "producer"},
     {"metrics", "status"},

@@ -149,7 +149,7 @@ async def test_the_topic_and_payload_of_a_bad_frame(text: str, json_lines: bool,
         tasks.append(asyncio.create_task(coroutine, name=name))
         return tasks[-1]
 
-    aside = Aside("p", lane, None, spawn=spawn, on_settled=lambda: None)
+    aside = Aside("p", lane, None, topics=("a/#",), spawn=spawn, on_settled=lambda: None)
     lane.offer(topic, topic[:1000], 1)
     rejects = lane.take_rejects()
     for reject in rejects:

@@ -84,16 +84,9 @@ def _set_up_logs(verbose: bool, quiet: bool, log_format: str = "text") -> None:
 
 
 def _load(config: str | None, env_file: str | None) -> Settings:
-    from pathlib import Path
+    from fastkin.settings.again import Reader
 
-    from fastkin import envfile, settings
-
-    loaded = settings.load(config, env_file=env_file)
-    if env_file is not None:
-        # the AWS SDK and proxies are told by the environment alone (AWS_PROFILE, HTTPS_PROXY, ...)
-        for name, (value, _) in envfile.read(Path(env_file)).items():
-            os.environ.setdefault(name, value)
-    return loaded
+    return Reader(config, env_file).read()
 
 
 @click.group(context_settings=CONTEXT, invoke_without_command=True)
@@ -123,14 +116,18 @@ def run(config: str | None, env_file: str | None, verbose: bool, quiet: bool, lo
     """Run the service: MQTT to Kinesis.
 
     The settings come from CONFIG.toml, or from the environment alone (BROKER, TOPIC,
-    KIN_STREAM_NAME, AWS_REGION, ...). SIGTERM stores what is held, then exits; a second one exits
-    at once. Exit code 1 means that records were lost or that the engine failed.
+    KIN_STREAM_NAME, AWS_REGION, ...). SIGHUP reads them again: pipelines that changed restart,
+    the others do not notice. SIGTERM stores what is held, then exits; a second one exits at once.
+    Exit code 1 means that records were lost or that the engine failed.
     """
     _set_up_logs(verbose, quiet, log_format)
-    loaded = _load(config, env_file)
+    from fastkin.settings.again import Reader
+
+    reader = Reader(config, env_file)
+    loaded = reader.read()
     from fastkin.commands.run import run
 
-    return run(loaded)
+    return run(loaded, reader.read_again)
 
 
 @cli.command()

@@ -96,6 +96,8 @@ class Pipeline:
     budget_bytes: int = 64 * MIB
     budget_records: int = 1_000_000
     dead_letter: str | None = None
+    dead_letter_max_bytes: int = 64 * MIB
+    dead_letter_keep: int = 5
     startup_check: Literal["none", "describe", "dry_run", "put"] = "describe"
     shutdown_timeout_s: float = 30.0
     stdout: bool = False

@@ -53,7 +53,7 @@ _LABELLED = (
 # A counter that appears with its first event is no increase to PromQL: these are there from the start.
 _KINDS = ("empty", "version", "element", "truncated", "trailing", "oversize", "partition_key")
 _ALWAYS = {
-    "records_dead_lettered": dict.fromkeys((*_KINDS, "refused"), 0),
+    "records_dead_lettered": dict.fromkeys((*_KINDS, "ValidationException"), 0),
     "records_dropped": dict.fromkeys(("no_dead_letter", "drop_oldest", "drop_newest", "failed"), 0),
     "format_errors": dict.fromkeys(_KINDS, 0),
     "records_throttled": {"": 0},

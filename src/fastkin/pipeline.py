@@ -16,8 +16,7 @@ import orjson
 
 from fastkin._codec import DRAIN, DROPPED, WINDOW, Budget, KeyPlan, Lane, ShardTable
 from fastkin._mqtt import CallbackSink, Ledger, Router
-from fastkin.aside import Aside
-from fastkin.deadletter import DeadLetters
+from fastkin.aside import Aside, make_store
 from fastkin.errors import Action, ConfigError, KinesisError
 from fastkin.flusher import Flusher
 from fastkin.intake import Intake
@@ -85,7 +84,8 @@ class PipelineRun:
         self.aside = Aside(
             self.name,
             self.lane,
-            None if pipeline.dead_letter in (None, "none") else DeadLetters(pipeline.dead_letter),
+            make_store(pipeline),
+            topics=pipeline.topics,
             spawn=self._spawn,
             on_settled=self._settled,
         )
@@ -120,6 +120,7 @@ class PipelineRun:
     # -- life ----------------------------------------------------------------------------------
 
     def start(self) -> None:
+        self.aside.start()
         self._spawn(self._run(), "run")
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -191,6 +192,7 @@ class PipelineRun:
         except TimeoutError:
             pass
         self._lines.close()
+        self._drain = None
         self.flusher.stop()
         await self.sender.close()
         await self.intake.close()
@@ -198,7 +200,7 @@ class PipelineRun:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.client.close()
-        self.aside.close()
+        await self.aside.close()
         unsettled = self.lane.in_flight
         say = _LOG.info if unsettled == 0 else _LOG.error
         say(
@@ -350,6 +352,7 @@ class PipelineRun:
             "throttled": sum(sender.throttled.values()),
             "duplicates_possible": sender.duplicates_possible,
             "format_errors": dict(self.aside.format_errors),
+            "dead_letters_deleted": self.aside.deleted,
             "unacked": self.ledger.unacked,
             "messages": intake.messages,
             "connects": intake.connects,
@@ -357,7 +360,7 @@ class PipelineRun:
             "flushes": lane.flushes,
             "last_error": self.last_error,
             # by name; the first two sum up to their totals above
-            "dead_lettered_by": self.aside.dead_lettered_by.summing_to(lane.dead_lettered),
+            "dead_lettered_by": self.aside.dead.summing_to(lane.dead_lettered),
             "dropped_by": self.aside.dropped.summing_to(lane.dropped, "failed"),
             "retried_by_code": dict(sender.retried_by_code),
             "throttled_by_shard": dict(sender.throttled),

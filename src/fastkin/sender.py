@@ -52,6 +52,8 @@ _UNKNOWN_CODE_ATTEMPTS = 10
 _WARN_EVERY_S = 5.0
 # The codes AWS documents for a single entry besides throttling: tried for ever.
 _TRANSIENT = frozenset({"InternalFailure", "InternalFailureException", "ServiceUnavailableException"})
+# The service gave up on a call that it may have carried out, whatever the status says.
+_OUTCOME_UNKNOWN = frozenset({"RequestTimeout", "RequestTimeoutException", "RequestAborted", "RequestAbortedException"})
 # When somebody must act, ask again slowly and keep the data.
 _OPERATOR_BASE_S = 5.0
 _OPERATOR_CAP_S = 30.0
@@ -595,7 +597,7 @@ def _maybe_stored(error: KinesisError) -> bool:
     """Whether the records of a failed call may be in the stream: the outcome is unknown, or a 5xx hides it."""
     if isinstance(error, UnexpectedResponse | TransportError):
         return not isinstance(error, NotSent)
-    return error.http_status is not None and error.http_status >= 500
+    return error.code in _OUTCOME_UNKNOWN or (error.http_status is not None and error.http_status >= 500)
 
 
 def _as_operator(error: KinesisError) -> KinesisError:

@@ -1,0 +1,153 @@
+"""Dead letters in another stream: one JSON record each, with the fields of a line of the file.
+
+A letter larger than a record is split: its parts have the same fields and partition key, a slice of the payload each,
+and besides `id`, `part` (from 0) and `parts`. Nothing is cut off and nothing is held back for its size.
+
+The letters have a lane, a budget and a sender of their own. One that the stream refuses does not become a dead letter
+in its turn: it is put again until it is taken, and what it came from waits unacknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from fastkin._codec import DRAIN, FAILED, Budget, KeyPlan, Lane
+from fastkin.deadletter import as_json, fields_of
+from fastkin.errors import Action, ClosedError, ConfigError, KinesisError, RecordFailed
+from fastkin.flusher import Flusher
+from fastkin.kinesis import make_client
+from fastkin.sender import Sender
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from fastkin._codec import Batch
+    from fastkin.config import Kinesis
+
+_LOG = logging.getLogger("fastkin.pipeline")
+
+RECORD_BYTES = 1024 * 1024  # what every stream takes, data and key
+_KEY_BYTES = 36  # a UUID
+_HEAD_BYTES = 160  # id, part and parts
+_BUDGET_BYTES = 1 << 40  # bounded by who calls: one chunk at a time
+_RETRY_S = 5.0
+_ERROR_EVERY_S = 60.0
+
+
+def records_of(letter: Mapping[str, Any]) -> Iterator[tuple[bytes, str]]:
+    """Data and partition key of the record, or of the parts, of one letter."""
+    fields = fields_of(letter)
+    key = str(uuid.uuid4())
+    data = as_json(fields)
+    if len(data) + _KEY_BYTES <= RECORD_BYTES:
+        yield data, key
+        return
+    payload: bytes = letter["payload"]
+    head = len(data) - len(fields["payload"]) + _HEAD_BYTES + _KEY_BYTES
+    size = (RECORD_BYTES - head) // 4 * 3
+    parts = -(-len(payload) // size)
+    for part in range(parts):
+        piece = base64.b64encode(payload[part * size : (part + 1) * size]).decode("ascii")
+        yield as_json({"id": key, "part": part, "parts": parts, **fields, "payload": piece}), key
+
+
+class LetterStream:
+    """Where dead letters go: a stream."""
+
+    deleted = 0
+
+    def __init__(self, pipeline: str, kinesis: Kinesis) -> None:
+        self._pipeline = pipeline
+        self._stream = kinesis.stream_arn or kinesis.stream
+        self._client = make_client(kinesis)
+        self._lane = Lane(
+            settler=None, budget=Budget(_BUDGET_BYTES, 1 << 30), frame="raw", key=KeyPlan("uuid"),
+            target=self._client.target_json(), max_record_bytes=RECORD_BYTES,
+        )  # fmt: skip
+        self._sender: Sender | None = None
+        self._flusher: Flusher | None = None
+        self._starting = asyncio.Lock()
+
+    async def open(self) -> None:
+        try:
+            await self._start()
+            await self._client.describe()
+        except (KinesisError, ConfigError) as error:
+            if isinstance(error, KinesisError) and error.action is Action.OPERATOR and "AccessDenied" in error.code:
+                return  # to put is enough; whether that is allowed will show
+            _LOG.error(
+                "pipeline=%s stage=settle dead letter stream %s: %s; check `dead_letter`, dead letters wait"
+                " unacknowledged until it can be written to", self._pipeline, self._stream, error,
+            )  # fmt: skip
+
+    async def _start(self) -> Sender:
+        async with self._starting:
+            if self._sender is None:
+                await self._client.start()
+                self._sender = Sender(
+                    self._lane, self._client, name=f"{self._pipeline}:dead-letters", max_calls=1,
+                    set_aside=_refuse, on_settled=_nothing,
+                )  # fmt: skip
+                self._flusher = Flusher(self._lane, self._sender, 0.0, asyncio.get_running_loop())
+            return self._sender
+
+    async def store(self, letters: Sequence[dict[str, Any]]) -> None:
+        todo = [record for letter in letters for record in records_of(letter)]
+        said: float | None = None
+        while True:
+            try:
+                todo, problem = await self._put(todo)
+            except (KinesisError, ConfigError) as error:
+                problem = str(error)
+            if not todo:
+                return
+            now = time.monotonic()
+            if said is None or now - said >= _ERROR_EVERY_S:
+                said = now
+                _LOG.error(
+                    "pipeline=%s stage=settle dead letter stream %s takes no dead letters: %s; check the stream or set"
+                    " another `dead_letter`; %d wait unacknowledged, trying again every %.0f s",
+                    self._pipeline, self._stream, problem, len(todo), _RETRY_S,
+                )  # fmt: skip
+            await asyncio.sleep(_RETRY_S)
+
+    async def _put(self, records: list[tuple[bytes, str]]) -> tuple[list[tuple[bytes, str]], str]:
+        """What the stream refused, and why. Failures that pass are waited out by the sender."""
+        sender = await self._start()
+        assert self._flusher is not None
+        receipts = [self._lane.put(data, key) for data, key in records]
+        self._flusher.close(DRAIN)
+        await sender.flush()
+        left, problem = [], ""
+        for record, receipt in zip(records, receipts, strict=True):
+            if (error := receipt.exception()) is not None:
+                left.append(record)
+                problem = str(error)
+        return left, problem
+
+    async def close(self) -> None:
+        if self._flusher is not None:
+            self._flusher.stop()
+        if self._sender is not None:
+            await self._sender.close()
+            error = ClosedError("stopped before the dead letter was stored")
+            for batch in self._sender.unsent():
+                batch.finish(FAILED, error)
+            self._lane.abandon(error)
+        with contextlib.suppress(KinesisError):
+            await self._client.close()
+
+
+def _refuse(batch: Batch, reason: str) -> None:
+    code, _, message = reason.partition(": ")
+    batch.finish(FAILED, RecordFailed(code, message))
+
+
+def _nothing() -> None:
+    pass
