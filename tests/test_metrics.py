@@ -222,6 +222,7 @@ async def test_the_books_balance_at_every_scrape_and_no_counter_goes_back(server
         server,
         {"id": "p", "topics": ("l/#",), "format": "bulk", "dead_letter": str(tmp_path / "dead.jsonl")},
         {"id": "q", "topics": ("l/#",), "linger_ms": 5.0},
+        shards=16,
     ) as (engine, publisher, emulator):
         emulator.faults.record("InternalFailure", probability=0.02, seed=1)
         emulator.faults.call("ServiceUnavailableException", probability=0.05, seed=2)
