@@ -157,8 +157,8 @@ class Aside:
         self._topic = _only(topics)
         self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=_LINES_PER_S, per_s=1.0)
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
-        # records dead-lettered, by kind of a bad payload or code of Kinesis; sums up to lane.dead_lettered
-        self.dead = Tally()
+        # records, by kind of a bad payload or code of Kinesis: sums to lane.dead_lettered
+        self.dead_lettered_by = Tally()
         self.dropped = Tally()  # records that ended here without a letter, for there is no `dead_letter`
         self._deleted_said = 0
         self._waiting: list[_Group] = []
@@ -263,7 +263,7 @@ class Aside:
         finally:
             # taken from the lane, which counts the records inside an aggregate: the sums are the same at any moment
             if more := self._lane.dead_lettered - dead:
-                self.dead.add(group.kind, more)
+                self.dead_lettered_by.add(group.kind, more)
             if more := self._lane.dropped - dropped:
                 self.dropped.add("no_dead_letter", more)
 

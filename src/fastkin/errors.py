@@ -59,6 +59,22 @@ class RecordError(FastkinError, ValueError):
     """One record can never be stored as it is: too large, or its key is not allowed."""
 
 
+class RecordDropped(FastkinError):  # noqa: N818
+    """One record was given up because memory was full and `on_full` said so."""
+
+
+class SpoolError(FastkinError):
+    """The spool takes or gives nothing now. Nothing of the call happened: hold the data and try again."""
+
+    retriable = True
+
+    def __init__(self, path: object, problem: str, cure: str) -> None:
+        self.path = path
+        self.problem = problem
+        self.cure = cure
+        super().__init__(f"spool {path}: {problem}; {cure}")
+
+
 class MqttError(FastkinError):
     """The MQTT connection cannot go on; the session reconnects."""
 

@@ -63,6 +63,7 @@ _ENTRY_CAP_S = 5.0
 _CALL_BASE_S = 0.05
 _CALL_CAP_S = 5.0
 _THROTTLE_ERROR_AFTER_S = 60.0
+_NO_EPOCH = -1  # of what came back from the spool: no flush waits for it
 _LEAST_WAIT_S = 0.001  # a shorter one may vanish in the clock's rounding, and the pump would go round for ever
 
 # upper bounds: seconds of one call, and how full a batch is of what it may hold (records or bytes, the fuller)
@@ -130,6 +131,9 @@ class Sender:
         self._failed: dict[str, _Queue] = {}
         self._next: Batch | None = None  # taken from its queue, waiting for tokens
         self._tasks: dict[asyncio.Task[None], Batch] = {}  # calls in flight
+        self._began: dict[asyncio.Task[None], float] = {}  # when each was made
+        self.source: Callable[[], Batch | None] = lane.take  # where new batches come from
+        self.answered_at = self._loop.time()  # when Kinesis last took something
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._epoch = 0
@@ -208,6 +212,7 @@ class Sender:
             self.pacer.sent(load)
             task = self._loop.create_task(self._call(batch, load), name=f"fastkin[{self.name}].call")
             self._tasks[task] = batch
+            self._began[task] = now
             self.max_in_flight = max(self.max_in_flight, len(self._tasks))
             task.add_done_callback(self._call_done)
 
@@ -259,15 +264,74 @@ class Sender:
         self._next = None
         return batches
 
+    @property
+    def flowing(self) -> bool:
+        """The last call was answered, and nothing keeps the next one."""
+        return self.last_error is None and self._gate <= self._loop.time()
+
+    @property
+    def oldest(self) -> float | None:
+        """When the oldest batch that has not ended was taken (loop time); None without one."""
+        born = [batch.born for queue in self._failed.values() for batch in queue.batches]
+        born += [batch.born for batch in self._tasks.values()]
+        if self._next is not None:
+            born.append(self._next.born)
+        return min(born, default=None)
+
+    @property
+    def waiting(self) -> bool:
+        """Something waits to be sent."""
+        return bool(self._failed) or self._next is not None or self.lane.ready > 0
+
+    def withdraw(self, *, called_before: float | None = None, alone: bool = True) -> list[Batch]:
+        """Hand out the batches that wait, oldest first, but not what came back from the spool.
+
+        Calls that were made before `called_before` (loop time) are cut short; their batches wait after that and
+        come with the next withdrawal. `alone`: also the halves of a call that Kinesis refused. Whoever takes a
+        batch tells `forget` when it has ended, or gives it back.
+        """
+        if called_before is not None:
+            for task, began in self._began.items():
+                if began < called_before and not self._tasks[task].restored:
+                    task.cancel()
+        out: list[Batch] = []
+        if self._next is not None and not self._next.restored:
+            out.append(self._next)
+            self._next = None
+        for key, queue in list(self._failed.items()):
+            if queue.alone and not alone:
+                continue
+            out += [batch for batch in queue.batches if not batch.restored]
+            queue.batches = deque(batch for batch in queue.batches if batch.restored)
+            if not queue.batches:
+                del self._failed[key]
+        out.sort(key=lambda batch: batch.born)
+        while (fresh := self.lane.take()) is not None:
+            self._adopt(fresh)
+            out.append(fresh)
+        return out
+
+    def give_back(self, batches: list[Batch]) -> None:
+        """What was withdrawn shall be sent after all, before everything else."""
+        self._queue("").batches.extendleft(reversed(batches))
+
+    def forget(self, epoch: int, count: int) -> None:
+        """So many records of what was withdrawn have ended."""
+        self._ended(epoch, count)
+
     # -- what goes next ------------------------------------------------------------------------
 
     def _fresh(self) -> Batch | None:
-        batch = self.lane.take()
+        batch = self.source()
         if batch is not None:
             self._adopt(batch)
         return batch
 
     def _adopt(self, batch: Batch) -> None:
+        batch.born = self._loop.time()
+        if batch.restored:
+            batch.epoch = _NO_EPOCH
+            return
         self.batched += batch.user_records
         self.batch_fill.observe(max(len(batch) / self._max_records, batch.size / self._max_bytes))
         batch.epoch = self._epoch
@@ -326,15 +390,20 @@ class Sender:
         somebody waits for a flush that concerns one of them only: under a lasting throttle what fails would
         take in what is newer again and again, and the flush would never return.
         """
-        return one.attempts == other.attempts and (one.epoch == other.epoch or not self._waiters)
+        return (
+            one.attempts == other.attempts
+            and one.restored == other.restored
+            and (one.epoch == other.epoch or not self._waiters)
+        )
 
     def _gather(self, picked: list[Batch]) -> Batch:
         epoch = min(batch.epoch for batch in picked)
         attempts = picked[0].attempts
-        for batch in picked:
-            count = len(batch)
-            self._outstanding[batch.epoch] -= count
-            self._outstanding[epoch] += count
+        if epoch != _NO_EPOCH:
+            for batch in picked:
+                count = len(batch)
+                self._outstanding[batch.epoch] -= count
+                self._outstanding[epoch] += count
         first, *rest = Batch.gather(picked)
         for batch in (first, *rest):
             batch.epoch = epoch
@@ -410,6 +479,7 @@ class Sender:
 
     def _call_done(self, task: asyncio.Task[None]) -> None:
         batch = self._tasks.pop(task)
+        del self._began[task]
         if task.cancelled():
             # Perhaps before its first step, so this cannot be left to the task itself.
             self._queue("").batches.appendleft(batch)
@@ -440,6 +510,8 @@ class Sender:
 
     def _answered(self, epoch: int, attempts: int, count: int, load: Load, failures: list[Failure]) -> None:
         now = self._loop.time()
+        if len(failures) != 1 or len(failures[0].batch) < count:
+            self.answered_at = now
         self._concurrency.succeeded()
         self._gate_backoff.reset()
         self._operator_backoff.reset()
@@ -540,7 +612,8 @@ class Sender:
     # -- bookkeeping ---------------------------------------------------------------------------
 
     def _ended(self, epoch: int, count: int) -> None:
-        self._outstanding[epoch] -= count
+        if epoch != _NO_EPOCH:
+            self._outstanding[epoch] -= count
         if not self._waiters:
             return
         still = []
