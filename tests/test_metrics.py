@@ -273,6 +273,35 @@ async def test_the_books_balance_at_every_scrape_and_no_counter_goes_back(server
         assert total(scrape(engine), "fastkin_records_dead_lettered_total", pipeline="p") == 12
 
 
+async def test_the_books_balance_while_a_spool_fills_and_drains(server: Server, tmp_path: Path) -> None:
+    spool = {"on_full": "spool", "spool": str(tmp_path / "p.spool"), "spool_after_s": 0.1, "budget_bytes": 200_000}
+    async with rig(server, {"id": "p", "topics": ("s/#",), "max_record_bytes": 10_000, **spool}, shards=8) as (
+        engine,
+        publisher,
+        emulator,
+    ):
+        away = emulator.faults.call("ServiceUnavailableException")
+        for n in range(600):
+            await publisher.publish("s/1", b"%d" % n * 200, 1)
+            if n % 20 == 0:
+                assert books(scrape(engine), "p") == 0
+        await publisher.drain()
+
+        def balanced() -> Scrape:
+            found = scrape(engine)
+            assert books(found, "p") == 0
+            return found
+
+        await until(lambda: total(balanced(), "fastkin_spool_records") > 100)
+        found = balanced()
+        assert total(found, "fastkin_spool_bytes") > 0
+        assert total(found, "fastkin_spool_bytes_limit") == engine.pipelines["p"].pipeline.spool_max_bytes
+        assert total(found, "fastkin_records_spooled_total") >= total(found, "fastkin_spool_records")
+        away.remove()
+        await until(lambda: total(balanced(), "fastkin_records_stored_total") == 600)
+        assert total(balanced(), "fastkin_spool_records") == 0
+
+
 async def test_any_thread_may_scrape(server: Server) -> None:
     async with rig(server, {"id": "p", "topics": ("t/#",)}) as (engine, _, _emulator):
         registry = CollectorRegistry()

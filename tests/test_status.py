@@ -8,7 +8,11 @@ import dataclasses
 import itertools
 import json
 import re
+import socket
 import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,12 +23,14 @@ from fastkin.config import Broker, Kinesis, Pipeline, Settings, Status
 from fastkin.emulator import Emulator
 from fastkin.errors import ConfigError
 from fastkin.publisher import Publisher
+from fastkin.settings import SettingsError, load
+from fastkin.settings.show import effective
 from fastkin.status import StatusServer
+from running import service, wait_until
 from servers import ACCESS_KEY, SECRET_KEY, free_port, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
 
     from servers import Server
 
@@ -321,3 +327,80 @@ async def test_a_port_that_is_taken_is_one_clear_error(server: Server) -> None:
                 await fastkin.Engine(made).start()
         finally:
             other.close()
+
+
+# --- settings, and the process ---
+
+
+def written(directory: Path, more: str, emulator_url: str = "http://127.0.0.1:1") -> str:
+    path = directory / "x.toml"
+    path.write_text(
+        f'[broker]\nurl = "mqtt://127.0.0.1:1"\nclient_id = "x"\n[[pipeline]]\nid = "p"\ntopics = ["t"]\n'
+        f'stream = "s"\nregion = "us-east-1"\nendpoint_url = "{emulator_url}"\ndead_letter = "none"\n'
+        f"shutdown_timeout_s = 0.1\n{more}"
+    )
+    return str(path)
+
+
+def test_the_status_table(tmp_path: Path) -> None:
+    assert load(written(tmp_path, ""), env={}).status == Status(port=0, host="127.0.0.1")
+    made = load(written(tmp_path, "[status]\nport = 9464\n"), env={})
+    assert made.status == Status(port=9464)
+    assert made.warnings == ()
+    assert '[status]\nport = 9464\nhost = "127.0.0.1"\n' in effective(made)
+    assert "[status]" not in effective(load(written(tmp_path, ""), env={}))
+    made = load(
+        written(tmp_path, "[status]\nport = 9464\n"), env={"FASTKIN_STATUS_PORT": "1", "FASTKIN_STATUS_HOST": "::"}
+    )
+    assert made.status == Status(port=1, host="::")
+    assert any("without a password" in warning for warning in made.warnings)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("[status]\nport = 65536\n", "port"),
+        ('[status]\nport = "x"\n', "port"),
+        ("[status]\nprot = 1\n", "port"),
+        ('[status]\nport = 1\nhost = "a b"\n', "'a b' is not a host name or address"),
+        ("[[status]]\nport = 1\n", "write [status]"),
+        ("[stats]\nport = 1\n", "status"),
+    ],
+)
+def test_wrong_status_settings_are_named(tmp_path: Path, table: str, said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(written(tmp_path, table), env={})
+    (problem,) = caught.value.problems
+    assert said in str(problem) and "stat" in str(problem)
+
+
+def test_the_process_says_in_one_line_that_the_port_is_taken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with service(tmp_path, Path(written(tmp_path, f"[status]\nport = {port}\n")).read_text()) as run:
+            assert run.process is not None
+            assert run.process.wait(30) == 2
+            errors = [line for line in run.log().splitlines() if "cannot listen on" in line]
+            assert len(errors) == 1 and f"127.0.0.1 port {port}" in errors[0], run.log()
+            assert "Traceback" not in run.log()
+
+
+def test_the_process_is_seen_while_it_waits_and_stops(tmp_path: Path) -> None:
+    port = free_port()
+    with service(tmp_path, Path(written(tmp_path, f"[status]\nport = {port}\n")).read_text()) as run:
+
+        def page(path: str) -> tuple[int, bytes]:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+                    return answer.status, answer.read()
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code, error.read()
+            except OSError:
+                return 0, b""
+
+        wait_until(lambda: page("/healthz")[0] == 200, 30, "/healthz")
+        assert page("/readyz")[0] == 503
+        assert b"process_resident_memory_bytes" in page("/metrics")[1]
+        assert run.terminate() == 0
+        assert page("/healthz")[0] == 0
