@@ -183,9 +183,9 @@ async def test_sighup_takes_up_the_file_again(server: Server, tmp_path: Path) ->
             await said(run, "WARNING", "going on with the former ones")
             wrong = [line for line in run.log().splitlines() if " ERROR " in line]
             assert len(wrong) == 2
-            assert any(
-                f"{path}:15: [[pipeline]] 1 ('a') key 'qos': 7 is out of range; use 0 to 2" in line for line in wrong
-            )
+            number = path.read_text().splitlines().index("qos = 7") + 1
+            begin = f"{path}:{number}: [[pipeline]] 1 ('a') key 'qos'"
+            assert any(f"{begin}: 7 is out of range; use 0 to 2" in line for line in wrong)
             assert any("key 'lingerms': is not a key of this table; linger_ms is meant?" in line for line in wrong)
 
             path.write_text(first.replace('id = "a"', 'id = "a"\nenabled = false') + MORE)

@@ -478,6 +478,11 @@ class Checker:
                 says = f"two pipelines have the spool {value.raw!r}: {both}"
                 self.report.problem(value.place, says, "name a file for each")
             seen.setdefault(path, label)
+        letters = {os.path.realpath(v.raw) for raw in raws if (v := raw.get("dead_letter")) and isinstance(v.raw, str)}
+        for raw in raws:
+            value = raw.get("spool")
+            if value is not None and isinstance(value.raw, str) and os.path.realpath(value.raw) in letters:
+                self.report.problem(value.place, f"{value.raw!r} is the dead letter file too", "name another file")
 
     def _unique(self, raws: Sequence[Raw], key: str, says: str) -> None:
         seen: dict[object, int] = {}
