@@ -12,6 +12,7 @@ emulator, the example functions.
 | Electric Imp | a call that fails altogether is not sent again | test_electric_imp_a_failed_request_is_sent_again |
 | Electric Imp | one bad record fails what was read with it | test_electric_imp_one_bad_record_does_not_fail_the_others |
 | Spark | any put error discards the record (SP-06) | test_spark_a_put_error_discards_nothing |
+| Spark | what it discards is not counted; who wants that asks for it (SP-06) | test_spark_what_is_dropped_on_request_is_counted |
 | Spark | a value of another machine discards the unfinished record (SP-14) | test_spark_interleaved_machines_discard_nothing |
 | Spark | the consumer does not wait for its writes and only logs their errors (SP-20) | test_spark_a_write_that_fails_is_delivered_again |
 | Spark | the consumer reads UTF-8 as ASCII (SP-20) | test_spark_names_in_any_script_survive_the_consumer |
@@ -236,6 +237,23 @@ async def test_spark_a_put_error_discards_nothing(server: Server, kind: str) -> 
         assert r.run.sender.retried > 0, "nothing failed: this run proves nothing"
         assert Counter(record.data for record in r.stored()) == Counter(payloads)
         assert r.stats["dropped"] == 0
+
+
+async def test_spark_what_is_dropped_on_request_is_counted(server: Server) -> None:
+    """`on_full = "drop_newest"`: a stream that takes nothing holds no broker back, and every record has its counter."""
+    payloads = [b"%04d" % n * 256 for n in range(1500)]
+    async with rig(server, on_full="drop_newest", budget_bytes=2**20) as r:
+        await r.until(lambda: r.run.ready, "ready")
+        fault = r.emulator.faults.call("ServiceUnavailableException", operation="PutRecords")
+        await r.publish(*payloads)
+        await r.until(lambda: r.stats["received"] == 1500, "all received")
+        await r.until(lambda: r.stats["dropped"] > 0, "some dropped")
+        fault.remove()
+        await r.settled(1500)
+        stats, arrived = r.stats, Counter(record.data for record in r.stored())
+        assert arrived.keys() < set(payloads)
+        assert len(arrived) == stats["stored"]
+        assert stats["stored"] + stats["dropped"] == 1500
 
 
 def test_spark_interleaved_machines_discard_nothing() -> None:
