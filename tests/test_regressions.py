@@ -44,6 +44,7 @@ import time
 import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -385,19 +386,29 @@ def csv_function(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = example("lambda_csv")
     monkeypatch.setattr(module, "s3", lambda: bucket)
     monkeypatch.setenv("BUCKET", "lake")
-    return module.handler
+    return module
 
 
 def test_iot_pipeline_one_bad_json_costs_one_row(csv_function: Any, bucket: Bucket) -> None:
-    answer = csv_function(firehose(b'{"message":"a"}', b"{", b'{"message":"b"}'), None)
+    answer = csv_function.handler(firehose(b'{"message":"a"}', b"{", b'{"message":"b"}'), None)
     assert [one["result"] for one in answer["records"]] == ["Dropped", "ProcessingFailed", "Dropped"]
     (body,) = bucket.objects.values()
     assert body.splitlines() == [b"topic;message", b";a", b";b"]
 
 
-def test_iot_pipeline_object_names_never_collide(csv_function: Any, bucket: Bucket) -> None:
-    for n in range(300):  # far more than one in a millisecond
-        csv_function(firehose(b'{"message":%d}' % n), None)
+def test_iot_pipeline_object_names_never_collide(
+    csv_function: Any, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        """Functions that run at the same moment."""
+
+        @staticmethod
+        def now(zone: Any) -> datetime:
+            return datetime(2026, 11, 21, 15, 0, 0, 123_456, zone)
+
+    monkeypatch.setattr(csv_function, "datetime", Clock)
+    for n in range(300):
+        csv_function.handler(firehose(b'{"message":%d}' % n), None)
     assert len(bucket.objects) == 300
     assert {int(body.split(b";")[-1]) for body in bucket.objects.values()} == set(range(300))
 
