@@ -540,7 +540,10 @@ async def test_go_service_an_oversize_payload_does_not_end_the_process(server: S
 @pytest.mark.parametrize(
     "what", ["throttled", "5xx", "html", "expired", "cut before", "cut inside", "cut after", "no listener"]
 )
-async def test_go_service_request_errors_drop_nothing(server: Server, what: str) -> None:
+async def test_go_service_request_errors_drop_nothing(
+    server: Server, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.2)  # expired keys are asked for again after that
     payloads = [b"%d" % n for n in range(100)]
     again: list[asyncio.Task[None]] = []
     async with rig(server) as r:
