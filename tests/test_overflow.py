@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import logging
-import os
-import random
-import sqlite3
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import fastkin.overflow
 from fastkin.config import Broker, Kinesis, Pipeline
 from fastkin.emulator import Emulator
 from fastkin.pipeline import PipelineRun
