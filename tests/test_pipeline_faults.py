@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import fastkin.aside
 import fastkin.pipeline
 from fastkin._codec import ShardTable
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
@@ -67,7 +68,7 @@ async def test_stopped_while_the_dead_letter_disk_is_full(emulator: Emulator, tm
     )
     await running(run)
     offer(run, b"\x00 not a frame")
-    await until(lambda: run._writing is not None)
+    await until(lambda: run.aside.writing)
     assert await run.stop() == 1
     gc.collect()
     assert run.stats()["in_flight"] == 1
@@ -77,7 +78,7 @@ async def test_stopped_while_the_dead_letter_disk_is_full(emulator: Emulator, tm
 async def test_dead_letters_are_written_when_the_disk_is_back(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastkin.pipeline, "_RETRY_S", 0.05)
+    monkeypatch.setattr(fastkin.aside, "_RETRY_S", 0.05)
     path = tmp_path / "later" / "dead.jsonl"
     emulator.faults.record("InvalidArgumentException", contains=b"bad")
     run = await running(PipelineRun(pipeline(emulator.url, dead_letter=str(path)), broker()))

@@ -13,7 +13,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from fastkin import settings
-from fastkin.config import Broker, Kinesis, Pipeline, Tls
+from fastkin.config import Broker, Kinesis, Pipeline, Status, Tls
 from fastkin.emulator import Emulator
 from fastkin.settings import tables as keys
 
@@ -29,6 +29,7 @@ def tables() -> str:
         ("`[broker.tls]`", Tls, keys.TLS_KEYS),
         ("`[kinesis]`, and in a `[[pipeline]]` that differs", Kinesis, keys.KINESIS_KEYS),
         ("`[[pipeline]]`", Pipeline, keys.PIPELINE_KEYS),
+        ("`[status]`", Status, keys.STATUS_KEYS),
     ):
         lines += ["", f"**{title}**", "", "| key | default | allowed | |", "| --- | --- | --- | --- |"]
         defaults = {each.name: each.default for each in fields(kind)}

@@ -29,12 +29,13 @@ from fastkin.results import FrameResult, PutResult
 
 if TYPE_CHECKING:
     from fastkin.config import Settings, load_settings
-    from fastkin.engine import Engine
+    from fastkin.engine import Changes, Engine
     from fastkin.producer import Producer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Changes",
     "ClosedError",
     "ConfigError",
     "DataFormatError",
@@ -57,6 +58,7 @@ __all__ = [
 
 # Loaded on first use: a service that only needs the frame codec pays for nothing else.
 _LAZY = {
+    "Changes": "fastkin.engine",
     "Engine": "fastkin.engine",
     "Producer": "fastkin.producer",
     "Settings": "fastkin.config",

@@ -32,6 +32,7 @@ class Broker:
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     client_id: str = ""
+    client_id_drawn: bool = False  # nobody chose it: each reading of the settings draws another
     protocol: Literal["auto", "5", "3.1.1"] = "auto"
     clean_session: bool = False
     session_expiry_s: int = 86_400
@@ -99,9 +100,19 @@ class Pipeline:
     spool_max_bytes: int = 1024 * MIB
     spool_after_s: float = 5.0  # how long the oldest record may wait before a pipeline spools
     dead_letter: str | None = None
+    dead_letter_max_bytes: int = 64 * MIB
+    dead_letter_keep: int = 5
     startup_check: Literal["none", "describe", "dry_run", "put"] = "describe"
     shutdown_timeout_s: float = 30.0
     stdout: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """The HTTP port for metrics and health."""
+
+    port: int = 0  # 0: none
+    host: str = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +120,7 @@ class Settings:
     broker: Broker
     pipelines: tuple[Pipeline, ...]
     warnings: tuple[str, ...] = ()
+    status: Status = field(default_factory=Status)
 
 
 def load_settings(

@@ -1,20 +1,76 @@
-"""The service: one or many pipelines; start, wait, drain, stop."""
+"""The service: one or many pipelines; start, wait, reload, drain, stop.
+
+How a reload replaces a pipeline depends on what the broker keeps for us meanwhile:
+
+- It keeps the session (QoS 1 or 2, a persistent session under the same client id): the old run drains and leaves,
+  the new one takes the same session up. What comes in between waits at the broker.
+- It keeps nothing (QoS 0, a clean session): the new run is subscribed before the old one leaves, if they can have
+  different client ids; else the old one leaves and the new one connects at once. Either way the old run stores what
+  it holds in the background, without a deadline: nobody else has these records.
+- The session is another one (new broker, new client id): the new run is subscribed before the old one leaves.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any, Self
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from fastkin.carry import Carry, merged
+from fastkin.errors import ClosedError, ConfigError, LibraryError
+from fastkin.kinesis import make_client
 from fastkin.pipeline import PipelineRun
+from fastkin.wire import tls_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastkin.config import Settings
+    from fastkin.config import Broker, Pipeline, Settings
+    from fastkin.metrics import EngineCollector
+    from fastkin.status import StatusServer
 
 _LOG = logging.getLogger("fastkin.engine")
+
+# what a run needs not be replaced for
+_LIVE: dict[str, Any] = {"description": "", "shutdown_timeout_s": 0.0, "stdout": False}
+# parts of the settings that only a new process takes up
+_FIXED = ("status",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What a reload did, by pipeline id."""
+
+    started: tuple[str, ...] = ()
+    restarted: tuple[str, ...] = ()
+    stopped: tuple[str, ...] = ()  # removed from the settings, or disabled
+    unchanged: tuple[str, ...] = ()
+    needs_restart: tuple[str, ...] = ()  # tables whose change only a new process takes up
+    unsettled: int = 0  # records that did not end in time: the broker sends them again
+
+    def __str__(self) -> str:
+        parts = [
+            f"{word} {', '.join(names)}"
+            for word, names in (
+                ("started", self.started),
+                ("restarted", self.restarted),
+                ("stopped", self.stopped),
+                ("unchanged", self.unchanged),
+            )
+            if names
+        ]
+        return "; ".join(parts) or "no pipeline"
+
+
+class _Wanted(NamedTuple):
+    """All that a run is made from: runs are replaced when it differs."""
+
+    pipeline: Pipeline  # without what needs no new run
+    broker: Broker
+    files: tuple[tuple[str, int, int], ...]  # certificates: path, time of change, size
 
 
 class Engine:
@@ -33,8 +89,19 @@ class Engine:
         self._on_settled = on_settled
         self._on_message = on_message
         self.pipelines: dict[str, PipelineRun] = {}
+        self.leaving: list[PipelineRun] = []  # replaced or removed, and not at their end yet
+        self._wanted: dict[str, _Wanted] = {}
+        self._carried: dict[str, Carry] = {}
+        self._halts: dict[PipelineRun, asyncio.Task[int]] = {}
+        self._plain: dict[str, str] = {}  # client id as it stands -> the pipeline that has it
+        self._filters: dict[tuple[str, str], set[str]] = {}  # session (broker, client id) -> what it subscribed
+        self._reloading = False  # the first start() is over
+        self._replaced = 0
+        self._turn = asyncio.Lock()
         self._stopped: asyncio.Event | None = None
+        self._failure: asyncio.Future[None] | None = None
         self._stopping: asyncio.Task[int] | None = None
+        self.status: StatusServer | None = None  # when the settings want one
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -49,38 +116,285 @@ class Engine:
         ConfigError: a setting that only shows when the parts are built (an unreadable certificate, say).
         """
         self._stopped = asyncio.Event()
-        enabled = [p for p in self.settings.pipelines if p.enabled]
+        self._failure = asyncio.get_running_loop().create_future()
         for pipeline in self.settings.pipelines:
             if not pipeline.enabled:
                 _LOG.info("pipeline=%s stage=engine disabled", pipeline.id)
-        for pipeline in enabled:
-            broker = self.settings.broker
-            if broker.client_id and pipeline is not self.settings.pipelines[0]:
-                # The first keeps the id as it stands, so that adding a pipeline does not orphan its session.
-                broker = dataclasses.replace(broker, client_id=f"{broker.client_id}-{pipeline.id}")
-            self.pipelines[pipeline.id] = PipelineRun(
-                pipeline, broker, on_settled=self._on_settled, on_message=self._on_message
-            )
+        wanted = self._plan(self.settings)
+        for pipeline in self.settings.pipelines:
+            if pipeline.enabled:
+                self._make(pipeline, wanted[pipeline.id])
+        if self.settings.status.port:
+            # imported here: prometheus_client is only for who wants it
+            from fastkin.status import StatusServer
+
+            self.status = StatusServer(self)
+            await self.status.start(self.settings.status)
         for run in self.pipelines.values():
             run.start()
+        self._reloading = True
 
     async def wait(self) -> None:
         """Return when stop() was called; raise if a pipeline failed from a bug."""
         assert self._stopped is not None, "start() first"
+        assert self._failure is not None
         stopped: asyncio.Future[Any] = asyncio.ensure_future(self._stopped.wait())
-        failures: list[asyncio.Future[Any]] = [run.failure for run in self.pipelines.values()]
         try:
-            await asyncio.wait([stopped, *failures], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([stopped, self._failure], return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopped.cancel()
-        for failure in failures:
-            if failure.done() and not failure.cancelled():
-                failure.result()
+        if self._failure.done():
+            self._failure.result()
+
+    # -- making runs -----------------------------------------------------------------------------
+
+    def _plan(self, settings: Settings) -> dict[str, _Wanted]:
+        """What every enabled pipeline is to be made from."""
+        wanted = {}
+        for pipeline in settings.pipelines:
+            if not pipeline.enabled:
+                continue
+            broker = self._broker_of(settings, pipeline.id)
+            paths = (broker.tls.ca, broker.tls.cert, broker.tls.key, pipeline.kinesis.ca_bundle)
+            wanted[pipeline.id] = _Wanted(
+                dataclasses.replace(pipeline, **_LIVE), broker, tuple(_stamp(path) for path in paths if path)
+            )
+        return wanted
+
+    def _broker_of(self, settings: Settings, name: str) -> Broker:
+        """The first pipeline has the client id as it stands, so that adding one does not orphan its session.
+
+        Whoever has it keeps it as long as this process lives, and the others theirs, in whatever order they come:
+        a session belongs to its client id.
+        """
+        broker = settings.broker
+        if not broker.client_id:
+            return broker
+        owner = self._plain.setdefault(broker.client_id, settings.pipelines[0].id)
+        if owner == name:
+            return broker
+        return dataclasses.replace(broker, client_id=f"{broker.client_id}-{name}")
+
+    def _make(self, pipeline: Pipeline, wanted: _Wanted, broker: Broker | None = None) -> PipelineRun:
+        """A run, not started, in the place of the one before it. ConfigError."""
+        broker = broker or wanted.broker
+        run = PipelineRun(pipeline, broker, on_settled=self._on_settled, on_message=self._on_message)
+        if not broker.clean_session:
+            subscribed = self._filters.setdefault((broker.url, broker.client_id), set())
+            run.intake.unsubscribe = sorted(subscribed - set(pipeline.topics))
+            subscribed.update(pipeline.topics)
+        reloaded = self._reloading
+        run.failure.add_done_callback(lambda _: self._failed(run, reloaded))
+        self.pipelines[pipeline.id] = run
+        self._wanted[pipeline.id] = wanted
+        return run
+
+    def _failed(self, run: PipelineRun, reloaded: bool) -> None:
+        assert self._failure is not None
+        if run.failure.cancelled():
+            return
+        error = run.failure.exception()
+        if error is None:
+            return
+        if reloaded and isinstance(error, ConfigError) and self._stopping is None:
+            # The other pipelines do well: a wrong new one must not take them along.
+            _LOG.error("pipeline=%s stage=engine cannot go on: %s; correct it and reload", run.name, error)
+            self._wanted.pop(run.name, None)
+            self._halt(run)
+        elif not self._failure.done():
+            self._failure.set_exception(error)
+            self._failure.add_done_callback(lambda failure: failure.exception())  # nobody may be waiting
+
+    # -- reload ----------------------------------------------------------------------------------
+
+    async def reload(self, settings: Settings, *, everything: bool = False) -> Changes:
+        """Go over to `settings`: changed pipelines restart, others do not notice. Nothing that is held is lost.
+
+        `everything`: restart unchanged pipelines too (the environment of the AWS SDK has changed, say). A pipeline
+        counts as changed also when a certificate file of it was written anew. Returns when what is replaced has
+        drained (`shutdown_timeout_s` at most) and what is new was started. Reloads queue; a stop() in between
+        wins.
+
+        ConfigError: the settings cannot be used, and nothing was changed. ClosedError: the engine is stopping.
+        """
+        if self._stopped is None:
+            raise LibraryError("the engine was not started: start() first")
+        task = asyncio.create_task(self._reload(settings, everything), name="fastkin engine reload")
+        return await asyncio.shield(task)  # whoever gives up waiting does not leave it half done
+
+    async def _reload(self, settings: Settings, everything: bool) -> Changes:
+        async with self._turn:
+            self._go_on()
+            if settings.broker.client_id_drawn and self.settings.broker.client_id_drawn:
+                # drawn at each reading: that alone is no change
+                broker = dataclasses.replace(settings.broker, client_id=self.settings.broker.client_id)
+                settings = dataclasses.replace(settings, broker=broker)
+            plain = dict(self._plain)
+            wanted = self._plan(settings)
+            by_id = {pipeline.id: pipeline for pipeline in settings.pipelines}
+            gone = [name for name in self.pipelines if name not in wanted]
+            new = [name for name in wanted if name not in self.pipelines]
+            changed = [
+                name
+                for name in wanted
+                if name in self.pipelines and (everything or wanted[name] != self._wanted.get(name))
+            ]
+            try:
+                for name in (*new, *changed):
+                    tls_context(wanted[name].broker)
+                    make_client(wanted[name].pipeline.kinesis)
+            except ConfigError:
+                self._plain = plain
+                raise
+            before = self.settings
+            self.settings = settings
+            for name, run in self.pipelines.items():
+                if name in wanted and name not in changed:
+                    run.pipeline = by_id[name]
+
+            unsettled = await self._replace(by_id, wanted, gone, new, changed)
+            self._go_on()
+            changes = Changes(
+                started=tuple(new),
+                restarted=tuple(changed),
+                stopped=tuple(gone),
+                unchanged=tuple(name for name in wanted if name not in {*new, *changed}),
+                needs_restart=tuple(
+                    name for name in _FIXED if getattr(before, name, None) != getattr(settings, name, None)
+                ),
+                unsettled=unsettled,
+            )
+            self._say(settings, changes)
+            return changes
+
+    async def _replace(
+        self,
+        by_id: dict[str, Pipeline],
+        wanted: dict[str, _Wanted],
+        gone: list[str],
+        new: list[str],
+        changed: list[str],
+    ) -> int:
+        """Returns how many records of old runs did not end."""
+        old = {name: self.pipelines[name] for name in (*changed, *gone)}
+        taken = {(run.intake.broker.url, run.intake.client_id) for run in (*self.pipelines.values(), *self.leaving)}
+        spools = {spool for run in old.values() if (spool := getattr(run.pipeline, "spool", None))}
+
+        # First those that can stand beside what they replace.
+        early: list[PipelineRun] = []
+        late: list[str] = []
+        for name in (*new, *changed):
+            broker = wanted[name].broker
+            if name in old and broker.client_id_drawn:
+                self._replaced += 1
+                broker = dataclasses.replace(broker, client_id=f"{broker.client_id}-{self._replaced}")
+            session_free = not broker.client_id or (broker.url, broker.client_id) not in taken
+            if session_free and getattr(by_id[name], "spool", None) not in spools:
+                if name in old:
+                    self._leave(old[name])
+                early.append(self._make(by_id[name], wanted[name], broker))
+                early[-1].start()
+            else:
+                late.append(name)
+        if early and old:
+            await self._subscribed(early)
+            self._go_on()
+
+        # Then the old ones drain. Those that nobody else keeps records for go on in the background.
+        waits = []
+        for name, run in old.items():
+            self._leave(run)
+            linger = _volatile(run) and not getattr(run.pipeline, "spool", None)
+            waits.append(_out_of_the_way(run, self._halt(run, linger=linger), linger))
+            if name in gone:
+                self._say_gone(run)
+        results = await asyncio.gather(*waits)
+        self._go_on()
+
+        # Then those that take a place up.
+        for name in late:
+            self._make(by_id[name], wanted[name]).start()
+        return sum(results)
+
+    async def _subscribed(self, runs: list[PipelineRun]) -> None:
+        """Wait until the new ones receive, as long as a connection may take."""
+        assert self._stopped is not None
+        limit = max(run.intake.broker.connect_timeout_s for run in runs)
+        connected = asyncio.gather(*(run.intake.connected.wait() for run in runs))
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        waits: list[asyncio.Future[Any]] = [connected, stopped]
+        await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+        for run in runs:
+            if not run.intake.connected.is_set():
+                _LOG.warning(
+                    "pipeline=%s stage=engine is not connected after %g s: what it replaces leaves all the same",
+                    run.name, limit,
+                )  # fmt: skip
+
+    def _go_on(self) -> None:
+        assert self._stopped is not None
+        if self._stopped.is_set():
+            raise ClosedError("the engine is stopping: the settings were not taken up")
+
+    def _leave(self, run: PipelineRun) -> None:
+        """Take a run out of its place; its numbers stay in stats()."""
+        if self.pipelines.get(run.name) is run:
+            del self.pipelines[run.name]
+            self._wanted.pop(run.name, None)
+            self.leaving.append(run)
+            if (task := self._halts.get(run)) is not None and task.done():
+                self._halted(run)
+
+    def _halt(self, run: PipelineRun, *, linger: bool = False) -> asyncio.Task[int]:
+        """Stop a run, once."""
+        task = self._halts.get(run)
+        if task is None:
+            task = self._halts[run] = asyncio.create_task(run.stop(linger=linger), name=f"fastkin[{run.name}].stop")
+            task.add_done_callback(lambda _: self._halted(run))
+        return task
+
+    def _halted(self, run: PipelineRun) -> None:
+        """The last accounting of a run that was replaced or removed stays in what stats() says."""
+        if run in self.leaving:
+            self.leaving.remove(run)
+            self._halts.pop(run)
+            self._carried.setdefault(run.name, Carry()).add(run.stats(), volatile=_volatile(run))
+
+    def _say_gone(self, run: PipelineRun) -> None:
+        broker = run.intake.broker
+        if broker.clean_session:
+            return
+        _LOG.warning(
+            "pipeline=%s stage=engine broker=%s the broker keeps the session of client %s and goes on collecting"
+            " messages for it: the pipeline finds them when it comes back. To end the session, connect once with this"
+            " client id and a clean session, for example mosquitto_sub -E -i ID -t x",
+            run.name, broker.url, ascii(run.intake.client_id),
+        )  # fmt: skip
+
+    def _say(self, settings: Settings, changes: Changes) -> None:
+        _LOG.info("stage=engine settings taken up: %s", changes)
+        for name in changes.needs_restart:
+            _LOG.warning("stage=engine [%s] has changed: that needs a restart of the process", name)
+        client_id = settings.broker.client_id
+        owner = self._plain.get(client_id)
+        first = settings.pipelines[0].id if settings.pipelines else owner
+        if client_id and not settings.broker.clean_session and owner != first:
+            _LOG.warning(
+                "stage=engine pipeline %r is the first now, but %r has the client id as it stands. After a restart of"
+                " the process their sessions are others, and what the broker keeps in them is not read: put %r first",
+                first, owner, owner,
+            )  # fmt: skip
+
+    # -- stop ------------------------------------------------------------------------------------
 
     async def stop(self) -> int:
         """Stop intake, flush, settle, acknowledge, disconnect. Returns how many records did not end in time.
 
-        May be called again, also while the first call is still at it: all return the same, when it is done.
+        May be called again, also while the first call or a reload is still at it: all return the same, when it is
+        done.
         """
         if self._stopped is None:
             return 0
@@ -90,7 +404,14 @@ class Engine:
         return await self._stopping
 
     async def _stop(self) -> int:
-        results = await asyncio.gather(*(run.stop() for run in self.pipelines.values()), return_exceptions=True)
+        for run in self.leaving:
+            run.hurry()
+        runs = [*self.pipelines.values(), *self.leaving]
+        results = await asyncio.gather(*(self._halt(run) for run in runs), return_exceptions=True)
+        async with self._turn:  # a reload that was at it sees that we stop, and starts nothing
+            pass
+        if self.status is not None:
+            await self.status.close()  # last: a drain can be watched
         unsettled = 0
         for result in results:
             if isinstance(result, BaseException):
@@ -98,9 +419,48 @@ class Engine:
             unsettled += result
         return unsettled
 
-    def stats(self) -> dict[str, dict[str, Any]]:
-        """Counters by pipeline id, in records.
+    def metrics(self) -> EngineCollector:
+        """What the host's Prometheus registry takes: `registry.register(engine.metrics())`."""
+        from fastkin.metrics import EngineCollector
 
-        received == stored + dead_lettered + filtered + dropped + in_flight + spooled, at any moment.
+        return EngineCollector(self)
+
+    # -- seen from outside -----------------------------------------------------------------------
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """Counters by pipeline id, over all reloads; `in_flight` and the like are those of now.
+
+        Records: received == stored + dead_lettered + filtered + dropped + in_flight + spooled.
+        `volatile` counts those of
+        in_flight that nobody else keeps (QoS 0, clean session).
         """
-        return {name: run.stats() for name, run in self.pipelines.items()}
+        found: dict[str, list[dict[str, Any]]] = {}
+        for run in (*self.leaving, *self.pipelines.values()):  # the present one last
+            stats = run.stats()
+            stats["volatile"] = stats["in_flight"] if _volatile(run) else 0
+            found.setdefault(run.name, []).append(stats)
+        names = dict.fromkeys((*self.pipelines, *found, *self._carried))
+        return {name: merged(self._carried.get(name), found.get(name, [])) for name in names}
+
+
+def _volatile(run: PipelineRun) -> bool:
+    """Nobody keeps the records that are in flight but we."""
+    return run.pipeline.qos == 0 or run.intake.broker.clean_session
+
+
+async def _out_of_the_way(run: PipelineRun, stopping: asyncio.Task[int], linger: bool) -> int:
+    """A run that lingers is out of the way when it has left the broker, another one when it has ended."""
+    if not linger:
+        return await stopping
+    left = asyncio.ensure_future(run.left.wait())
+    await asyncio.wait([stopping, left], return_when=asyncio.FIRST_COMPLETED)
+    left.cancel()
+    return 0
+
+
+def _stamp(path: str) -> tuple[str, int, int]:
+    try:
+        found = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return path, 0, 0
+    return path, found.st_mtime_ns, found.st_size

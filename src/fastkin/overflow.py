@@ -215,7 +215,6 @@ class Overflow:
             "spool_bytes": spool.bytes if spool is not None else 0,
             "spool_error": self.broken,
             "spool_damaged_rows": self.damaged,
-            "dropped_by_policy": self.dropped,
         }
 
     async def start(self) -> None:

@@ -32,6 +32,7 @@ _FLOOR = 10.0  # records/s: never so slow that the end of a throttle goes unnoti
 _WINDOW_S = 0.25  # over which the stored rate is measured
 _BURST_S = 0.25  # what a bucket holds when full, in seconds of its rate
 _CALL_RECORDS = 500.0  # a bucket must be able to hold one full call
+_HEAT_S = 10.0  # the heat of a bucket is an average over about this long
 _DUST = 1e-6  # of a token: rounding must not turn into a wait too short to pass
 
 
@@ -85,8 +86,8 @@ class Rate:
     """
 
     __slots__ = (
-        "_bytes", "_cut_at", "_last", "_limit", "_records", "_seen", "_seen_at", "_sent", "_throttled_at",
-        "cap_bytes", "cap_records", "stored_per_s",
+        "_bytes", "_cut_at", "_hot_at", "_hot_bytes", "_hot_records", "_last", "_limit", "_records", "_seen",
+        "_seen_at", "_sent", "_throttled_at", "cap_bytes", "cap_records", "stored_per_s",
     )  # fmt: skip
 
     def __init__(self, now: float, cap_records: float = math.inf, cap_bytes: float = math.inf) -> None:
@@ -102,6 +103,8 @@ class Rate:
         self._seen = 0.0
         self._sent = 0.0
         self._seen_at = now
+        self._hot_records = self._hot_bytes = 0.0  # stored lately: what is older counts less and less
+        self._hot_at = now
 
     @staticmethod
     def _capacity(rate: float, least: float) -> float:
@@ -162,8 +165,17 @@ class Rate:
         self._bytes -= nbytes
         self._sent += records
 
-    def stored(self, now: float, records: float) -> None:
+    def heat(self, now: float) -> float:
+        """The share of the cap that was used lately, the fuller of records and bytes; 0.0 without a cap."""
+        fade = math.exp((self._hot_at - now) / _HEAT_S) / _HEAT_S
+        return max(self._hot_records * fade / self.cap_records, self._hot_bytes * fade / self.cap_bytes)
+
+    def stored(self, now: float, records: float, nbytes: float = 0.0) -> None:
         """Note what an answer says is stored: the measure for the rate after a throttle."""
+        fade = math.exp((self._hot_at - now) / _HEAT_S)
+        self._hot_records = self._hot_records * fade + records
+        self._hot_bytes = self._hot_bytes * fade + nbytes
+        self._hot_at = now
         self._seen += records
         passed = now - self._seen_at
         if passed >= _WINDOW_S:
@@ -194,7 +206,7 @@ class Pacer:
     A load maps shard ordinal to (records, bytes); ordinal -1 means spread evenly, or unknown.
     """
 
-    __slots__ = ("_shards", "even", "shard_bytes", "shard_records")
+    __slots__ = ("_shards", "_shares", "even", "shard_bytes", "shard_records")
 
     def __init__(
         self,
@@ -207,17 +219,20 @@ class Pacer:
         self.shard_bytes = shard_bytes
         self.even = Rate(now)
         self._shards: list[Rate] = []
+        self._shares: list[float] = []  # each shard's part of the key space, the largest is 1
 
     def set_shards(self, now: float, shares: Sequence[float]) -> None:
         """The shard map is known (or has changed): `shares` is each open shard's part of the key space."""
         largest = max(shares)
         self.even = Rate(now, self.shard_records / largest, self.shard_bytes / largest)
         self._shards = [Rate(now, self.shard_records, self.shard_bytes) for _ in shares]
+        self._shares = [share / largest for share in shares]
 
     def clear_shards(self, now: float) -> None:
         """No map, or an on-demand stream whose capacity is not its shards': learn from throttles alone."""
         self.even = Rate(now)
         self._shards = []
+        self._shares = []
 
     def _rate(self, shard: int) -> Rate:
         # A batch that was encoded under a former map may name a shard that is gone: then it counts as spread.
@@ -245,8 +260,16 @@ class Pacer:
             self._rate(shard).take(records, nbytes)
 
     def stored(self, now: float, load: Mapping[int, tuple[int, int]]) -> None:
-        for shard, (records, _) in load.items():
-            self._rate(shard).stored(now, records)
+        for shard, (records, nbytes) in load.items():
+            self._rate(shard).stored(now, records, nbytes)
+
+    def heat(self, now: float) -> list[float]:
+        """The share of each shard's limit that was used lately; empty while the shards are not known.
+
+        Of evenly spread keys each shard gets its part of the key space; the bucket is sized by the largest.
+        """
+        even = self.even.heat(now)
+        return [even * share + rate.heat(now) for share, rate in zip(self._shares, self._shards, strict=True)]
 
     def throttled(self, now: float, shard: int | None, *, even: bool) -> None:
         """`shard` is the ordinal the answer named; `even` says the throttled records were evenly spread."""

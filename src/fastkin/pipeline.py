@@ -14,33 +14,35 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from fastkin._codec import DEAD, DRAIN, DROPPED, WINDOW, Budget, KeyPlan, Lane, ShardTable
+from fastkin._codec import DRAIN, DROPPED, WINDOW, Budget, KeyPlan, Lane, ShardTable
 from fastkin._mqtt import CallbackSink, Ledger, Router
-from fastkin.deadletter import DeadLetterError, DeadLetters
+from fastkin.aside import Aside, make_store
 from fastkin.errors import Action, ConfigError, KinesisError
 from fastkin.flusher import Flusher
 from fastkin.intake import Intake
 from fastkin.keys import key_plan
 from fastkin.kinesis import make_client
+from fastkin.logs import Repeats
 from fastkin.overflow import Overflow, batch_limit, shares
 from fastkin.sender import Sender
 from fastkin.shards import ShardMap
+from fastkin.tallies import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from fastkin._codec import Batch, Reject, Sink
+    from fastkin._codec import Sink
     from fastkin.config import Broker, Pipeline
     from fastkin.kinesis import Client
 
 _LOG = logging.getLogger("fastkin.pipeline")
 
-_RETRY_S = 5.0  # between attempts at what an operator must mend: credentials, a dead-letter disk
+_RETRY_S = 5.0  # between attempts at what an operator must mend
 _SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that the map does not have
 _SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
-_HEX_BYTES = 32  # of a bad payload shown in the log
 # KPL's AggregationMaxSize: a record costs a few bytes of overhead, and a retry stays cheap
 _AGGREGATE_BYTES = 51_200
+_FLUSH_REASONS = ("full_count", "full_bytes", "linger", "window", "idle", "drain")  # as in Lane.flushes
 
 
 class PipelineRun:
@@ -88,12 +90,20 @@ class PipelineRun:
         sink: Sink = self.lane if on_message is None else CallbackSink(self._tap)
         for topic in pipeline.topics:
             router.add(topic, sink)
+        self.aside = Aside(
+            self.name,
+            self.lane,
+            make_store(pipeline),
+            topics=pipeline.topics,
+            spawn=self._spawn,
+            on_settled=self._settled,
+        )
         self.sender = Sender(
             self.lane,
             self.client,
             name=self.name,
             max_calls=pipeline.kinesis.max_connections,
-            set_aside=self._set_aside,
+            set_aside=self.aside.refused,
             on_settled=self._settled,
             max_records=pipeline.max_records,
             max_batch_bytes=max_batch_bytes,
@@ -121,18 +131,19 @@ class PipelineRun:
             on_read=self._read,
             name=self.name,
         )
-        self.dead_letters = None if pipeline.dead_letter in (None, "none") else DeadLetters(pipeline.dead_letter)
-        self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
-        # dead letters to write, each group with what settles it once it is on the disk
-        self._aside: list[tuple[list[dict[str, Any]], Callable[[int], None]]] = []
-        self._writing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress = asyncio.Event()
-        self.ready = False
+        self._lines = Repeats(_LOG, self._loop.call_later, most=5, per_s=60.0)
+        self.ready = False  # the stream was reached
+        self.start_error: str | None = None  # why it was not yet
+        self._hurried = False
+        self.left = asyncio.Event()  # the broker was left, by a run that lingers
+        self._drain: asyncio.Timeout | None = None
 
     # -- life ----------------------------------------------------------------------------------
 
     def start(self) -> None:
+        self.aside.start()
         self._spawn(self._run(), "run")
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -165,9 +176,14 @@ class PipelineRun:
             await self.client.start()
             await self._look_at_stream()
         except KinesisError as error:
-            _LOG.error("pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S)
+            self.start_error = str(error)
+            self._lines.say(
+                logging.ERROR, "not ready",
+                "pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S,
+            )  # fmt: skip
             return False
         self.ready = True
+        self.start_error = None
         self._spawn(self._watch_shards(), "shards")
         return True
 
@@ -177,20 +193,35 @@ class PipelineRun:
             if await self._prepare():
                 return
 
-    async def stop(self) -> int:
-        """Drain within the shutdown timeout; returns how many records did not end."""
+    def hurry(self) -> None:
+        """A stop() that lingers has a deadline from now on."""
+        self._hurried = True
+        if self._drain is not None and self._drain.when() is None:
+            self._drain.reschedule(self._loop.time() + self.pipeline.shutdown_timeout_s)
+
+    async def stop(self, *, linger: bool = False) -> int:
+        """Drain within the shutdown timeout; returns how many records did not end.
+
+        `linger`: leave the broker first, for another run to take our place, and drain until hurry() is called.
+        """
         await self.intake.stop()
+        if linger:
+            await self.intake.close()
+            self.left.set()
         self.flusher.close(DRAIN)
         if self.overflow is not None:
             self.overflow.drain()
         try:
-            async with asyncio.timeout(self.pipeline.shutdown_timeout_s):
+            self._drain = asyncio.timeout(None if linger and not self._hurried else self.pipeline.shutdown_timeout_s)
+            async with self._drain:
                 while self._to_drain():
                     self._progress.clear()
                     self._attend()
                     await self._progress.wait()
         except TimeoutError:
             pass
+        self._drain = None
+        self._lines.close()
         self.flusher.stop()
         await self.sender.close()
         if self.overflow is not None:
@@ -200,8 +231,7 @@ class PipelineRun:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.client.close()
-        if self.dead_letters is not None and self._writing is None:  # else a thread may still have the file
-            self.dead_letters.close()
+        await self.aside.close()
         unsettled = self.lane.in_flight
         say = _LOG.info if unsettled == 0 else _LOG.error
         say(
@@ -332,7 +362,7 @@ class PipelineRun:
 
     def _attend(self) -> None:
         for reject in self.lane.take_rejects():
-            self._rejected(reject)
+            self.aside.rejected(reject)
         self.flusher.attend()
 
     def _settled(self) -> None:
@@ -342,66 +372,6 @@ class PipelineRun:
         self._progress.set()
         if self._hook is not None:
             self._hook(self.name)
-
-    # -- dead letters --------------------------------------------------------------------------
-
-    def _rejected(self, reject: Reject) -> None:
-        self.format_errors[reject.kind] = self.format_errors.get(reject.kind, 0) + 1
-        topic = reject.topic.decode("utf-8", "replace")
-        where = "" if reject.index is None else f" record={reject.index}"
-        _LOG.error(
-            "pipeline=%s stage=decode topic=%s%s byte %d: %s (%d bytes, first %s)",
-            self.name, ascii(topic), where, reject.offset, reject.reason,
-            len(reject.payload), reject.payload[:_HEX_BYTES].hex() or "none",
-        )  # fmt: skip
-        letter = {
-            "topic": topic,
-            "reason": reject.reason,
-            "offset": reject.offset,
-            "index": reject.index,
-            "payload": reject.payload,
-        }
-        self._lay_aside([letter], lambda outcome: self.lane.settle_reject(reject, outcome))
-
-    def _set_aside(self, batch: Batch, reason: str) -> None:
-        """Kinesis will never take these records."""
-        _LOG.error("pipeline=%s stage=send %d records refused for good: %s", self.name, len(batch), reason)
-        letters = [{"reason": reason, "partition_key": key, "payload": data} for data, key, _ in batch.entries()]
-        self._lay_aside(letters, batch.finish)
-
-    def _lay_aside(self, letters: list[dict[str, Any]], settle: Callable[[int], None]) -> None:
-        self._aside.append((letters, settle))
-        if self._writing is None:
-            self._writing = self._spawn(self._write_dead_letters(), "dead-letters")
-
-    async def _write_dead_letters(self) -> None:
-        """Durable first, settled after: a record ends as dead-lettered only when it is on the disk."""
-        while self._aside:
-            # They stay in the list until they are settled: a stop in between must not end them.
-            work = list(self._aside)
-            outcome = DROPPED
-            if self.dead_letters is not None:
-                outcome = DEAD
-                letters = [{"pipeline": self.name, **one} for group, _ in work for one in group]
-                await self._write_until_durable(self.dead_letters, letters)
-            del self._aside[: len(work)]
-            for _, settle in work:
-                settle(outcome)
-            self._settled()
-        self._writing = None
-
-    async def _write_until_durable(self, dead_letters: DeadLetters, letters: list[dict[str, Any]]) -> None:
-        while True:
-            try:
-                await asyncio.to_thread(dead_letters.write, letters)
-            except DeadLetterError as error:
-                _LOG.error(
-                    "pipeline=%s stage=settle %s; %d records wait, trying again in %.0f s",
-                    self.name, error, len(letters), _RETRY_S,
-                )  # fmt: skip
-                await asyncio.sleep(_RETRY_S)
-            else:
-                return
 
     # -- seen from outside ---------------------------------------------------------------------
 
@@ -423,11 +393,58 @@ class PipelineRun:
             "retries": sender.retried,
             "throttled": sum(sender.throttled.values()),
             "duplicates_possible": sender.duplicates_possible,
-            "format_errors": dict(self.format_errors),
+            "format_errors": dict(self.aside.format_errors),
+            "dead_letters_deleted": self.aside.deleted,
             "unacked": self.ledger.unacked,
             "messages": intake.messages,
             "connects": intake.connects,
             "state": intake.state,
             "flushes": lane.flushes,
-            "last_error": sender.last_error or intake.last_error,
+            "last_error": self.last_error,
+            # by name; the first two sum up to their totals above
+            "dead_lettered_by": self.aside.dead_lettered_by.summing_to(lane.dead_lettered),
+            "dropped_by": self._dropped().summing_to(lane.dropped, "failed"),
+            "retried_by_code": dict(sender.retried_by_code),
+            "throttled_by_shard": dict(sender.throttled),
+            "calls_failed_by_code": dict(sender.calls_failed_by_code),
+            "flushed_by_reason": dict(zip(_FLUSH_REASONS, lane.flushes, strict=True)),
+            "batched": sender.batched,
+            "sent": sender.sent,
+            "paused_s": intake.paused_s,
+            "call_seconds": sender.call_seconds.told(),
+            "batch_fill": sender.batch_fill.told(),
         } | (self.overflow.stats() if self.overflow is not None else {})
+
+    @property
+    def last_error(self) -> str | None:
+        """What is wrong now, for a person; it clears when the same goes well."""
+        here = None if self.intake.connected.is_set() else self.intake.last_error
+        return self.start_error or self.sender.last_error or here
+
+    def _dropped(self) -> Tally:
+        """Records that were given up, by policy."""
+        dropped = Tally()
+        dropped.update(self.aside.dropped)
+        if self.overflow is not None and self.overflow.dropped:
+            dropped.add(self.pipeline.on_full, self.overflow.dropped)
+        return dropped
+
+    def oldest_s(self) -> float:
+        """Age of the oldest message that is not acknowledged; 0.0 when there is none."""
+        return self._loop.time() - self.ledger.oldest() if self.ledger.unacked else 0.0
+
+    def failed(self) -> str | None:
+        """Why this pipeline does nothing any more, or None."""
+        if not self.failure.done() or self.failure.cancelled() or (error := self.failure.exception()) is None:
+            return None
+        return f"failed: {type(error).__name__}: {error}"
+
+    def unready(self) -> str | None:
+        """Why it does not do its work, or None when it is connected, subscribed and has reached its stream."""
+        if reason := self.failed():
+            return reason
+        if not self.ready:
+            return f"the stream was not reached: {self.start_error or 'not tried yet'}"
+        if not self.intake.connected.is_set():
+            return f"the broker: {self.intake.state}{f': {self.intake.last_error}' if self.intake.last_error else ''}"
+        return None

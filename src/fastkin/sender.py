@@ -21,10 +21,21 @@ from random import Random
 from typing import TYPE_CHECKING, Protocol
 
 from fastkin._codec import Batch
-from fastkin.errors import Action, ClosedError, KinesisError, LibraryError, NotSent, TransportError, UnexpectedResponse
+from fastkin.errors import (
+    Action,
+    ClosedError,
+    KinesisError,
+    LibraryError,
+    NotSent,
+    TransportError,
+    UnexpectedResponse,
+    printable,
+)
 from fastkin.kinesis import classify_record
+from fastkin.logs import Repeats
 from fastkin.pacing import Backoff, Concurrency, Pacer
 from fastkin.shards import shard_in_message
+from fastkin.tallies import Histogram, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +52,8 @@ _UNKNOWN_CODE_ATTEMPTS = 10
 _WARN_EVERY_S = 5.0
 # The codes AWS documents for a single entry besides throttling: tried for ever.
 _TRANSIENT = frozenset({"InternalFailure", "InternalFailureException", "ServiceUnavailableException"})
+# The service gave up on a call that it may have carried out, whatever the status says.
+_OUTCOME_UNKNOWN = frozenset({"RequestTimeout", "RequestTimeoutException", "RequestAborted", "RequestAbortedException"})
 # When somebody must act, ask again slowly and keep the data.
 _OPERATOR_BASE_S = 5.0
 _OPERATOR_CAP_S = 30.0
@@ -52,6 +65,11 @@ _CALL_CAP_S = 5.0
 _THROTTLE_ERROR_AFTER_S = 60.0
 _NO_EPOCH = -1  # of what came back from the spool: no flush waits for it
 _LEAST_WAIT_S = 0.001  # a shorter one may vanish in the clock's rounding, and the pump would go round for ever
+
+# upper bounds: seconds of one call, and how full a batch is of what it may hold (records or bytes, the fuller)
+_CALL_BOUNDS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_FILL_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_SHARDS_COUNTED = 256  # shards with a throttle counter of their own
 
 Load = dict[int, tuple[int, int]]
 
@@ -124,15 +142,21 @@ class Sender:
         self._outstanding: dict[int, int] = {0: 0}  # epoch -> records taken from the lane and not ended
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._closing = False
-        self._warned_at = -_WARN_EVERY_S
-        self._unsaid = 0
+        self._warnings = Repeats(_LOG, self._loop.call_later, most=1, per_s=_WARN_EVERY_S)
         self._throttled_since: float | None = None
         self.last_error: str | None = None
         self.calls = 0
         self.calls_failed = 0
         self.retried = 0  # records sent again
-        self.throttled: dict[str, int] = {}  # shard id ("" when not told) -> records
-        self.failed_by_code: dict[str, int] = {}
+        self.throttled = Tally(_SHARDS_COUNTED)  # shard id ("" when not told) -> records
+        self.failed_by_code = Tally()
+        # These count records as they were given: an aggregate counts as what is in it.
+        self.batched = 0  # records of batches taken from the lane
+        self.sent = 0  # records of calls made, repeats included
+        self.retried_by_code = Tally()  # records that go again, by what failed
+        self.calls_failed_by_code = Tally()
+        self.call_seconds = Histogram(_CALL_BOUNDS_S)
+        self.batch_fill = Histogram(_FILL_BOUNDS)
         self.duplicates_possible = 0  # records of calls whose outcome stayed unknown
         self.max_in_flight = 0
 
@@ -146,6 +170,13 @@ class Sender:
     @property
     def idle(self) -> bool:
         return not self._tasks and self._next is None and not self._failed and not self.lane.ready
+
+    def heat(self) -> dict[str, float]:
+        """Shard id to the share of its limit that was used lately; empty while the shards are not known."""
+        if self.shards is None:
+            return {}
+        ids = (shard.id for shard in self.shards.shards)
+        return dict(zip(ids, self.pacer.heat(self._loop.time()), strict=True))
 
     def set_shards(self, shards: ShardMap | None) -> None:
         """Pace by these shards from now on; None: learn from throttles alone."""
@@ -212,6 +243,7 @@ class Sender:
     async def close(self) -> None:
         """Cancel the calls in flight. What has not ended stays unsettled: see `unsent`."""
         self._closing = True
+        self._warnings.close()
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
@@ -300,6 +332,8 @@ class Sender:
         if batch.restored:
             batch.epoch = _NO_EPOCH
             return
+        self.batched += batch.user_records
+        self.batch_fill.observe(max(len(batch) / self._max_records, batch.size / self._max_bytes))
         batch.epoch = self._epoch
         self._outstanding[self._epoch] += len(batch)
 
@@ -420,10 +454,15 @@ class Sender:
 
     async def _call(self, batch: Batch, load: Load) -> None:
         self.calls += 1
+        self.sent += batch.user_records
+        began = self._loop.time()
         count = len(batch)
         epoch, attempts = batch.epoch, batch.attempts
         try:
-            answer = await self._client.call(self._target, batch)
+            try:
+                answer = await self._client.call(self._target, batch)
+            finally:
+                self.call_seconds.observe(self._loop.time() - began)
             failures = batch.settle(answer)
         except KinesisError as error:
             self._call_failed(batch, error)
@@ -493,8 +532,9 @@ class Sender:
             self._entry_failed(failure, now)
 
     def _entry_failed(self, failure: Failure, now: float) -> None:
-        code, batch = failure.code, failure.batch
-        self.failed_by_code[code] = self.failed_by_code.get(code, 0) + len(batch)
+        batch = failure.batch
+        code, message = printable(failure.code, 128), printable(failure.message)
+        self.failed_by_code.add(code, len(batch))
         action = classify_record(code)
         if action is not Action.THROTTLE:
             batch.attempts += 1
@@ -502,19 +542,20 @@ class Sender:
             action is Action.RETRY and code not in _TRANSIENT and batch.attempts >= _UNKNOWN_CODE_ATTEMPTS
         ):
             self._ended(batch.epoch, len(batch))
-            self._set_aside(batch, f"{code}: {failure.message}")
+            self._set_aside(batch, f"{code}: {message}")
             return
-        shard_id = shard_in_message(failure.message) or ""
+        shard_id = shard_in_message(message) or ""
         self.retried += len(batch)
+        self.retried_by_code.add(code, batch.user_records)
         most = min(_ENTRY_CAP_S, _ENTRY_BASE_S * 2.0 ** min(batch.attempts, 10))
         if action is Action.THROTTLE:
             most = _ENTRY_BASE_S * 2 if self._throttled_since is None else _THROTTLE_CAP_S
-            self.throttled[shard_id] = self.throttled.get(shard_id, 0) + len(batch)
+            self.throttled.add(shard_id, batch.user_records)
             ordinal = self.shards.ordinal(shard_id) if self.shards is not None else None
             self.pacer.throttled(now, ordinal, even=-1 in batch.shard_load())
             self._say_throttled(now, shard_id, len(batch))
         else:
-            self._warn(now, "%d records failed with %s: %s; they go again", len(batch), code, failure.message)
+            self._warn("%d records failed with %s: %s; they go again", len(batch), code, message)
         queue = self._queue(shard_id)
         queue.batches.append(batch)
         if queue.not_before <= now:
@@ -525,7 +566,8 @@ class Sender:
         now = self._loop.time()
         self.calls_failed += 1
         self.last_error = str(error)
-        self.failed_by_code[error.code] = self.failed_by_code.get(error.code, 0) + len(batch)
+        self.failed_by_code.add(error.code, len(batch))
+        self.calls_failed_by_code.add(error.code, 1)
         if error.action is Action.REJECTED:
             self._bisect(batch, error)
             return
@@ -535,6 +577,7 @@ class Sender:
         if _maybe_stored(error):
             self.duplicates_possible += batch.user_records
         self.retried += len(batch)
+        self.retried_by_code.add(error.code, batch.user_records)
         self._queue("").batches.appendleft(batch)
         if self._gate <= now:
             if error.action in (Action.OPERATOR, Action.CREDENTIALS, Action.CLOCK):
@@ -546,7 +589,7 @@ class Sender:
             else:
                 delay = self._gate_backoff.next()
                 if error.action is not Action.THROTTLE or not self._throttled_for_long(now, ""):
-                    self._warn(now, "call failed: %s; again in %.2f s", error, delay)
+                    self._warn("call failed: %s; again in %.2f s", error, delay)
             self._gate = now + max(delay, min(error.retry_after or 0.0, _OPERATOR_CAP_S))
         self._wake_at(self._gate)
 
@@ -586,18 +629,12 @@ class Sender:
             del self._outstanding[epoch]
         return all(epoch > mark for epoch in self._outstanding if self._outstanding[epoch])
 
-    def _warn(self, now: float, message: str, *args: object) -> None:
-        if now - self._warned_at < _WARN_EVERY_S:
-            self._unsaid += 1
-            return
-        self._warned_at = now
-        more = f" ({self._unsaid} more like this)" if self._unsaid else ""
-        self._unsaid = 0
-        _LOG.warning("pipeline=%s stage=send " + message + "%s", self.name, *args, more)
+    def _warn(self, message: str, *args: object) -> None:
+        self._warnings.say(logging.WARNING, message, "pipeline=%s stage=send " + message, self.name, *args)
 
     def _say_throttled(self, now: float, shard_id: str, records: int) -> None:
         if not self._throttled_for_long(now, shard_id):
-            self._warn(now, "throttled at %s: %d records go again, slower", shard_id or "the stream", records)
+            self._warn("throttled at %s: %d records go again, slower", shard_id or "the stream", records)
 
     def _throttled_for_long(self, now: float, shard_id: str) -> bool:
         """Say so as an error, once per _THROTTLE_ERROR_AFTER_S without a call that went through whole."""
@@ -633,7 +670,7 @@ def _maybe_stored(error: KinesisError) -> bool:
     """Whether the records of a failed call may be in the stream: the outcome is unknown, or a 5xx hides it."""
     if isinstance(error, UnexpectedResponse | TransportError):
         return not isinstance(error, NotSent)
-    return error.http_status is not None and error.http_status >= 500
+    return error.code in _OUTCOME_UNKNOWN or (error.http_status is not None and error.http_status >= 500)
 
 
 def _as_operator(error: KinesisError) -> KinesisError:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from fastkin import keys
-from fastkin.config import Broker, Kinesis, Pipeline, Settings, Tls
+from fastkin import keys, letterplace
+from fastkin.config import Broker, Kinesis, Pipeline, Settings, Status, Tls
 from fastkin.settings.sources import TOGETHER, pipeline_name
-from fastkin.settings.tables import BROKER_KEYS, KINESIS_KEYS, PIPELINE_KEYS, TLS_KEYS
+from fastkin.settings.tables import BROKER_KEYS, KINESIS_KEYS, PIPELINE_KEYS, STATUS_KEYS, TLS_KEYS
 from fastkin.settings.values import SettingsError, parse_table
 
 if TYPE_CHECKING:
@@ -44,10 +44,22 @@ class Checker:
             if (pipeline := self._pipeline(raw, sources.kinesis, number, broker)) is not None
         )
         self._together(sources.pipelines, made)
+        status = self._status(sources.status)
         if self.report.problems:
             raise SettingsError(self.report.problems)
         assert broker is not None
-        return Settings(broker=broker, pipelines=made, warnings=tuple(self.report.warnings))
+        return Settings(broker=broker, pipelines=made, warnings=tuple(self.report.warnings), status=status)
+
+    def _status(self, raw: Raw) -> Status:
+        given = parse_table(STATUS_KEYS, raw, self.report)
+        host = given.get("host")
+        if host is not None and not re.fullmatch(r"[A-Za-z0-9._:%-]{1,255}", host):
+            self.report.problem(raw["host"].place, f"{host!r} is not a host name or address")
+        elif host is not None and given.get("port") and not _loopback(host):
+            self.report.warn(
+                f"status port {given['port']} on {host}: whoever reaches it reads names and figures, without a password"
+            )
+        return Status(**given)
 
     # --- the broker ---
 
@@ -111,7 +123,8 @@ class Checker:
             )
         # a blank id that was written down is wanted: the broker then draws one
         self.random_id = True
-        given.setdefault("client_id", f"fastkin-{os.urandom(6).hex()}")
+        if "client_id" not in given:
+            given.update(client_id=f"fastkin-{os.urandom(6).hex()}", client_id_drawn=True)
 
     def _url(self, given: dict[str, Any], raw: Raw) -> None:
         place = raw["url"].place
@@ -180,14 +193,33 @@ class Checker:
         self._keys(given, raw, broker)
         self._sizes(given, raw)
         if given.get("dead_letter", "none") != "none":
-            folder = Path(given["dead_letter"]).absolute().parent
-            if not folder.is_dir():
-                self.report.problem(raw["dead_letter"].place, f"there is no directory {folder}", "make it")
+            self._dead_letter(given["dead_letter"], raw["dead_letter"].place)
         self._spool(given, raw)
         kinesis = self._kinesis(raw, defaults, where)
         if len(self.report.problems) > before or kinesis is None:
             return None
-        return Pipeline(kinesis=kinesis, **given)
+        made = Pipeline(kinesis=kinesis, **given)
+        if letterplace.is_own(made):
+            cure = "name another stream, or a file"
+            self.report.problem(raw["dead_letter"].place, "is the stream that refuses what would go there", cure)
+            return None
+        return made
+
+    def _dead_letter(self, text: str, place: str) -> None:
+        if text.startswith(letterplace.PREFIX):
+            if problem := letterplace.wrong(text):
+                self.report.problem(
+                    place, problem, "stream:NAME or stream:arn:aws:kinesis:REGION:123456789012:stream/NAME"
+                )
+            return
+        path = Path(text).absolute()
+        if not path.parent.is_dir():
+            self.report.problem(place, f"there is no directory {path.parent}", "make it")
+        elif path.is_dir():
+            self.report.problem(place, f"{path} is a directory", "name a file in it")
+        elif not (os.access(path, os.W_OK) if path.exists() else os.access(path.parent, os.W_OK | os.X_OK)):
+            who = f"user id {os.geteuid()}"
+            self.report.warn(f"{place}: {path} cannot be written by {who}: let the service's user write there")
 
     def _topics(self, given: dict[str, Any], raw: Raw, where: str) -> None:
         topics = dict.fromkeys(given.get("topics", ()))

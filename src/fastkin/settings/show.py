@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from fastkin.config import Pipeline, Settings, Tls
-from fastkin.settings.tables import BROKER_KEYS, KINESIS_KEYS, PIPELINE_KEYS, TLS_KEYS
+from fastkin.config import Pipeline, Settings, Status, Tls
+from fastkin.settings.tables import BROKER_KEYS, KINESIS_KEYS, PIPELINE_KEYS, STATUS_KEYS, TLS_KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +20,8 @@ def effective(settings: Settings) -> str:
     lines += _shown_table(settings.broker, BROKER_KEYS)
     if settings.broker.tls != Tls():
         lines += ["", "[broker.tls]", *_shown_table(settings.broker.tls, TLS_KEYS)]
+    if settings.status != Status():
+        lines += ["", "[status]", *_shown_table(settings.status, STATUS_KEYS)]
     for pipeline in settings.pipelines:
         lines += ["", "[[pipeline]]"]
         lines += _shown_table(pipeline, PIPELINE_KEYS)

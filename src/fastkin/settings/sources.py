@@ -55,6 +55,7 @@ class Sources:
         self.broker: Raw = {}
         self.tls: Raw = {}
         self.kinesis: Raw = {}
+        self.status: Raw = {}
         self.pipelines: list[Raw] = []
         self.vars: dict[str, Value] = {}
         self.from_file: frozenset[str] = frozenset()
@@ -95,21 +96,22 @@ class Sources:
     def _toml(self, path: Path) -> None:
         document = _read_toml(path)
         for name, value in document.items():
-            if name in {"broker", "kinesis"} and isinstance(value, dict):
-                self._names(f"[{name}]", name, value, self.broker if name == "broker" else self.kinesis)
+            if name in {"broker", "kinesis", "status"} and isinstance(value, dict):
+                into = {"broker": self.broker, "kinesis": self.kinesis, "status": self.status}[name]
+                self._names(f"[{name}]", name, value, into)
             elif name == "pipeline" and isinstance(value, list) and _all_tables(value):
                 for number, each in enumerate(value, 1):
                     raw: Raw = {}
                     self._names(pipeline_name(number, each.get("id")), name, each, raw)
                     self.pipelines.append(raw)
-            elif name in {"broker", "kinesis", "pipeline"}:
+            elif name in {"broker", "kinesis", "status", "pipeline"}:
                 form = "[[pipeline]]" if name == "pipeline" else f"[{name}]"
                 self.report.problem(f"{path}: {name}", "is not a table", f"write {form}")
             else:
                 self.report.problem(
                     f"{path}: {name!r}",
                     "is not a table fastkin knows",
-                    nearest(name, ("broker", "kinesis", "pipeline")),
+                    nearest(name, ("broker", "kinesis", "status", "pipeline")),
                 )
         if "pipeline" not in document:
             self.report.problem(str(path), "has no [[pipeline]]", "add one with topics and stream")
@@ -139,7 +141,7 @@ class Sources:
     # --- the environment ---
 
     def _fastkin_names(self) -> None:
-        tables = {"broker": self.broker, "broker.tls": self.tls, "kinesis": self.kinesis}
+        tables = {"broker": self.broker, "broker.tls": self.tls, "kinesis": self.kinesis, "status": self.status}
         for name, value in self.vars.items():
             if not name.startswith("FASTKIN_") or name in NOT_SETTINGS:
                 continue

@@ -123,13 +123,20 @@ PIPELINE_KEYS = _table(
     _text("spool", "file for `on_full = \"spool\"`; each pipeline has its own"),
     _int("spool_max_bytes", 1 * MIB, 1024 * 1024 * MIB, "bytes in the spool at most"),
     _number("spool_after_s", 0.1, 3600, "spool when the oldest record has waited so long, even if memory is not full"),
-    _text("dead_letter", "file for what can never be stored; `none`: it is only logged"),
+    _text("dead_letter", "what can never be stored: a file, `stream:NAME` or `stream:ARN`; `none`: it is only logged"),
+    _int("dead_letter_max_bytes", 0, 1024 * 1024 * MIB, "the file is rotated before it grows larger; 0: never"),
+    _int("dead_letter_keep", 0, 999, "rotated files to keep; the oldest is deleted. 0: a full file is deleted"),
     _text(
         "startup_check", "how to try the stream at start", "none", "describe", "dry_run", "put",
     ),
     _number("shutdown_timeout_s", 0, 3600, "for storing what is held after SIGTERM"),
     _flag("stdout", "true: print every message"),
 )  # fmt: skip
+
+STATUS_KEYS = _table(
+    _int("port", 0, 65_535, "serves `/metrics`, `/healthz` and `/readyz`; 0: none"),
+    _text("host", "address to listen on"),
+)
 
 ALIASES = {
     "accessKeyId": "access_key",
@@ -192,6 +199,7 @@ TABLES: dict[str, dict[str, Key]] = {
     "broker.tls": TLS_KEYS,
     "kinesis": KINESIS_KEYS,
     "pipeline": PIPELINE_KEYS,
+    "status": STATUS_KEYS,
 }
 ENV = {
     f"FASTKIN_{table.replace('.', '_').upper()}_{key.upper()}": (table, key)
