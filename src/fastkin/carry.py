@@ -32,7 +32,15 @@ class Carry:
             self.lost += left
         else:
             self.owed += left
-        for name in ("buffered_bytes", "calls_open", "unacked", "volatile"):
+        for name in (
+            "buffered_bytes",
+            "calls_open",
+            "unacked",
+            "volatile",
+            "spool_rows",
+            "spool_bytes",
+            "spool_bytes_limit",
+        ):
             stats.pop(name, None)
         _add(self.sums, stats)
 
