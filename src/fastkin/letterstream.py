@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import logging
 import time
 import uuid
@@ -27,7 +26,7 @@ from fastkin.sender import Sender
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from fastkin._codec import Batch
+    from fastkin._codec import Batch, Receipt
     from fastkin.config import Kinesis
 
 _LOG = logging.getLogger("fastkin.pipeline")
@@ -35,6 +34,7 @@ _LOG = logging.getLogger("fastkin.pipeline")
 RECORD_BYTES = 1024 * 1024  # what every stream takes, data and key
 _KEY_BYTES = 36  # a UUID
 _HEAD_BYTES = 160  # id, part and parts
+_BATCH_BYTES = 5 * 1024 * 1024
 _BUDGET_BYTES = 1 << 40  # bounded by who calls: one chunk at a time
 _RETRY_S = 5.0
 _ERROR_EVERY_S = 60.0
@@ -57,6 +57,61 @@ def records_of(letter: Mapping[str, Any]) -> Iterator[tuple[bytes, str]]:
         yield as_json({"id": key, "part": part, "parts": parts, **fields, "payload": piece}), key
 
 
+class Post:
+    """One stream, a lane and a sender: what is put has a receipt, and what is refused fails it."""
+
+    def __init__(self, name: str, kinesis: Kinesis, *, max_calls: int = 1) -> None:
+        """`name` is that of the log lines. Nothing is opened here."""
+        self.stream = kinesis.stream_arn or kinesis.stream
+        self.client = make_client(kinesis)
+        self._name = name
+        self._max_calls = max_calls
+        self._lane: Lane | None = None
+        self._sender: Sender | None = None
+        self._flusher: Flusher | None = None
+        self._starting = asyncio.Lock()
+
+    async def start(self, *, key: KeyPlan | None = None, max_record_bytes: int = RECORD_BYTES) -> None:
+        """Find credentials and endpoint, once. ConfigError, KinesisError."""
+        async with self._starting:
+            if self._sender is not None:
+                return
+            await self.client.start()
+            self._lane = Lane(
+                settler=None, budget=Budget(_BUDGET_BYTES, 1 << 30), frame="raw", key=key or KeyPlan("uuid"),
+                target=self.client.target_json(), max_record_bytes=max_record_bytes,
+                max_batch_bytes=max(_BATCH_BYTES, max_record_bytes),
+            )  # fmt: skip
+            self._sender = Sender(
+                self._lane, self.client, name=self._name, max_calls=self._max_calls, set_aside=_refuse,
+                on_settled=_nothing, max_batch_bytes=max(_BATCH_BYTES, max_record_bytes),
+            )  # fmt: skip
+            self._flusher = Flusher(self._lane, self._sender, 0.0, asyncio.get_running_loop())
+
+    def put(self, data: bytes, key: str | None) -> Receipt:
+        """RecordError: it can never be stored as it is."""
+        assert self._lane is not None, "start() first"
+        return self._lane.put(data, key)
+
+    async def flush(self) -> None:
+        """Every receipt so far has ended, well or not; failures that pass are waited out."""
+        assert self._flusher is not None, "start() first"
+        assert self._sender is not None
+        self._flusher.close(DRAIN)
+        await self._sender.flush()
+
+    async def close(self) -> None:
+        if self._flusher is not None:
+            self._flusher.stop()
+        if self._sender is not None and self._lane is not None:
+            await self._sender.close()
+            error = ClosedError("closed before the record was stored")
+            for batch in self._sender.unsent():
+                batch.finish(FAILED, error)
+            self._lane.abandon(error)
+        await self.client.close()
+
+
 class LetterStream:
     """Where dead letters go: a stream."""
 
@@ -64,38 +119,20 @@ class LetterStream:
 
     def __init__(self, pipeline: str, kinesis: Kinesis) -> None:
         self._pipeline = pipeline
-        self._stream = kinesis.stream_arn or kinesis.stream
-        self._client = make_client(kinesis)
-        self._lane = Lane(
-            settler=None, budget=Budget(_BUDGET_BYTES, 1 << 30), frame="raw", key=KeyPlan("uuid"),
-            target=self._client.target_json(), max_record_bytes=RECORD_BYTES,
-        )  # fmt: skip
-        self._sender: Sender | None = None
-        self._flusher: Flusher | None = None
-        self._starting = asyncio.Lock()
+        self._post = Post(f"{pipeline}:dead-letters", kinesis)
 
     async def open(self) -> None:
+        """Say at once what is wrong with the stream."""
         try:
-            await self._start()
-            await self._client.describe()
+            await self._post.start()
+            await self._post.client.describe()
         except (KinesisError, ConfigError) as error:
             if isinstance(error, KinesisError) and error.action is Action.OPERATOR and "AccessDenied" in error.code:
                 return  # to put is enough; whether that is allowed will show
             _LOG.error(
                 "pipeline=%s stage=settle dead letter stream %s: %s; check `dead_letter`, dead letters wait"
-                " unacknowledged until it can be written to", self._pipeline, self._stream, error,
+                " unacknowledged until it can be written to", self._pipeline, self._post.stream, error,
             )  # fmt: skip
-
-    async def _start(self) -> Sender:
-        async with self._starting:
-            if self._sender is None:
-                await self._client.start()
-                self._sender = Sender(
-                    self._lane, self._client, name=f"{self._pipeline}:dead-letters", max_calls=1,
-                    set_aside=_refuse, on_settled=_nothing,
-                )  # fmt: skip
-                self._flusher = Flusher(self._lane, self._sender, 0.0, asyncio.get_running_loop())
-            return self._sender
 
     async def store(self, letters: Sequence[dict[str, Any]]) -> None:
         todo = [record for letter in letters for record in records_of(letter)]
@@ -113,17 +150,15 @@ class LetterStream:
                 _LOG.error(
                     "pipeline=%s stage=settle dead letter stream %s takes no dead letters: %s; check the stream or set"
                     " another `dead_letter`; %d wait unacknowledged, trying again every %.0f s",
-                    self._pipeline, self._stream, problem, len(todo), _RETRY_S,
+                    self._pipeline, self._post.stream, problem, len(todo), _RETRY_S,
                 )  # fmt: skip
             await asyncio.sleep(_RETRY_S)
 
     async def _put(self, records: list[tuple[bytes, str]]) -> tuple[list[tuple[bytes, str]], str]:
-        """What the stream refused, and why. Failures that pass are waited out by the sender."""
-        sender = await self._start()
-        assert self._flusher is not None
-        receipts = [self._lane.put(data, key) for data, key in records]
-        self._flusher.close(DRAIN)
-        await sender.flush()
+        """What the stream refused, and why."""
+        await self._post.start()
+        receipts = [self._post.put(data, key) for data, key in records]
+        await self._post.flush()
         left, problem = [], ""
         for record, receipt in zip(records, receipts, strict=True):
             if (error := receipt.exception()) is not None:
@@ -132,16 +167,7 @@ class LetterStream:
         return left, problem
 
     async def close(self) -> None:
-        if self._flusher is not None:
-            self._flusher.stop()
-        if self._sender is not None:
-            await self._sender.close()
-            error = ClosedError("stopped before the dead letter was stored")
-            for batch in self._sender.unsent():
-                batch.finish(FAILED, error)
-            self._lane.abandon(error)
-        with contextlib.suppress(KinesisError):
-            await self._client.close()
+        await self._post.close()
 
 
 def _refuse(batch: Batch, reason: str) -> None:
