@@ -121,7 +121,7 @@ def test_check_finds_a_key_of_another_certificate(tmp_path: Path) -> None:
     toml = tmp_path / "x.toml"
     text = f'[broker]\nclient_id = "c"\n[broker.tls]\ncert = "{tmp_path}/cert.pem"\nkey = "{tmp_path}/key.pem"\n'
     toml.write_text(text + '[[pipeline]]\nid = "a"\ntopics = ["t"]\nstream = "s"\nregion = "eu-west-1"\n')
-    with pytest.raises(SettingsError, match="broker tls cert, key: .*do they belong together") as wrong:
+    with pytest.raises(SettingsError, match=r"broker tls cert, key: .*do they belong together") as wrong:
         check.check(settings.load(toml, env={}), connect=False, quiet=True)
     assert len(wrong.value.problems) == 1
 
