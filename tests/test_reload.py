@@ -379,7 +379,7 @@ async def test_the_new_run_takes_the_spool_of_the_old_one_up(server: Server, tmp
         async with fastkin.Engine(p.settings(old)) as engine:
             await connected(engine)
             await p.publish(20, qos=0)
-            await until(lambda: engine.stats()["p"]["spooled"] > 0)
+            await until(lambda: engine.stats()["p"]["spool_rows"] > 0)
             await engine.reload(p.settings(dataclasses.replace(old, linger_ms=1.0)))
             await connected(engine)
             assert not engine.leaving
