@@ -122,6 +122,8 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         budget_bytes = 10000000
         budget_records = 1000
         dead_letter = "{tmp_path}/dead.jsonl"
+        dead_letter_max_bytes = 1000000
+        dead_letter_keep = 2
         startup_check = "none"
         shutdown_timeout_s = 1
         stdout = true

@@ -7,11 +7,13 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fastkin.deadletter import DeadLetter, DeadLetterError, DeadLetters
+from fastkin.deadletter import DeadLetter, DeadLetterError, DeadLetters, line_of, numbered, rotated
 from fastkin.errors import FastkinError
 
 if TYPE_CHECKING:
@@ -204,3 +206,186 @@ def test_nothing_to_write_touches_nothing(tmp_path: Path) -> None:
     path = tmp_path / "dead.jsonl"
     DeadLetters(path).write([])
     assert not path.exists()
+
+
+# --- rotation ---
+
+
+def numbers(path: Path) -> list[int]:
+    """Every letter's number over all files, oldest first."""
+    found: list[int] = []
+    for number in [*reversed(rotated(path)), 0]:
+        file = numbered(path, number)
+        found += [int(text) for text in payloads(file)] if file.exists() else []
+    return found
+
+
+LINE = len(line_of(letter(b"%06d" % 0)))
+
+
+def test_a_full_file_is_rotated_and_nothing_is_gone_within_keep(tmp_path: Path) -> None:
+    path = tmp_path / "dead.jsonl"
+    with DeadLetters(path, max_bytes=10 * LINE, keep=5) as dead:
+        for n in range(55):
+            dead.write([letter(b"%06d" % n)])
+        assert dead.deleted == 0
+    assert rotated(path) == [1, 2, 3, 4, 5]
+    assert numbers(path) == list(range(55))
+    for number in range(6):
+        file = numbered(path, number)
+        assert file.stat().st_size <= 10 * LINE
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_the_oldest_file_is_deleted_and_its_letters_counted(tmp_path: Path) -> None:
+    path = tmp_path / "dead.jsonl"
+    with DeadLetters(path, max_bytes=10 * LINE, keep=2) as dead:
+        for n in range(100):
+            dead.write([letter(b"%06d" % n)])
+        assert rotated(path) == [1, 2]
+        assert numbers(path) == list(range(70, 100))
+        assert dead.deleted == 70
+
+
+def test_keep_0_deletes_a_full_file(tmp_path: Path) -> None:
+    path = tmp_path / "dead.jsonl"
+    with DeadLetters(path, max_bytes=10 * LINE, keep=0) as dead:
+        for n in range(25):
+            dead.write([letter(b"%06d" % n)])
+        assert numbers(path) == [20, 21, 22, 23, 24]
+        assert dead.deleted == 20
+    assert rotated(path) == []
+
+
+def test_replayed_letters_do_not_count_as_lost(tmp_path: Path) -> None:
+    path = tmp_path / "dead.jsonl"
+    with DeadLetters(path, max_bytes=2 * LINE, keep=0) as dead:
+        dead.write([letter(b"%06d" % 0), letter(b"%06d" % 1)])
+        path.write_bytes(path.read_bytes().replace(b'{"time"', b'{"done"', 1))
+        dead.write([letter(b"%06d" % 2)])
+        assert dead.deleted == 1
+
+
+def test_max_bytes_0_never_rotates_and_a_letter_larger_than_max_bytes_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "dead.jsonl"
+    with DeadLetters(path, max_bytes=0, keep=1) as dead:
+        for n in range(50):
+            dead.write([letter(b"%06d" % n)])
+    assert rotated(path) == []
+    large = tmp_path / "large.jsonl"
+    with DeadLetters(large, max_bytes=10, keep=1) as dead:
+        dead.write([letter(b"1")])
+        dead.write([letter(b"2")])
+    assert numbers(large) == [1, 2]
+
+
+def test_a_lower_keep_deletes_what_is_beyond_it_but_no_name_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "dead.jsonl"
+    with DeadLetters(path, max_bytes=LINE, keep=5) as dead:
+        for n in range(6):
+            dead.write([letter(b"%06d" % n)])
+    others = [tmp_path / f"dead.jsonl{end}" for end in (".gz", ".1.gz", ".20261121", ".01", ".replay", "2")]
+    for other in others:
+        other.write_text("mine")
+    with DeadLetters(path, max_bytes=LINE, keep=2) as dead:
+        dead.write([letter(b"%06d" % 6)])
+        assert dead.deleted == 4
+    assert numbers(path) == [4, 5, 6]
+    assert [other.read_text() for other in others] == ["mine"] * len(others)
+
+
+class Crash(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_a_crash_anywhere_in_a_rotation_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """The process ends at the n-th change of a name; the next one finds every letter but those of the policy."""
+    path = tmp_path / "dead.jsonl"
+    with DeadLetters(path, max_bytes=LINE, keep=3) as dead:
+        for n in range(3):
+            dead.write([letter(b"%06d" % n)])
+    left = [at]
+    with monkeypatch.context() as patch:
+        for name in ("rename", "unlink"):
+            real = getattr(type(path), name)
+
+            def change(self: Path, *args: Any, real: Any = real, **more: Any) -> Any:
+                if not left[0]:
+                    raise Crash
+                left[0] -= 1
+                return real(self, *args, **more)
+
+            patch.setattr(type(path), name, change)
+        dead = DeadLetters(path, max_bytes=LINE, keep=3)
+        written = 3
+        try:
+            while written < 6:
+                dead.write([letter(b"%06d" % written)])
+                written += 1
+        except Crash:
+            pass
+        finally:
+            dead.close()
+    with DeadLetters(path, max_bytes=LINE, keep=3) as dead:
+        dead.write([letter(b"%06d" % 99)])
+    found = numbers(path)
+    # a gap may cost a place, never one that was within keep when the policy last spoke
+    assert found == sorted(found)
+    assert found[-1] == 99
+    assert set(range(written - 2, written)) <= set(found)
+    assert len(rotated(path)) <= 3
+
+
+def test_processes_that_share_a_file_rotate_it_together(tmp_path: Path) -> None:
+    path = tmp_path / "dead.jsonl"
+    code = (
+        "import sys; from fastkin.deadletter import DeadLetters\n"
+        "dead = DeadLetters(sys.argv[1], max_bytes=4096, keep=900)\n"
+        "for n in range(int(sys.argv[2]), int(sys.argv[2]) + 300):\n"
+        "    dead.write([{'pipeline': 'p', 'reason': 'r', 'payload': b'%06d' % n}])\n"
+        "assert dead.deleted == 0\n"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", code, str(path), str(1000 * k)]) for k in range(3)]
+    for process in running:
+        assert process.wait(60) == 0
+    assert sorted(numbers(path)) == sorted(1000 * k + n for k in range(3) for n in range(300))
+    assert all(numbered(path, n).stat().st_size <= 4096 for n in [0, *rotated(path)])
+
+
+def test_a_folder_that_forbids_renaming_is_an_error_with_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "dead.jsonl"
+
+    def refuse(self: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with DeadLetters(path, max_bytes=LINE, keep=1) as dead:
+        dead.write([letter(b"%06d" % 0)])
+        with monkeypatch.context() as patch:
+            patch.setattr(type(path), "rename", refuse)
+            with pytest.raises(DeadLetterError, match=r"cannot rotate it.*let user id"):
+                dead.write([letter(b"%06d" % 1)])
+        assert numbers(path) == [0]
+        dead.write([letter(b"%06d" % 1)])
+    assert numbers(path) == [0, 1]
+
+
+def test_a_real_limit_of_the_file_size_keeps_nothing_and_names_the_cure(tmp_path: Path) -> None:
+    path = tmp_path / "dead.jsonl"
+    code = (
+        "import resource, signal, sys; from fastkin.deadletter import DeadLetters, DeadLetterError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "dead = DeadLetters(sys.argv[1])\n"
+        "dead.write([{'pipeline': 'p', 'reason': 'r', 'payload': b'1'}])\n"
+        "try:\n"
+        "    dead.write([{'pipeline': 'p', 'reason': 'r', 'payload': b'x' * 2000}])\n"
+        "except DeadLetterError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert "ulimit -f" in done.stdout
+    assert str(path) in done.stdout
+    assert payloads(path) == [b"1"]

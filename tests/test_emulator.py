@@ -522,6 +522,46 @@ async def test_a_front_end_answers_in_html() -> None:
         assert emulator.stored_count("s") == 0
 
 
+@pytest.mark.parametrize("kind", ["call", "html"])
+async def test_an_error_may_hide_that_the_records_are_stored(kind: str) -> None:
+    async with Emulator({"s": 1}) as emulator:
+        if kind == "call":
+            emulator.faults.call("InternalFailure", stored=True, times=1)
+        else:
+            emulator.faults.html(500, stored=True, times=1)
+        reply = await put(emulator, entries(3))
+        assert reply.status == 500
+        assert emulator.stored_count("s") == 3
+        assert [(put.stored, put.answered) for put in emulator.puts] == [(3, False)]
+
+
+async def test_one_record_spoils_the_call_it_is_in() -> None:
+    async with Emulator({"s": 1}) as emulator:
+        emulator.faults.call("ValidationException", contains=b"bad")
+        good, bad = entries(2), [{"Data": base64.b64encode(b"a bad one").decode(), "PartitionKey": "k"}]
+        assert (await put(emulator, good)).status == 200
+        assert (await put(emulator, good + bad)).json["__type"] == "ValidationException"
+        assert emulator.stored_count("s") == 2
+
+
+async def test_the_journal_says_which_calls_were_answered() -> None:
+    async with Emulator({"s": 1}) as emulator:
+        for add in (
+            lambda: emulator.faults.garbage(b"not json", times=1),
+            lambda: emulator.faults.wrong_count(times=1),
+            lambda: emulator.faults.slow(50, times=1),
+            lambda: emulator.faults.call("SlowDown", times=1),
+            lambda: emulator.faults.latency(1, times=1),
+        ):
+            add()
+            await put(emulator, entries(2))
+        assert [(put.stored, put.answered) for put in emulator.puts] == [(2, False), (2, False), (2, True), (2, True)]
+        emulator.faults.cut("after", times=1)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await put(emulator, entries(2))
+        assert not emulator.puts[-1].answered
+
+
 async def test_an_expired_token() -> None:
     async with Emulator({"s": 1}) as emulator:
         emulator.faults.expired_token(times=1)

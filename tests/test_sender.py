@@ -154,6 +154,7 @@ async def test_a_throttled_shard_slows_the_sender_and_loses_nothing() -> None:
         KinesisError("ServiceUnavailable", "later", action=Action.RETRY, http_status=503),
         KinesisError("ThrottlingException", "slow", action=Action.THROTTLE, http_status=400),
         TransportError("ConnectionClosed", "cut", action=Action.RETRY),
+        KinesisError("RequestAborted", "perhaps", action=Action.RETRY, http_status=400),
         NotSent("ConnectFailed", "nobody listens"),
         KinesisError("NoCredentials", "none yet"),
     ],
@@ -164,7 +165,14 @@ async def test_a_failed_call_goes_again_whole(error: KinesisError) -> None:
     await rig.send(numbered(1200))
     assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(1200))
     assert rig.sender.calls_failed == 3
-    assert (rig.sender.duplicates_possible > 0) == (error.code in {"ConnectionClosed", "ServiceUnavailable"})
+    assert (rig.sender.duplicates_possible > 0) == (
+        error.code
+        in {
+            "ConnectionClosed",
+            "RequestAborted",
+            "ServiceUnavailable",
+        }
+    )
 
 
 async def test_no_retry_storm_while_kinesis_is_down() -> None:

@@ -1,29 +1,137 @@
 """What a pipeline sets aside: bad frames, oversize records, records that Kinesis refuses for good.
 
-Durable first, settled after: a record ends as dead-lettered only when its letter is stored, and its message is
-acknowledged then and not before.
+Durable first, settled after: a record ends as dead-lettered only when its letter is stored, in a file or in another
+stream, and its message is acknowledged then and not before. While letters cannot be stored the records wait, charged
+to the budget, so that reading pauses in the end.
+
+What Kinesis refused has no topic in its letter, unless the pipeline subscribes to a single topic: a batch holds
+finished records, and keeping the topic of each beside it would cost every record for the sake of these few.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastkin._codec import DEAD, DROPPED
-from fastkin.deadletter import DeadLetterError
+from fastkin.deadletter import DeadLetterError, DeadLetters
+from fastkin.letterplace import destination
+from fastkin.letterstream import LetterStream
+from fastkin.logs import Repeats
 from fastkin.tallies import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
 
     from fastkin._codec import Batch, Lane, Reject
-    from fastkin.deadletter import DeadLetters
+    from fastkin.config import Pipeline
 
 _LOG = logging.getLogger("fastkin.pipeline")
 
 _RETRY_S = 5.0  # between attempts at a disk that an operator must mend
+_ERROR_EVERY_S = 60.0  # how often to say that they still wait
 _HEX_BYTES = 32  # of a bad payload shown in the log
+_TOPIC_CHARS = 1024  # of a topic
+_LINES_PER_S = 10  # of bad payloads of one kind; what is more is counted
+_CHUNK_BYTES = 1 << 20  # of payload written at once, or one batch: bounds memory, and what a rotated file may exceed
+_CHUNK_GROUPS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What is settled together, once its letters are stored."""
+
+    kind: str
+    letters: Callable[[], list[dict[str, Any]]]  # made when it is their turn: a batch is held once, not twice
+    settle: Callable[[int], None]
+    nbytes: int
+
+
+class Store(Protocol):
+    """Where dead letters go."""
+
+    @property
+    def deleted(self) -> int: ...  # letters that rotation deleted
+
+    async def open(self) -> None:
+        """Say as an ERROR what is wrong with the place; it may be mended later."""
+
+    async def store(self, letters: Sequence[dict[str, Any]]) -> None:
+        """Return when all are durable, however long that takes."""
+
+    async def close(self) -> None: ...
+
+
+def make_store(pipeline: Pipeline) -> Store | None:
+    """None: no `dead_letter`, what is set aside is only logged."""
+    place = pipeline.dead_letter
+    if place in (None, "none"):
+        return None
+    if (kinesis := destination(pipeline)) is not None:
+        return LetterStream(pipeline.id, kinesis)
+    return FileStore(
+        pipeline.id,
+        DeadLetters(place, max_bytes=pipeline.dead_letter_max_bytes, keep=pipeline.dead_letter_keep),
+    )
+
+
+class FileStore:
+    """Dead letters in a file, written in a thread."""
+
+    def __init__(self, name: str, dead_letters: DeadLetters) -> None:
+        self._name = name
+        self._file = dead_letters
+        # held by the thread itself: who awaits it may be cancelled while it goes on
+        self._in_use = threading.Lock()
+
+    @property
+    def deleted(self) -> int:
+        return self._file.deleted
+
+    async def open(self) -> None:
+        try:
+            await self._thread(self._file.open)
+        except DeadLetterError as error:
+            _LOG.error("pipeline=%s stage=settle %s", self._name, error)
+
+    async def store(self, letters: Sequence[dict[str, Any]]) -> None:
+        began = time.monotonic()
+        said: float | None = None
+        while True:
+            try:
+                await self._thread(self._file.write, letters)
+            except DeadLetterError as error:
+                now = time.monotonic()
+                if said is None or now - said >= _ERROR_EVERY_S:
+                    said = now
+                    _LOG.error(
+                        "pipeline=%s stage=settle %s; %d dead letters and all that comes after them wait"
+                        " unacknowledged, trying again every %.0f s",
+                        self._name, error, len(letters), _RETRY_S,
+                    )  # fmt: skip
+                await asyncio.sleep(_RETRY_S)
+            else:
+                break
+        if said is not None:
+            _LOG.warning(
+                "pipeline=%s stage=settle dead letter file %s takes letters again after %.0f s",
+                self._name, self._file.path, time.monotonic() - began,
+            )  # fmt: skip
+
+    async def close(self) -> None:
+        if self._in_use.acquire(blocking=False):  # else a thread still has the file
+            self._file.close()
+
+    async def _thread(self, call: Callable[..., object], *args: object) -> None:
+        def alone() -> None:
+            with self._in_use:
+                call(*args)
+
+        await asyncio.to_thread(alone)
 
 
 class Aside:
@@ -33,90 +141,145 @@ class Aside:
         self,
         name: str,
         lane: Lane,
-        dead_letters: DeadLetters | None,
+        store: Store | None,
         *,
+        topics: Sequence[str] = (),
         spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
         on_settled: Callable[[], None],
     ) -> None:
-        """`dead_letters` None: what is set aside is logged and counted as dropped. `spawn(coroutine, name)` runs
-        a task of the pipeline; `on_settled()` runs after each group that ended."""
+        """`store` None: what is set aside is logged and counted as dropped. `topics`: what the pipeline subscribes to.
+        `spawn(coroutine, name)` runs a task of the pipeline; `on_settled()` runs after each group that ended."""
         self._name = name
         self._lane = lane
-        self._dead_letters = dead_letters
+        self._store = store
         self._spawn = spawn
         self._on_settled = on_settled
+        self._topic = _only(topics)
+        self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=_LINES_PER_S, per_s=1.0)
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
-        self.dead = Tally()  # records dead-lettered, by kind of Reject; "refused" by Kinesis
-        self.dropped = Tally()  # records that ended here without a letter
-        # letters to write, each group with its kind and what settles it once it is stored
-        self._waiting: list[tuple[str, list[dict[str, Any]], Callable[[int], None]]] = []
+        # records, by kind of a bad payload or code of Kinesis: sums to lane.dead_lettered
+        self.dead_lettered_by = Tally()
+        self.dropped = Tally()  # records that ended here without a letter, for there is no `dead_letter`
+        self._deleted_said = 0
+        self._waiting: list[_Group] = []
         self._writing: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Open the place now, so that a wrong one shows at once."""
+        if self._store is not None:
+            self._spawn(self._store.open(), "dead-letter open")
 
     @property
     def writing(self) -> bool:
         return self._writing is not None
+
+    @property
+    def waiting(self) -> int:
+        """Groups of letters that are not stored yet."""
+        return len(self._waiting)
+
+    @property
+    def deleted(self) -> int:
+        """Dead letters that rotation deleted with the oldest file."""
+        return 0 if self._store is None else self._store.deleted
 
     def rejected(self, reject: Reject) -> None:
         """A payload, or one record of it, that is no record."""
         self.format_errors[reject.kind] = self.format_errors.get(reject.kind, 0) + 1
         topic = reject.topic.decode("utf-8", "replace")
         where = "" if reject.index is None else f" record={reject.index}"
-        _LOG.error(
+        self._lines.say(
+            logging.ERROR, reject.kind,
             "pipeline=%s stage=decode topic=%s%s byte %d: %s (%d bytes, first %s)",
-            self._name, ascii(topic), where, reject.offset, reject.reason,
+            self._name, ascii(topic[:_TOPIC_CHARS]), where, reject.offset, reject.reason,
             len(reject.payload), reject.payload[:_HEX_BYTES].hex() or "none",
         )  # fmt: skip
         letter = {
+            "time": time.time(),
             "topic": topic,
             "reason": reject.reason,
             "offset": reject.offset,
             "index": reject.index,
             "payload": reject.payload,
         }
-        self._lay(reject.kind, [letter], lambda outcome: self._lane.settle_reject(reject, outcome))
+        settle = self._lane.settle_reject
+        self._lay(_Group(reject.kind, lambda: [letter], lambda outcome: settle(reject, outcome), len(reject.payload)))
 
     def refused(self, batch: Batch, reason: str) -> None:
         """Kinesis will never take these records."""
-        _LOG.error("pipeline=%s stage=send %d records refused for good: %s", self._name, len(batch), reason)
-        letters = [{"reason": reason, "partition_key": key, "payload": data} for data, key, _ in batch.entries()]
-        self._lay("refused", letters, batch.finish)
+        self._lines.say(
+            logging.ERROR, "refused",
+            "pipeline=%s stage=send %d records refused for good: %s", self._name, len(batch), reason,
+        )  # fmt: skip
+        now = time.time()
 
-    def close(self) -> None:
-        if self._dead_letters is not None and self._writing is None:  # else a thread may still have the file
-            self._dead_letters.close()
+        def letters() -> list[dict[str, Any]]:
+            return [
+                {"time": now, "topic": self._topic, "reason": reason, "partition_key": key, "payload": data}
+                for data, key, _ in batch.entries()
+            ]
 
-    def _lay(self, kind: str, letters: list[dict[str, Any]], settle: Callable[[int], None]) -> None:
-        self._waiting.append((kind, letters, settle))
+        code = reason.partition(":")[0]
+        self._lay(_Group(code, letters, batch.finish, batch.nbytes))
+
+    async def close(self) -> None:
+        """After the tasks of the pipeline have ended."""
+        self._lines.close()
+        if self._store is not None:
+            await self._store.close()
+
+    def _lay(self, group: _Group) -> None:
+        self._waiting.append(group)
         if self._writing is None:
             self._writing = self._spawn(self._write(), "dead-letters")
 
     async def _write(self) -> None:
         while self._waiting:
             # They stay in the list until they are settled: a stop in between must not end them.
-            work = list(self._waiting)
+            work = self._chunk()
             outcome = DROPPED
-            if self._dead_letters is not None:
+            if self._store is not None:
                 outcome = DEAD
-                letters = [{"pipeline": self._name, **one} for _, group, _ in work for one in group]
-                await self._write_until_durable(self._dead_letters, letters)
+                await self._store.store([{"pipeline": self._name, **one} for group in work for one in group.letters()])
+                self._say_deleted()
             del self._waiting[: len(work)]
-            for kind, _, settle in work:
-                dead, dropped = self._lane.dead_lettered, self._lane.dropped
-                settle(outcome)
-                self.dead.add(kind, self._lane.dead_lettered - dead)
-                self.dropped.add("no_dead_letter", self._lane.dropped - dropped)
+            for group in work:
+                self._settle(group, outcome)
             self._on_settled()
         self._writing = None
 
-    async def _write_until_durable(self, dead_letters: DeadLetters, letters: list[dict[str, Any]]) -> None:
-        while True:
-            try:
-                await asyncio.to_thread(dead_letters.write, letters)
-            except DeadLetterError as error:
-                _LOG.error(
-                    "pipeline=%s stage=settle %s; %d records wait, trying again in %.0f s",
-                    self._name, error, len(letters), _RETRY_S,
-                )  # fmt: skip
-                await asyncio.sleep(_RETRY_S)
-            else:
-                return
+    def _chunk(self) -> list[_Group]:
+        nbytes = 0
+        for count, group in enumerate(self._waiting[:_CHUNK_GROUPS]):
+            nbytes += group.nbytes
+            if count and nbytes > _CHUNK_BYTES:
+                return self._waiting[:count]
+        return self._waiting[:_CHUNK_GROUPS]
+
+    def _settle(self, group: _Group, outcome: int) -> None:
+        dead, dropped = self._lane.dead_lettered, self._lane.dropped
+        try:
+            group.settle(outcome)
+        finally:
+            # taken from the lane, which counts the records inside an aggregate: the sums are the same at any moment
+            if more := self._lane.dead_lettered - dead:
+                self.dead_lettered_by.add(group.kind, more)
+            if more := self._lane.dropped - dropped:
+                self.dropped.add("no_dead_letter", more)
+
+    def _say_deleted(self) -> None:
+        deleted = self.deleted
+        if deleted > self._deleted_said:
+            _LOG.warning(
+                "pipeline=%s stage=settle rotation deleted the oldest dead letters: %d are gone, %d since the start;"
+                " replay them in time (fastkin dead-letters), or raise dead_letter_keep or dead_letter_max_bytes",
+                self._name, deleted - self._deleted_said, deleted,
+            )  # fmt: skip
+            self._deleted_said = deleted
+
+
+def _only(topics: Sequence[str]) -> str | None:
+    """The topic of every message, when the subscription leaves no other."""
+    if len(topics) != 1 or topics[0].startswith("$share/") or "+" in topics[0] or "#" in topics[0]:
+        return None
+    return topics[0]

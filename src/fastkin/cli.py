@@ -84,16 +84,9 @@ def _set_up_logs(verbose: bool, quiet: bool, log_format: str = "text") -> None:
 
 
 def _load(config: str | None, env_file: str | None) -> Settings:
-    from pathlib import Path
+    from fastkin.settings.again import Reader
 
-    from fastkin import envfile, settings
-
-    loaded = settings.load(config, env_file=env_file)
-    if env_file is not None:
-        # the AWS SDK and proxies are told by the environment alone (AWS_PROFILE, HTTPS_PROXY, ...)
-        for name, (value, _) in envfile.read(Path(env_file)).items():
-            os.environ.setdefault(name, value)
-    return loaded
+    return Reader(config, env_file).read()
 
 
 @click.group(context_settings=CONTEXT, invoke_without_command=True)
@@ -123,14 +116,18 @@ def run(config: str | None, env_file: str | None, verbose: bool, quiet: bool, lo
     """Run the service: MQTT to Kinesis.
 
     The settings come from CONFIG.toml, or from the environment alone (BROKER, TOPIC,
-    KIN_STREAM_NAME, AWS_REGION, ...). SIGTERM stores what is held, then exits; a second one exits
-    at once. Exit code 1 means that records were lost or that the engine failed.
+    KIN_STREAM_NAME, AWS_REGION, ...). SIGHUP reads them again: pipelines that changed restart,
+    the others do not notice. SIGTERM stores what is held, then exits; a second one exits at once.
+    Exit code 1 means that records were lost or that the engine failed.
     """
     _set_up_logs(verbose, quiet, log_format)
-    loaded = _load(config, env_file)
+    from fastkin.settings.again import Reader
+
+    reader = Reader(config, env_file)
+    loaded = reader.read()
     from fastkin.commands.run import run
 
-    return run(loaded)
+    return run(loaded, reader.read_again)
 
 
 @cli.command()
@@ -273,6 +270,145 @@ def tail(
         region=region,
         endpoint_url=endpoint_url,
         profile=profile,
+    )
+
+
+@cli.group("dead-letters", context_settings=CONTEXT)
+def dead_letters() -> None:
+    """See what was set aside because Kinesis can never take it, and send it once more.
+
+    A FILE stands for itself and its rotated ones (FILE.1, FILE.2, ...), the oldest first; without one
+    those of the settings are meant. A service may go on writing to them meanwhile.
+    """
+
+
+def _letters(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which files, and which of their letters."""
+    for option in (
+        click.option("--since", metavar="TIME", help="Not older than this: 90s, 30m, 2h, 7d, or 2026-11-21T04:00:00Z."),
+        click.option("--topic", metavar="FILTER", help="Of topics that match; + and # as in MQTT."),
+        click.option("--reason", metavar="TEXT", help="Whose reason has this in it."),
+        click.option("--pipeline", metavar="ID", help="Of this pipeline."),
+    ):
+        command = option(command)
+    return command
+
+
+def _letter_files(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--env-file", type=click.Path(dir_okay=False), help="Read KEY=VALUE lines first, for the settings."
+    )(command)
+    return click.option(
+        "--config", envvar="FASTKIN_CONFIG", metavar="CONFIG.toml", help="Settings that name files and streams."
+    )(command)
+
+
+def _letter_filter(pipeline: str | None, reason: str | None, topic: str | None, since: str | None) -> Any:
+    from fastkin.commands.dead_letters import Filter, parse_since
+
+    try:
+        begin = None if since is None else parse_since(since)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--since") from None
+    return Filter(pipeline=pipeline, reason=reason, topic=topic, since=begin)
+
+
+def _letter_settings(config: str | None, env_file: str | None) -> Settings | None:
+    return None if config is None and env_file is None else _load(config, env_file)
+
+
+@dead_letters.command("list")
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+@_letters
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, also on a terminal.")
+@_letter_files
+@common
+def list_dead_letters(
+    files: tuple[str, ...],
+    pipeline: str | None,
+    reason: str | None,
+    topic: str | None,
+    since: str | None,
+    as_json: bool,
+    config: str | None,
+    env_file: str | None,
+    verbose: bool,
+    quiet: bool,
+) -> int:
+    """List dead letters: a table on a terminal, JSON lines when piped."""
+    _set_up_logs(verbose, quiet)
+    from fastkin.commands import dead_letters as letters
+
+    wanted = _letter_filter(pipeline, reason, topic, since)
+    return letters.list_letters(letters.paths_of(files, _letter_settings(config, env_file)), wanted, as_json=as_json)
+
+
+@dead_letters.command("show")
+@click.argument("number", type=click.IntRange(1), metavar="N")
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+@click.option("--raw", is_flag=True, help="Nothing but the payload, byte for byte, into a file or a pipe.")
+@_letter_files
+@common
+def show_dead_letter(
+    number: int,
+    files: tuple[str, ...],
+    raw: bool,
+    config: str | None,
+    env_file: str | None,
+    verbose: bool,
+    quiet: bool,
+) -> int:
+    """Show dead letter N of the list in full, its payload as text or in hex."""
+    _set_up_logs(verbose, quiet)
+    from fastkin.commands import dead_letters as letters
+
+    return letters.show(letters.paths_of(files, _letter_settings(config, env_file)), number, raw=raw)
+
+
+@dead_letters.command("replay")
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+@_letters
+@click.option("--stream", help="Send everything to this stream (a name or an ARN), not to those of the settings.")
+@click.option("--format", "form", type=click.Choice(["raw", "bulk"]), help="Read whole payloads as this.")
+@click.option("--region", help="Region for --stream; else AWS_REGION or the AWS configuration.")
+@click.option("--endpoint-url", help="Endpoint for --stream; else AWS_ENDPOINT_URL_KINESIS.")
+@click.option("--profile", help="Profile of the AWS configuration files, for --stream.")
+@_letter_files
+@common
+def replay_dead_letters(
+    files: tuple[str, ...],
+    pipeline: str | None,
+    reason: str | None,
+    topic: str | None,
+    since: str | None,
+    stream: str | None,
+    form: str | None,
+    region: str | None,
+    endpoint_url: str | None,
+    profile: str | None,
+    config: str | None,
+    env_file: str | None,
+    verbose: bool,
+    quiet: bool,
+) -> int:
+    """Send dead letters again, to the stream of their pipeline; what is stored leaves the files.
+
+    What fails again is kept with its new reason, and the exit code is 1 then. It may be broken off
+    and run again: no letter is sent twice, but for the last 500 (or 4 MiB) of a run that was killed.
+    """
+    _set_up_logs(verbose, quiet)
+    if stream is None and (region or endpoint_url or profile):
+        raise click.UsageError("--region, --endpoint-url and --profile go with --stream")
+    from fastkin.commands import dead_letters as letters
+
+    wanted = _letter_filter(pipeline, reason, topic, since)
+    loaded = _letter_settings(config, env_file)
+    return letters.replay(
+        letters.paths_of(files, loaded),
+        wanted,
+        settings=loaded,
+        stream=None if stream is None else letters.stream_of(stream, region, endpoint_url, profile),
+        form=form,
     )
 
 

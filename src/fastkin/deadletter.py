@@ -11,6 +11,11 @@ is null when the whole payload is set aside), `payload` is base64. Rules of the 
   before the next one begins. Every line is therefore either whole or alone in its damage.
 - A file that was moved away (logrotate) is made anew. Processes that share a file lock each other
   out.
+- A file that a write would carry above `max_bytes` becomes FILE.1, what was FILE.1 becomes FILE.2, up to
+  FILE.`keep`; the oldest beyond that is deleted. Whoever holds the lock of FILE moves the files, from the
+  oldest down and only onto names that are free, and FILE itself last: a crash in between leaves a gap, which
+  the next rotation closes, and never one file on top of another.
+- A letter that was replayed reads `done` where it read `time`: the mark is made in place (see letterfile.py).
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,16 +74,23 @@ def _cure(path: Path, error: OSError) -> str:
             return f"free space on the file system of {folder}; the data is kept and retried"
         case errno.EISDIR:
             return "name a file, not a directory, in `dead_letter`"
+        case errno.EFBIG:
+            return "raise the limit of file sizes (ulimit -f) or lower `dead_letter_max_bytes`; the data is kept"
         case _:
             return f"look after the file system of {folder}; the data is kept and retried"
 
 
 class DeadLetters:
-    """An append-only file. It blocks: use a thread when the loop must not wait for the disk."""
+    """An append-only file with its rotated ones. It blocks: use a thread when the loop must not wait for the disk."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, max_bytes: int = 0, keep: int = 5) -> None:
+        """max_bytes: rotate before a write that would pass it; 0: never. keep: rotated files to keep; 0: none, a
+        full file is deleted."""
         self.path = Path(path)
+        self.max_bytes = max_bytes
+        self.keep = keep
         self.written = 0
+        self.deleted = 0  # letters that went with the oldest file, by the policy of max_bytes and keep
         self._fd = -1
 
     def open(self) -> Self:
@@ -99,15 +112,19 @@ class DeadLetters:
         """Append all of `letters`, durably, or raise DeadLetterError and keep none of them."""
         if not letters:
             return
-        data = b"".join(_line(letter) for letter in letters)
-        if self._moved():
-            self.close()
-        self.open()
+        data = b"".join(line_of(letter) for letter in letters)
+        self._lock()
         try:
-            self._append(data)
-        except OSError as error:
-            self.close()
-            raise DeadLetterError(self.path, "write to it", error) from error
+            if self.max_bytes:
+                self._make_room(len(data))
+            try:
+                append(self._fd, data)
+            except OSError as error:
+                raise DeadLetterError(self.path, "write to it", error) from error
+        except DeadLetterError:
+            self.close()  # which unlocks too
+            raise
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
         self.written += len(letters)
 
     def close(self) -> None:
@@ -121,49 +138,120 @@ class DeadLetters:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _append(self, data: bytes) -> None:
-        fd = self._fd
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        try:
-            end = os.fstat(fd).st_size
-            if end and os.pread(fd, 1, end - 1) != b"\n":
-                data = b"\n" + data
+    def _lock(self) -> None:
+        """Hold the lock of the file that bears the name now: it may be moved while we wait."""
+        while True:
+            self.open()
             try:
-                left = memoryview(data)
-                while left:
-                    left = left[os.write(fd, left) :]
-                os.fsync(fd)
-            except OSError:
-                # what got through must not stay: the caller writes all of it again
-                with contextlib.suppress(OSError):
-                    os.ftruncate(fd, end)
-                raise
-        finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+            except OSError as error:
+                self.close()
+                raise DeadLetterError(self.path, "lock it", error) from error
+            if same(self.path, self._fd):
+                return
+            self.close()
 
-    def _moved(self) -> bool:
-        if self._fd < 0:
-            return False
+    def _make_room(self, more: int) -> None:
+        """Rotate when `more` bytes would make the file too large. Locked before and after."""
+        told = os.fstat(self._fd)
+        if not told.st_size or told.st_size + more <= self.max_bytes or not stat.S_ISREG(told.st_mode):
+            return
         try:
-            there = self.path.stat()
-        except OSError:
-            return True
-        return not os.path.samestat(there, os.fstat(self._fd))
+            self._rotate()
+            self._sync_folder()
+        except OSError as error:
+            raise DeadLetterError(self.path, "rotate it", error) from error
+        self.close()
+        self._lock()
+
+    def _rotate(self) -> None:
+        for extra in sorted(rotated(self.path), reverse=True):
+            if extra > self.keep:  # `keep` was lowered
+                self._delete(numbered(self.path, extra))
+        if not self.keep:
+            self._delete(self.path)
+            return
+        free = 1
+        while free <= self.keep and os.path.lexists(numbered(self.path, free)):
+            free += 1
+        if free > self.keep:
+            free = self.keep
+            self._delete(numbered(self.path, free))
+        for number in range(free, 0, -1):
+            # the target is free: deleted, never used, or moved on just now
+            numbered(self.path, number - 1).rename(numbered(self.path, number))
+
+    def _delete(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):  # somebody tidied up
+            with path.open("rb") as file:
+                lost = sum(bool(line.strip()) and not line.startswith(DONE) for line in file)
+            path.unlink()
+            self.deleted += lost
 
     def _sync_folder(self) -> None:
         # a new file survives a power cut only when its directory entry is on the disk too
-        folder = os.open(self.path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self.path)
 
 
-def _line(letter: DeadLetter | Mapping[str, Any]) -> bytes:
+DONE = b'{"done":'  # how a letter begins that was replayed; the others begin with TIME
+TIME = b'{"time":'
+
+
+def append(fd: int, data: bytes) -> None:
+    """Add whole lines to a locked file, durably. OSError: nothing was added."""
+    end = os.fstat(fd).st_size
+    if end and os.pread(fd, 1, end - 1) != b"\n":
+        data = b"\n" + data
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(fd, left) :]
+        os.fsync(fd)
+    except OSError:
+        # what got through must not stay: the caller writes all of it again
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, end)
+        raise
+
+
+def same(path: Path, fd: int) -> bool:
+    """Whether `path` is the open file `fd`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except OSError:
+        return False
+
+
+def numbered(path: Path, number: int) -> Path:
+    """The name of a rotated file; 0: the file that is written to."""
+    return path.with_name(f"{path.name}.{number}") if number else path
+
+
+def rotated(path: Path) -> list[int]:
+    """The numbers of the rotated files that there are, newest (1) first."""
+    begin = path.name + "."
+    try:
+        names = [entry.name for entry in path.absolute().parent.iterdir()]
+    except OSError:
+        return []
+    numbers = [name[len(begin) :] for name in names if name.startswith(begin)]
+    return sorted(int(n) for n in numbers if n.isascii() and n.isdecimal() and n[0] != "0" and len(n) < 7)
+
+
+def sync_folder(path: Path) -> None:
+    folder = os.open(path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def fields_of(letter: DeadLetter | Mapping[str, Any]) -> dict[str, Any]:
+    """A dead letter as it is written, to a file or to a stream; the order is part of the format."""
     topic = letter.get("topic")
     if isinstance(topic, bytes):
         topic = topic.decode("utf-8", "backslashreplace")
-    line = {
+    return {
         "time": rfc3339(letter.get("time", time.time())),
         "pipeline": letter["pipeline"],
         "topic": topic,
@@ -173,7 +261,14 @@ def _line(letter: DeadLetter | Mapping[str, Any]) -> bytes:
         "partition_key": letter.get("partition_key"),
         "payload": base64.b64encode(letter["payload"]).decode("ascii"),
     }
-    return json.dumps(line, separators=(",", ":"), ensure_ascii=True).encode("ascii") + b"\n"
+
+
+def line_of(letter: DeadLetter | Mapping[str, Any]) -> bytes:
+    return as_json(fields_of(letter)) + b"\n"
+
+
+def as_json(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=True).encode("ascii")
 
 
 def rfc3339(seconds: float) -> str:

@@ -277,7 +277,7 @@ class Engine:
     ) -> int:
         """Returns how many records of old runs did not end."""
         old = {name: self.pipelines[name] for name in (*changed, *gone)}
-        ids = {run.intake.client_id for run in (*self.pipelines.values(), *self.leaving)}
+        taken = {(run.intake.broker.url, run.intake.client_id) for run in (*self.pipelines.values(), *self.leaving)}
         spools = {spool for run in old.values() if (spool := getattr(run.pipeline, "spool", None))}
 
         # First those that can stand beside what they replace.
@@ -288,12 +288,12 @@ class Engine:
             if name in old and broker.client_id_drawn:
                 self._replaced += 1
                 broker = dataclasses.replace(broker, client_id=f"{broker.client_id}-{self._replaced}")
-            session_free = not broker.client_id or broker.client_id not in ids
+            session_free = not broker.client_id or (broker.url, broker.client_id) not in taken
             if session_free and getattr(by_id[name], "spool", None) not in spools:
-                self._leave(name)
-                run = self._make(by_id[name], wanted[name], broker)
-                run.start()
-                early.append(run)
+                if name in old:
+                    self._leave(old[name])
+                early.append(self._make(by_id[name], wanted[name], broker))
+                early[-1].start()
             else:
                 late.append(name)
         if early and old:
@@ -303,7 +303,7 @@ class Engine:
         # Then the old ones drain. Those that nobody else keeps records for go on in the background.
         waits = []
         for name, run in old.items():
-            self._leave(name)
+            self._leave(run)
             linger = _volatile(run) and not getattr(run.pipeline, "spool", None)
             waits.append(_out_of_the_way(run, self._halt(run, linger=linger), linger))
             if name in gone:
@@ -339,11 +339,11 @@ class Engine:
         if self._stopped.is_set():
             raise ClosedError("the engine is stopping: the settings were not taken up")
 
-    def _leave(self, name: str) -> None:
+    def _leave(self, run: PipelineRun) -> None:
         """Take a run out of its place; its numbers stay in stats()."""
-        run = self.pipelines.pop(name, None)
-        self._wanted.pop(name, None)
-        if run is not None and run not in self.leaving:
+        if self.pipelines.get(run.name) is run:
+            del self.pipelines[run.name]
+            self._wanted.pop(run.name, None)
             self.leaving.append(run)
             if (task := self._halts.get(run)) is not None and task.done():
                 self._halted(run)
@@ -380,7 +380,7 @@ class Engine:
             _LOG.warning("stage=engine [%s] has changed: that needs a restart of the process", name)
         client_id = settings.broker.client_id
         owner = self._plain.get(client_id)
-        first = settings.pipelines[0].id
+        first = settings.pipelines[0].id if settings.pipelines else owner
         if client_id and not settings.broker.clean_session and owner != first:
             _LOG.warning(
                 "stage=engine pipeline %r is the first now, but %r has the client id as it stands. After a restart of"
@@ -430,7 +430,8 @@ class Engine:
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters by pipeline id, over all reloads; `in_flight` and the like are those of now.
 
-        Records: received == stored + dead_lettered + filtered + dropped + in_flight. `volatile` counts those of
+        Records: received == stored + dead_lettered + filtered + dropped + in_flight + spooled.
+        `volatile` counts those of
         in_flight that nobody else keeps (QoS 0, clean session).
         """
         found: dict[str, list[dict[str, Any]]] = {}

@@ -247,6 +247,60 @@ def _agree(reply: bytes, stored: list[int], waited: bool) -> None:
             assert entry["SequenceNumber"]
 
 
+# -- restore: what a disk may hand back for a body that was put there -------------------------------
+
+
+class _Spooled:
+    def __init__(self) -> None:
+        self.told = 0
+        self.budget = Budget(1 << 20, 1 << 16)
+        self.lanes = []
+        for plan in (KeyPlan("uuid"), _TOPIC):
+            lane = Lane(
+                settler=None, budget=self.budget, frame="raw", key=plan, target=b'"StreamName":"s"',
+                rows=CallbackSettler(self._settled),
+            )  # fmt: skip
+            lane.found(1 << 40)
+            self.lanes.append(lane)
+        self.lanes[0].shards = _TABLE
+
+    def _settled(self, token: int, count: int, outcome: int, answer: object, at: int) -> None:
+        assert token == 5
+        self.told += count
+
+
+_spooled = _Spooled()
+
+
+def restore(data: memoryview) -> None:
+    """byte 0: the lane; byte 1: how many bytes of counts; counts; body."""
+    if len(data) < 2:
+        return
+    lane = _spooled.lanes[data[0] & 1]
+    at = 2 + min(data[1], len(data) - 2)
+    spooled = lane.spooled
+    _spooled.told = 0
+    try:
+        batch = lane.restore(data[at:], bytes(data[2:at]), 5)
+    except DataFormatError as error:
+        assert 0 <= error.offset <= len(data) - at
+        assert lane.in_flight == 0
+        assert lane.spooled == spooled
+        return
+    records = batch.user_records
+    assert len(batch) <= records == lane.in_flight == spooled - lane.spooled
+    body = json.loads(bytes(batch))
+    given = bytes(data[at:])
+    assert len(body["Records"]) == len(batch) == len(batch.entries())
+    assert given[: given.rindex(b"],")] == bytes(batch)[: len(bytes(batch)) - len(b'],"StreamName":"s"}')]
+    assert sum(count for count, _ in batch.shard_load().values()) == len(batch)
+    batch.finish(DROPPED)
+    lane.found(records)
+    assert _spooled.told == records
+    assert lane.in_flight == 0
+    assert lane.spooled == spooled
+
+
 # -- mqtt: packets of a broker ---------------------------------------------------------------------
 
 _CONNACK = {4: b"\x20\x02\x00\x00", 5: b"\x20\x03\x00\x00\x00"}
@@ -587,6 +641,7 @@ def settings(data: memoryview) -> None:
 TARGETS: dict[str, Callable[[memoryview], None]] = {
     "frame": frame,
     "answer": answer,
+    "restore": restore,
     "mqtt": mqtt,
     "router": router,
     "http": http,

@@ -29,6 +29,7 @@ import corpus  # noqa: E402
 TARGETS = {
     "frame": (300, 1.0),
     "answer": (500, 1.0),
+    "restore": (500, 0.8),
     "mqtt": (400, 1.2),
     "router": (200, 0.6),
     "http": (500, 0.3),
@@ -112,7 +113,9 @@ def merge(target: str, folder: Path, work: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help="frame, answer, mqtt, router, http, settings; all")
+    parser.add_argument(
+        "targets", nargs="*", metavar="TARGET", help="frame, answer, restore, mqtt, router, http, settings; all"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="for each target, on the average (%(default)s)")
     parser.add_argument("--runs", type=int, default=0, help="executions of each target, instead of seconds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="targets at the same time (%(default)s)")

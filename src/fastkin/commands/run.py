@@ -10,21 +10,30 @@ import logging
 import os
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING
+
+from fastkin.errors import ClosedError, ConfigError
+from fastkin.notify import notify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastkin.config import Settings
     from fastkin.engine import Engine
+    from fastkin.printing import Printer
 
 log = logging.getLogger("fastkin.run")
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
+_LEAVE_S = 10.0  # for what comes after the drain: last acknowledgements, goodbyes
 
 
-def run(settings: Settings) -> int:
-    """Until SIGTERM or SIGINT, or until the engine ends. Returns the exit code."""
+def run(settings: Settings, read_again: Callable[[], tuple[Settings, bool]] | None = None) -> int:
+    """Until SIGTERM or SIGINT, or until the engine ends. Returns the exit code.
+
+    `read_again` gives the settings at SIGHUP, and whether the environment of the AWS SDK is another now; ConfigError.
+    """
     for warning in settings.warnings:
         log.warning("%s", warning)
     _return_memory()
@@ -32,7 +41,7 @@ def run(settings: Settings) -> int:
     gc.collect()
     gc.freeze()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(settings))
+        return runner.run(_serve(settings, read_again))
 
 
 def _return_memory() -> None:
@@ -53,82 +62,155 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-async def _serve(settings: Settings) -> int:
-    printed = {pipeline.id for pipeline in settings.pipelines if pipeline.stdout}
-    if not printed:
-        return await _until_signalled(settings)
+async def _serve(settings: Settings, read_again: Callable[[], tuple[Settings, bool]] | None) -> int:
+    if not any(pipeline.stdout for pipeline in settings.pipelines):
+        return await _Service(settings, read_again).run()
     from fastkin.printing import Printer
 
     printer = Printer()
-
-    def on_message(pipeline: str, topic: bytes, payload: bytes) -> None:
-        if pipeline in printed:
-            printer(topic, payload)
-
+    service = _Service(settings, read_again, printer)
     try:
-        return await _until_signalled(settings, on_message, printer.flush)
+        return await service.run()
     finally:
         printer.flush()
 
 
-async def _until_signalled(
-    settings: Settings,
-    on_message: Callable[[str, bytes, bytes], None] | None = None,
-    before_exit: Callable[[], None] | None = None,
-) -> int:
-    from fastkin.engine import Engine
+class _Service:
+    """The engine and the signals that steer it."""
 
-    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signals.put_nowait, number)
-    async with Engine(settings, on_message=on_message) as engine:
+    def __init__(
+        self,
+        settings: Settings,
+        read_again: Callable[[], tuple[Settings, bool]] | None,
+        printer: Printer | None = None,
+    ) -> None:
+        from fastkin.engine import Engine
+
+        self._read_again = read_again
+        self._printer = printer
+        self._printed: set[str] = set()
+        self._print(settings)
+        self._engine = Engine(settings, on_message=None if printer is None else self._on_message)
+        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        self._terminal = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
+        self._reload_asked = False
+        self._reloading: asyncio.Task[None] | None = None
+
+    def _print(self, settings: Settings) -> None:
+        self._printed = {pipeline.id for pipeline in settings.pipelines if pipeline.stdout}
+
+    def _on_message(self, pipeline: str, topic: bytes, payload: bytes) -> None:
+        if pipeline in self._printed and self._printer is not None:
+            self._printer(topic, payload)
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._signals.put_nowait, number)
+        async with self._engine as engine:
+            settings = engine.settings
+            log.info(
+                "running: %s -> %s",
+                settings.broker.url,
+                ", ".join(f"{p.id} ({p.kinesis.stream})" for p in settings.pipelines if p.enabled),
+            )
+            notify("READY=1")
+            ended = asyncio.create_task(engine.wait(), name="fastkin engine")
+            while True:
+                asked = asyncio.create_task(self._signals.get(), name="fastkin signal")
+                await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
+                if ended.done():
+                    asked.cancel()
+                    ended.result()  # raises what ended it
+                    return _last_line(engine, await engine.stop())
+                if asked.result() is not signal.SIGHUP or self._terminal_gone():
+                    break
+                self._hangup()
+            ended.cancel()
+            return await self._stop(asked.result())
+
+    async def _stop(self, first: signal.Signals) -> int:
+        engine = self._engine
+        limit = max((p.shutdown_timeout_s for p in engine.settings.pipelines), default=0.0)
+        notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int((limit + _LEAVE_S) * 1e6)}")
         log.info(
-            "running: %s -> %s",
-            settings.broker.url,
-            ", ".join(f"{p.id} ({p.kinesis.stream})" for p in settings.pipelines if p.enabled),
-        )
-        ended = asyncio.create_task(engine.wait(), name="fastkin engine")
-        asked = asyncio.create_task(signals.get(), name="fastkin first signal")
-        await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
-        if ended.done():
-            asked.cancel()
-            ended.result()  # raises what ended it
-            return _last_line(settings, engine, await engine.stop())
-        limit = max((p.shutdown_timeout_s for p in settings.pipelines), default=0.0)
-        log.info(
-            "%s: takes no more and stores what is held, %g s at most; once more to stop at once",
-            asked.result().name,
-            limit,
+            "%s: takes no more and stores what is held, %g s at most; once more to stop at once", first.name, limit
         )
         stopping = asyncio.create_task(engine.stop(), name="fastkin stop")
-        again = asyncio.create_task(signals.get(), name="fastkin second signal")
-        await asyncio.wait({stopping, again}, return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
-        if not stopping.done():
+        while True:
+            again = asyncio.create_task(self._signals.get(), name="fastkin signal")
+            await asyncio.wait({stopping, again}, return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():
+                again.cancel()
+                return _last_line(engine, stopping.result())
+            if again.result() is signal.SIGHUP:
+                log.info("SIGHUP: the settings are not read again, we are stopping")
+                continue
             log.warning("%s: stops at once", again.result().name)
-            code = _last_line(settings, engine, None)
+            code = _last_line(engine, None)
             # no more clean-up: somebody is waiting, and what is unacknowledged is safe by protocol
-            if before_exit is not None:
-                before_exit()
+            if self._printer is not None:
+                self._printer.flush()
             logging.shutdown()
             sys.stdout.flush()
             os._exit(code)
-        again.cancel()
-        return _last_line(settings, engine, stopping.result())
+
+    def _terminal_gone(self) -> bool:
+        """We ran in a terminal, and it was closed: that is meant by this SIGHUP."""
+        return self._terminal is not None and not os.isatty(self._terminal)
+
+    # -- SIGHUP ----------------------------------------------------------------------------------
+
+    def _hangup(self) -> None:
+        """Read the settings again; while that is at work, once more when it is done, however often we are asked."""
+        if self._read_again is None:
+            log.info("SIGHUP: there is nothing to read again")
+            return
+        self._reload_asked = True
+        if self._reloading is None or self._reloading.done():
+            self._reloading = asyncio.create_task(self._reload_all(), name="fastkin reload")
+
+    async def _reload_all(self) -> None:
+        while self._reload_asked:
+            self._reload_asked = False
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+            try:
+                await self._reload()
+            except ClosedError:
+                return
+            except Exception:
+                log.exception("SIGHUP: the reload failed; going on as it stands")
+            notify("READY=1")
+
+    async def _reload(self) -> None:
+        assert self._read_again is not None
+        log.info("SIGHUP: reading the settings again")
+        wrong: ConfigError | None = None
+        try:
+            settings, everything = await asyncio.to_thread(self._read_again)
+            changes = await self._engine.reload(settings, everything=everything)
+        except ConfigError as error:
+            wrong = error
+        if wrong is not None:
+            for problem in getattr(wrong, "problems", (wrong,)):
+                log.error("SIGHUP: %s", problem)
+            log.warning("SIGHUP: the settings were not taken up: going on with the former ones")
+            return
+        for warning in settings.warnings:
+            log.warning("%s", warning)
+        self._print(settings)
+        if self._printed and self._printer is None:
+            log.warning("stdout = true needs a restart of the process: nothing was printed so far")
+        if changes.unsettled:
+            log.warning("SIGHUP: %d records did not end in time: the broker sends them again", changes.unsettled)
 
 
-def _last_line(settings: Settings, engine: Engine, unsettled: int | None) -> int:
+def _last_line(engine: Engine, unsettled: int | None) -> int:
     """Log what became of the records; the exit code is 1 when some of them are lost by stopping."""
     stats = engine.stats()
     total = {name: sum(each.get(name, 0) for each in stats.values()) for name in _COUNTS}
-    lost = kept = 0
-    for pipeline in settings.pipelines:
-        held = int(stats.get(pipeline.id, {}).get("in_flight", 0))
-        if pipeline.qos == 0 or settings.broker.clean_session:
-            lost += held
-        else:
-            kept += held
+    lost = sum(each.get("volatile", 0) for each in stats.values())
+    kept = sum(each.get("in_flight", 0) for each in stats.values()) - lost
     if unsettled is not None and unsettled > lost + kept:
         kept = unsettled - lost
     text = ", ".join(f"{name.replace('_', '-')} {count}" for name, count in total.items())

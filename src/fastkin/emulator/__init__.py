@@ -18,7 +18,7 @@ on 4 connections, measured beside each other on a 2-core x86-64 server (Zen 4, P
 
 from .faults import Fault, Faults
 from .rules import ApiError
-from .server import Counters, Emulator, serve
+from .server import Counters, Emulator, Put, serve
 from .service import StreamSpec
 from .signature import Secret
 from .streams import StoredRecord
@@ -29,6 +29,7 @@ __all__ = [
     "Emulator",
     "Fault",
     "Faults",
+    "Put",
     "Secret",
     "StoredRecord",
     "StreamSpec",

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
     from .streams import Shard
 
-Kind = Literal["record", "call", "latency", "cut", "slow", "count", "html", "early"]
+Kind = Literal["record", "call", "latency", "cut", "slow", "count", "html", "early", "garbage"]
 Where = Literal["before", "after", "inside"]
-KINDS: Final = ("record", "call", "latency", "cut", "slow", "count", "html", "early")
+KINDS: Final = ("record", "call", "latency", "cut", "slow", "count", "html", "early", "garbage")
 WHERES: Final = ("before", "after", "inside")
 
 # docs.aws.amazon.com/kinesis/latest/APIReference/CommonErrors.html and API_PutRecords.html;
@@ -90,7 +90,9 @@ class Fault:
     ms: float = 0.0
     where: Where = "after"
     delta: int = -1  # entries the answer has too many (or too few)
-    # which records (`record` only)
+    stored: bool = False  # the answer is an error, the records are stored all the same
+    body: bytes | None = None  # the answer's body (`garbage` only)
+    # which records (`record` only; `contains` also for `call`)
     shard: int | str | None = None
     contains: bytes | None = None
     key: str | None = None
@@ -167,6 +169,7 @@ class Plan:
     cut: Where | None = None
     slow_s: float = 0.0
     delta: int = 0
+    garbage: Fault | None = None
 
 
 class Faults:
@@ -218,10 +221,15 @@ class Faults:
         message: str | None = None,
         *,
         status: int | None = None,
+        stored: bool = False,
+        contains: bytes | None = None,
         **when: Unpack[When],
     ) -> Fault:
-        """The whole call is refused with this error type; nothing is stored."""
-        return self.add(Fault(kind="call", code=code, message=message, status=status, **when))
+        """The whole call is refused with this error type. `stored`: as a 5xx may, after it stored the records.
+        `contains`: only calls with such a record, as when one record spoils the call."""
+        return self.add(
+            Fault(kind="call", code=code, message=message, status=status, stored=stored, contains=contains, **when)
+        )
 
     def throttle(self, **when: Unpack[When]) -> Fault:
         """The whole call is refused for its rate."""
@@ -230,9 +238,13 @@ class Faults:
     def expired_token(self, **when: Unpack[When]) -> Fault:
         return self.call("ExpiredTokenException", **when)
 
-    def html(self, status: int = 503, **when: Unpack[When]) -> Fault:
-        """A front end answers instead of Kinesis: a status and a page of HTML."""
-        return self.add(Fault(kind="html", status=status, **when))
+    def html(self, status: int = 503, *, stored: bool = False, **when: Unpack[When]) -> Fault:
+        """A front end answers instead of Kinesis: a status and a page of HTML. `stored`: it lost the real answer."""
+        return self.add(Fault(kind="html", status=status, stored=stored, **when))
+
+    def garbage(self, body: bytes = b"", **when: Unpack[When]) -> Fault:
+        """The records are stored, the answer is 200 with this body."""
+        return self.add(Fault(kind="garbage", body=body, **when))
 
     def latency(self, ms: float, **when: Unpack[When]) -> Fault:
         """The answer comes `ms` later."""
@@ -307,8 +319,9 @@ class Faults:
             what = f"unknown key {unknown[0]!r}" if isinstance(entry, dict) else "not an object"
             raise ValueError(f"{place}: {what}; known keys are {', '.join(sorted(known))}")
         values = dict(entry)
-        if isinstance(values.get("contains"), str):
-            values["contains"] = values["contains"].encode()
+        for name in ("contains", "body"):
+            if isinstance(values.get(name), str):
+                values[name] = values[name].encode()
         if values.get("kind") == "record":
             values.setdefault("code", THROTTLED)
         try:
@@ -318,11 +331,16 @@ class Faults:
 
     # --- what the server asks ------------------------------------------------------------------
 
-    def plan(self, operation: str, stream: str | None) -> Plan:
+    def plan(self, operation: str, stream: str | None, datas: Callable[[], list[bytes]] = list) -> Plan:
+        """`datas` gives the records of the call, should a fault want to see them."""
         plan = Plan()
         now = self._clock()
         for fault in tuple(self.calls):
-            if not fault.concerns(operation, stream) or not fault.strikes(now):
+            if not fault.concerns(operation, stream):
+                continue
+            if fault.contains is not None and not any(fault.contains in data for data in datas()):
+                continue
+            if not fault.strikes(now):
                 continue
             if fault.kind == "latency":
                 plan.delay_s += fault.ms / 1000
@@ -330,6 +348,8 @@ class Faults:
                 plan.slow_s += fault.ms / 1000
             elif fault.kind == "count":
                 plan.delta += fault.delta
+            elif fault.kind == "garbage":
+                plan.garbage = plan.garbage or fault
             elif fault.kind == "cut":
                 plan.cut = plan.cut or fault.where
             else:

@@ -63,6 +63,15 @@ class Counters:
 
 
 @dataclass(slots=True)
+class Put:
+    """One call that stored records. `answered`: its true answer was written whole; `port`: the caller's."""
+
+    port: int
+    stored: int
+    answered: bool = False
+
+
+@dataclass(slots=True)
 class _Request:
     method: str
     path: str
@@ -70,6 +79,8 @@ class _Request:
     body: bytes = b""
     keep_alive: bool = True
     early: Fault | None = None
+    port: int = 0
+    put: Put | None = None
 
 
 class Emulator:
@@ -137,6 +148,7 @@ class Emulator:
         for name in firehose:
             self.service.add_delivery(name)
         self.verifier = None if credentials is None else Verifier(credentials, region=region, skew_s=skew_s)
+        self.puts: list[Put] = []  # with keep="all": what bounds the duplicates that a caller may make
         self._counters = Counters()
         self._counted = 0
         self._concurrent = 0
@@ -292,23 +304,29 @@ class Emulator:
                 )
             counting = self.count_only and operation == "PutRecords"
             fields = {} if counting else self._fields(request.body, form)
-            plan = self._plan(operation, self.service.stream_name(fields))
-            if plan.error is not None and plan.error.kind == "html":
-                counters.refused += 1
-                return (*self._html(plan.error.http_status), plan)
-            if plan.error is not None:
-                raise ApiError(plan.error.code, plan.error.text, plan.error.http_status)
+            plan = self._plan(operation, fields)
+            failed = plan.error
+            if failed is not None and not failed.stored:
+                raise ApiError(failed.code, failed.text, failed.http_status)
             if plan.cut == "before":
                 body = b""
             elif counting:
                 body = self._count_only(request.body, form)
             else:
+                before = self.service.records
                 body = self.service.run(operation, fields, form)
+                self._note(request, self.service.records - before)
+            if failed is not None:
+                raise ApiError(failed.code, failed.text, failed.http_status)
         except ApiError as error:
             counters.refused += 1
+            if plan.error is not None and plan.error.kind == "html":
+                return (*self._html(plan.error.http_status), plan)
             body = dumps({"__type": error.code, "message": error.message}, form)
             return self._head(error.status, form, len(body), error.code), body, plan
-        if plan.delta:
+        if plan.garbage is not None:
+            body = plan.garbage.body or b""
+        elif plan.delta:
             body = _recount(body, form, plan.delta)
         if self._waiters and plan.cut != "before":
             self._wake()
@@ -321,8 +339,11 @@ class Emulator:
         except WireError as error:
             raise ApiError("SerializationException", str(error)) from None
 
-    def _plan(self, operation: str, stream: str | None) -> Plan:
-        plan = self.faults.plan(operation, stream) if self.faults.calls else Plan()
+    def _plan(self, operation: str, fields: dict[str, Any]) -> Plan:
+        plan = Plan()
+        if self.faults.calls:
+            stream = self.service.stream_name(fields)
+            plan = self.faults.plan(operation, stream, lambda: self.service.datas(fields))
         plan.delay_s += self.latency_s
         return plan
 
@@ -338,6 +359,13 @@ class Emulator:
             if form == JSON:
                 self._templates[count] = template
         return template
+
+    def _note(self, request: _Request, stored: int) -> None:
+        if stored and self.service.keep == "all":
+            request.put = Put(request.port, stored)
+            self.puts.append(request.put)
+        if self._waiters:
+            self._wake()
 
     def _wake(self) -> None:
         for entry in tuple(self._waiters):
@@ -421,6 +449,8 @@ class _Connection(asyncio.Protocol):
         self._parser: Any = httptools.HttpRequestParser(self)
         self._queue: deque[_Request] = deque()
         self._busy = False
+        self._port = 0
+        self._last_put: Put | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._reset()
 
@@ -428,11 +458,14 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is of another class
+        self._port = transport.get_extra_info("peername")[1]
         self._emulator._connections.add(self)
         self._emulator._counters.connections += 1
 
-    def connection_lost(self, _exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        if exc is not None and self._last_put is not None:
+            self._last_put.answered = False  # a reset throws away what the caller had not read
         self._emulator._connections.discard(self)
         if self._timer is not None:
             self._timer.cancel()
@@ -514,6 +547,7 @@ class _Connection(asyncio.Protocol):
                 body=body,
                 keep_alive=self._parser.should_keep_alive(),
                 early=self._early,
+                port=self._port,
             )
         )
         self._chunks = []
@@ -545,26 +579,31 @@ class _Connection(asyncio.Protocol):
             return
         if plan.slow_s > 0:
             self._transport.write(head)
-            self._dribble(request, body, max(1, -(-len(body) // SLOW_STEPS)), plan.slow_s)
+            self._dribble(request, body, max(1, -(-len(body) // SLOW_STEPS)), plan)
             return
         self._transport.write(head + body)
-        self._finish(request)
+        self._finish(request, plan)
         if again:
             self._next()
 
-    def _dribble(self, request: _Request, body: bytes, step: int, slow_s: float) -> None:
+    def _dribble(self, request: _Request, body: bytes, step: int, plan: Plan) -> None:
         self._timer = None
         if self._transport is None:
             return
         self._transport.write(body[:step])
         if len(body) > step:
-            self._timer = self._loop.call_later(slow_s / SLOW_STEPS, self._dribble, request, body[step:], step, slow_s)
+            self._timer = self._loop.call_later(
+                plan.slow_s / SLOW_STEPS, self._dribble, request, body[step:], step, plan
+            )
         else:
-            self._finish(request)
+            self._finish(request, plan)
             self._next()
 
-    def _finish(self, request: _Request) -> None:
+    def _finish(self, request: _Request, plan: Plan) -> None:
         self._busy = False
+        if request.put is not None:
+            request.put.answered = plan.error is None and plan.garbage is None and not plan.delta
+            self._last_put = request.put
         self._emulator.end()
         if not request.keep_alive and self._transport is not None:
             self._transport.close()

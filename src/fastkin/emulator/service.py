@@ -162,6 +162,15 @@ class Service:
             name = arn.rpartition("/")[2]
         return name if isinstance(name, str) else None
 
+    @staticmethod
+    def datas(body: Mapping[str, Any]) -> list[bytes]:
+        """The data of the records of a call, as far as they are any."""
+        records = body.get("Records")
+        try:
+            return [blob(record["Data"]) for record in records or (body,)]
+        except (KeyError, TypeError, ApiError):
+            return []
+
     def run(self, operation: str, body: dict[str, Any], content_type: str) -> bytes:
         """The body of the 200 answer, or ApiError."""
         if operation == "PutRecords":  # checks in its own fast way

@@ -1,0 +1,446 @@
+"""`fastkin dead-letters`: what was set aside, one letter in full, and once more to the stream.
+
+A letter is what Kinesis refused (it has a key: it goes again as it is), one record of a frame or a payload that was
+too large or whose key was bad (it goes as a record, with a key made anew), or a frame that could not be read (it goes
+through the format again).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fastkin._codec import KeyPlan, decode_frame
+from fastkin.config import MIB, Kinesis
+from fastkin.errors import Action, DataFormatError, FastkinError, KinesisError, RecordError
+from fastkin.keys import key_plan
+from fastkin.letterfile import Damaged, Letter, LetterFiles, since
+from fastkin.letterplace import PREFIX
+from fastkin.letterstream import RECORD_BYTES, Post
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+
+    from fastkin._codec import Receipt
+    from fastkin.config import Pipeline, Settings
+    from fastkin.letterfile import LetterFile
+
+# Sent and not yet marked as replayed: what a crash may send twice.
+GROUP_LETTERS = 500
+GROUP_BYTES = 4 * MIB
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """Which letters are meant; None: any."""
+
+    pipeline: str | None = None
+    reason: str | None = None
+    topic: str | None = None
+    since: float | None = None
+
+    def __call__(self, letter: Letter) -> bool:
+        if self.pipeline is not None and letter.pipeline != self.pipeline:
+            return False
+        if self.reason is not None and self.reason.casefold() not in letter.reason.casefold():
+            return False
+        if self.topic is not None and (letter.topic is None or not matches(self.topic, letter.topic)):
+            return False
+        return self.since is None or since(letter.time) >= self.since
+
+
+def matches(topic_filter: str, topic: str) -> bool:
+    """MQTT's rule of `+` and `#`."""
+    wanted, levels = topic_filter.split("/"), topic.split("/")
+    for at, level in enumerate(wanted):
+        if level == "#":
+            return True
+        if at >= len(levels) or level not in ("+", levels[at]):
+            return False
+    return len(wanted) == len(levels)
+
+
+def parse_since(text: str) -> float:
+    """`2h`, `30m`, or an RFC 3339 time. ValueError when neither."""
+    if match := _AGO.fullmatch(text.strip()):
+        return time.time() - float(match[1]) * _SECONDS[match[2]]
+    try:
+        return since(text.strip())
+    except ValueError:
+        raise ValueError(f"{text!r} is neither 90s, 30m, 2h, 7d nor a time such as 2026-11-21T04:00:00Z") from None
+
+
+def paths_of(files: Sequence[str], settings: Settings | None) -> list[Path]:
+    """The files that were named, or else those of the settings."""
+    if files:
+        return [Path(file) for file in files]
+    if settings is None:
+        raise click.UsageError("name a FILE of dead letters, or give --config CONFIG.toml")
+    found: dict[str, None] = {}
+    for pipeline in settings.pipelines:
+        place = pipeline.dead_letter
+        if place not in (None, "none") and not place.startswith(PREFIX):
+            found[place] = None
+    if not found:
+        raise click.UsageError("no pipeline of these settings has a file as its dead_letter: name a FILE")
+    there = [Path(name) for name in found if _there(Path(name))]
+    return there or [Path(name) for name in found]
+
+
+def _there(path: Path) -> bool:
+    from fastkin.deadletter import rotated
+
+    return path.exists() or bool(rotated(path))
+
+
+# --- list and show ---
+
+
+def list_letters(paths: Sequence[Path], wanted: Filter, *, as_json: bool) -> int:
+    with LetterFiles(paths) as files:
+        found = ((n, one) for n, one in numbered_letters(files) if wanted(one))
+        if as_json or not sys.stdout.isatty():
+            for n, one in found:
+                click.echo(json.dumps({"n": n, "file": str(one.file.path), "line": one.line} | one.fields()))
+        else:
+            _table(found)
+    return 0
+
+
+def numbered_letters(files: LetterFiles) -> Iterator[tuple[int, Letter]]:
+    """From 1 for the oldest. Damaged lines are told on stderr and have no number."""
+    n = 0
+    for one in files.letters():
+        if isinstance(one, Damaged):
+            _say_damaged(one)
+        else:
+            n += 1
+            yield n, one
+
+
+def _say_damaged(one: Damaged) -> None:
+    click.echo(f"damaged: {plain(str(one.file.path))}:{one.line}: {one.problem}; the line is kept", err=True)
+
+
+def _table(found: Iterable[tuple[int, Letter]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold")
+    for name in ("N", "time", "pipeline", "topic", "reason", "bytes"):
+        table.add_column(name, justify="right" if name in ("N", "bytes") else "left", overflow="fold")
+    count = 0
+    for n, one in found:
+        count += 1
+        cells = (str(n), one.time, one.pipeline, one.topic or "-", one.reason, f"{len(one.payload):,}")
+        table.add_row(*(Text(plain(cell)) for cell in cells))
+    console = Console(highlight=False)
+    if count:
+        console.print(table)
+    console.print(f"{count:,} dead letters")
+
+
+def show(paths: Sequence[Path], number: int, *, raw: bool) -> int:
+    """One letter in full, escaped so that it cannot steer a terminal."""
+    if raw and sys.stdout.isatty():
+        raise click.UsageError("--raw writes the bytes as they are: not to a terminal; send it into a file or a pipe")
+    with LetterFiles(paths) as files:
+        one = next((letter for n, letter in numbered_letters(files) if n == number), None)
+        if one is None:
+            raise FastkinError(f"there is no dead letter {number}: see fastkin dead-letters list")
+    if raw:
+        sys.stdout.buffer.write(one.payload)
+        sys.stdout.buffer.flush()
+        return 0
+    click.echo(f"file: {plain(str(one.file.path))}:{one.line}")
+    for name, value in one.fields().items():
+        if name != "payload" and value is not None:
+            click.echo(f"{name}: {plain(str(value))}")
+    for line in _payload(one.payload):
+        click.echo(line)
+    return 0
+
+
+def _payload(data: bytes) -> Iterator[str]:
+    yield f"payload: {len(data):,} bytes"
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        text = None
+    if text is not None and not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", text):
+        for line in text.split("\n"):
+            yield "  " + plain(line)
+        return
+    for at in range(0, len(data), 16):
+        piece = data[at : at + 16]
+        seen = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in piece)
+        yield f"  {at:08x}  {piece.hex(' '):<47}  {seen}"
+
+
+def plain(text: str) -> str:
+    """Text of strangers, with what could steer a terminal or turn its direction written as escapes."""
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+# --- replay ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Where the letters of a pipeline go."""
+
+    kinesis: Kinesis
+    format: str | None  # None: not known; frames cannot be read again
+    key: KeyPlan
+    drawn: bool  # the lane draws the keys; else they are made of topic and payload
+    max_record_bytes: int | None  # None: what the stream takes
+
+
+def route_of(pipeline: Pipeline, client_id: str, form: str | None) -> Route:
+    kind, parts = key_plan(pipeline.partition_key, client_id=client_id, hostname=socket.gethostname())
+    return Route(
+        kinesis=pipeline.kinesis,
+        format=form or pipeline.format,
+        key=KeyPlan(kind, parts),
+        drawn=kind != "parts",
+        max_record_bytes=pipeline.max_record_bytes,
+    )
+
+
+@dataclass(slots=True)
+class Tally:
+    found: int = 0
+    replayed: int = 0
+    failed: int = 0
+    damaged: int = 0
+    unknown: int = 0
+
+
+def replay(
+    paths: Sequence[Path], wanted: Filter, *, settings: Settings | None, stream: Kinesis | None, form: str | None
+) -> int:
+    """0: all replayed; 1: some failed again or were damaged. They are kept."""
+    if settings is None and stream is None:
+        raise click.UsageError("where to? give --config CONFIG.toml, or --stream")
+    tally = Tally()
+    with LetterFiles(paths, change=True) as files:
+        try:
+            asyncio.run(_replay(files, wanted, settings, stream, form, tally))
+        finally:
+            # also after Ctrl-C: what was replayed is marked by then, and leaves the file
+            files.tidy()
+            _last_line(tally)
+    return 1 if tally.failed or tally.damaged or tally.unknown else 0
+
+
+async def _replay(
+    files: LetterFiles,
+    wanted: Filter,
+    settings: Settings | None,
+    stream: Kinesis | None,
+    form: str | None,
+    tally: Tally,
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        posts: dict[str, Again | None] = {}
+
+        async def again_for(pipeline: str) -> Again | None:
+            name = "" if stream is not None else pipeline
+            if name not in posts:
+                posts[name] = await _open(stack, name, settings, stream, form)
+            return posts[name]
+
+        for letters in _groups(files, wanted, tally):
+            await _replay_group(letters, again_for, tally)
+            _progress(tally)
+
+
+def _groups(files: LetterFiles, wanted: Filter, tally: Tally) -> Iterator[list[Letter]]:
+    """Letters of one file each: they are marked together."""
+    group: list[Letter] = []
+    size = 0
+    for one in files.letters():
+        if isinstance(one, Damaged):
+            tally.damaged += 1
+            _say_damaged(one)
+            continue
+        if not wanted(one):
+            continue
+        if group and (
+            one.file is not group[0].file or len(group) >= GROUP_LETTERS or size + len(one.payload) > GROUP_BYTES
+        ):
+            yield group
+            group, size = [], 0
+        tally.found += 1
+        group.append(one)
+        size += len(one.payload)
+    if group:
+        yield group
+
+
+async def _replay_group(
+    letters: list[Letter], again_for: Callable[[str], Awaitable[Again | None]], tally: Tally
+) -> None:
+    file: LetterFile = letters[0].file
+    sent: list[tuple[Letter, list[Letter | tuple[Letter, Receipt]]]] = []
+    used: dict[int, Again] = {}
+    for letter in letters:
+        again = await again_for(letter.pipeline)
+        if again is None:
+            tally.unknown += 1
+        else:
+            sent.append((letter, again.put(letter)))
+            used[id(again)] = again
+    for again in used.values():
+        await again.post.flush()
+    done: list[Letter] = []
+    instead: list[Letter] = []
+    for letter, parts in sent:
+        left = [failed for part in parts if (failed := _left(part)) is not None]
+        if len(left) == 1 and left[0].fields() == letter.fields():
+            tally.failed += 1  # for the same reason: it stands there already
+            continue
+        instead += left
+        done.append(letter)
+        if left:
+            tally.failed += 1
+        else:
+            tally.replayed += 1
+    # What takes the place of a letter is durable before the letter is marked.
+    if instead:
+        await asyncio.to_thread(file.add, instead)
+    await asyncio.to_thread(file.mark, done)
+
+
+def _left(part: Letter | tuple[Letter, Receipt]) -> Letter | None:
+    """What stays of one record: the letter with its new reason, or nothing."""
+    if isinstance(part, Letter):
+        return part
+    letter, receipt = part
+    error = receipt.exception()
+    return None if error is None else letter.again(_reason(error))
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KinesisError):
+        return f"{error.code}: {error.message}"
+    return str(error)
+
+
+class Again:
+    """One destination, open."""
+
+    def __init__(self, route: Route, post: Post) -> None:
+        self.route = route
+        self.post = post
+
+    def put(self, letter: Letter) -> list[Letter | tuple[Letter, Receipt]]:
+        """Its records, each with its receipt, or as the letter that stays when it cannot even be put."""
+        if letter.offset is None or letter.index is not None or self.route.format == "raw":
+            return [self._put(letter)]
+        if self.route.format is None:
+            return [letter.again("its format is not known: give --config, or --format raw or bulk")]
+        try:
+            records = decode_frame(letter.payload)
+        except DataFormatError as error:
+            return [letter.again(error.reason, offset=error.offset)]
+        # each alone: when some fail again, the others must not be sent once more
+        return [self._put(letter.again("", index=n, payload=data)) for n, data in enumerate(records)]
+
+    def _put(self, letter: Letter) -> Letter | tuple[Letter, Receipt]:
+        try:
+            key = letter.partition_key
+            if key is None and not self.route.drawn:
+                key = self.route.key.render((letter.topic or "").encode(), letter.payload)
+            return letter, self.post.put(letter.payload, key)
+        except (RecordError, ValueError) as error:
+            return letter.again(str(error))
+
+
+async def _open(
+    stack: contextlib.AsyncExitStack,
+    pipeline: str,
+    settings: Settings | None,
+    stream: Kinesis | None,
+    form: str | None,
+) -> Again | None:
+    if stream is not None:
+        route = Route(kinesis=stream, format=form, key=KeyPlan("uuid"), drawn=True, max_record_bytes=None)
+    else:
+        assert settings is not None
+        named = [each for each in settings.pipelines if each.id == pipeline]
+        if not named:
+            known = ", ".join(each.id for each in settings.pipelines)
+            click.echo(
+                f"kept: the settings have no pipeline {plain(pipeline)!r} (known: {known}); give --stream", err=True
+            )
+            return None
+        route = route_of(named[0], settings.broker.client_id, form)
+    post = Post(pipeline or "-", route.kinesis, max_calls=min(4, route.kinesis.max_connections))
+    stack.push_async_callback(post.close)
+    await post.client.start()
+    largest = await _largest(post)
+    await post.start(key=route.key, max_record_bytes=route.max_record_bytes or largest)
+    return Again(route, post)
+
+
+async def _largest(post: Post) -> int:
+    """The largest record the stream takes. KinesisError when there is no such stream: nothing was sent then."""
+    try:
+        return (await post.client.describe()).max_record_bytes
+    except KinesisError as error:
+        if error.action is Action.OPERATOR and "AccessDenied" in error.code:
+            return RECORD_BYTES  # to put is enough
+        raise
+
+
+def _progress(tally: Tally) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"\r{tally.replayed:,} replayed, {tally.failed:,} failed again ", err=True, nl=False)
+
+
+def _last_line(tally: Tally) -> None:
+    if sys.stderr.isatty():
+        click.echo("\r", err=True, nl=False)
+    kept = tally.failed + tally.unknown
+    rest = tally.found - tally.replayed - kept
+    text = f"{tally.replayed:,} replayed"
+    if kept:
+        text += f", {kept:,} failed again and are kept"
+    if rest:
+        text += f", {rest:,} not tried"
+    if tally.damaged:
+        text += f", {tally.damaged:,} damaged lines are kept"
+    click.echo(text, err=True)
+
+
+def stream_of(name: str, region: str | None, endpoint_url: str | None, profile: str | None) -> Kinesis:
+    """The destination of --stream, reached as `fastkin tail` reaches it."""
+    endpoint_url = endpoint_url or next(
+        filter(None, map(os.environ.get, ("AWS_ENDPOINT_URL_KINESIS", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))), None
+    )
+    region = region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if name.startswith("arn:"):
+        from fastkin.endpoint import parse_arn
+
+        arn = parse_arn(name)
+        return Kinesis(
+            stream=name.rpartition("/")[2], stream_arn=name, region=arn.region, endpoint_url=endpoint_url,
+            profile=profile,
+        )  # fmt: skip
+    return Kinesis(stream=name, region=region, endpoint_url=endpoint_url, profile=profile)

@@ -1,0 +1,64 @@
+"""`fastkin` in a process that a test can bend: `python child.py run settings.toml`.
+
+LEDGER_PATCH is a JSON object of what to change before the command starts:
+    "set"      {"module:NAME": value}: constants, such as a backoff that a test cannot wait for
+    "fsync_s"  every os.fsync takes that much longer: a slow disk
+    "unknown"  a file: while it exists no host name resolves but those that are addresses
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    patch = json.loads(os.environ.pop("LEDGER_PATCH", "{}"))
+    if "fsync_s" in patch:
+        _slow_disk(float(patch["fsync_s"]))
+    if "unknown" in patch:
+        _no_names(Path(patch["unknown"]))
+    for place, value in patch.get("set", {}).items():
+        module, _, name = place.partition(":")
+        owner = importlib.import_module(module)
+        getattr(owner, name)  # a constant that is gone must not be set in vain
+        setattr(owner, name, value)
+    from fastkin.cli import main as fastkin
+
+    sys.argv[0] = "fastkin"
+    fastkin()
+
+
+def _slow_disk(seconds: float) -> None:
+    real = os.fsync
+
+    def fsync(fd: Any) -> None:
+        time.sleep(seconds)
+        real(fd)
+
+    os.fsync = fsync
+
+
+def _no_names(path: Path) -> None:
+    """uvloop asks the C library; asyncio's own loop asks `socket`, which can be told to fail."""
+    import fastkin.commands.run as run
+
+    run._loop_factory = lambda: None
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if path.exists() and isinstance(host, str) and not host.replace(".", "").isdigit():
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return real(host, *args, **kwargs)
+
+    socket.getaddrinfo = getaddrinfo
+
+
+if __name__ == "__main__":
+    main()

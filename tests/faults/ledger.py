@@ -1,0 +1,149 @@
+"""The ledger of a case: what became of every record, and how often it may have come twice.
+
+Records are numbered. Every check is made from bytes that others wrote: the stream's log, the dead-letter
+file, the packets that a proxy saw pass. Nothing that fastkin counts is believed here.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+_LATE_S = 0.5
+_NUMBER = re.compile(rb"n(\d{7})[.]")
+
+
+def record(number: int, size: int = 0) -> bytes:
+    """The bytes of one record; `size` 0 means one between 60 and 260 that follows from the number."""
+    return (b"n%07d." % number).ljust(size or 60 + number * 37 % 200, b"%x" % (number % 16))
+
+
+def numbers(payload: bytes) -> list[int]:
+    """Which records are in there: a record, a frame, a broken frame."""
+    return [int(found) for found in _NUMBER.findall(payload)]
+
+
+@dataclass
+class Ledger:
+    published: set[int] = field(default_factory=set)  # the broker took them over
+    handed: Counter[int] = field(default_factory=Counter)  # by the broker to fastkin, every time
+    acked: set[int] = field(default_factory=set)
+    unacked_at_cut: int = 0  # records of messages without acknowledgement when a connection ended
+    late_acks: int = 0  # of messages acknowledged so shortly before the end that the broker may not have read it
+    repeated: int = 0  # records that the plant published again: the broker had not answered
+    too_early: list[int] = field(default_factory=list)  # acknowledged before they were safe
+    order_errors: int = 0
+    # asked for what is acknowledged: those of them that are neither stored nor set aside
+    unsafe: Callable[[Iterable[int]], list[int]] | None = None
+
+    def ack(self, which: list[int]) -> None:
+        self.acked.update(which)
+        if self.unsafe is not None:
+            self.too_early += self.unsafe(which)
+
+    @property
+    def redelivered(self) -> int:
+        return self.handed.total() - len(self.handed)
+
+
+class MqttWatch:
+    """Reads along one MQTT connection: what the broker hands out, what is acknowledged."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._up = bytearray()
+        self._down = bytearray()
+        self._version = 0
+        self._unacked: dict[int, list[int]] = {}
+        self._late: deque[tuple[float, int]] = deque()
+
+    @property
+    def unacked(self) -> int:
+        return len(self._unacked)
+
+    def up(self, data: bytes) -> None:
+        self._up += data
+        for first, body in _packets(self._up):
+            if first >> 4 == 1:
+                self._version = body[6]
+            elif first >> 4 in (4, 5):  # PUBACK, PUBREC
+                packet_id = int.from_bytes(body[:2], "big")
+                which = self._unacked.pop(packet_id, None)
+                if which is not None:
+                    self._ledger.ack(which)
+                    now = time.monotonic()
+                    self._late.append((now, len(which)))
+                    while self._late[0][0] < now - _LATE_S:
+                        self._late.popleft()
+
+    def down(self, data: bytes) -> None:
+        self._down += data
+        for first, body in _packets(self._down):
+            if first >> 4 == 3:
+                self._published(first, body)
+
+    def _published(self, first: int, body: bytes) -> None:
+        at = 2 + int.from_bytes(body[:2], "big")
+        packet_id = 0
+        if first & 0x06:
+            packet_id = int.from_bytes(body[at : at + 2], "big")
+            at += 2
+        if self._version == 5:
+            size = shift = 0
+            while True:
+                size |= (body[at] & 0x7F) << shift
+                shift += 7
+                at += 1
+                if body[at - 1] < 0x80:
+                    break
+            at += size
+        which = numbers(body[at:])
+        self._ledger.handed.update(which)
+        if packet_id:
+            self._unacked[packet_id] = which
+
+    def closed(self) -> None:
+        since = time.monotonic() - _LATE_S
+        self._ledger.late_acks += sum(count for when, count in self._late if when >= since)
+        self._ledger.unacked_at_cut += sum(map(len, self._unacked.values()))
+        self._unacked.clear()
+
+
+def _packets(buffer: bytearray) -> Iterable[tuple[int, bytes]]:
+    """Takes the whole packets off the front."""
+    while len(buffer) >= 2:
+        size = shift = 0
+        for at in range(1, min(5, len(buffer))):
+            size |= (buffer[at] & 0x7F) << shift
+            shift += 7
+            if buffer[at] < 0x80:
+                break
+        else:
+            return
+        end = at + 1 + size
+        if len(buffer) < end:
+            return
+        first, body = buffer[0], bytes(buffer[at + 1 : end])
+        del buffer[:end]
+        yield first, body
+
+
+def dead_letters(path: Path) -> list[bytes]:
+    """The payloads of a dead-letter file and of its rotated predecessors; a torn last line is left out."""
+    payloads = []
+    for each in sorted(path.parent.glob(path.name + "*")):
+        for line in each.read_bytes().splitlines():
+            try:
+                payloads.append(base64.b64decode(json.loads(line)["payload"]))
+            except (ValueError, KeyError):
+                continue
+    return payloads
