@@ -19,6 +19,7 @@ from codec_rig import Rig, answer, entry, failure, payloads, stored
 from fastkin import encode_frame
 from fastkin._codec import DEAD, DRAIN, DROPPED, FAILED, Batch, KeyPlan, ShardTable
 from fastkin.errors import RecordError
+from fastkin.results import FrameResult
 
 MAGIC = b"\xf3\x89\x9a\xc2"
 ENDS = [2**127 - 1, 2**128 - 1]
@@ -207,7 +208,7 @@ def test_many_tokens_and_receipts_of_one_entry() -> None:
     batch.settle(reply)
     assert [one[:3] for one in rig.told] == [(1, 2, 0), (2, 1, 0), (3, 1, 0)]
     assert {receipt.result().sequence_number for receipt in receipts} == {"9"}  # type: ignore[union-attr]
-    assert frame.result() == (2,)
+    assert frame.result() == FrameResult(2)
     rig.settled()
 
 

@@ -302,7 +302,7 @@ def test_finish(outcome: int) -> None:
     rig.settled()
 
 
-@pytest.mark.parametrize("outcome", [-1, 5, STORED])
+@pytest.mark.parametrize("outcome", [-1, 6, STORED])
 def test_finish_with_what_is_no_outcome(outcome: int) -> None:
     rig = Rig()
     fill(rig, 1)

@@ -9,6 +9,7 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import paho.mqtt.publish as paho
 import pytest
 import trustme
 import uvloop
@@ -45,8 +46,7 @@ async def say(server: Server, payloads: Sequence[bytes], qos: int = 1, topic: st
 
 
 def say_qos2(server: Server, payloads: Sequence[bytes], topic: str) -> None:
-    command = ["mosquitto_pub", "-h", server.host, "-p", str(server.port), "-q", "2", "-t", topic, "-l"]
-    subprocess.run(command, input=b"\n".join(payloads) + b"\n", check=True, timeout=20)
+    paho.multiple([(topic, payload, 2, False) for payload in payloads], hostname=server.host, port=server.port)
 
 
 def numbers(count: int, begin: int = 0) -> list[bytes]:

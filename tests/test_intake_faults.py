@@ -60,7 +60,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_packet_ends_the_connection_and_no_more(run: Any, name: str) -> None:
+def test_a_malformed_packet_ends_the_connection_and_no_more(run: Any, name: str, caplog: Any) -> None:
     packet, reason = MALFORMED[name]
     rest = b""
 
@@ -78,9 +78,10 @@ def test_a_malformed_packet_ends_the_connection_and_no_more(run: Any, name: str)
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, protocol="5") as rig:
             await until(lambda: rig.intake.connects == 2 and rig.intake.connected.is_set())
-            assert rig.intake.last_error is not None
-            assert "malformed MQTT" in rig.intake.last_error
-            assert reason in rig.intake.last_error
+            (lost,) = [line for line in caplog.messages if "connection lost" in line]
+            assert "malformed MQTT" in lost
+            assert reason in lost
+            assert rig.intake.last_error is None  # it is over
             assert rig.payloads == [b"before"]  # what came before it is not lost
             assert rig.reads >= 1
 
@@ -89,7 +90,7 @@ def test_a_malformed_packet_ends_the_connection_and_no_more(run: Any, name: str)
     assert rest[-1] >= 0x80
 
 
-def test_nonsense_instead_of_connack(run: Any) -> None:
+def test_nonsense_instead_of_connack(run: Any, caplog: Any) -> None:
     async def script(peer: Peer) -> None:
         if peer.number <= 2:
             await peer.packet()
@@ -99,9 +100,10 @@ def test_nonsense_instead_of_connack(run: Any) -> None:
         await forever(peer)
 
     async def main() -> None:
-        async with FakeBroker(script) as broker, Rig(broker) as rig:
-            assert rig.intake.last_error is not None
-            assert "malformed MQTT" in rig.intake.last_error
+        async with FakeBroker(script) as broker, Rig(broker):
+            refused = [line for line in caplog.messages if "cannot connect" in line]
+            assert len(refused) == 2
+            assert all("malformed MQTT" in line for line in refused)
 
     run(main())
 

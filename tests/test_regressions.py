@@ -21,6 +21,7 @@ emulator, the example functions.
 | IoT pipeline | one bad JSON fails the batch, in the service (IC-15) | test_iot_pipeline_one_bad_json_disturbs_no_other_record |
 | IoT pipeline | one bad JSON fails the batch, in the function (IC-15) | test_iot_pipeline_one_bad_json_costs_one_row |
 | IoT pipeline | object names collide within a second (IC-15) | test_iot_pipeline_object_names_never_collide |
+| IoT pipeline | a file that is full is overwritten by the next (IC-15) | test_iot_pipeline_rotated_files_never_overwrite_each_other |
 | Go service | keys of an assumed role are never refreshed and die after an hour (MK-13) | test_go_service_keys_of_an_assumed_role_outlive_their_hour |
 | Go service | payloads may be changed or lost on the way (MK-17) | test_go_service_every_payload_arrives_byte_for_byte |
 | Go service | an aggregate has the key of its first record, others are dropped by KCL (MK-17) | test_go_service_an_aggregate_has_one_key_for_all_its_records |
@@ -41,6 +42,7 @@ import re
 import time
 import uuid
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +53,7 @@ import fastkin
 from fake_http import FakeServer
 from fastkin import encode_frame, lambdas
 from fastkin.config import Broker
+from fastkin.deadletter import DeadLetters
 from fastkin.emulator import Emulator
 from fastkin.emulator.signature import Secret
 from fastkin.publisher import Publisher
@@ -379,6 +382,26 @@ def test_iot_pipeline_object_names_never_collide(csv_function: Any, bucket: Buck
         csv_function(firehose(b'{"message":%d}' % n), None)
     assert len(bucket.objects) == 300
     assert {int(body.split(b";")[-1]) for body in bucket.objects.values()} == set(range(300))
+
+
+def test_iot_pipeline_rotated_files_never_overwrite_each_other(tmp_path: Path) -> None:
+    """Two writers share a dead-letter file that is full after a few letters: each letter is there once."""
+    path = tmp_path / "dead.jsonl"
+
+    def write(name: str) -> None:
+        letters = DeadLetters(path, max_bytes=600, keep=1000)
+        for n in range(100):
+            letters.write([{"pipeline": name, "reason": "r", "payload": b"%d" % n}])
+        letters.close()
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, ["one", "two"]))
+    files = list(tmp_path.glob("dead.jsonl*"))
+    assert len(files) > 30
+    found = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert Counter((one["pipeline"], base64.b64decode(one["payload"])) for one in found) == Counter(
+        (name, b"%d" % n) for name in ("one", "two") for n in range(100)
+    )
 
 
 # -- Go service ------------------------------------------------------------------------------------

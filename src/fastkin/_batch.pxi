@@ -9,6 +9,7 @@ cdef enum EntryKind:
     ENTRY_FRAME  # token is a Receipt that all records of a frame own together
     ENTRY_RUNS  # an aggregate: token is first run << 32 | number of runs
     ENTRY_RUNS_HELD  # the same, with receipts among its runs
+    ENTRY_ROW  # came back from the disk: token is the row, told to the books' other settler
 
 cdef struct Entry:
     uint64_t token
@@ -34,6 +35,10 @@ cdef enum:
 cdef const char* HEAD = '{"Records":['
 cdef enum:
     HEAD_LENGTH = 12
+
+
+cdef inline bint entry_has_runs(const Entry* entry) noexcept nogil:
+    return entry.kind == ENTRY_RUNS or entry.kind == ENTRY_RUNS_HELD
 
 
 cdef inline uint64_t entry_cost(const Entry* entry) noexcept nogil:
@@ -129,11 +134,20 @@ cdef class _Books:
     cdef size_t max_records
     cdef size_t max_batch_bytes
     cdef uint64_t received
-    cdef uint64_t ended[5]
+    # by outcome; OUT_SPOOLED goes down again when a batch comes back
+    cdef uint64_t ended[6]
+    # of what came back from the disk: who is told, what pays
+    cdef Settler rows
+    cdef Budget replay
 
     cdef int notify(self, uint64_t token, uint32_t count, int outcome, object answer, Py_ssize_t at) except -1:
         if self.settler is not None and token != 0:
             self.settler.settle(token, count, outcome, answer, at)
+        return 0
+
+    cdef int notify_row(self, uint64_t token, uint32_t count, int outcome) except -1:
+        if self.rows is not None and token != 0:
+            self.rows.settle(token, count, outcome, None, -1)
         return 0
 
 
@@ -179,7 +193,7 @@ cdef inline int outcome_slot(int outcome) noexcept:
 
 
 cdef int check_outcome(int outcome) except -1:
-    if not OUT_STORED <= outcome <= OUT_FAILED:
+    if not OUT_STORED <= outcome <= OUT_SPOOLED:
         raise LibraryError(f"{outcome} is no outcome")
     return 0
 
@@ -215,6 +229,7 @@ cdef class Batch:
     cdef size_t run_room
     cdef size_t total  # of entry sizes
     cdef uint64_t records
+    cdef readonly bint restored  # some of its entries came back from the disk
     cdef int why
     cdef bint finished  # the body is complete
     cdef bint live  # it owns entries: they neither went elsewhere nor ended
@@ -289,13 +304,15 @@ cdef class Batch:
         entry.at = <uint32_t> self.body.length
         memcpy(self.body.p + self.body.length, source.body.p + from_.at, from_.length)
         self.body.length += from_.length
-        if entry.kind >= ENTRY_RUNS:
+        if entry_has_runs(entry):
             first = self.run_count
             n = from_.token & UINT32_MAX
             for k in range(n):
                 self.add_run(source.runs[(from_.token >> 32) + k].token, source.runs[(from_.token >> 32) + k].count,
                              source.runs[(from_.token >> 32) + k].kind)
             entry.token = <uint64_t> first << 32 | n
+        if entry.kind == ENTRY_ROW:
+            self.restored = True
         self.close_entry(entry)
         return 0
 
@@ -354,6 +371,8 @@ cdef class Batch:
         cdef _Books books = self.books
         cdef uint64_t cost = 0
         cdef uint64_t records = 0
+        cdef uint64_t row_cost = 0
+        cdef uint64_t row_records = 0
         cdef size_t i
         cdef size_t k
         cdef uint32_t together
@@ -365,10 +384,16 @@ cdef class Batch:
         self.spend()
         for i in range(count):
             if outcomes == NULL or outcomes[i].code.p == NULL:
-                cost += entry_cost(&items[i])
-                records += items[i].records
+                if items[i].kind == ENTRY_ROW:
+                    row_cost += entry_cost(&items[i])
+                    row_records += items[i].records
+                else:
+                    cost += entry_cost(&items[i])
+                    records += items[i].records
         books.budget.release(cost, records)
-        books.ended[outcome_slot(outcome)] += records
+        if row_records:
+            books.replay.release(row_cost, row_records)
+        books.ended[outcome_slot(outcome)] += records + row_records
         bug = None
         i = 0
         while i < count:
@@ -379,7 +404,7 @@ cdef class Batch:
             at = -1 if outcomes == NULL else <Py_ssize_t> outcomes[i].at
             together = entry.records
             i += 1
-            if entry.kind >= ENTRY_RUNS:
+            if entry_has_runs(entry):
                 for k in range(entry.token & UINT32_MAX):
                     run = &runs[(entry.token >> 32) + k]
                     try:
@@ -396,9 +421,12 @@ cdef class Batch:
                        and (outcomes == NULL or outcomes[i].code.p == NULL)):
                     together += items[i].records
                     i += 1
-            if entry.kind == ENTRY_TOKEN:
+            if entry.kind == ENTRY_TOKEN or entry.kind == ENTRY_ROW:
                 try:
-                    books.notify(entry.token, together, outcome, answer, at)
+                    if entry.kind == ENTRY_ROW:
+                        books.notify_row(entry.token, together, outcome)
+                    else:
+                        books.notify(entry.token, together, outcome, answer, at)
                 except BaseException as error:
                     bug = bug or error
             else:
@@ -457,6 +485,37 @@ cdef class Batch:
     def reason(self) -> int:
         """Why it was closed."""
         return self.why
+
+    @property
+    def counts(self) -> bytes:
+        """User records of each entry, 32 bits each, low byte first; empty when each is one. For Lane.restore."""
+        self.whole()
+        cdef size_t i
+        cdef uint32_t records
+        cdef bytes out
+        cdef uint8_t* p
+        if self.records == self.count:
+            return b""
+        out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> (4 * self.count))
+        p = <uint8_t*> PyBytes_AS_STRING(out)
+        for i in range(self.count):
+            records = self.items[i].records
+            p[0] = <uint8_t> (records & 255)
+            p[1] = <uint8_t> (records >> 8 & 255)
+            p[2] = <uint8_t> (records >> 16 & 255)
+            p[3] = <uint8_t> (records >> 24)
+            p += 4
+        return out
+
+    def rows(self) -> dict[int, int]:
+        """Of what came back from the disk: row -> user records of it in this batch."""
+        self.whole()
+        cdef size_t i
+        out = {}
+        for i in range(self.count):
+            if self.items[i].kind == ENTRY_ROW:
+                out[self.items[i].token] = out.get(self.items[i].token, 0) + self.items[i].records
+        return out
 
     def shard_load(self) -> dict[int, tuple[int, int]]:
         """Shard index (-1: unknown) -> (records, bytes), as Kinesis counts them."""

@@ -12,6 +12,7 @@ cdef enum:
     OUT_FILTERED = 2
     OUT_DROPPED = 3
     OUT_FAILED = 4
+    OUT_SPOOLED = 5  # durable on disk: who waits is told, but the record has not ended yet
 
 
 cdef class Settler:

@@ -13,6 +13,7 @@ DEAD: int
 FILTERED: int
 DROPPED: int
 FAILED: int
+SPOOLED: int  # durable on disk: who waits is told, the record has not ended
 
 # why a batch was closed (index into Lane.flushes)
 FULL_COUNT: int
@@ -106,6 +107,11 @@ class Batch:
     def reason(self) -> int: ...
     @property
     def lane(self) -> Lane: ...
+    @property
+    def counts(self) -> bytes: ...  # user records of each entry, for Lane.restore; empty: one each
+    @property
+    def restored(self) -> bool: ...  # some of its entries came back from the disk
+    def rows(self) -> dict[int, int]: ...  # of those: row -> user records of it in this batch
     attempts: int  # free for the sender
     born: float  # free for the sender
     epoch: int  # free for the sender
@@ -147,6 +153,8 @@ class Lane(Sink):
         max_batch_bytes: int = 5242880,
         max_record_bytes: int = 1048576,
         aggregate_bytes: int = 0,
+        rows: Settler | None = None,  # is told how restored records end
+        replay: Budget | None = None,  # pays for them; None: `budget`
     ) -> Self: ...
     attention: bool  # set when the open batch got its first record, a batch closed, or a reject came
     shards: ShardTable | None
@@ -167,7 +175,9 @@ class Lane(Sink):
     @property
     def dropped(self) -> int: ...  # dropped or failed for good
     @property
-    def in_flight(self) -> int: ...  # received and not ended
+    def spooled(self) -> int: ...  # on the disk and not in memory: acknowledged, not ended
+    @property
+    def in_flight(self) -> int: ...  # received, not ended, not spooled
     @property
     def keys_missing(self) -> int: ...  # a field key was absent, a UUID was used
     @property
@@ -180,6 +190,12 @@ class Lane(Sink):
     def seal(self, reason: int) -> bool: ...
     def take(self) -> Batch | None: ...
     def take_rejects(self) -> list[Reject]: ...
+    # a former run left so many on the disk: received and spooled
+    def found(self, records: int) -> None: ...
+    # so many of what is spooled ended on the disk
+    def settle_spooled(self, records: int, outcome: int) -> None: ...
+    # a batch of what was finished as SPOOLED, in flight again; `rows` is told of `token`. DataFormatError: no such body
+    def restore(self, body: Buffer, counts: bytes, token: int) -> Batch: ...
     def settle_reject(self, reject: Reject, outcome: int) -> None: ...
     # open and ready entries end as FAILED without being counted as dropped twice; returns records
     def abandon(self, error: BaseException) -> int: ...

@@ -8,6 +8,7 @@ One module in parts, in the order a record passes them:
   _receipts.pxi  one outcome somebody may await
   _answer.pxi    one PutRecords answer, entry by entry
   _batch.pxi     the budget, and one PutRecords body with what it must settle
+  _restore.pxi   a body that comes back from the disk, read as if a stranger had written it
   _lane.pxi      payloads in, closed batches out
   _aggregate.pxi several records in one Kinesis record, as the KPL does it
 
@@ -77,6 +78,7 @@ DEAD = OUT_DEAD
 FILTERED = OUT_FILTERED
 DROPPED = OUT_DROPPED
 FAILED = OUT_FAILED
+SPOOLED = OUT_SPOOLED
 
 cdef enum:
     FLUSH_FULL_COUNT = 0
@@ -229,6 +231,7 @@ include "_keys.pxi"
 include "_receipts.pxi"
 include "_answer.pxi"
 include "_batch.pxi"
+include "_restore.pxi"
 include "_aggregate.pxi"
 include "_lane.pxi"
 

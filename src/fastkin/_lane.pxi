@@ -73,7 +73,8 @@ cdef class Lane(Sink):
 
     def __cinit__(self, *, Settler settler, Budget budget not None, str frame, KeyPlan key not None,
                   bytes target not None, size_t max_records=500, size_t max_batch_bytes=5242880,
-                  size_t max_record_bytes=1048576, size_t aggregate_bytes=0):
+                  size_t max_record_bytes=1048576, size_t aggregate_bytes=0, Settler rows=None,
+                  Budget replay=None):
         if frame != "raw" and frame != "bulk":
             raise LibraryError(f"a lane takes raw or bulk payloads, not {frame!r}")
         if not 1 <= max_records <= ENTRIES_MOST:
@@ -84,6 +85,8 @@ cdef class Lane(Sink):
         self.books.settler = settler
         self.books.budget = self.budget = budget
         self.books.target = target
+        self.books.rows = rows
+        self.books.replay = budget if replay is None else replay
         self.books.max_records = max_records
         self.books.max_batch_bytes = max_batch_bytes
         self.max_record_bytes = min(max_record_bytes, max_batch_bytes)
@@ -610,9 +613,45 @@ cdef class Lane(Sink):
 
     def settle_reject(self, Reject reject not None, int outcome) -> None:
         check_outcome(outcome)
+        if outcome == OUT_SPOOLED:
+            raise LibraryError("a reject is no record: it cannot be spooled")
         if reject.books is not None and reject.books is not self.books:
             raise LibraryError("this reject belongs to another lane")
         reject.settle(outcome)
+
+    def found(self, unsigned long long records) -> None:
+        """A former run left so many on the disk: they count as received and as spooled."""
+        self.books.received += records
+        self.books.ended[OUT_SPOOLED] += records
+
+    def settle_spooled(self, unsigned long long records, int outcome) -> None:
+        """So many of what is spooled ended on the disk and will not come back."""
+        check_outcome(outcome)
+        if outcome == OUT_STORED or outcome == OUT_SPOOLED:
+            raise LibraryError("what is on the disk can be given up only: restore it to send it")
+        if records > self.books.ended[OUT_SPOOLED]:
+            raise LibraryError(f"{records} records are more than the {self.books.ended[OUT_SPOOLED]} that are spooled")
+        self.books.ended[OUT_SPOOLED] -= records
+        self.books.ended[outcome_slot(outcome)] += records
+
+    def restore(self, body, bytes counts not None, unsigned long long token) -> Batch:
+        """A batch from the body of one that was finished as SPOOLED, and its `counts`. Its records are in
+        flight again; how they end is told to `rows` with this token. DataFormatError: not such a body."""
+        cdef Bytes source
+        cdef Batch batch
+        bytes_open(body, &source, "a body")
+        try:
+            batch = restore_batch(self.books, source.p, source.length, counts, token, self.table, self.plan.uuid)
+        finally:
+            bytes_close(&source)
+        if batch.records > self.books.ended[OUT_SPOOLED]:
+            raise LibraryError(f"{batch.records} records are more than the {self.books.ended[OUT_SPOOLED]}"
+                               " that are spooled")
+        self.books.ended[OUT_SPOOLED] -= batch.records
+        self.books.replay.charge(restored_cost(batch), batch.records)
+        batch.lane = self
+        batch.live = True
+        return batch
 
     def abandon(self, error) -> int:
         """The open and the closed batches end as failed; how many records that was."""
@@ -676,10 +715,16 @@ cdef class Lane(Sink):
         return self.books.ended[OUT_DROPPED]
 
     @property
+    def spooled(self) -> int:
+        """On the disk and not in memory: acknowledged, not ended."""
+        return self.books.ended[OUT_SPOOLED]
+
+    @property
     def in_flight(self) -> int:
-        """Received and not ended."""
+        """Received, not ended, not spooled."""
         return (self.books.received - self.books.ended[OUT_STORED] - self.books.ended[OUT_DEAD]
-                - self.books.ended[OUT_FILTERED] - self.books.ended[OUT_DROPPED])
+                - self.books.ended[OUT_FILTERED] - self.books.ended[OUT_DROPPED]
+                - self.books.ended[OUT_SPOOLED])
 
     @property
     def keys_missing(self) -> int:

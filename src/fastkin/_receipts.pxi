@@ -42,6 +42,7 @@ cdef class Receipt:
     cdef uint32_t records  # of a frame
     cdef uint8_t state
     cdef bint frame
+    cdef bint spooled  # some of it is on the disk and not in the stream yet
 
     @staticmethod
     cdef Receipt new(uint32_t records, bint frame):
@@ -60,13 +61,18 @@ cdef class Receipt:
                 self.at = at
                 self.encryption = encryption
                 self.state = RECEIPT_STORED
+        elif outcome == OUT_SPOOLED:
+            self.spooled = True
+            if not self.frame:
+                self.value = PutResult(None, None, None, True)
+                self.state = RECEIPT_RESULT
         elif self.state != RECEIPT_ERROR:
             self.value = answer if answer is not None else outcome_error(outcome)
             self.state = RECEIPT_ERROR
         if self.pending:
             return
         if self.state == RECEIPT_PENDING:
-            self.value = FrameResult(self.records)
+            self.value = FrameResult(self.records, self.spooled)
             self.state = RECEIPT_RESULT
         if self.waiters is not None:
             self._wake()

@@ -21,6 +21,7 @@ from fastkin._codec import DEAD, DROPPED
 from fastkin.deadletter import DeadLetterError, DeadLetters
 from fastkin.letterplace import destination
 from fastkin.letterstream import LetterStream
+from fastkin.logs import Repeats
 from fastkin.tallies import Tally
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ _LOG = logging.getLogger("fastkin.pipeline")
 _RETRY_S = 5.0  # between attempts at a disk that an operator must mend
 _ERROR_EVERY_S = 60.0  # how often to say that they still wait
 _HEX_BYTES = 32  # of a bad payload shown in the log
+_TOPIC_CHARS = 1024  # of a topic
+_LINES_PER_S = 10  # of bad payloads of one kind; what is more is counted
 _CHUNK_BYTES = 1 << 20  # of payload written at once, or one batch: bounds memory, and what a rotated file may exceed
 _CHUNK_GROUPS = 1000
 
@@ -152,9 +155,10 @@ class Aside:
         self._spawn = spawn
         self._on_settled = on_settled
         self._topic = _only(topics)
+        self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=_LINES_PER_S, per_s=1.0)
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
         # records, by kind of a bad payload or code of Kinesis; the sum is lane.dead_lettered at any moment
-        self.dead = Tally()
+        self.dead_lettered_by = Tally()
         self.dropped = Tally()  # records that ended here without a letter, for there is no `dead_letter`
         self._deleted_said = 0
         self._waiting: list[_Group] = []
@@ -184,9 +188,10 @@ class Aside:
         self.format_errors[reject.kind] = self.format_errors.get(reject.kind, 0) + 1
         topic = reject.topic.decode("utf-8", "replace")
         where = "" if reject.index is None else f" record={reject.index}"
-        _LOG.error(
+        self._lines.say(
+            logging.ERROR, reject.kind,
             "pipeline=%s stage=decode topic=%s%s byte %d: %s (%d bytes, first %s)",
-            self._name, ascii(topic), where, reject.offset, reject.reason,
+            self._name, ascii(topic[:_TOPIC_CHARS]), where, reject.offset, reject.reason,
             len(reject.payload), reject.payload[:_HEX_BYTES].hex() or "none",
         )  # fmt: skip
         letter = {
@@ -202,7 +207,10 @@ class Aside:
 
     def refused(self, batch: Batch, reason: str) -> None:
         """Kinesis will never take these records."""
-        _LOG.error("pipeline=%s stage=send %d records refused for good: %s", self._name, len(batch), reason)
+        self._lines.say(
+            logging.ERROR, "refused",
+            "pipeline=%s stage=send %d records refused for good: %s", self._name, len(batch), reason,
+        )  # fmt: skip
         now = time.time()
 
         def letters() -> list[dict[str, Any]]:
@@ -216,6 +224,7 @@ class Aside:
 
     async def close(self) -> None:
         """After the tasks of the pipeline have ended."""
+        self._lines.close()
         if self._store is not None:
             await self._store.close()
 
@@ -254,7 +263,7 @@ class Aside:
         finally:
             # taken from the lane, which counts the records inside an aggregate: the sums are the same at any moment
             if more := self._lane.dead_lettered - dead:
-                self.dead.add(group.kind, more)
+                self.dead_lettered_by.add(group.kind, more)
             if more := self._lane.dropped - dropped:
                 self.dropped.add("no_dead_letter", more)
 

@@ -95,6 +95,10 @@ class Pipeline:
     max_record_bytes: int = 1 * MIB
     budget_bytes: int = 64 * MIB
     budget_records: int = 1_000_000
+    on_full: Literal["pause", "spool", "drop_oldest", "drop_newest"] = "pause"
+    spool: str | None = None  # the file; one per pipeline
+    spool_max_bytes: int = 1024 * MIB
+    spool_after_s: float = 5.0  # how long the oldest record may wait before a pipeline spools
     dead_letter: str | None = None
     dead_letter_max_bytes: int = 64 * MIB
     dead_letter_keep: int = 5

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastkin.endpoint import find_region
-from fastkin.errors import Action, ConfigError, KinesisError
+from fastkin.errors import Action, ConfigError, KinesisError, printable
 from fastkin.signing import Credentials
 
 if TYPE_CHECKING:
@@ -198,6 +198,7 @@ class ChainCredentials:
         return current
 
     def _failed(self, why: str) -> Credentials:
+        why = printable(why)
         now = self._clock()
         wait = min(2.0**self._failures, BACKOFF_S)
         self._failures += 1

@@ -430,7 +430,8 @@ class Engine:
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters by pipeline id, over all reloads; `in_flight` and the like are those of now.
 
-        Records: received == stored + dead_lettered + filtered + dropped + in_flight. `volatile` counts those of
+        Records: received == stored + dead_lettered + filtered + dropped + in_flight + spooled.
+        `volatile` counts those of
         in_flight that nobody else keeps (QoS 0, clean session).
         """
         found: dict[str, list[dict[str, Any]]] = {}

@@ -10,6 +10,16 @@ from __future__ import annotations
 import enum
 
 
+def printable(text: str, most: int = 1000) -> str:
+    """Fit for one line of a log or a terminal, whoever chose the text: what does not print is escaped, also what
+    ends a line for some reader, or turns the direction of reading; at most so many characters of it."""
+    if len(text) > most:
+        text = f"{text[:most]}... ({len(text):,} characters)"
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
 class FastkinError(Exception):
     """The root of everything fastkin raises on purpose."""
 
@@ -49,6 +59,22 @@ class RecordError(FastkinError, ValueError):
     """One record can never be stored as it is: too large, or its key is not allowed."""
 
 
+class RecordDropped(FastkinError):  # noqa: N818
+    """One record was given up because memory was full and `on_full` said so."""
+
+
+class SpoolError(FastkinError):
+    """The spool takes or gives nothing now. Nothing of the call happened: hold the data and try again."""
+
+    retriable = True
+
+    def __init__(self, path: object, problem: str, cure: str) -> None:
+        self.path = path
+        self.problem = problem
+        self.cure = cure
+        super().__init__(f"spool {path}: {problem}; {cure}")
+
+
 class MqttError(FastkinError):
     """The MQTT connection cannot go on; the session reconnects."""
 
@@ -85,7 +111,10 @@ class Action(enum.Enum):
 
 
 class KinesisError(FastkinError):
-    """A call failed. `code` is Kinesis's error type or one of fastkin's own for a broken connection."""
+    """A call failed. `code` is Kinesis's error type or one of fastkin's own for a broken connection.
+
+    What the other side said is made fit for a log line here, once for all who quote it.
+    """
 
     retriable = True
 
@@ -99,11 +128,11 @@ class KinesisError(FastkinError):
         request_id: str | None = None,
         retry_after: float | None = None,
     ) -> None:
-        self.code = code
-        self.message = message
+        self.code = code = printable(code, 128)
+        self.message = message = printable(message)
         self.action = action
         self.http_status = http_status
-        self.request_id = request_id
+        self.request_id = request_id = printable(request_id, 128) if request_id else None
         self.retry_after = retry_after
         parts = [f"HTTP {http_status}"] if http_status is not None else []
         parts += [f"request {request_id}"] if request_id else []

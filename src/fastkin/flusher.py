@@ -7,7 +7,7 @@ the whole linger when nothing else is on its way.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fastkin._codec import IDLE, LINGER
 
@@ -15,10 +15,18 @@ if TYPE_CHECKING:
     import asyncio
 
     from fastkin._codec import Lane
-    from fastkin.sender import Sender
 
 _QUIET_SHARE = 4  # the source is quiet when it gave nothing for this part of the linger
 _QUIET_MIN_S = 0.002
+
+
+class Downstream(Protocol):
+    """What takes the closed batches: the sender, or what stands before it."""
+
+    @property
+    def idle(self) -> bool: ...
+
+    def pump(self) -> None: ...
 
 
 class Flusher:
@@ -26,7 +34,7 @@ class Flusher:
 
     __slots__ = ("_deadline", "_lane", "_linger_s", "_loop", "_quiet_s", "_seen", "_sender", "_timer")
 
-    def __init__(self, lane: Lane, sender: Sender, linger_s: float, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, lane: Lane, sender: Downstream, linger_s: float, loop: asyncio.AbstractEventLoop) -> None:
         self._lane = lane
         self._sender = sender
         self._linger_s = linger_s

@@ -32,6 +32,7 @@ from fastkin._mqtt import (
     reason_text,
 )
 from fastkin.errors import MqttError, ProtocolError, RefusedError
+from fastkin.logs import Repeats
 from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, tls_context
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ _EARLY_MOST = 3  # so many connections that die right after SUBSCRIBE are no acc
 _LEAVE_S = 2.0  # for the broker to take our last acknowledgements and close
 _LINGER_S = 2.0  # for a connection that we give up to write what waits
 _MAX_WINDOW = 65_535
+# A broker that is away for hours: so many lines of a kind, then one line a minute that counts the rest.
+_TROUBLE_LINES = 5
+_TROUBLE_S = 60.0
 
 _AUTH_CODES = frozenset({0x04, 0x05, 0x86, 0x87, 0x8A, 0x8C})
 _VERSION_CODES = frozenset({0x01, 0x84})
@@ -162,6 +166,8 @@ class Intake:
         self.version = 0  # 4 is 3.1.1, 5 is 5.0: of the connection that is open, or was last
         self.window = Window(broker.receive_maximum, broker.receive_maximum)
 
+        loop = asyncio.get_running_loop()
+        self._lines = Repeats(_LOG, loop.call_later, most=_TROUBLE_LINES, per_s=_TROUBLE_S)
         self._paused_s = 0.0
         self._link: _Link | None = None
         self._opening: asyncio.Task[None] | None = None
@@ -206,13 +212,16 @@ class Intake:
                     continue
                 delay = self._backoff()
                 self._set_state("waiting")
-                _LOG.info("%s broker=%s trying again in %.1f s", self._where, self.broker.url, delay)
+                self._lines.say(
+                    logging.INFO, "again", "%s broker=%s trying again in %.1f s", self._where, self.broker.url, delay
+                )
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(delay):
                         await self._stopping.wait()
         finally:
             self.connected.clear()
             self._set_state("closed")
+            self._lines.close()
 
     def flush_acks(self) -> None:
         """Write the acknowledgements that are ready, as one run."""
@@ -315,8 +324,10 @@ class Intake:
         if code in _AUTH_CODES:
             reason += "; check user, password and client id, and what the broker's policy allows them"
         self.last_error = reason
-        say = _LOG.error if code is not None else _LOG.warning
-        say("%s broker=%s client=%s cannot connect: %s", self._where, url, ascii(self.client_id), reason)
+        self._lines.say(
+            logging.ERROR if code is not None else logging.WARNING, f"cannot connect {code}",
+            "%s broker=%s client=%s cannot connect: %s", self._where, url, ascii(self.client_id), reason,
+        )  # fmt: skip
         return False
 
     def _disconnected(self, link: _Link) -> None:
@@ -334,7 +345,8 @@ class Intake:
             _LOG.info("%s broker=%s disconnected: %s", self._where, self.broker.url, link.reason)
             return
         self.last_error = link.reason
-        _LOG.warning(
+        self._lines.say(
+            logging.WARNING, "lost",
             "%s broker=%s client=%s connection lost after %.1f s: %s",
             self._where, self.broker.url, ascii(self.client_id), lived, link.reason,
         )  # fmt: skip
@@ -353,7 +365,8 @@ class Intake:
         broker = self.broker
         assigned = connack.properties.get("assigned_client_identifier")
         client = self.client_id or str(assigned or "")
-        _LOG.info(
+        self._lines.say(
+            logging.INFO, "connected",
             "%s broker=%s client=%s connected (MQTT %s, %s)",
             self._where, broker.url, ascii(client), "5.0" if link.version == 5 else "3.1.1",
             "the broker has our session" if connack.session_present else "new session",
@@ -361,14 +374,16 @@ class Intake:
         if broker.clean_session:
             return
         if self._had_session and not connack.session_present:
-            _LOG.warning(
+            self._lines.say(
+                logging.WARNING, "session lost",
                 "%s broker=%s client=%s the broker has lost our session: what was published meanwhile is lost",
                 self._where, broker.url, ascii(client),
             )  # fmt: skip
         self._had_session = True
         expiry = connack.properties.get("session_expiry_interval")
         if isinstance(expiry, int) and expiry < broker.session_expiry_s:
-            _LOG.warning(
+            self._lines.say(
+                logging.WARNING, "session expiry",
                 "%s broker=%s keeps our session for %d s only, %d were asked for",
                 self._where, broker.url, expiry, broker.session_expiry_s,
             )  # fmt: skip
@@ -385,7 +400,8 @@ class Intake:
         asked = dict(self.subscriptions)
         for topic_filter, qos in granted:
             if qos < asked.get(topic_filter, 0):
-                _LOG.warning(
+                self._lines.say(
+                    logging.WARNING, "granted",
                     "%s broker=%s filter=%s QoS %d was asked for and %d granted%s",
                     self._where, self.broker.url, ascii(topic_filter), asked[topic_filter], qos,
                     ": messages may be lost" if qos == 0 else "",
@@ -393,13 +409,14 @@ class Intake:
         if granted:
             shown = ", ".join(f"{topic!a} QoS {qos}" for topic, qos in granted[:_FILTERS_SHOWN])
             more = f" and {len(granted) - _FILTERS_SHOWN} more" if len(granted) > _FILTERS_SHOWN else ""
-            _LOG.info("%s broker=%s subscribed %s%s", self._where, self.broker.url, shown, more)
+            self._lines.say(
+                logging.INFO, "subscribed", "%s broker=%s subscribed %s%s", self._where, self.broker.url, shown, more
+            )
         if self._stopping.is_set():
             return
         if refused:
             self._set_state("refused")
         else:
-            self.last_error = None
             self.connected.set()
             self._set_state("connected")
 

@@ -26,7 +26,7 @@ import orjson
 
 from fastkin.credentials import Provider, make_provider
 from fastkin.endpoint import Endpoint, light_endpoint, parse_arn, resolve_endpoint
-from fastkin.errors import Action, ConfigError, KinesisError, UnexpectedResponse
+from fastkin.errors import Action, ConfigError, KinesisError, UnexpectedResponse, printable
 from fastkin.shards import Shard
 from fastkin.signing import Signer
 from fastkin.transport import IDLE_AWS_S, IDLE_FOREIGN_S, HttpPool, Reply
@@ -269,7 +269,7 @@ class Client(ABC):
                 shards = int(told.get("OpenShardCount") or 0)
         with _expecting("a description of the stream"):
             return StreamSummary(
-                name=told.get("StreamName") or self.kinesis.stream or "",
+                name=printable(str(told.get("StreamName") or self.kinesis.stream or ""), 128),
                 arn=told.get("StreamARN") or self.kinesis.stream_arn or "",
                 status=told.get("StreamStatus") or "",
                 shard_count=shards,

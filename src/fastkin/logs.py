@@ -2,21 +2,32 @@
 
 Messages of the engine begin with `pipeline=NAME stage=WORD`, so that they say as much in a service
 that embeds it and logs its own way; here the two become columns (JSON: fields). Without them the
-stage is the last part of the logger's name. Messages may quote topics, which strangers choose:
-control characters are written as escapes, so that a topic cannot forge a line.
+stage is the last part of the logger's name. A message about one topic goes on with `topic=...`, quoted
+and escaped as `ascii()` does it; in JSON it is a field and says the topic as it came. Strangers choose
+topics, payloads and what servers answer: whatever does not print is written as an escape, so that none of
+it can forge a line, and what can be said again and again goes through `Repeats`.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import re
 import sys
 import time
-from typing import TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+from fastkin.errors import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _BEGIN = re.compile(r"pipeline=(\S+) stage=(\w+) |stage=(\w+) ")
+# as ascii() writes it
+_TOPIC = re.compile(r"""topic=('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*") """)
+_LINE_CHARS = 16 * 1024  # of one message
+_KINDS = 64
 
 
 def setup(*, level: int = logging.INFO, json_lines: bool = False, stream: TextIO | None = None) -> None:
@@ -37,7 +48,7 @@ class _Line(logging.Formatter):
         message = record.getMessage()
         name, pipeline = record.name, "-"
         name = name.rpartition(".")[2] if name.startswith("fastkin.") else name
-        if begin := _BEGIN.match(message):
+        if name != record.name and (begin := _BEGIN.match(message)):
             pipeline, name = begin[1] or pipeline, begin[2] or begin[3]
             message = message[begin.end() :]
         return f"{seconds}.{int(record.msecs):03d}Z", record.levelname, pipeline, name, message
@@ -59,12 +70,90 @@ class TextLine(_Line):
 
 class JsonLine(_Line):
     def format(self, record: logging.LogRecord) -> str:
-        keys = ("time", "level", "pipeline", "stage", "message")
-        line = dict(zip(keys, self.parts(record), strict=True))
+        stamp, level, pipeline, name, message = self.parts(record)
+        line = {"time": stamp, "level": level, "pipeline": pipeline, "stage": name}
+        if name != record.name and (topic := _TOPIC.match(message)):
+            line["topic"] = ast.literal_eval(topic[1])
+            message = message[topic.end() :]
+        line["message"] = message if len(message) <= _LINE_CHARS else f"{message[:_LINE_CHARS]}..."
         if trace := self.trace(record):
             line["trace"] = trace
         return json.dumps(line)
 
 
 def _plain(text: str) -> str:
-    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
+    return printable(text, _LINE_CHARS)
+
+
+class _Timer(Protocol):
+    def cancel(self) -> None: ...
+
+
+class _Window:
+    __slots__ = ("held", "last", "said", "timer")
+
+    def __init__(self, timer: _Timer, said: int) -> None:
+        self.timer = timer
+        self.said = said
+        self.held = 0
+        self.last: tuple[int, str, tuple[object, ...]] = (0, "", ())
+
+
+class Repeats:
+    """Says what a peer can make us say without end: so much of a kind per while, and then how often more."""
+
+    def __init__(
+        self,
+        log: logging.Logger,
+        later: Callable[[float, Callable[[str], object], str], _Timer],
+        *,
+        most: int,
+        per_s: float,
+    ) -> None:
+        """`most` lines of a kind per `per_s` seconds; `later` is the loop's call_later()."""
+        self._log = log
+        self._later = later
+        self._most = most
+        self._per_s = per_s
+        self._windows: dict[str, _Window] = {}
+        self._closed = False
+
+    def say(self, level: int, kind: str, message: str, *args: object) -> None:
+        if self._closed or not self._log.isEnabledFor(level):
+            self._log.log(level, message, *args)
+            return
+        if kind not in self._windows and len(self._windows) >= _KINDS:
+            kind = ""
+        window = self._windows.get(kind)
+        if window is None:
+            window = self._windows[kind] = self._window(kind, 0)
+        if window.said < self._most:
+            window.said += 1
+            self._log.log(level, message, *args)
+        else:
+            window.held += 1
+            window.last = (level, message, args)
+
+    def close(self) -> None:
+        """Say what was held back; from now on everything is said at once."""
+        self._closed = True
+        for window in self._windows.values():
+            window.timer.cancel()
+            self._sum_up(window)
+        self._windows.clear()
+
+    def _window(self, kind: str, said: int) -> _Window:
+        return _Window(self._later(self._per_s, self._over, kind), said)
+
+    def _over(self, kind: str) -> None:
+        window = self._windows.pop(kind)
+        if window.held:
+            self._sum_up(window)
+            self._windows[kind] = self._window(kind, 1)
+
+    def _sum_up(self, window: _Window) -> None:
+        level, message, args = window.last
+        if window.held > 1:
+            message, args = message + " (%d more like this)", (*args, window.held - 1)
+        if window.held:
+            self._log.log(level, message, *args)

@@ -33,6 +33,7 @@ _COUNTERS = (
     ("records_sent", "sent", "Records in calls made, repeats included"),
     ("records_stored", "stored", "Records that Kinesis confirmed"),
     ("records_filtered", "filtered", "Records that were not wanted"),
+    ("dead_letters_deleted", "dead_letters_deleted", "Dead letters that were deleted to make room for newer ones"),
     ("records_spooled", "spooled_ever", "Records that went to disk, ever"),
     ("duplicates_possible", "duplicates_possible", "Records of calls whose outcome stayed unknown: duplicates at most"),
     ("calls", "calls", "Calls made to Kinesis"),
@@ -43,14 +44,20 @@ _COUNTERS = (
 _LABELLED = (
     ("records_retried", "retried_by_code", "code", "Records sent again, by what failed"),
     ("records_throttled", "throttled_by_shard", "shard", "Records throttled, by the shard that Kinesis named"),
-    ("records_dead_lettered", "dead_by_reason", "reason", "Records set aside for good"),
-    ("records_dropped", "dropped_by_policy", "policy", "Records given up"),
+    ("records_dead_lettered", "dead_lettered_by", "reason", "Records set aside for good"),
+    ("records_dropped", "dropped_by", "policy", "Records given up"),
     ("format_errors", "format_errors", "reason", "Payloads or records that were malformed"),
     ("batches_flushed", "flushed_by_reason", "reason", "Batches closed, by why"),
     ("calls_failed", "calls_failed_by_code", "code", "Calls that failed as a whole"),
 )
-# A sum over a family with no member yet is no number in PromQL: these exist from the start.
-_ALWAYS = {"records_dead_lettered": "refused", "records_dropped": "failed"}
+# A counter that appears with its first event is no increase to PromQL: these are there from the start.
+_KINDS = ("empty", "version", "element", "truncated", "trailing", "oversize", "partition_key")
+_ALWAYS = {
+    "records_dead_lettered": dict.fromkeys((*_KINDS, "refused"), 0),
+    "records_dropped": dict.fromkeys(("no_dead_letter", "drop_oldest", "drop_newest", "failed"), 0),
+    "format_errors": dict.fromkeys(_KINDS, 0),
+    "records_throttled": {"": 0},
+}
 _HISTOGRAMS = (
     ("call_seconds", "call_seconds", "Time from a call to its answer"),
     ("batch_fill_ratio", "batch_fill", "How full a batch is, of the records or bytes it may hold"),
@@ -59,6 +66,7 @@ _GAUGES = (
     ("records_in_flight", "in_flight", "Records received and not ended, in memory"),
     ("spool_records", "spooled", "Records that are on disk only"),
     ("spool_bytes", "spool_bytes", "Size of the spool on disk"),
+    ("spool_bytes_limit", "spool_bytes_limit", "What it may grow to; 0 without a spool"),
     ("budget_bytes", "buffered_bytes", "Memory charged for records"),
     ("unacknowledged_messages", "unacked", "Messages that the broker was not told of yet"),
     ("calls_open", "calls_open", "Calls without an answer yet"),
@@ -119,8 +127,7 @@ class EngineCollector(Collector):
         for name, key, label, doc in _LABELLED:
             counter = CounterMetricFamily(f"fastkin_{name}", f"{doc}.", labels=("pipeline", label))
             for pipeline, counts in stats.items():
-                values = counts[key] or {_ALWAYS[name]: 0} if name in _ALWAYS else counts[key]
-                for value, count in values.items():
+                for value, count in (_ALWAYS.get(name, {}) | counts[key]).items():
                     counter.add_metric((pipeline, value or "unknown"), count)
             families.append(counter)
         for name, key, doc in _HISTOGRAMS:

@@ -22,8 +22,11 @@ from fastkin.flusher import Flusher
 from fastkin.intake import Intake
 from fastkin.keys import key_plan
 from fastkin.kinesis import make_client
+from fastkin.logs import Repeats
+from fastkin.overflow import Overflow, batch_limit, shares
 from fastkin.sender import Sender
 from fastkin.shards import ShardMap
+from fastkin.tallies import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -61,7 +64,12 @@ class PipelineRun:
         self.failure: asyncio.Future[None] = self._loop.create_future()
         self.client: Client = make_client(pipeline.kinesis)
         # An eighth is left for what is not charged record by record: ledger, receive buffer, answers, allocator.
-        self.budget = Budget(pipeline.budget_bytes - pipeline.budget_bytes // 8, pipeline.budget_records)
+        self.budget, rows = shares(
+            pipeline.budget_bytes - pipeline.budget_bytes // 8, pipeline.budget_records, pipeline.on_full
+        )
+        max_batch_bytes = batch_limit(
+            pipeline.max_batch_bytes, pipeline.max_record_bytes, pipeline.budget_bytes, pipeline.on_full
+        )
         self.ledger = Ledger()
         kind, parts = key_plan(pipeline.partition_key, client_id=broker.client_id, hostname=socket.gethostname())
         self.lane = Lane(
@@ -71,9 +79,11 @@ class PipelineRun:
             key=KeyPlan(kind, parts),
             target=self.client.target_json(),
             max_records=pipeline.max_records,
-            max_batch_bytes=pipeline.max_batch_bytes,
+            max_batch_bytes=max_batch_bytes,
             max_record_bytes=pipeline.max_record_bytes,
             aggregate_bytes=min(_AGGREGATE_BYTES, pipeline.max_record_bytes) if pipeline.aggregation == "kpl" else 0,
+            rows=None if rows is None else rows.settler,
+            replay=None if rows is None else rows.budget,
         )
         self._static_key = kind == "parts" and all(part[0] == "text" for part in parts)
         router = Router()
@@ -96,9 +106,23 @@ class PipelineRun:
             set_aside=self.aside.refused,
             on_settled=self._settled,
             max_records=pipeline.max_records,
-            max_batch_bytes=pipeline.max_batch_bytes,
+            max_batch_bytes=max_batch_bytes,
         )
-        self.flusher = Flusher(self.lane, self.sender, pipeline.linger_ms / 1000, self._loop)
+        self.overflow: Overflow | None = None
+        if pipeline.on_full != "pause":
+            self.overflow = Overflow(
+                self.lane,
+                self.sender,
+                self.budget,
+                name=self.name,
+                policy=pipeline.on_full,
+                on_settled=self._settled,
+                rows=rows,
+                path=pipeline.spool,
+                max_bytes=pipeline.spool_max_bytes,
+                after_s=pipeline.spool_after_s,
+            )
+        self.flusher = Flusher(self.lane, self.overflow or self.sender, pipeline.linger_ms / 1000, self._loop)
         self.intake = Intake(
             broker,
             [(topic, pipeline.qos) for topic in pipeline.topics],
@@ -109,6 +133,7 @@ class PipelineRun:
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress = asyncio.Event()
+        self._lines = Repeats(_LOG, self._loop.call_later, most=5, per_s=60.0)
         self.ready = False  # the stream was reached
         self.start_error: str | None = None  # why it was not yet
         self._hurried = False
@@ -135,6 +160,10 @@ class PipelineRun:
         self.failure.set_exception(error)
 
     async def _run(self) -> None:
+        if self.overflow is not None:
+            await self.overflow.start()
+            if self.overflow.task is not None:
+                self.overflow.task.add_done_callback(self._task_done)
         # Only the first look is waited for: while Kinesis cannot be reached the messages are taken up to the
         # budget all the same, else the broker would not even know our session yet and drop them.
         if not await self._prepare():
@@ -148,7 +177,10 @@ class PipelineRun:
             await self._look_at_stream()
         except KinesisError as error:
             self.start_error = str(error)
-            _LOG.error("pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S)
+            self._lines.say(
+                logging.ERROR, "not ready",
+                "pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S,
+            )  # fmt: skip
             return False
         self.ready = True
         self.start_error = None
@@ -177,18 +209,23 @@ class PipelineRun:
             await self.intake.close()
             self.left.set()
         self.flusher.close(DRAIN)
+        if self.overflow is not None:
+            self.overflow.drain()
         try:
             self._drain = asyncio.timeout(None if linger and not self._hurried else self.pipeline.shutdown_timeout_s)
             async with self._drain:
-                while self.lane.in_flight:
+                while self._to_drain():
                     self._progress.clear()
                     self._attend()
                     await self._progress.wait()
         except TimeoutError:
             pass
         self._drain = None
+        self._lines.close()
         self.flusher.stop()
         await self.sender.close()
+        if self.overflow is not None:
+            await self.overflow.close()
         await self.intake.close()
         for task in self._tasks:
             task.cancel()
@@ -198,11 +235,19 @@ class PipelineRun:
         unsettled = self.lane.in_flight
         say = _LOG.info if unsettled == 0 else _LOG.error
         say(
-            "pipeline=%s stage=engine stopped: received=%d stored=%d dead_lettered=%d dropped=%d unsettled=%d%s",
-            self.name, self.lane.received, self.lane.stored, self.lane.dead_lettered, self.lane.dropped, unsettled,
+            "pipeline=%s stage=engine stopped: received=%d stored=%d dead_lettered=%d dropped=%d spooled=%d"
+            " unsettled=%d%s",
+            self.name, self.lane.received, self.lane.stored, self.lane.dead_lettered, self.lane.dropped,
+            self.lane.spooled, unsettled,
             "" if unsettled == 0 else " (not acknowledged: the broker keeps QoS 1 and 2 of a persistent session)",
         )  # fmt: skip
         return unsettled
+
+    def _to_drain(self) -> bool:
+        """Is there something that waiting for Kinesis may still settle?"""
+        if self.overflow is not None and not self.sender.flowing:
+            return self.lane.in_flight > self.overflow.safe
+        return self.lane.in_flight > 0
 
     # -- the stream ----------------------------------------------------------------------------
 
@@ -309,6 +354,8 @@ class PipelineRun:
     def _read(self) -> None:
         if self.lane.attention:
             self._attend()
+        if self.overflow is not None and self.budget.full:
+            self.overflow.attend()
         # Everything the broker will hand out is here: waiting for more records would only wait for the linger.
         if self.lane.open_records and self.ledger.unacked >= self.intake.granted_window:
             self.flusher.close(WINDOW)
@@ -337,6 +384,7 @@ class PipelineRun:
             "filtered": lane.filtered,
             "dropped": lane.dropped,
             "in_flight": lane.in_flight,
+            "spooled": lane.spooled,
             "buffered_bytes": self.budget.bytes,
             "peak_bytes": self.budget.peak_bytes,
             "calls": sender.calls,
@@ -354,8 +402,8 @@ class PipelineRun:
             "flushes": lane.flushes,
             "last_error": self.last_error,
             # by name; the first two sum up to their totals above
-            "dead_by_reason": self.aside.dead.summing_to(lane.dead_lettered),
-            "dropped_by_policy": self.aside.dropped.summing_to(lane.dropped, "failed"),
+            "dead_lettered_by": self.aside.dead_lettered_by.summing_to(lane.dead_lettered),
+            "dropped_by": self._dropped().summing_to(lane.dropped, "failed"),
             "retried_by_code": dict(sender.retried_by_code),
             "throttled_by_shard": dict(sender.throttled),
             "calls_failed_by_code": dict(sender.calls_failed_by_code),
@@ -365,12 +413,21 @@ class PipelineRun:
             "paused_s": intake.paused_s,
             "call_seconds": sender.call_seconds.told(),
             "batch_fill": sender.batch_fill.told(),
-        }
+        } | (self.overflow.stats() if self.overflow is not None else {})
 
     @property
     def last_error(self) -> str | None:
         """What is wrong now, for a person; it clears when the same goes well."""
-        return self.start_error or self.sender.last_error or self.intake.last_error
+        here = None if self.intake.connected.is_set() else self.intake.last_error
+        return self.start_error or self.sender.last_error or here
+
+    def _dropped(self) -> Tally:
+        """Records that were given up, by policy."""
+        dropped = Tally()
+        dropped.update(self.aside.dropped)
+        if self.overflow is not None and self.overflow.dropped:
+            dropped.add(self.pipeline.on_full, self.overflow.dropped)
+        return dropped
 
     def oldest_s(self) -> float:
         """Age of the oldest message that is not acknowledged; 0.0 when there is none."""

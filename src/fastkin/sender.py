@@ -21,8 +21,18 @@ from random import Random
 from typing import TYPE_CHECKING, Protocol
 
 from fastkin._codec import Batch
-from fastkin.errors import Action, ClosedError, KinesisError, LibraryError, NotSent, TransportError, UnexpectedResponse
+from fastkin.errors import (
+    Action,
+    ClosedError,
+    KinesisError,
+    LibraryError,
+    NotSent,
+    TransportError,
+    UnexpectedResponse,
+    printable,
+)
 from fastkin.kinesis import classify_record
+from fastkin.logs import Repeats
 from fastkin.pacing import Backoff, Concurrency, Pacer
 from fastkin.shards import shard_in_message
 from fastkin.tallies import Histogram, Tally
@@ -53,6 +63,7 @@ _ENTRY_CAP_S = 5.0
 _CALL_BASE_S = 0.05
 _CALL_CAP_S = 5.0
 _THROTTLE_ERROR_AFTER_S = 60.0
+_NO_EPOCH = -1  # of what came back from the spool: no flush waits for it
 _LEAST_WAIT_S = 0.001  # a shorter one may vanish in the clock's rounding, and the pump would go round for ever
 
 # upper bounds: seconds of one call, and how full a batch is of what it may hold (records or bytes, the fuller)
@@ -120,6 +131,9 @@ class Sender:
         self._failed: dict[str, _Queue] = {}
         self._next: Batch | None = None  # taken from its queue, waiting for tokens
         self._tasks: dict[asyncio.Task[None], Batch] = {}  # calls in flight
+        self._began: dict[asyncio.Task[None], float] = {}  # when each was made
+        self.source: Callable[[], Batch | None] = lane.take  # where new batches come from
+        self.answered_at = self._loop.time()  # when Kinesis last took something
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._epoch = 0
@@ -128,8 +142,7 @@ class Sender:
         self._outstanding: dict[int, int] = {0: 0}  # epoch -> records taken from the lane and not ended
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._closing = False
-        self._warned_at = -_WARN_EVERY_S
-        self._unsaid = 0
+        self._warnings = Repeats(_LOG, self._loop.call_later, most=1, per_s=_WARN_EVERY_S)
         self._throttled_since: float | None = None
         self.last_error: str | None = None
         self.calls = 0
@@ -199,6 +212,7 @@ class Sender:
             self.pacer.sent(load)
             task = self._loop.create_task(self._call(batch, load), name=f"fastkin[{self.name}].call")
             self._tasks[task] = batch
+            self._began[task] = now
             self.max_in_flight = max(self.max_in_flight, len(self._tasks))
             task.add_done_callback(self._call_done)
 
@@ -229,6 +243,7 @@ class Sender:
     async def close(self) -> None:
         """Cancel the calls in flight. What has not ended stays unsettled: see `unsent`."""
         self._closing = True
+        self._warnings.close()
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
@@ -249,15 +264,74 @@ class Sender:
         self._next = None
         return batches
 
+    @property
+    def flowing(self) -> bool:
+        """The last call was answered, and nothing keeps the next one."""
+        return self.last_error is None and self._gate <= self._loop.time()
+
+    @property
+    def oldest(self) -> float | None:
+        """When the oldest batch that has not ended was taken (loop time); None without one."""
+        born = [batch.born for queue in self._failed.values() for batch in queue.batches]
+        born += [batch.born for batch in self._tasks.values()]
+        if self._next is not None:
+            born.append(self._next.born)
+        return min(born, default=None)
+
+    @property
+    def waiting(self) -> bool:
+        """Something waits to be sent."""
+        return bool(self._failed) or self._next is not None or self.lane.ready > 0
+
+    def withdraw(self, *, called_before: float | None = None, alone: bool = True) -> list[Batch]:
+        """Hand out the batches that wait, oldest first, but not what came back from the spool.
+
+        Calls that were made before `called_before` (loop time) are cut short; their batches wait after that and
+        come with the next withdrawal. `alone`: also the halves of a call that Kinesis refused. Whoever takes a
+        batch tells `forget` when it has ended, or gives it back.
+        """
+        if called_before is not None:
+            for task, began in self._began.items():
+                if began < called_before and not self._tasks[task].restored:
+                    task.cancel()
+        out: list[Batch] = []
+        if self._next is not None and not self._next.restored:
+            out.append(self._next)
+            self._next = None
+        for key, queue in list(self._failed.items()):
+            if queue.alone and not alone:
+                continue
+            out += [batch for batch in queue.batches if not batch.restored]
+            queue.batches = deque(batch for batch in queue.batches if batch.restored)
+            if not queue.batches:
+                del self._failed[key]
+        out.sort(key=lambda batch: batch.born)
+        while (fresh := self.lane.take()) is not None:
+            self._adopt(fresh)
+            out.append(fresh)
+        return out
+
+    def give_back(self, batches: list[Batch]) -> None:
+        """What was withdrawn shall be sent after all, before everything else."""
+        self._queue("").batches.extendleft(reversed(batches))
+
+    def forget(self, epoch: int, count: int) -> None:
+        """So many records of what was withdrawn have ended."""
+        self._ended(epoch, count)
+
     # -- what goes next ------------------------------------------------------------------------
 
     def _fresh(self) -> Batch | None:
-        batch = self.lane.take()
+        batch = self.source()
         if batch is not None:
             self._adopt(batch)
         return batch
 
     def _adopt(self, batch: Batch) -> None:
+        batch.born = self._loop.time()
+        if batch.restored:
+            batch.epoch = _NO_EPOCH
+            return
         self.batched += batch.user_records
         self.batch_fill.observe(max(len(batch) / self._max_records, batch.size / self._max_bytes))
         batch.epoch = self._epoch
@@ -316,15 +390,20 @@ class Sender:
         somebody waits for a flush that concerns one of them only: under a lasting throttle what fails would
         take in what is newer again and again, and the flush would never return.
         """
-        return one.attempts == other.attempts and (one.epoch == other.epoch or not self._waiters)
+        return (
+            one.attempts == other.attempts
+            and one.restored == other.restored
+            and (one.epoch == other.epoch or not self._waiters)
+        )
 
     def _gather(self, picked: list[Batch]) -> Batch:
         epoch = min(batch.epoch for batch in picked)
         attempts = picked[0].attempts
-        for batch in picked:
-            count = len(batch)
-            self._outstanding[batch.epoch] -= count
-            self._outstanding[epoch] += count
+        if epoch != _NO_EPOCH:
+            for batch in picked:
+                count = len(batch)
+                self._outstanding[batch.epoch] -= count
+                self._outstanding[epoch] += count
         first, *rest = Batch.gather(picked)
         for batch in (first, *rest):
             batch.epoch = epoch
@@ -400,6 +479,7 @@ class Sender:
 
     def _call_done(self, task: asyncio.Task[None]) -> None:
         batch = self._tasks.pop(task)
+        del self._began[task]
         if task.cancelled():
             # Perhaps before its first step, so this cannot be left to the task itself.
             self._queue("").batches.appendleft(batch)
@@ -430,6 +510,8 @@ class Sender:
 
     def _answered(self, epoch: int, attempts: int, count: int, load: Load, failures: list[Failure]) -> None:
         now = self._loop.time()
+        if len(failures) != 1 or len(failures[0].batch) < count:
+            self.answered_at = now
         self._concurrency.succeeded()
         self._gate_backoff.reset()
         self._operator_backoff.reset()
@@ -450,7 +532,8 @@ class Sender:
             self._entry_failed(failure, now)
 
     def _entry_failed(self, failure: Failure, now: float) -> None:
-        code, batch = failure.code, failure.batch
+        batch = failure.batch
+        code, message = printable(failure.code, 128), printable(failure.message)
         self.failed_by_code.add(code, len(batch))
         action = classify_record(code)
         if action is not Action.THROTTLE:
@@ -459,9 +542,9 @@ class Sender:
             action is Action.RETRY and code not in _TRANSIENT and batch.attempts >= _UNKNOWN_CODE_ATTEMPTS
         ):
             self._ended(batch.epoch, len(batch))
-            self._set_aside(batch, f"{code}: {failure.message}")
+            self._set_aside(batch, f"{code}: {message}")
             return
-        shard_id = shard_in_message(failure.message) or ""
+        shard_id = shard_in_message(message) or ""
         self.retried += len(batch)
         self.retried_by_code.add(code, batch.user_records)
         most = min(_ENTRY_CAP_S, _ENTRY_BASE_S * 2.0 ** min(batch.attempts, 10))
@@ -472,7 +555,7 @@ class Sender:
             self.pacer.throttled(now, ordinal, even=-1 in batch.shard_load())
             self._say_throttled(now, shard_id, len(batch))
         else:
-            self._warn(now, "%d records failed with %s: %s; they go again", len(batch), code, failure.message)
+            self._warn("%d records failed with %s: %s; they go again", len(batch), code, message)
         queue = self._queue(shard_id)
         queue.batches.append(batch)
         if queue.not_before <= now:
@@ -506,7 +589,7 @@ class Sender:
             else:
                 delay = self._gate_backoff.next()
                 if error.action is not Action.THROTTLE or not self._throttled_for_long(now, ""):
-                    self._warn(now, "call failed: %s; again in %.2f s", error, delay)
+                    self._warn("call failed: %s; again in %.2f s", error, delay)
             self._gate = now + max(delay, min(error.retry_after or 0.0, _OPERATOR_CAP_S))
         self._wake_at(self._gate)
 
@@ -529,7 +612,8 @@ class Sender:
     # -- bookkeeping ---------------------------------------------------------------------------
 
     def _ended(self, epoch: int, count: int) -> None:
-        self._outstanding[epoch] -= count
+        if epoch != _NO_EPOCH:
+            self._outstanding[epoch] -= count
         if not self._waiters:
             return
         still = []
@@ -545,18 +629,12 @@ class Sender:
             del self._outstanding[epoch]
         return all(epoch > mark for epoch in self._outstanding if self._outstanding[epoch])
 
-    def _warn(self, now: float, message: str, *args: object) -> None:
-        if now - self._warned_at < _WARN_EVERY_S:
-            self._unsaid += 1
-            return
-        self._warned_at = now
-        more = f" ({self._unsaid} more like this)" if self._unsaid else ""
-        self._unsaid = 0
-        _LOG.warning("pipeline=%s stage=send " + message + "%s", self.name, *args, more)
+    def _warn(self, message: str, *args: object) -> None:
+        self._warnings.say(logging.WARNING, message, "pipeline=%s stage=send " + message, self.name, *args)
 
     def _say_throttled(self, now: float, shard_id: str, records: int) -> None:
         if not self._throttled_for_long(now, shard_id):
-            self._warn(now, "throttled at %s: %d records go again, slower", shard_id or "the stream", records)
+            self._warn("throttled at %s: %d records go again, slower", shard_id or "the stream", records)
 
     def _throttled_for_long(self, now: float, shard_id: str) -> bool:
         """Say so as an error, once per _THROTTLE_ERROR_AFTER_S without a call that went through whole."""

@@ -15,7 +15,7 @@ import ssl
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastkin._mqtt import reason_text
-from fastkin.errors import ConfigError, MqttError, ProtocolError, RefusedError
+from fastkin.errors import ConfigError, MqttError, ProtocolError, RefusedError, printable
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession, ClientWebSocketResponse
@@ -142,7 +142,11 @@ def _tls_words(error: BaseException) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """Why there is no connection, or why it ended, for the log."""
+    """Why there is no connection, or why it ended, for the log: fit for it, whatever the peer put into it."""
+    return printable(_explain(error))
+
+
+def _explain(error: BaseException) -> str:
     if isinstance(error, MqttError):
         return str(error)
     if isinstance(error, ssl.SSLError):

@@ -50,11 +50,13 @@ from running import ROOT, Service
 from servers import ACCESS_KEY, SECRET_KEY, free_port, mosquitto
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Callable, Iterable
 
+    from scripted import ScriptedBroker
     from servers import Server
 
 T = TypeVar("T")
+Message = tuple[str, bytes, list[int]]  # topic, payload, the numbers in it
 STREAM = "welders"
 CHILD = Path(__file__).resolve().parent / "child.py"
 REPORT = os.environ.get("LEDGER_REPORT")  # a file that gets every report line too
@@ -171,9 +173,9 @@ class Plant:
         self._bulk = bulk
         self._next = 0
 
-    def messages(self, count: int, size: int) -> list[tuple[str, bytes, list[int]]]:
+    def messages(self, count: int, size: int) -> list[Message]:
         """Topic, payload, and the numbers in it, for the next `count` records."""
-        made: list[tuple[str, bytes, list[int]]] = []
+        made: list[Message] = []
         at, end = self._next, self._next + count
         self._next = end
         while at < end:
@@ -186,7 +188,7 @@ class Plant:
             at += len(which)
         return made
 
-    async def flow(self, messages: list[tuple[str, bytes, list[int]]], rate: float) -> None:
+    async def flow(self, messages: list[Message], rate: float) -> None:
         """`rate` in records a second; returns when the broker has all of them."""
         done = 0  # messages that the broker took over
         began = time.monotonic()
@@ -207,6 +209,7 @@ class Plant:
                 done = len(messages)
             except FastkinError:
                 done = base + (publisher.acked if self._qos else publisher.published)
+                self._ledger.repeated += sum(len(each[2]) for each in messages[done : base + publisher.published])
                 await asyncio.sleep(0.1)
             finally:
                 for _, _, which in messages[base:done]:
@@ -231,14 +234,15 @@ class Rig:
         pipelines: Iterable[str] = ("raw", "bulk"),
         conf: str = "",
         persistence: bool = False,
-        scripted: Callable[[], Awaitable[Any]] | None = None,
+        scripted: ScriptedBroker | None = None,
         tls: Any = None,  # a server-side ssl context: the broker is reached through TLS
         patch: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
         qos: int = 1,
         start: bool = True,
         ready: bool = True,
-        dead_letter: bool = True,
+        host: str = "127.0.0.1",
+        dead_letter_path: Path | None = None,
         lossy_broker: bool = False,
         spool: bool = False,
     ) -> None:
@@ -247,7 +251,8 @@ class Rig:
         self.directory = directory
         self.name = name or os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[2].partition(" ")[0]
         self.ledger = Ledger(unsafe=None if spool or qos == 0 else self._unsafe)
-        self.dead_letter = directory / "dead.jsonl"
+        self.dead_letter = dead_letter_path or directory / "dead.jsonl"
+        self._host = host
         self.allowed_dead: set[int] = set()
         self.expected_errors: tuple[str, ...] = ()
         self._lossy_broker = lossy_broker
@@ -270,7 +275,7 @@ class Rig:
             } | (kinesis or {}),
             "pipeline": {
                 "budget_bytes": 16 * 2**20, "shutdown_timeout_s": 10, "qos": qos,
-                **({"dead_letter": str(self.dead_letter)} if dead_letter else {}),
+                "dead_letter": str(self.dead_letter),
             } | (pipeline or {}),
         }  # fmt: skip
         self._patch = {"set": QUICK | (patch or {}).get("set", {})} | {
@@ -287,6 +292,7 @@ class Rig:
         self._dead_size = -1
         self._dead_now: set[int] = set()
         self.total = 0
+        self.broker_restarts = 0
         self.status_port = free_port()
         self.scraper = Scraper(self.status_port)
 
@@ -343,7 +349,10 @@ class Rig:
             )
             port = self.broker.port
         else:
-            port = self.wait(self._scripted())
+            port = self.wait(self._scripted.start())
+            self._exit.callback(lambda: self.wait(self._scripted.close()))  # type: ignore[union-attr]
+            self.ledger.published |= self._scripted.numbers
+            self.total = len(self._scripted.numbers)
         self.watched = self._proxy(port, watch=lambda: MqttWatch(self.ledger), ssl_context=self._tls)
         self.broker_way = self.watched if self._tls is None else self._proxy(self.watched.port)
         if self._scripted is None:
@@ -375,9 +384,9 @@ class Rig:
 
     def toml(self) -> str:
         settings = self._settings
-        broker = {"url": f"{'mqtt' if self._tls is None else 'mqtts'}://127.0.0.1:{self.broker_way.port}"}
+        broker = {"url": f"{'mqtt' if self._tls is None else 'mqtts'}://{self._host}:{self.broker_way.port}"}
         scheme = "https" if self._emulator_options.get("ssl_context") else "http"
-        kinesis = {"endpoint_url": f"{scheme}://127.0.0.1:{self.kinesis_way.port}"}
+        kinesis = {"endpoint_url": f"{scheme}://{self._host}:{self.kinesis_way.port}"}
         tables = [
             ("[broker]", broker | settings["broker"]),
             ("[kinesis]", kinesis | settings["kinesis"]),
@@ -413,8 +422,11 @@ class Rig:
 
     def flow(self, count: int, *, rate: float = 1500.0, size: int = 0, wait: bool = False) -> None:
         """Publish the next `count` records, in the background unless `wait`."""
+        self.flow_messages(self.plant.messages(count, size), rate=rate, wait=wait)
+
+    def flow_messages(self, messages: list[Message], *, rate: float = 1500.0, wait: bool = False) -> None:
+        count = sum(len(which) for _, _, which in messages)
         self.total += count
-        messages = self.plant.messages(count, size)
         future = asyncio.run_coroutine_threadsafe(self.plant.flow(messages, rate), self.loop)
         self._flows.append(future)
         if wait:
@@ -450,6 +462,17 @@ class Rig:
         self.service.start()
         want = before + len(self._pipelines)
         self.until(lambda: self.service.log().count(" subscribed") >= want, "subscribed again")
+
+    def stop_broker(self, *, kill: bool = False) -> None:
+        self.broker_restarts += 1
+        self.broker.kill() if kill else self.broker.stop()
+
+    def terminate(self) -> None:
+        """SIGTERM in the middle; the exit status must be 0."""
+        self.scraper.look()
+        got = self.service.terminate(PATIENCE_S)
+        assert got == 0, f"exit status {got}"
+        self.until(lambda: not self.broker_way.links, "the connections are gone")
 
     def delete_stream(self) -> None:
         """What it held stays in the books."""
@@ -499,7 +522,7 @@ class Rig:
         return [number for number in missing if number not in self.allowed_dead]
 
     def dead(self) -> set[int]:
-        size = sum(path.stat().st_size for path in self.directory.glob("dead.jsonl*"))
+        size = sum(path.stat().st_size for path in self.dead_letter.parent.glob("dead.jsonl*"))
         if size != self._dead_size:
             self._dead_size = size
             self._dead_now = {n for payload in dead_letters(self.dead_letter) for n in numbers(payload)}
@@ -584,6 +607,10 @@ class Rig:
         assert books["lost"] == 0, f"{books['lost']} records are lost: {books}"
         self._contents()
         assert books["dup"] <= books["bound"], f"more duplicates than can be explained: {books}"
+        if not self.broker_restarts and self._scripted is None:
+            # else the broker may have lost acknowledgements that it had not read or not written down
+            most = ledger.unacked_at_cut + ledger.late_acks + ledger.repeated
+            assert books["redelivered"] <= most, f"the broker says again what was acknowledged: {most} {books}"
         assert books["redelivered"] >= least_redelivered, f"the fault did not bite: {books}"
         return books
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections import Counter
+import time
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
+_LATE_S = 0.5
 _NUMBER = re.compile(rb"n(\d{7})[.]")
 
 
@@ -36,7 +38,8 @@ class Ledger:
     handed: Counter[int] = field(default_factory=Counter)  # by the broker to fastkin, every time
     acked: set[int] = field(default_factory=set)
     unacked_at_cut: int = 0  # records of messages without acknowledgement when a connection ended
-    cuts: int = 0
+    late_acks: int = 0  # of messages acknowledged so shortly before the end that the broker may not have read it
+    repeated: int = 0  # records that the plant published again: the broker had not answered
     too_early: list[int] = field(default_factory=list)  # acknowledged before they were safe
     order_errors: int = 0
     # asked for what is acknowledged: those of them that are neither stored nor set aside
@@ -61,6 +64,7 @@ class MqttWatch:
         self._down = bytearray()
         self._version = 0
         self._unacked: dict[int, list[int]] = {}
+        self._late: deque[tuple[float, int]] = deque()
 
     @property
     def unacked(self) -> int:
@@ -76,6 +80,10 @@ class MqttWatch:
                 which = self._unacked.pop(packet_id, None)
                 if which is not None:
                     self._ledger.ack(which)
+                    now = time.monotonic()
+                    self._late.append((now, len(which)))
+                    while self._late[0][0] < now - _LATE_S:
+                        self._late.popleft()
 
     def down(self, data: bytes) -> None:
         self._down += data
@@ -104,7 +112,8 @@ class MqttWatch:
             self._unacked[packet_id] = which
 
     def closed(self) -> None:
-        self._ledger.cuts += 1
+        since = time.monotonic() - _LATE_S
+        self._ledger.late_acks += sum(count for when, count in self._late if when >= since)
         self._ledger.unacked_at_cut += sum(map(len, self._unacked.values()))
         self._unacked.clear()
 

@@ -194,6 +194,7 @@ class Checker:
         self._sizes(given, raw)
         if given.get("dead_letter", "none") != "none":
             self._dead_letter(given["dead_letter"], raw["dead_letter"].place)
+        self._spool(given, raw)
         kinesis = self._kinesis(raw, defaults, where)
         if len(self.report.problems) > before or kinesis is None:
             return None
@@ -277,6 +278,38 @@ class Checker:
                 f"budget_bytes {budget} holds no record of max_record_bytes {record}",
                 f"at least {need} (base64 takes a third more)",
             )
+
+    def _spool(self, given: dict[str, Any], raw: Raw) -> None:
+        """`spool` goes with on_full = "spool": a file that can be written."""
+        spools = given.get("on_full") == "spool"
+        if "spool" not in given:
+            if spools and "spool" not in raw:
+                cure = "set FASTKIN_PIPELINE_SPOOL" if self.path is None else 'set spool, for example to "spool.db"'
+                self.report.problem(raw["on_full"].place, "on_full is spool, and no file is named", cure)
+            for name in ("spool_max_bytes", "spool_after_s"):
+                if name in raw and not spools:
+                    self.report.warn(f'{raw[name].place}: not used without on_full = "spool"')
+            return
+        place = raw["spool"].place
+        if not spools:
+            self.report.warn(f'{place}: not used without on_full = "spool"')
+            return
+        path = Path(given["spool"]).absolute()
+        record = given.get("max_record_bytes", _default(Pipeline, "max_record_bytes"))
+        most = given.get("spool_max_bytes", _default(Pipeline, "spool_max_bytes"))
+        if most < 2 * record_cost(record):
+            at = (raw.get("spool_max_bytes") or raw["max_record_bytes"]).place
+            self.report.problem(at, f"spool_max_bytes {most} holds no two records of max_record_bytes {record}",
+                                f"at least {2 * record_cost(record)}")  # fmt: skip
+        if not path.parent.is_dir():
+            self.report.problem(place, f"there is no directory {path.parent}", "make it")
+        elif path.is_dir():
+            self.report.problem(place, f"{path} is a directory", "name a file in it")
+        elif not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.R_OK | os.W_OK)):
+            self.report.problem(
+                place, f"{path} cannot be written",
+                f"let user id {os.geteuid()} read and write the file and its directory, or name another",
+            )  # fmt: skip
 
     # --- the stream ---
 
@@ -387,6 +420,7 @@ class Checker:
         if self.path is not None:
             self._unique(raws, "id", "two pipelines have the id")
         self._unique(raws, "bulk_label", "two pipelines have the bulk_label")
+        self._spools(raws)
         silent = [repr(pipeline.id) for pipeline in made if pipeline.dead_letter is None]
         if silent:
             key = "dead_letter" if self.path is not None else "FASTKIN_PIPELINE_DEAD_LETTER"
@@ -396,6 +430,21 @@ class Checker:
             )
         if made and not any(pipeline.enabled for pipeline in made):
             self.report.warn("every pipeline is disabled: nothing to do")
+
+    def _spools(self, raws: Sequence[Raw]) -> None:
+        """A spool belongs to one pipeline."""
+        seen: dict[str, str] = {}
+        for number, raw in enumerate(raws, 1):
+            value, policy, name = raw.get("spool"), raw.get("on_full"), raw.get("id")
+            if value is None or policy is None or policy.raw != "spool" or not isinstance(value.raw, str):
+                continue
+            path = os.path.realpath(value.raw)
+            label = pipeline_name(number, name.raw if name else None)
+            if path in seen:
+                both = f"{seen[path]} and {label}"
+                says = f"two pipelines have the spool {value.raw!r}: {both}"
+                self.report.problem(value.place, says, "name a file for each")
+            seen.setdefault(path, label)
 
     def _unique(self, raws: Sequence[Raw], key: str, says: str) -> None:
         seen: dict[object, int] = {}

@@ -116,6 +116,13 @@ PIPELINE_KEYS = _table(
     _int("max_record_bytes", 1024, 10 * MIB, "bytes per record, with its key; larger: set aside"),
     _int("budget_bytes", 64 * KIB, 1024 * 1024 * MIB, "bytes held at most, waiting and in flight"),
     _int("budget_records", 1, 1_000_000_000, "records held at most"),
+    _text(
+        "on_full", "when memory is full: wait, go to disk, or lose the oldest or newest",
+        "pause", "spool", "drop_oldest", "drop_newest",
+    ),
+    _text("spool", "file for `on_full = \"spool\"`; each pipeline has its own"),
+    _int("spool_max_bytes", 1 * MIB, 1024 * 1024 * MIB, "bytes in the spool at most"),
+    _number("spool_after_s", 0.1, 3600, "spool when the oldest record has waited so long, even if memory is not full"),
     _text("dead_letter", "what can never be stored: a file, `stream:NAME` or `stream:ARN`; `none`: it is only logged"),
     _int("dead_letter_max_bytes", 0, 1024 * 1024 * MIB, "the file is rotated before it grows larger; 0: never"),
     _int("dead_letter_keep", 0, 999, "rotated files to keep; the oldest is deleted. 0: a full file is deleted"),
@@ -185,7 +192,7 @@ NOT_SETTINGS = frozenset(
     }
 )
 # one pipeline's own: a FASTKIN_PIPELINE_ name cannot mean it when there are several
-OWN = frozenset({"id", "description", "topics", "bulk_label"})
+OWN = frozenset({"id", "description", "topics", "bulk_label", "spool"})
 
 TABLES: dict[str, dict[str, Key]] = {
     "broker": BROKER_KEYS,

@@ -1,0 +1,405 @@
+"""Batches on disk: a SQLite file, one row per batch, durable before `write` returns.
+
+What is in it has been acknowledged, so the rules are those of a ledger:
+
+- WAL with synchronous=FULL: a commit is on the disk before anybody is told. A write that a crash cut short is
+  not there at the next open, and was never acknowledged.
+- Each row carries a CRC over all of it. One that the disk gives back changed is set aside and stays in the file;
+  the rows behind it are read all the same.
+- One process has the file open, by SQLite's own exclusive lock; the lock ends with the process.
+- Bodies are written and read in place (incremental I/O) through a small page cache, so that a row costs one copy
+  of its bytes and no more.
+- The file keeps its largest size while it is in use, free pages are used again; it shrinks once it is empty.
+
+It blocks: use it from one thread that is not the loop's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sqlite3
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from fastkin.errors import SpoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Buffer
+
+APPLICATION = 0x666B7370  # "fksp"
+VERSION = 1
+_PAGE_BYTES = 8192
+_CACHE_KIB = 1024
+_CHECKPOINT_PAGES = 512  # the log goes into the file each 4 MiB
+ROW_BYTES = 128  # what a row costs besides its body and counts
+ENTRY_BYTES = 48  # what an entry of a restored batch costs in memory besides its bytes
+_SHRINK_BYTES = 1 << 20  # an empty file larger than this is made small again
+
+_SCHEMA = """
+CREATE TABLE rows (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    entries INTEGER NOT NULL,
+    records INTEGER NOT NULL,
+    size INTEGER NOT NULL,
+    crc INTEGER NOT NULL,
+    damaged INTEGER NOT NULL DEFAULT 0,
+    counts BLOB NOT NULL
+) STRICT;
+CREATE TABLE bodies (id INTEGER PRIMARY KEY, body BLOB NOT NULL) STRICT;
+CREATE TABLE state (clean INTEGER NOT NULL) STRICT;
+INSERT INTO state VALUES (1);
+"""
+
+
+class Put(NamedTuple):
+    """One batch to keep: its finished body, `Batch.counts`, entries, user records."""
+
+    body: Buffer
+    counts: bytes
+    entries: int
+    records: int
+
+
+class Row(NamedTuple):
+    """One batch read back; `fault` says why its bytes cannot be used (then `body` is empty)."""
+
+    id: int
+    entries: int
+    records: int
+    size: int  # of the row, as it counts towards max_bytes
+    body: bytes
+    counts: bytes
+    fault: str | None = None
+
+
+class Found(NamedTuple):
+    """What a file held when it was opened."""
+
+    rows: int
+    records: int
+    bytes: int
+    clean: bool  # closed in order: no row was on its way
+    damaged: int  # rows that were set aside earlier
+
+
+class Spool:
+    """A bounded queue of batches in one file, oldest first."""
+
+    def __init__(self, path: str | Path, *, max_bytes: int) -> None:
+        self.path = Path(path)
+        self.max_bytes = max_bytes
+        self.rows = 0
+        self.records = 0
+        self.bytes = 0  # of live rows; the file itself is some percent larger, its log up to a few MiB
+        self._db: sqlite3.Connection | None = None
+        self._last: int | None = None  # the newest row that was told of
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def open(self) -> Found:
+        """Open or make the file, mode 0600, and lock it. SpoolError names path and cure.
+
+        Opened again after trouble, it forgets what a failed commit may have left: the caller still has that.
+        """
+        self._let_go()
+        try:
+            self._make()
+            db = self._db = sqlite3.connect(
+                f"file:{_quoted(self.path)}?mode=rw", uri=True, isolation_level=None, timeout=0.0,
+                check_same_thread=False, cached_statements=16,
+            )  # fmt: skip
+            found = self._begin(db)
+        except BaseException as error:
+            self._let_go()
+            if isinstance(error, OSError | sqlite3.Error):
+                raise self._error("open it", error) from error
+            raise
+        self.rows, self.records, self.bytes = found.rows, found.records, found.bytes
+        return found
+
+    def close(self, *, clean: bool = True) -> None:
+        """`clean`: nothing that is in the file is on its way to Kinesis."""
+        db = self._db
+        if db is None:
+            return
+        with contextlib.suppress(sqlite3.Error):
+            if clean:
+                db.execute("UPDATE state SET clean = 1")
+            if self.rows == 0:
+                self._shrink(db)
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._let_go()
+
+    def _let_go(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            with contextlib.suppress(sqlite3.Error):
+                db.close()
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _make(self) -> None:
+        """The file itself, so that nobody else can ever read it, and its directory entry."""
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            for suffix in ("", "-wal"):
+                path = Path(f"{self.path}{suffix}")
+                with contextlib.suppress(FileNotFoundError):
+                    if path.is_file() and path.stat().st_mode & 0o077:
+                        path.chmod(0o600)
+            return
+        os.close(fd)
+        folder = os.open(self.path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _begin(self, db: sqlite3.Connection) -> Found:
+        for setting in (
+            # The lock: held by the connection to its end, and no file is shared for the log's index.
+            "locking_mode = EXCLUSIVE",
+            f"page_size = {_PAGE_BYTES}",
+            f"cache_size = -{_CACHE_KIB}",
+            "mmap_size = 0",
+            "temp_store = FILE",
+            "synchronous = FULL",
+            "trusted_schema = OFF",
+            f"wal_autocheckpoint = {_CHECKPOINT_PAGES}",
+            f"journal_size_limit = {_CHECKPOINT_PAGES * _PAGE_BYTES}",
+        ):
+            db.execute(f"PRAGMA {setting}")
+        if (
+            self._pragma(db, "application_id") == 0
+            and db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
+        ):
+            db.execute("PRAGMA journal_mode = WAL")
+            db.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION};"
+                             f"PRAGMA user_version = {VERSION}; {_SCHEMA} COMMIT;")  # fmt: skip
+        if self._pragma(db, "application_id") != APPLICATION:
+            raise SpoolError(
+                self.path, "it is no spool of fastkin", "name another file in `spool`, or move this one away"
+            )
+        version = self._pragma(db, "user_version")
+        if version != VERSION:
+            raise SpoolError(
+                self.path, f"its layout is version {version}, this fastkin knows {VERSION}",
+                "drain it with the fastkin that wrote it, or move it away",
+            )  # fmt: skip
+        db.execute("PRAGMA journal_mode = WAL")
+        clean = bool(db.execute("SELECT clean FROM state").fetchone()[0])
+        db.execute("UPDATE state SET clean = 0")  # takes the lock for good
+        if self._last is None:
+            self._last = int(db.execute("SELECT coalesce(max(id), 0) FROM rows").fetchone()[0])
+        else:
+            db.execute("DELETE FROM rows WHERE id > ?", (self._last,))
+            db.execute("DELETE FROM bodies WHERE id > ?", (self._last,))
+        rows, records, size = db.execute(
+            "SELECT count(*), coalesce(sum(records), 0), coalesce(sum(size), 0) FROM rows WHERE NOT damaged"
+        ).fetchone()
+        damaged = db.execute("SELECT count(*) FROM rows WHERE damaged").fetchone()[0]
+        return Found(rows, records, size, clean or rows == 0, damaged)
+
+    @staticmethod
+    def _pragma(db: sqlite3.Connection, name: str) -> int:
+        return int(db.execute(f"PRAGMA {name}").fetchone()[0])
+
+    # -- work ------------------------------------------------------------------------------------
+
+    def fits(self, puts: Sequence[Put]) -> bool:
+        """Is there room for these, within max_bytes?"""
+        return self.bytes + sum(row_size(put) for put in puts) <= self.max_bytes
+
+    def write(self, puts: Sequence[Put], ended: Sequence[tuple[int, int, int]] = ()) -> list[int]:
+        """Keep `puts` and forget the rows in `ended` (id, records, size), all in one commit.
+
+        Durable when it returns: the ids of the new rows. SpoolError: nothing of it happened.
+        """
+        db = self._opened()
+        ids: list[int] = []
+        gone: list[tuple[int, int, int]] = []
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for one in ended:
+                # a failed commit may have deleted it all the same
+                if db.execute("DELETE FROM rows WHERE id = ?", one[:1]).rowcount:
+                    gone.append(one)
+                db.execute("DELETE FROM bodies WHERE id = ?", one[:1])
+            ids.extend(self._put(db, put) for put in puts)
+            db.execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+            raise self._error("write to it", error) from error
+        self._last = max([self._last or 0, *ids])
+        self.rows += len(puts) - len(gone)
+        self.records += sum(put.records for put in puts) - sum(one[1] for one in gone)
+        self.bytes += sum(row_size(put) for put in puts) - sum(one[2] for one in gone)
+        if ended and self.rows == 0:
+            with contextlib.suppress(sqlite3.Error):  # room is given back another time
+                self._shrink(db)
+        return ids
+
+    def _put(self, db: sqlite3.Connection, put: Put) -> int:
+        with memoryview(put.body) as body:
+            size = row_size(put)
+            cursor = db.execute(
+                "INSERT INTO rows (entries, records, size, crc, counts) VALUES (?, ?, ?, ?, ?)",
+                (put.entries, put.records, size, _crc(body, put.counts, put.entries, put.records), put.counts),
+            )
+            id_ = cursor.lastrowid
+            assert id_ is not None
+            db.execute("INSERT INTO bodies VALUES (?, zeroblob(?))", (id_, len(body)))
+            with db.blobopen("bodies", "body", id_) as blob:
+                blob.write(body)
+        return id_
+
+    def read(self, after: int, *, most_bytes: int, most_rows: int = 32, at_least_one: bool = False) -> list[Row]:
+        """The oldest rows behind row `after` whose batches take at most `most_bytes` of memory together."""
+        db = self._opened()
+        rows: list[Row] = []
+        try:
+            heads = db.execute(
+                "SELECT id, entries, records, size, crc, counts FROM rows WHERE id > ? AND NOT damaged"
+                " ORDER BY id LIMIT ?", (after, most_rows),
+            ).fetchall()  # fmt: skip
+        except sqlite3.Error as error:
+            raise self._error("read it", error) from error
+        for id_, entries, records, size, crc, counts in heads:
+            cost = size + entries * ENTRY_BYTES
+            if cost > most_bytes and not (at_least_one and not rows):
+                break
+            most_bytes -= cost
+            rows.append(self._read(db, id_, entries, records, size, crc, counts))
+        return rows
+
+    def _read(self, db: sqlite3.Connection, id_: int, entries: int, records: int, size: int, crc: int,
+              counts: bytes) -> Row:  # fmt: skip
+        try:
+            with db.blobopen("bodies", "body", id_, readonly=True) as blob:
+                body = blob.read() if len(blob) <= size else b""
+        except sqlite3.Error as error:
+            if _transient(error):
+                raise self._error("read it", error) from error
+            return Row(id_, entries, records, size, b"", b"", str(error))
+        if _crc(body, counts, entries, records) != crc:
+            return Row(id_, entries, records, size, b"", b"", "its checksum does not match")
+        return Row(id_, entries, records, size, body, counts)
+
+    def set_aside(self, row: Row) -> None:
+        """Keep a damaged row out of the way; it stays in the file, durably marked."""
+        db = self._opened()
+        try:
+            db.execute("UPDATE rows SET damaged = 1 WHERE id = ?", (row.id,))
+        except sqlite3.Error as error:
+            raise self._error("write to it", error) from error
+        self.rows -= 1
+        self.records -= row.records
+        self.bytes -= row.size
+
+    def first_records(self, within: int) -> int:
+        """Records of the oldest rows that fit in `within` bytes: what may have been on its way at a crash."""
+        total = 0
+        try:
+            for entries, records, size in self._opened().execute(
+                "SELECT entries, records, size FROM rows WHERE NOT damaged ORDER BY id"
+            ):
+                total += records
+                within -= size + entries * ENTRY_BYTES
+                if within <= 0:
+                    break
+        except sqlite3.Error as error:
+            raise self._error("read it", error) from error
+        return total
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._db is None:
+            self.open()
+        assert self._db is not None
+        return self._db
+
+    def _shrink(self, db: sqlite3.Connection) -> None:
+        if self._pragma(db, "page_count") * _PAGE_BYTES > _SHRINK_BYTES:
+            db.execute("VACUUM")
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _error(self, doing: str, error: OSError | sqlite3.Error) -> SpoolError:
+        problem, cure = _explain(self.path, error)
+        return SpoolError(self.path, f"cannot {doing}: {problem}", cure)
+
+
+def row_size(put: Put) -> int:
+    """What a batch counts towards max_bytes."""
+    with memoryview(put.body) as body:
+        return body.nbytes + len(put.counts) + ROW_BYTES
+
+
+def _crc(body: Buffer, counts: bytes, entries: int, records: int) -> int:
+    return zlib.crc32(b"%d %d" % (entries, records), zlib.crc32(counts, zlib.crc32(body)))
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+
+
+_TRANSIENT = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN})
+
+
+def _transient(error: sqlite3.Error) -> bool:
+    """May the same read succeed later?"""
+    return _code(error) & 0xFF in _TRANSIENT
+
+
+def _code(error: sqlite3.Error) -> int:
+    return int(getattr(error, "sqlite_errorcode", 0) or 0)
+
+
+def _explain(path: Path, error: OSError | sqlite3.Error) -> tuple[str, str]:
+    """(what is wrong, what helps)."""
+    folder = path.absolute().parent
+    kept = "the data is kept and tried again"
+    access = f"let user id {os.geteuid()} write in {folder}, or set another `spool`"
+    if isinstance(error, OSError):
+        problem = error.strerror or str(error)
+        match error.errno:
+            case errno.ENOENT | errno.ENOTDIR:
+                return problem, f"make the directory {folder} (mkdir -p), or set another `spool`"
+            case errno.EACCES | errno.EPERM | errno.EROFS:
+                return problem, access
+            case errno.ENOSPC | errno.EDQUOT:
+                return problem, f"free space on the file system of {folder}; {kept}"
+            case errno.EISDIR:
+                return problem, "name a file, not a directory, in `spool`"
+            case _:
+                return problem, f"look after the file system of {folder}; {kept}"
+    code = _code(error)
+    match code & 0xFF:
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return "another process or pipeline has it open", "stop that one, or give each a `spool` of its own"
+        case sqlite3.SQLITE_FULL:
+            return "the disk is full", f"free space on the file system of {folder}; {kept}"
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_CANTOPEN:
+            return f"it cannot be written ({error})", access
+        case sqlite3.SQLITE_NOTADB:
+            return "it is no SQLite file", "name another file in `spool`, or move this one away"
+        case sqlite3.SQLITE_CORRUPT:
+            return (
+                f"it is damaged ({error})",
+                f"stop fastkin, rescue with `sqlite3 {path} .recover`, move the file away",
+            )
+        case sqlite3.SQLITE_IOERR:
+            return f"the disk failed ({error})", f"free space, or look after the file system of {folder}; {kept}"
+        case _:
+            return str(error), f"look after the file system of {folder}; {kept}"
