@@ -149,7 +149,7 @@ async def test_the_topic_and_payload_of_a_bad_frame(text: str, json_lines: bool,
         tasks.append(asyncio.create_task(coroutine, name=name))
         return tasks[-1]
 
-    aside = Aside("p", lane, None, spawn=spawn, on_settled=lambda: None)
+    aside = Aside("p", lane, None, topics=("a/#",), spawn=spawn, on_settled=lambda: None)
     lane.offer(topic, topic[:1000], 1)
     rejects = lane.take_rejects()
     for reject in rejects:
@@ -162,6 +162,30 @@ async def test_the_topic_and_payload_of_a_bad_frame(text: str, json_lines: bool,
         assert json.loads(lines()[0])["topic"] == topic.decode("utf-8", "replace")[:1024]
     else:
         assert message.startswith("topic=")
+
+
+async def test_a_flood_of_bad_frames_is_ten_lines_a_second_and_a_count(written: Any) -> None:
+    lines = written(False)
+    budget = Budget(1 << 20, 1000)
+    lane = Lane(settler=None, budget=budget, frame="bulk", key=KeyPlan("uuid"), target=b'"StreamName":"s"')
+    tasks: list[Any] = []
+
+    def spawn(coroutine: Any, name: str) -> Any:
+        tasks.append(asyncio.create_task(coroutine, name=name))
+        return tasks[-1]
+
+    aside = Aside("p", lane, None, topics=("a/#",), spawn=spawn, on_settled=lambda: None)
+    for n in range(300):
+        lane.offer(b"a/b", b"junk" if n % 3 else b"", 1)
+    for reject in lane.take_rejects():
+        aside.rejected(reject)
+    await asyncio.gather(*tasks)
+    await aside.close()
+    said = lines()
+    assert len(said) == 22
+    assert sorted(int(more) for more in re.findall(r"\((\d+) more like this\)", "\n".join(said))) == [89, 189]
+    assert sum(aside.format_errors.values()) == lane.dropped == 300
+    assert budget.bytes == 0
 
 
 @both

@@ -434,14 +434,25 @@ async def test_a_new_pipeline_that_cannot_work_takes_no_other_along(
 
 def test_counters_are_carried_over_and_debts_are_paid_once() -> None:
     carry = Carry()
-    run = {"received": 10, "stored": 4, "in_flight": 6, "state": "closed", "flushes": {"linger": 2}, "peak_bytes": 9}
-    carry.add(run, volatile=False)
-    now = merged(carry, [{"received": 2, "stored": 1, "in_flight": 1, "state": "connected", "flushes": {"full": 1}}])
+    run = {
+        "received": 10,
+        "stored": 4,
+        "in_flight": 6,
+        "state": "closed",
+        "flushes": (1, 2),
+        "by": {"linger": 2},
+        "peak_bytes": 9,
+    }
+    carry.add(run)
+    now = merged(
+        carry,
+        [{"received": 2, "stored": 1, "in_flight": 1, "state": "connected", "flushes": (3, 4), "by": {"full": 1}}],
+    )
     assert (now["received"], now["stored"], now["in_flight"]) == (10, 5, 5)
-    assert (now["state"], now["flushes"]) == ("connected", {"linger": 2, "full": 1})
-    carry.add({"received": 2, "stored": 2, "in_flight": 0}, volatile=False)
+    assert (now["state"], now["flushes"], now["by"]) == ("connected", (4, 6), {"linger": 2, "full": 1})
+    carry.add({"received": 2, "stored": 2, "in_flight": 0})
     now = merged(carry, [{"received": 9, "stored": 0, "in_flight": 9}])
     assert (now["received"], now["stored"], now["in_flight"]) == (15, 6, 9)
-    carry.add({"received": 9, "stored": 7, "in_flight": 2}, volatile=True)
+    carry.add({"received": 9, "stored": 7, "in_flight": 2, "volatile": 2})
     now = merged(carry, [])
     assert (now["received"], now["stored"], now["in_flight"], now["volatile"]) == (15, 13, 2, 2)

@@ -220,6 +220,8 @@ async def test_when_nothing_is_ever_taken_the_data_is_kept(monkeypatch: pytest.M
     await rig.send(numbered(4))
     assert rig.aside == []
     assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(4))
+    assert rig.sender.calls_failed == 30
+    assert sum(rig.sender.calls_failed_by_code.values()) == 30
 
 
 async def test_an_entry_refused_for_good_is_set_aside_alone() -> None:

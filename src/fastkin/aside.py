@@ -157,7 +157,7 @@ class Aside:
         self._topic = _only(topics)
         self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=_LINES_PER_S, per_s=1.0)
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
-        # records, by kind of a bad payload or code of Kinesis; the sum is lane.dead_lettered at any moment
+        # records, by kind of a bad payload or code of Kinesis: sums to lane.dead_lettered
         self.dead_lettered_by = Tally()
         self.dropped = Tally()  # records that ended here without a letter, for there is no `dead_letter`
         self._deleted_said = 0

@@ -209,10 +209,11 @@ class Overflow:
         spool = self.spool
         return {
             "spooled": self._lane.spooled,
-            "spooled_total": self.spooled_total,
+            "spooled_ever": self.spooled_total,
             "spooling": self.spooling,
             "spool_rows": spool.rows if spool is not None else 0,
             "spool_bytes": spool.bytes if spool is not None else 0,
+            "spool_bytes_limit": spool.max_bytes if spool is not None else 0,
             "spool_error": self.broken,
             "spool_damaged_rows": self.damaged,
         }

@@ -569,8 +569,11 @@ class Sender:
         self.failed_by_code.add(error.code, len(batch))
         self.calls_failed_by_code.add(error.code, 1)
         if error.action is Action.REJECTED:
-            self._bisect(batch, error)
-            return
+            if len(batch) > 1 or self._ever_stored:
+                self._bisect(batch, error)
+                return
+            # Nothing was ever accepted: the fault is not this record's but the destination's or ours.
+            error = _as_operator(error)
         self._concurrency.failed()
         if error.action is Action.THROTTLE:
             self.pacer.throttled(now, None, even=True)
@@ -596,10 +599,6 @@ class Sender:
     def _bisect(self, batch: Batch, error: KinesisError) -> None:
         """Kinesis refuses a whole call for one bad record: halve it until the bad one stands alone."""
         if len(batch) == 1:
-            if not self._ever_stored:
-                # Nothing was ever accepted: the fault is not this record's but the destination's or ours.
-                self._call_failed(batch, _as_operator(error))
-                return
             self._ended(batch.epoch, 1)
             self._set_aside(batch, f"{error.code}: {error.message}")
             return
