@@ -582,7 +582,7 @@ class Rig:
             "dup": stored.total() - len(stored),
             "bound": self.bound,
             "dead": len(dead - set(stored)),
-            "lost": len(expected - set(stored) - dead ),
+            "lost": len(expected - set(stored) - dead),
             "redelivered": ledger.redelivered,
             "open_at_cuts": ledger.unacked_at_cut,
             "unacked": sum(link.watch.unacked for link in self.watched.links if link.watch is not None),  # type: ignore[attr-defined]
