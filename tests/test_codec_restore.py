@@ -13,7 +13,6 @@ import pytest
 from codec_rig import Rig, answer, entry, failure, payloads, stored
 from fastkin._codec import (
     DEAD,
-    DRAIN,
     DROPPED,
     FAILED,
     SPOOLED,
