@@ -1,5 +1,5 @@
 # Every target does its own set-up; `ci/setup` says what it installs and is quick when nothing changed.
-.PHONY: help setup build demo test lint bench fuzz clean
+.PHONY: help setup build demo test faults lint bench fuzz clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -15,6 +15,9 @@ demo: build ## a simulated plant through a broker into an emulated stream, with 
 
 test: setup ## the tests, against mosquitto, kinesalite and kinesis-mock
 	.venv/bin/python -m pytest
+
+faults: setup ## the ledger suite: every fault case and 300 random combinations, every record accounted for
+	.venv/bin/python tests/faults/run
 
 lint: setup ## formatting, style, Cython's warnings, types and stubs
 	ci/lint

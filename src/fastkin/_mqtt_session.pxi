@@ -778,10 +778,13 @@ cdef class Session:
                               session_expiry, self._receive_maximum, self._max_packet,
                               self._alias_maximum)
 
-    def subscribe(self, int packet_id, filters) -> bytes:
-        """SUBSCRIBE to (filter, QoS) pairs."""
+    def subscribe(self, int packet_id, filters, int retain_handling=0) -> bytes:
+        """SUBSCRIBE to (filter, QoS) pairs.
+
+        retain_handling, 5.0 only: retained messages come with each SUBSCRIBE (0), a new one (1), never (2).
+        """
         check_packet_id(packet_id)
-        return encode_subscribe(self.version, packet_id, filters)
+        return encode_subscribe(self.version, packet_id, filters, retain_handling)
 
     def unsubscribe(self, int packet_id, filters) -> bytes:
         """UNSUBSCRIBE from filters."""

@@ -58,6 +58,7 @@ _COALESCE_ON = 5_000.0
 _COALESCE_OFF = 4_000.0  # per second
 _COALESCE_READ = 32 * 1024
 _COALESCE_LOOK_S = 0.02
+_RETAIN = {"always": 0, "new": 1, "never": 2}  # Retain Handling of MQTT 5.0
 
 _WORKED_S = 5.0  # a connection that lived so long was a good one
 _EARLY_MOST = 3  # so many connections that die right after SUBSCRIBE are no accident
@@ -707,7 +708,7 @@ class _Link(Receiver):
             part = list(filters[at : at + FILTERS_PER_PACKET])
             self._next_id = self._next_id % 65_535 + 1
             self._asked[self._next_id] = part
-            out.append(self.session.subscribe(self._next_id, part))
+            out.append(self.session.subscribe(self._next_id, part, _RETAIN[self.intake.broker.retain_handling]))
         if out:
             self.wire.write(b"".join(out))
             self._await_subacks()
