@@ -52,7 +52,8 @@ def child(target: str, arguments: list[str]) -> None:
     fuzz_targets.open_end = fuzz_driver.open_end
     if target in PYTHON:
         fuzz_driver.trace(PYTHON[target])
-    fuzz_driver.run(fuzz_targets.TARGETS[target], ["fuzz", *arguments])
+    # a merge starts its workers by the first word
+    fuzz_driver.run(fuzz_targets.TARGETS[target], [os.environ.get("FASTKIN_FUZZ_SELF", "fuzz"), *arguments])
 
 
 def libfuzzer(target: str, arguments: list[str], log: Path) -> int:
@@ -95,8 +96,6 @@ def run(target: str, given: argparse.Namespace, work: Path) -> tuple[str, int, i
     if code or found is None:
         print(f"--- {target}: exit code {code}\n{said[-8000:]}", file=sys.stderr, flush=True)
         code = code or 1
-    if given.merge and not code:
-        merge(target, folder, work)
     return target, int(found.group(1)) if found else 0, code, spent
 
 
@@ -104,8 +103,16 @@ def merge(target: str, folder: Path, work: Path) -> None:
     """The fewest inputs that reach what all of them reach."""
     kept = work / f"{target}-kept"
     kept.mkdir()
+    again = work / f"{target}-again"
+    preload = os.environ["FASTKIN_FUZZ_PRELOAD"]
+    again.write_text(f'#!/bin/sh\nLD_PRELOAD="{preload}" exec {sys.executable} {HERE}/run.py --child {target} "$@"\n')
+    again.chmod(0o700)
+    os.environ["FASTKIN_FUZZ_SELF"] = str(again)
     longest = TARGETS[target][0]
-    libfuzzer(target, ["-merge=1", f"-max_len={longest}", str(kept), str(folder)], work / f"{target}-merge.log")
+    log = work / f"{target}-merge.log"
+    code = libfuzzer(target, ["-merge=1", f"-max_len={longest}", str(kept), str(folder)], log)
+    if code or not any(kept.iterdir()):
+        sys.exit(f"{target}: the merge failed\n{log.read_text('utf-8', 'replace')[-4000:]}")
     inputs = [path.read_bytes() for path in kept.iterdir()]
     corpus.pack(target, inputs)
     print(f"{target}: {len(inputs)} inputs kept, {sum(map(len, inputs)):,} bytes", flush=True)
@@ -134,6 +141,8 @@ def main() -> int:
             print(f"fuzz: {target}: {done:,} executions in {spent:.0f} s, {result}", flush=True)
             total += done
             bad += code != 0
+        for target in wanted if given.merge and not bad else ():
+            merge(target, Path(name) / target, Path(name))
     print(f"fuzz: {total:,} executions of {len(wanted)} targets in {time.monotonic() - started:.0f} s, {bad} findings")
     return 1 if bad else 0
 
