@@ -6,6 +6,7 @@ In each file the lines that are wrong end with `# wrong`; expected.txt has what 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -14,7 +15,10 @@ import pytest
 import trustme
 
 from fastkin import settings
+from fastkin.commands import check
+from fastkin.errors import ConfigError
 from fastkin.settings import SettingsError, places
+from servers import free_port
 
 HERE = Path(__file__).resolve().parent / "wrong_settings"
 EXPECTED = HERE / "expected.txt"
@@ -107,6 +111,50 @@ def test_real_certificates_are_taken(tmp_path: Path) -> None:
     text = f'[broker]\nclient_id = "c"\n[broker.tls]\nca = "{tmp_path}/ca.pem"\ncert = "{tmp_path}/both.pem"\n'
     toml.write_text(text + '[[pipeline]]\nid = "a"\ntopics = ["t"]\nstream = "s"\n')
     assert findings(str(toml)) == []
+
+
+def test_check_finds_a_key_of_another_certificate(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    one, other = authority.issue_cert("one.example"), authority.issue_cert("two.example")
+    one.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    other.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    toml = tmp_path / "x.toml"
+    text = f'[broker]\nclient_id = "c"\n[broker.tls]\ncert = "{tmp_path}/cert.pem"\nkey = "{tmp_path}/key.pem"\n'
+    toml.write_text(text + '[[pipeline]]\nid = "a"\ntopics = ["t"]\nstream = "s"\nregion = "eu-west-1"\n')
+    with pytest.raises(SettingsError, match=r"broker tls cert, key: .*do they belong together") as wrong:
+        check.check(settings.load(toml, env={}), connect=False, quiet=True)
+    assert len(wrong.value.problems) == 1
+
+
+def test_connect_names_every_party_that_cannot_be_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toml = tmp_path / "x.toml"
+    (tmp_path / "letters").mkdir()
+    toml.write_text(
+        f'[broker]\nclient_id = "c"\nport = {free_port()}\nconnect_timeout_s = 2\n'
+        '[[pipeline]]\nid = "a"\ntopics = ["t"]\nstream = "s"\nregion = "eu-west-1"\n'
+        'access_key = "a"\nsecret_key = "b"\n'
+        f'endpoint_url = "http://127.0.0.1:{free_port()}"\ndead_letter = "{tmp_path}/letters/x.jsonl"\n'
+        f'on_full = "spool"\nspool = "{tmp_path}/spool.db"\n'
+    )
+    assert check.check(settings.load(toml, env={}), connect=True, quiet=True) == 1
+    out, err = capsys.readouterr()
+    failed = [line.split(":")[1].split()[0] for line in err.splitlines() if line.startswith("failed: ")]
+    assert failed == ["broker", "stream"]
+    assert f"ok: dead letter file {tmp_path}/letters/x.jsonl: can be written" in out
+    assert f"ok: spool {tmp_path}/spool.db: can be written" in out
+    assert not list((tmp_path / "letters").iterdir()), "nothing is left behind"
+
+
+@pytest.mark.parametrize(("number", "cure"), [(errno.ENOSPC, "free space there"), (errno.EROFS, "let this user write")])
+def test_connect_says_why_a_file_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, cure: str
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=f"spool: cannot be written: .*; {cure}.*, or set another spool"):
+        check._try_to_write(tmp_path / "x", "spool")
 
 
 def test_the_locator_knows_where_things_are() -> None:

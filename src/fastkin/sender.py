@@ -143,6 +143,8 @@ class Sender:
         self._next: Batch | None = None  # taken from its queue, waiting for tokens
         self._tasks: dict[asyncio.Task[None], Batch] = {}  # calls in flight
         self._began: dict[asyncio.Task[None], float] = {}  # when each was made
+        self._cut: set[asyncio.Task[None]] = set()  # those that withdraw() cut short
+        self._withdrawn: list[Batch] = []  # what they had: for the next withdraw()
         self.source: Callable[[], Batch | None] = lane.take  # where new batches come from
         self.answered_at = self._loop.time()  # when Kinesis last took something
         self._timer: asyncio.TimerHandle | None = None
@@ -281,6 +283,8 @@ class Sender:
     def unsent(self) -> list[Batch]:
         """After close(): the batches that never ended, for the owner to fail or forget."""
         batches = [batch for queue in self._failed.values() for batch in queue.batches]
+        batches += self._withdrawn
+        self._withdrawn = []
         if self._next is not None:
             batches.append(self._next)
         self._failed.clear()
@@ -296,7 +300,7 @@ class Sender:
     def oldest(self) -> float | None:
         """When the oldest batch that has not ended was taken (loop time); None without one."""
         born = [batch.born for queue in self._failed.values() for batch in queue.batches]
-        born += [batch.born for batch in self._tasks.values()]
+        born += [batch.born for batch in (*self._tasks.values(), *self._withdrawn)]
         if self._next is not None:
             born.append(self._next.born)
         return min(born, default=None)
@@ -316,8 +320,9 @@ class Sender:
         if called_before is not None:
             for task, began in self._began.items():
                 if began < called_before and not self._tasks[task].restored:
+                    self._cut.add(task)
                     task.cancel()
-        out: list[Batch] = []
+        out, self._withdrawn = self._withdrawn, []
         if self._next is not None and not self._next.restored:
             out.append(self._next)
             self._next = None
@@ -513,7 +518,9 @@ class Sender:
     def _call_done(self, task: asyncio.Task[None]) -> None:
         batch = self._tasks.pop(task)
         del self._began[task]
-        if task.cancelled():
+        if task.cancelled() and task in self._cut:
+            self._withdrawn.append(batch)  # not for the pump to send again at once
+        elif task.cancelled():
             # Perhaps before its first step, so this cannot be left to the task itself.
             self._queue("").batches.appendleft(batch)
         elif (error := task.exception()) is not None:
@@ -525,6 +532,7 @@ class Sender:
                     "task": task,
                 }
             )
+        self._cut.discard(task)
         self.pump()
 
     def _broke(self, batch: Batch, epoch: int, count: int, error: Exception) -> None:

@@ -31,10 +31,10 @@ def check(settings: Settings, *, connect: bool, quiet: bool) -> int:
     for warning in settings.warnings:
         click.echo(f"warning: {warning}", err=True)
     problems: dict[str, ConfigError] = {}  # what keeps `fastkin run` from starting, each told once
-    for test in (
-        functools.partial(tls_context, settings.broker),  # do certificate and key belong together?
-        *(functools.partial(region_of, pipeline.kinesis) for pipeline in settings.pipelines if pipeline.enabled),
-    ):
+    # do certificate and key belong together, and is there a region?
+    tests: list[Callable[[], object]] = [functools.partial(tls_context, settings.broker)]
+    tests += [functools.partial(region_of, pipeline.kinesis) for pipeline in settings.pipelines if pipeline.enabled]
+    for test in tests:
         try:
             test()
         except ConfigError as error:
@@ -64,11 +64,15 @@ async def _connect(settings: Settings) -> int:
 
 
 async def _writable(path: str, key: str) -> str:
+    return await asyncio.to_thread(_try_to_write, Path(path), key)
+
+
+def _try_to_write(path: Path, key: str) -> str:
     """Write beside the file what can be thrown away: the file itself is left alone, a service may have it open."""
     try:
-        if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):  # noqa: ASYNC240, PTH110
+        if path.exists() and not os.access(path, os.R_OK | os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        with tempfile.TemporaryFile(dir=Path(path).absolute().parent) as probe:
+        with tempfile.TemporaryFile(dir=path.absolute().parent) as probe:
             probe.write(bytes(4096))
             probe.flush()
             os.fsync(probe.fileno())
