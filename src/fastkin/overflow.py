@@ -115,10 +115,12 @@ def shares(max_bytes: int, max_records: int, policy: Policy) -> tuple[Budget, Ro
 
 
 def batch_limit(max_batch_bytes: int, max_record_bytes: int, budget_bytes: int, policy: Policy) -> int:
-    """The most bytes of a batch: several must fit in the share for what comes back, and one is what is dropped."""
-    if policy == "pause":
-        return max_batch_bytes
-    return min(max_batch_bytes, max(max_record_bytes, budget_bytes // _MOST_OF_BUDGET))
+    """The most bytes of a batch: whoever splits or gathers has source and copy for a moment, beside the budget.
+
+    With a spool several must fit in the share for what comes back, and a batch is what the other policies drop.
+    """
+    part = _MOST_OF_BUDGET // 2 if policy == "pause" else _MOST_OF_BUDGET
+    return min(max_batch_bytes, max(max_record_bytes, budget_bytes // part))
 
 
 class Overflow:

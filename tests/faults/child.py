@@ -3,6 +3,7 @@
 LEDGER_PATCH is a JSON object of what to change before the command starts:
     "set"      {"module:NAME": value}: constants, such as a backoff that a test cannot wait for
     "fsync_s"  every os.fsync takes that much longer: a slow disk
+    "slow"     {"module:Class.method": seconds}: that much longer each time
     "unknown"  a file: while it exists no host name resolves but those that are addresses
 """
 
@@ -29,10 +30,24 @@ def main() -> None:
         owner = importlib.import_module(module)
         getattr(owner, name)  # a constant that is gone must not be set in vain
         setattr(owner, name, value)
+    for place, seconds in patch.get("slow", {}).items():
+        module, _, path = place.partition(":")
+        owner_name, _, name = path.partition(".")
+        _slow(getattr(importlib.import_module(module), owner_name), name, float(seconds))
     from fastkin.cli import main as fastkin
 
     sys.argv[0] = "fastkin"
     fastkin()
+
+
+def _slow(owner: Any, name: str, seconds: float) -> None:
+    real = getattr(owner, name)
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, late)
 
 
 def _slow_disk(seconds: float) -> None:

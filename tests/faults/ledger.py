@@ -9,16 +9,20 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
+import sqlite3
+import tempfile
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
 _LATE_S = 0.5
+_DATA = re.compile(rb'"Data":"([^"]*)"')
 _NUMBER = re.compile(rb"n(\d{7})[.]")
 
 
@@ -147,3 +151,23 @@ def dead_letters(path: Path) -> list[bytes]:
             except (ValueError, KeyError):
                 continue
     return payloads
+
+
+def spooled(path: Path) -> Counter[int]:
+    """The numbers in a spool whose process has ended, read from a copy of file and log."""
+    found: Counter[int] = Counter()
+    if not path.exists():
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "spool"
+        for suffix in ("", "-wal"):
+            if Path(f"{path}{suffix}").exists():
+                shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
+        db = sqlite3.connect(copy)
+        try:
+            for (body,) in db.execute("SELECT body FROM bodies"):
+                for data in _DATA.findall(body):
+                    found.update(numbers(base64.b64decode(data)))
+        finally:
+            db.close()
+    return found

@@ -80,7 +80,8 @@ class FaultProxy:
         self.down = Way()
         self.links: set[Link] = set()
         self.accepted = 0
-        self.damaged_ports: list[int] = []  # of links that were damaged and have ended
+        # told the server's port of a link whose client may not have got what the server sent last
+        self.on_damage: Callable[[int], None] = lambda _port: None
         self._watch = watch
         self._ssl = ssl_context
         self._server: asyncio.Server | None = None
@@ -155,7 +156,7 @@ class FaultProxy:
             self.links.discard(link)
             self._tasks.discard(task)
             if link.damaged or link.pending_down:
-                self.damaged_ports.append(link.server_side_port)
+                self.on_damage(link.server_side_port)
             for end in (link.client, link.server):
                 if end is not None:
                     end.close()
@@ -210,7 +211,8 @@ class FaultProxy:
             if way.corrupt_in < len(data):
                 at, way.corrupt_in = way.corrupt_in, None
                 data = data[:at] + bytes((data[at] ^ 0xFF,)) + data[at + 1 :]
-                link.damaged = True
+                if down:
+                    self.on_damage(link.server_side_port)
             else:
                 way.corrupt_in -= len(data)
         if way.cut_in is not None:
