@@ -1,5 +1,5 @@
 # Every target does its own set-up; `ci/setup` says what it installs and is quick when nothing changed.
-.PHONY: help setup build demo test faults lint bench clean
+.PHONY: help setup build demo test faults lint bench fuzz clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ lint: setup ## formatting, style, Cython's warnings, types and stubs
 
 bench: setup ## the benches, peers beside us in the same run
 	.venv/bin/python -m pytest benches
+
+fuzz: setup ## coverage-guided fuzzing: SECONDS=60 each or RUNS=N each, JOBS=2, TARGETS="frame mqtt", MERGE=1
+	ci/variant fuzz --seconds $(or $(filter-out 0,$(SECONDS)),60) --runs $(or $(RUNS),0) --jobs $(or $(JOBS),2) $(if $(MERGE),--merge) $(TARGETS)
 
 clean: ## what was built and cached; .venv and .servers stay
 	rm -rf build dist .coverage* .hypothesis .benchmarks .pytest_cache .mypy_cache .ruff_cache

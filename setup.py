@@ -4,6 +4,7 @@ FASTKIN_BUILD chooses the mode:
   release   (default) -O2, no assertions
   trace     line tracing for coverage: about four times slower
   sanitize  AddressSanitizer and UBSan; run with ci/variant
+  fuzz      the same by clang, with libFuzzer's counters and its driver; needs CC=clang, run with ci/variant
 FASTKIN_ANNOTATE=1 writes Cython's annotated HTML beside the sources.
 """
 
@@ -15,6 +16,12 @@ from setuptools import Extension, setup
 
 MODE = os.environ.get("FASTKIN_BUILD", "release")
 WARN = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
+CLANG = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=function,pointer-overflow",  # Python's own ways: a call by another type, nothing plus 0
+    "-fno-sanitize-recover=undefined",
+    "-shared-libasan",
+]
 FLAGS: dict[str, tuple[list[str], list[str], list[tuple[str, str | None]]]] = {
     "release": (["-O2", "-g0", "-fvisibility=hidden"], [], [("NDEBUG", None)]),
     "trace": (
@@ -29,6 +36,11 @@ FLAGS: dict[str, tuple[list[str], list[str], list[tuple[str, str | None]]]] = {
     "sanitize": (
         ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"],
         ["-fsanitize=address,undefined"],
+        [("FASTKIN_SANITIZE", "1")],
+    ),
+    "fuzz": (
+        ["-O2", "-g", "-UNDEBUG", "-fno-omit-frame-pointer", *CLANG, "-fsanitize=fuzzer-no-link"],
+        CLANG,
         [("FASTKIN_SANITIZE", "1")],
     ),
 }
@@ -49,11 +61,28 @@ def extension(name: str, *headers: str) -> Extension:
     )
 
 
+def fuzzing() -> list[Extension]:
+    """What ci/variant builds beside the two modules: the driver with libFuzzer in it, and the targets."""
+    libfuzzer = os.environ["FASTKIN_LIBFUZZER"]
+    whole = ["-Wl,--whole-archive", libfuzzer, "-Wl,--no-whole-archive", "-lstdc++", "-lpthread", "-ldl", "-lm"]
+    quiet = ["-O1", "-g", "-fsanitize=address", "-shared-libasan", "-w"]
+    return [
+        Extension(
+            "fuzz_driver",
+            ["tests/fuzz/fuzz_driver.pyx"],
+            extra_compile_args=quiet,
+            extra_link_args=["-fsanitize=address", "-shared-libasan", *whole],
+        ),
+        Extension("fuzz_targets", ["tests/fuzz/fuzz_targets.py"], extra_compile_args=["-O2", "-w"]),
+    ]
+
+
 setup(
     ext_modules=cythonize(
         [
             extension("_codec", "_base64.h", "_random.h", "_md5.h"),
             extension("_mqtt"),
+            *(fuzzing() if MODE == "fuzz" else ()),
         ],
         include_path=["src"],
         compiler_directives={

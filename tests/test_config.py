@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,12 +14,11 @@ from fastkin.errors import ConfigError
 from fastkin.settings import SettingsError, tables
 from fastkin.settings.show import effective
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 ARN = "arn:aws:kinesis:eu-west-1:123456789012:stream/welders"
 SMALL = '[[pipeline]]\nid = "a"\ntopics = ["t/#"]\nstream = "s"\ndead_letter = "none"\n'
 CLIENT = '[broker]\nclient_id = "c"\n'
+PEM = "".join(f"-----BEGIN {what}-----\nAAAA\n-----END {what}-----\n" for what in ("CERTIFICATE", "PRIVATE KEY"))
+GOOD_KEY = Path(__file__).resolve().parent / "wrong_settings" / "good.key"
 MICRO = {"BROKER": "h", "TOPIC": "t/#", "KIN_STREAM_NAME": "s", "CLIENTID": "c"}
 
 
@@ -60,7 +60,7 @@ def test_the_smallest_file_gives_the_defaults(read: Any) -> None:
 
 def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
     pem = tmp_path / "x.pem"
-    pem.write_text("x")
+    pem.write_text(PEM)
     made = read(
         f"""
         [broker]
@@ -97,7 +97,7 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         secret_key = "SK"
         session_token = "ST"
         role_arn = "arn:aws:iam::123456789012:role/x/y"
-        external_id = "e"
+        external_id = "ext"
         session_name = "sn"
         transport = "sdk"
         max_connections = 256
@@ -121,6 +121,10 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         max_record_bytes = 200000
         budget_bytes = 10000000
         budget_records = 1000
+        on_full = "spool"
+        spool = "{tmp_path}/spool.db"
+        spool_max_bytes = 5000000
+        spool_after_s = 1.5
         dead_letter = "{tmp_path}/dead.jsonl"
         dead_letter_max_bytes = 1000000
         dead_letter_keep = 2
@@ -218,7 +222,7 @@ def test_unknown_keys_name_the_nearest_one(read: Any, text: str, wanted: str) ->
 
 @pytest.mark.parametrize(
     "key",
-    ["events", "firehose", "topic_field", "separator", "envelope", "wire", "spool", "on_full"],
+    ["events", "firehose", "topic_field", "separator", "envelope", "wire"],
 )
 def test_what_is_not_built_is_not_accepted(read: Any, key: str) -> None:
     (line,) = problems(read, CLIENT + SMALL + f'{key} = "x"\n')
@@ -229,7 +233,7 @@ def test_what_is_not_built_is_not_accepted(read: Any, key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "wanted"),
     [
-        ("qos", "3", "3 is out of range; 0 to 2"),
+        ("qos", "3", "3 is out of range; use 0 to 2"),
         ("qos", '"1"', "not a whole number"),
         ("qos", "1.0", "not a whole number"),
         ("qos", "true", "not a whole number"),
@@ -285,7 +289,7 @@ def test_wrong_values_name_file_table_key_and_cure(read: Any, key: str, value: s
     lines = problems(read, f"{CLIENT}{text}\n{key} = {value}\n")
     assert len(lines) == 1, lines
     assert wanted in lines[0]
-    assert "fastkin.toml: [[pipeline]] 1" in lines[0]
+    assert re.search(r"fastkin\.toml:\d+: \[\[pipeline\]\] 1", lines[0])
     assert repr(key) in lines[0]
 
 
@@ -312,14 +316,14 @@ def test_wrong_values_name_file_table_key_and_cure(read: Any, key: str, value: s
         ('scheme = "mqtt"\n[broker.tls]\nalpn = ["x"]', "use mqtts://"),
         ('scheme = "ws"\n[broker.tls]\nalpn = ["x"]', "use wss://"),
         ('[broker.tls]\nca = "/nope.pem"', "No such file"),
-        ('[broker.tls]\nkey = "/dev/null"', "without a certificate"),
+        (f'[broker.tls]\nkey = "{GOOD_KEY}"', "without a certificate"),
     ],
 )
 def test_wrong_brokers(read: Any, text: str, wanted: str) -> None:
     lines = problems(read, f'[broker]\nclient_id = "c"\n{text}\n{SMALL}')
     assert len(lines) == 1, lines
     assert wanted in lines[0]
-    assert "fastkin.toml: [broker" in lines[0]
+    assert re.search(r"fastkin\.toml:\d+: \[broker", lines[0])
 
 
 def test_everything_wrong_is_told_at_once(read: Any) -> None:
@@ -524,7 +528,7 @@ def test_own_keys_replace_the_common_ones_as_a_group(read: Any) -> None:
 
 
 def test_role_settings_without_a_role_are_told(read: Any) -> None:
-    made = read(CLIENT + SMALL + 'external_id = "e"\n')
+    made = read(CLIENT + SMALL + 'external_id = "ext"\n')
     assert any("not used without role_arn" in warning for warning in made.warnings)
 
 
@@ -622,10 +626,10 @@ def test_brokers_of_the_environment(env: dict[str, str], url: str) -> None:
         ({"BROKER": "h:1", "WEBSOCKET": "8080"}, "BROKER has a port already"),
         ({"BROKER": "tcp://h:1", "PORT": "2"}, "PORT: port is also in the address"),
         ({"QOS": "3"}, "QOS: 3 is out of range"),
-        ({"QOS": "one"}, "QOS: 'one' is not a whole number; 0 to 2"),
+        ({"QOS": "one"}, "QOS: 'one' is not a whole number; use 0 to 2"),
         ({"KIN_MAXCONN": "0"}, "1 to 256"),
         ({"KIN_MAXCONN": "257"}, "1 to 256"),
-        ({"KIN_MAXCONN": "many"}, "not a whole number; 1 to 256"),
+        ({"KIN_MAXCONN": "many"}, "not a whole number; use 1 to 256"),
         ({"STDOUT": "maybe"}, "STDOUT: 'maybe' is not true or false"),
         ({"BACKLOG_COUNT": "-5"}, "out of range"),
         ({"KIN_PARTITION_KEY": "k" * 257}, "1 to 256"),
@@ -963,7 +967,7 @@ def test_effective_hides_secrets_and_can_be_read_again(read: Any, tmp_path: Path
         assert secret not in shown
         assert secret not in repr(made)
     assert shown.count('"***"') == 5
-    again = read(shown)
+    again = read(shown.replace('external_id = "***"', 'external_id = "ext"'))  # it has a form, as ARNs have
     assert effective(again) == shown
     assert again.pipelines[0].topics == made.pipelines[0].topics
 

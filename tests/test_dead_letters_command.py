@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import fcntl
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -380,3 +382,76 @@ def test_topics_match_as_in_mqtt() -> None:
 def test_since_is_a_time_or_a_span() -> None:
     assert abs(command.parse_since("2h") - (time.time() - 7200)) < 60
     assert command.parse_since("1970-01-01T00:01:00Z") == 60.0
+
+
+async def test_a_file_that_was_cut_off_meanwhile_is_not_written_into(path: Path) -> None:
+    write(path, refused(b"1"), refused(b"2"))
+    with LetterFiles([path], change=True) as files:
+        letters = list(files.letters())
+        os.truncate(path, 0)
+        write(path, refused(b"another", pipeline="q"))
+        files.files[0].mark(letters)  # type: ignore[arg-type]
+        files.tidy()
+    assert [base64.b64decode(each["payload"]) for each in kept(path)] == [b"another"]
+
+
+async def test_what_was_replayed_leaves_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is copied when nothing stays: a replay makes room where there is none."""
+    write(path, refused(b"1"), refused(b"2"), max_bytes=1)
+    real = os.open
+
+    def full(name: Any, flags: int, mode: int = 0o777, **more: Any) -> int:
+        if flags & os.O_CREAT and str(name).endswith(".tidy"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(name, flags, mode, **more)
+
+    monkeypatch.setattr(os, "open", full)
+    with LetterFiles([path], change=True) as files:
+        for file in files.files:
+            file.mark(list(file.letters()))  # type: ignore[arg-type]
+        files.tidy()
+    assert path.read_bytes() == b""
+    assert not numbered(path, 1).exists()
+    write(path, refused(b"1"), refused(b"2"))
+    with LetterFiles([path], change=True) as files:
+        files.files[0].mark([next(files.letters())])  # type: ignore[list-item]
+        with pytest.raises(LetterFileError, match=r"take out what was replayed.*free space"):
+            files.tidy()
+    assert [base64.b64decode(each["payload"]) for each in kept(path)] == [b"2"]
+
+
+async def test_progress_is_shown_on_a_terminal(
+    tmp_path: Path, emulator: Emulator, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, *(refused(b"%d" % n) for n in range(5)))
+    monkeypatch.setattr(command, "GROUP_LETTERS", 2)
+    monkeypatch.setattr(command.sys.stderr, "isatty", lambda: True)
+    assert await run("replay", "--config", settings(tmp_path, emulator, path)) == 0
+    assert "\r2 replayed, 0 failed again \r4 replayed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+async def test_a_replay_that_is_killed_for_real_is_finished_by_the_next(
+    tmp_path: Path, path: Path, number: signal.Signals
+) -> None:
+    count = 1800
+    with DeadLetters(path) as dead:
+        dead.write([refused(b"%05d" % n, str(n)) for n in range(count)])
+    async with Emulator({"welders": 2}, latency_ms=150) as emulator:
+        config = settings(tmp_path, emulator, path)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastkin.cli", "dead-letters", "replay", "--config", config],
+            stderr=subprocess.DEVNULL,
+        )
+        async with asyncio.timeout(30):
+            while emulator.stored_count("welders") < 600:
+                await asyncio.sleep(0.005)
+        process.send_signal(number)
+        code = await asyncio.to_thread(process.wait, 30)
+        assert code == (-number if number == signal.SIGKILL else 130)
+        emulator.latency_s = 0.0
+        assert await run("replay", "--config", config) == 0
+        got = [data for _, data in stored(emulator)]
+    assert set(got) == {b"%05d" % n for n in range(count)}
+    assert len(got) <= count + command.GROUP_LETTERS
+    assert path.read_bytes() == b""

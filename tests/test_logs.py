@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
+import fake_broker
+import mqtt_wire
+import test_sender as scripted
+from fake_broker import FakeBroker, Peer
 from fastkin import logs
-from fastkin._codec import Budget, KeyPlan, Lane
+from fastkin._codec import DRAIN, DROPPED, Budget, KeyPlan, Lane
 from fastkin.aside import Aside
-from fastkin.errors import KinesisError, printable
+from fastkin.errors import Action, KinesisError, printable
 from fastkin.kinesis import error_from
 from fastkin.transport import Reply
 from fastkin.wire import explain
@@ -77,20 +81,20 @@ def fit(line: str) -> bool:
     return line.isprintable() and len(line) < 40_000
 
 
-def sane(lines: list[str], json_lines: bool, stage: str) -> list[str]:
-    """Each is one line of pipeline `p` and that stage; the messages."""
+def sane(lines: list[str], json_lines: bool, stage: str, pipeline: str = "p") -> list[str]:
+    """Each is one line of that pipeline and stage; the messages."""
     messages = []
     for line in lines:
         assert fit(line), line
         if json_lines:
             told = json.loads(line)
-            assert (told["pipeline"], told["stage"]) == ("p", stage)
+            assert (told["pipeline"], told["stage"]) == (pipeline, stage)
             assert set(told) <= {"time", "level", "pipeline", "stage", "topic", "message"}
             messages.append(told["message"])
         else:
-            found = re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z (ERROR|WARNING|INFO) +p (\w+) (.*)", line)
-            assert found is not None and found[2] == stage, line
-            messages.append(found[3])
+            found = re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z (ERROR|WARNING|INFO) +(\S+) (\w+) (.*)", line)
+            assert found is not None and (found[2], found[3]) == (pipeline, stage), line
+            messages.append(found[4])
     return messages
 
 
@@ -149,7 +153,7 @@ async def test_the_topic_and_payload_of_a_bad_frame(text: str, json_lines: bool,
         tasks.append(asyncio.create_task(coroutine, name=name))
         return tasks[-1]
 
-    aside = Aside("p", lane, None, spawn=spawn, on_settled=lambda: None)
+    aside = Aside("p", lane, None, topics=("a/#",), spawn=spawn, on_settled=lambda: None)
     lane.offer(topic, topic[:1000], 1)
     rejects = lane.take_rejects()
     for reject in rejects:
@@ -164,6 +168,30 @@ async def test_the_topic_and_payload_of_a_bad_frame(text: str, json_lines: bool,
         assert message.startswith("topic=")
 
 
+async def test_a_flood_of_bad_frames_is_ten_lines_a_second_and_a_count(written: Any) -> None:
+    lines = written(False)
+    budget = Budget(1 << 20, 1000)
+    lane = Lane(settler=None, budget=budget, frame="bulk", key=KeyPlan("uuid"), target=b'"StreamName":"s"')
+    tasks: list[Any] = []
+
+    def spawn(coroutine: Any, name: str) -> Any:
+        tasks.append(asyncio.create_task(coroutine, name=name))
+        return tasks[-1]
+
+    aside = Aside("p", lane, None, topics=("a/#",), spawn=spawn, on_settled=lambda: None)
+    for n in range(300):
+        lane.offer(b"a/b", b"junk" if n % 3 else b"", 1)
+    for reject in lane.take_rejects():
+        aside.rejected(reject)
+    await asyncio.gather(*tasks)
+    await aside.close()
+    said = lines()
+    assert len(said) == 22
+    assert sorted(int(more) for more in re.findall(r"\((\d+) more like this\)", "\n".join(said))) == [89, 189]
+    assert sum(aside.format_errors.values()) == lane.dropped == 300
+    assert budget.bytes == 0
+
+
 @both
 @hostile
 async def test_what_kinesis_says_of_a_call_and_a_record(text: str, json_lines: bool, written: Any) -> None:
@@ -174,6 +202,65 @@ async def test_what_kinesis_says_of_a_call_and_a_record(text: str, json_lines: b
     lines = written(json_lines)
     logging.getLogger("fastkin.send").warning("pipeline=p stage=send call failed: %s", plain)
     assert len(sane(lines(), json_lines, "send")) == 1
+
+
+@hostile
+async def test_what_the_sender_quotes(text: str, written: Any) -> None:
+    """An entry that fails, one that is refused for good, a call that fails."""
+    verdicts: list[Any] = [
+        [(text or "x", text), ("InternalFailure", text), (scripted.THROTTLED, text)],
+        KinesisError(text, text, http_status=503, request_id=text),
+        KinesisError("AccessDeniedException", text, action=Action.OPERATOR),
+    ]
+
+    def script(call: int, records: list[dict[str, str]]) -> Any:
+        return verdicts[call - 1] if call <= len(verdicts) else scripted.all_stored(call, records)
+
+    lines = written(False)
+    rig = scripted.Rig(scripted.Scripted(script))
+    for record in (b"a", b"b", b"c"):
+        rig.lane.add(record)
+    rig.lane.seal(DRAIN)
+    rig.sender.pump()
+    async with asyncio.timeout(20):
+        while rig.sender.calls < 3 or rig.sender.in_flight:
+            await asyncio.sleep(0.01)
+    await rig.sender.close()
+    for batch in rig.sender.unsent():
+        batch.finish(DROPPED)
+    assert len(sane(lines(), False, "send", "test")) >= 3
+    for tally in (rig.sender.retried_by_code, rig.sender.calls_failed_by_code, rig.sender.throttled):
+        assert all(fit(name) and len(name) <= 64 for name in tally)
+
+
+@hostile
+async def test_what_a_broker_says(text: str, written: Any) -> None:
+    """In a CONNACK that refuses, in one that accepts, in a DISCONNECT; and where it sends us."""
+    said = text.encode("utf-8", "surrogatepass")
+    sized = len(said).to_bytes(2, "big") + said
+
+    def packet(first: int, head: bytes, properties: bytes) -> bytes:
+        body = head + mqtt_wire.varint(len(properties)) + properties
+        return bytes([first]) + mqtt_wire.varint(len(body)) + body
+
+    async def script(peer: Peer) -> None:
+        if peer.number == 1:
+            await peer.connect(packet(0x20, b"\x00\x87", b"\x1f" + sized + b"\x1c" + sized))
+        else:
+            await peer.connect(packet(0x20, b"\x00\x00", b"\x12" + sized))
+            await peer.subscribe()
+            peer.send(packet(0xE0, b"\x8b", b"\x1f" + sized + b"\x1c" + sized))
+        await peer.until_closed()
+
+    lines = written(False)
+    async with FakeBroker(script) as broker:
+        rig = fake_broker.Rig(broker, protocol="5", reconnect_min_s=0.01, reconnect_max_s=0.02)
+        rig.start()
+        await fake_broker.until(lambda: broker.connections >= 3)
+        await rig.crash()
+    messages = sane(lines(), False, "intake", "-")
+    assert any("cannot connect" in message for message in messages)
+    assert len(messages) >= 3
 
 
 @hostile

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import logging
+import sqlite3
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import fastkin.overflow
+import fastkin.spool
 from fastkin.config import Broker, Kinesis, Pipeline
 from fastkin.emulator import Emulator
 from fastkin.pipeline import PipelineRun
+from fastkin.spool import Put, Spool
 from servers import ACCESS_KEY, SECRET_KEY, free_port
 
 if TYPE_CHECKING:
@@ -86,6 +92,23 @@ def numbers(emulator: Emulator) -> list[int]:
     return [int(record.data.split(b"-", 1)[0]) for record in emulator.stored("welders")]
 
 
+def in_order(emulator: Emulator, count: int) -> None:
+    """All are stored once, in each shard in the order they came."""
+    assert sorted(numbers(emulator)) == list(range(count))
+    shards: dict[str, list[tuple[int, int]]] = {}
+    for record in emulator.stored("welders"):
+        number = int(record.data.split(b"-", 1)[0])
+        shards.setdefault(record.shard_id, []).append((int(record.sequence_number), number))
+    assert len(shards) == 4
+    for shard in shards.values():
+        assert [number for _, number in sorted(shard)] == sorted(number for _, number in shard)
+
+
+def one_call(settings: Pipeline) -> Pipeline:
+    """Calls one after the other: else those that are open together are stored in any order."""
+    return dataclasses.replace(settings, kinesis=dataclasses.replace(settings.kinesis, max_connections=1))
+
+
 @contextlib.asynccontextmanager
 async def running(settings: Pipeline) -> AsyncIterator[PipelineRun]:
     run = PipelineRun(settings, broker())
@@ -122,3 +145,283 @@ async def test_an_outage_goes_to_the_disk_and_comes_back(emulator: Emulator, tmp
         await until(lambda: run.lane.stored == 16_600)
         assert run.budget.bytes == 0
     assert (tmp_path / "spool.db").stat().st_size < MIB
+
+
+async def test_what_is_held_at_the_end_goes_to_the_disk_and_is_sent_by_the_next_run(
+    emulator: Emulator, tmp_path: Path
+) -> None:
+    """Stopped in an outage: nothing is unsettled; the next run counts what it finds once, and sends it first."""
+    settings = one_call(pipeline(emulator.url, tmp_path / "spool.db", max_records=100, spool_after_s=60.0))
+    away = emulator.faults.cut("before", operation="PutRecords")
+    run = PipelineRun(settings, broker())
+    run.start()
+    await until(lambda: run.ready)
+    feed = Feed(run)
+    feed.offer(700)
+    await until(lambda: run.sender.calls_failed > 0)
+    assert run.lane.spooled == 0
+    assert await run.stop() == 0
+    feed.check()
+    assert run.stats()["spooled"] == 700
+    assert run.budget.bytes == 0
+    away.remove()
+    async with running(settings) as again:
+        await until(lambda: again.lane.stored == 700)
+        assert again.lane.received == 700
+        assert again.stats()["duplicates_possible"] == 0
+        Feed(again).check()
+    in_order(emulator, 700)
+
+
+async def test_partly_stored_rows_are_written_again_without_what_is_stored(emulator: Emulator, tmp_path: Path) -> None:
+    settings = pipeline(emulator.url, tmp_path / "spool.db", max_records=100)
+    away = emulator.faults.cut("before", operation="PutRecords")
+    run = PipelineRun(settings, broker())
+    run.start()
+    await until(lambda: run.ready)
+    feed = Feed(run)
+    feed.offer(100)
+    await until(lambda: run.lane.spooled + run.overflow.safe == 100)  # type: ignore[union-attr]
+    # half of the row is stored, the other half fails for ever
+    bad = emulator.faults.record("InternalFailure", match=lambda _shard, _key, data: data[:2].strip(b"-")[-1] % 2 == 0)
+    away.remove()
+    await until(lambda: run.lane.stored == 50)
+    assert await run.stop() == 0
+    assert run.lane.spooled == 50
+    feed.check()
+    bad.remove()
+    async with running(settings) as again:
+        assert again.lane.received == 50
+        await until(lambda: again.lane.stored == 50)
+    assert sorted(numbers(emulator)) == list(range(100))
+
+
+async def test_order_is_kept_through_the_spool(emulator: Emulator, tmp_path: Path) -> None:
+    """What comes while older records are on the disk waits for them: first sendings are in order of arrival."""
+    settings = one_call(pipeline(emulator.url, tmp_path / "spool.db", max_records=100))
+    async with running(settings) as run:
+        feed = Feed(run)
+        away = emulator.faults.cut("before", operation="PutRecords")
+        await feed.all(3000)
+        await until(lambda: run.lane.spooled > 1000)
+        away.remove()
+        for _ in range(20):
+            await feed.all(100)
+        await until(lambda: run.lane.stored == 5000)
+    in_order(emulator, 5000)
+
+
+async def test_spooling_begins_below_the_budget_when_records_wait(
+    emulator: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One message in an outage: acknowledged after spool_after_s, by the disk."""
+    async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
+        away = emulator.faults.cut("before", operation="PutRecords")
+        Feed(run).offer(1)
+        await until(lambda: run.overflow.spooled_total == 1)  # type: ignore[union-attr]
+        assert "records have waited" in caplog.text
+        away.remove()
+        await until(lambda: run.lane.stored == 1)
+
+
+async def test_calls_that_hang_are_cut_short(emulator: Emulator, tmp_path: Path) -> None:
+    """Kinesis takes connections and says nothing: the records are on the disk long before the call times out."""
+    async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
+        emulator.latency_s = 60.0
+        feed = Feed(run)
+        feed.offer(10)
+        await until(lambda: run.overflow.spooled_total == 10)  # type: ignore[union-attr]
+        feed.check()
+        assert run.stats()["duplicates_possible"] == 10
+        emulator.latency_s = 0.0
+    assert run.lane.spooled + run.lane.stored == 10
+
+
+async def test_while_kinesis_is_away_replay_does_not_spin(emulator: Emulator, tmp_path: Path) -> None:
+    async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
+        emulator.faults.cut("before", operation="PutRecords")
+        await Feed(run).all(5000)
+        await until(lambda: run.lane.spooled > 3000)
+        calls = run.sender.calls
+        turns = 0
+        turn = run.overflow._turn  # type: ignore[union-attr]
+
+        async def counted() -> bool:
+            nonlocal turns
+            turns += 1
+            return await turn()
+
+        run.overflow._turn = counted  # type: ignore[union-attr, method-assign]
+        await asyncio.sleep(1.5)
+        assert run.sender.calls - calls < 15
+        assert turns < 30
+
+
+class Disk:
+    """A disk that takes nothing while `fails` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fails: sqlite3.Error | None = None
+        put = Spool._put
+
+        def refuse(spool: Spool, db: sqlite3.Connection, one: Put) -> int:
+            if self.fails is not None:
+                raise self.fails
+            return put(spool, db, one)
+
+        monkeypatch.setattr(Spool, "_put", refuse)
+
+
+@pytest.mark.parametrize("code", ["SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY"])
+async def test_a_disk_that_takes_nothing(
+    emulator: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    """Intake pauses, one ERROR names path and cure, nothing is lost, it goes on when the disk is back."""
+    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    caplog.set_level(logging.INFO)
+    disk = Disk(monkeypatch)
+    path = tmp_path / "spool.db"
+    async with running(pipeline(emulator.url, path)) as run:
+        feed = Feed(run)
+        away = emulator.faults.cut("before", operation="PutRecords")
+        await feed.all(3000)
+        await until(lambda: run.lane.spooled > 1000)
+        error = sqlite3.OperationalError("no")
+        error.sqlite_errorcode = getattr(sqlite3, code)
+        disk.fails = error
+        more = asyncio.create_task(feed.all(5000))
+        await until(lambda: run.overflow.broken is not None and run.budget.full)  # type: ignore[union-attr]
+        await asyncio.sleep(1.0)
+        feed.check()
+        assert not more.done(), "memory had room for all of it"
+        errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR and r.name == "fastkin.spool"]
+        assert len(errors) == 1
+        assert str(path) in errors[0]
+        disk.fails = None
+        await until(lambda: run.overflow.broken is None)  # type: ignore[union-attr]
+        await more
+        assert "takes batches again" in caplog.text
+        away.remove()
+        await until(lambda: run.lane.stored == 8000)
+        feed.check()
+    assert sorted(numbers(emulator)) == list(range(8000))
+
+
+async def test_with_a_broken_disk_kinesis_still_gets_what_comes(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    disk = Disk(monkeypatch)
+    async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
+        feed = Feed(run)
+        away = emulator.faults.cut("before", operation="PutRecords")
+        await feed.all(1000)
+        await until(lambda: run.lane.spooled > 0)
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+        disk.fails = error
+        feed.offer(200)
+        await until(lambda: run.overflow.broken is not None)  # type: ignore[union-attr]
+        away.remove()
+        await until(lambda: run.lane.stored >= 1200)
+        disk.fails = None
+    assert sorted(set(numbers(emulator))) == list(range(1200))
+
+
+async def test_a_full_spool_pauses(emulator: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = pipeline(emulator.url, tmp_path / "spool.db", spool_max_bytes=2 * MIB)
+    async with running(settings) as run:
+        feed = Feed(run)
+        away = emulator.faults.cut("before", operation="PutRecords")
+        more = asyncio.create_task(feed.all(6000))
+        await until(lambda: run.overflow.full and run.budget.full)  # type: ignore[union-attr]
+        await asyncio.sleep(0.3)
+        assert not more.done()
+        assert run.stats()["spool_bytes"] <= 2 * MIB
+        assert sum("is full" in r.getMessage() and "spool_max_bytes" in r.getMessage() for r in caplog.records) == 1
+        away.remove()
+        await more
+        await until(lambda: run.lane.stored == 6000)
+        feed.check()
+    assert sorted(numbers(emulator)) == list(range(6000))
+
+
+async def test_a_spool_that_cannot_be_opened_is_opened_later(
+    emulator: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    folder = tmp_path / "later"
+    async with running(pipeline(emulator.url, folder / "spool.db")) as run:
+        feed = Feed(run)
+        feed.offer(10)
+        await until(lambda: run.lane.stored == 10)
+        assert "mkdir -p), or set another `spool`" in caplog.text
+        folder.mkdir()
+        away = emulator.faults.cut("before", operation="PutRecords")
+        feed.offer(10)
+        await until(lambda: run.overflow.spooled_total == 10)  # type: ignore[union-attr]
+        away.remove()
+        await until(lambda: run.lane.stored == 20)
+
+
+async def test_a_damaged_row_is_set_aside_and_the_others_go_on(
+    emulator: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "spool.db"
+    settings = pipeline(emulator.url, path, max_records=100, spool_after_s=60.0)
+    away = emulator.faults.cut("before", operation="PutRecords")
+    run = PipelineRun(settings, broker())
+    run.start()
+    await until(lambda: run.ready)
+    feed = Feed(run)
+    feed.offer(300)
+    assert await run.stop() == 0
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        rows = [row for (row,) in db.execute("SELECT id FROM rows ORDER BY id")]
+        assert len(rows) == 3
+        body = bytearray(db.execute("SELECT body FROM bodies WHERE id = ?", rows[1:2]).fetchone()[0])
+        body[40] ^= 1
+        db.execute("UPDATE bodies SET body = ? WHERE id = ?", (body, rows[1]))
+        # one that its checksum does not give away
+        body = b'{"Records":[{"Data":"AAAA"}'
+        crc = fastkin.spool._crc(body, b"", 100, 100)
+        db.execute("UPDATE bodies SET body = ? WHERE id = ?", (body, rows[2]))
+        db.execute("UPDATE rows SET crc = ? WHERE id = ?", (crc, rows[2]))
+    away.remove()
+    async with running(settings) as again:
+        await until(lambda: again.lane.stored + again.lane.dead_lettered == 300)
+        Feed(again).check()
+        assert again.lane.stored == 100
+        errors = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
+        assert len(errors) == 2
+    assert sorted(numbers(emulator)) == list(range(100))
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM rows WHERE damaged").fetchone() == (2,)
+
+
+# -- dropping ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["drop_oldest", "drop_newest"])
+async def test_dropping_is_counted_and_acknowledged(
+    emulator: Emulator, caplog: pytest.LogCaptureFixture, policy: str
+) -> None:
+    async with running(pipeline(emulator.url, None, on_full=policy)) as run:
+        feed = Feed(run)
+        away = emulator.faults.cut("before", operation="PutRecords")
+        await feed.all(10_000)
+        feed.check()
+        dropped = run.lane.dropped
+        assert dropped > 5000
+        assert run.stats()["dropped_by"] == {policy: dropped}
+        assert sum("records dropped" in r.getMessage() for r in caplog.records) == 1
+        away.remove()
+        await until(lambda: run.lane.in_flight == 0)
+        feed.check()
+        kept = sorted(numbers(emulator))
+        assert len(kept) == 10_000 - run.lane.dropped
+        if policy == "drop_oldest":
+            assert kept[-1] == 9999
+            assert kept[0] > 1000
+        else:
+            assert kept[:500] == list(range(500))

@@ -17,7 +17,7 @@ import aws_kinesis_agg.deaggregator
 import pytest
 
 import fastkin
-from fastkin import _codec
+from fastkin import _codec, _mqtt
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.emulator import Emulator, StreamSpec
 from fastkin.errors import ConfigError
@@ -307,10 +307,9 @@ async def test_an_operator_error_keeps_the_data_until_it_is_mended(
 
 
 async def test_a_throttle_that_lasts_becomes_an_error_with_the_cure(
-    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.sender._THROTTLE_ERROR_AFTER_S", 0.5)
-    async with rig(server) as r:
+    async with rig(server, throttle_error_after_s=0.5) as r:
         r.emulator.scale_limits("welders", 0.01)
         await r.publish(*(b"%d" % n for n in range(300)))
         await r.until(
@@ -438,10 +437,9 @@ async def test_every_reason_to_close_a_batch_is_counted(server: Server) -> None:
 
 
 async def test_a_throttle_of_whole_calls_that_lasts_becomes_an_error_too(
-    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.sender._THROTTLE_ERROR_AFTER_S", 0.5)
-    async with rig(server) as r:
+    async with rig(server, throttle_error_after_s=0.5) as r:
         fault = r.emulator.faults.throttle(operation="PutRecords")
         await r.publish(*(b"%d" % n for n in range(50)))
         await r.until(lambda: any("throttled for" in record.getMessage() for record in caplog.records), "an ERROR")
@@ -567,3 +565,70 @@ async def test_the_put_check_writes_one_connection_test(server: Server) -> None:
         assert record.data == f'{{"type":"connection_test","host":"{host}","data":"CONNECTION_TEST"}}'.encode()
         assert record.partition_key == "key"
         assert r.stats["received"] == 0
+
+
+async def test_a_shard_map_that_is_refused_at_first_is_read_later(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fastkin.pipeline._SHARDS_LOOK_S", 0.05)
+    denied: list[Any] = []
+
+    def prepare(emulator: Emulator) -> None:
+        denied.append(emulator.faults.error("AccessDeniedException", operation="ListShards"))
+
+    async with rig(server, prepare=prepare) as r:
+        await r.until(lambda: r.emulator.counters.operations.get("ListShards", 0) >= 4, "asked again")
+        assert r.run.sender.shards is None
+        denied[0].remove()
+        await r.until(lambda: r.run.sender.shards is not None, "the map is there")
+        assert len(r.run.sender.shards) == 2
+    said = [record for record in caplog.records if "no shard map" in record.getMessage()]
+    assert len([record for record in said if record.levelno >= logging.WARNING]) == 1
+    assert "kinesis:ListShards" in said[0].getMessage()
+
+
+async def test_aggregates_wait_until_it_is_known_that_the_stream_takes_them(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that chooses shards itself would have its consumers drop them."""
+    monkeypatch.setattr("fastkin.pipeline._RETRY_S", 0.05)
+    down: list[Any] = []
+
+    def prepare(emulator: Emulator) -> None:
+        down.append(emulator.faults.error("ServiceUnavailable", status=503, operation="DescribeStreamSummary"))
+
+    async with rig(server, prepare=prepare, aggregation="kpl") as r:
+        await r.publish(*(b"%d" % n for n in range(100)))
+        await r.until(lambda: r.stats["received"] == 100, "taken")
+        await asyncio.sleep(0.3)
+        assert r.emulator.counters.operations.get("PutRecords", 0) == 0
+        assert r.stats["in_flight"] == r.stats["unacked"] == 100
+        down[0].remove()
+        await r.settled(100)
+        assert r.stored()
+
+
+async def retained(server: Server, **broker: Any) -> int:
+    """How often a retained message comes to a session that connects three times."""
+    async with rig(server, broker=broker, topics=("retained/#",)) as r:
+        await r.until(lambda: r.stats["messages"] >= 1, "the retained message")
+        for connects in (2, 3):
+            r.run.intake.connected.clear()
+            r.run.intake._link.abort()
+            await r.until(lambda n=connects: r.stats["connects"] >= n and r.run.intake.connected.is_set(), "again")
+            await r.publish(b"after", topic="retained/new")
+            await r.until(lambda n=connects: r.stats["messages"] >= n, "what was published after it")
+        await r.settled(r.stats["received"])
+        return sum(record.data == b"kept" for record in r.stored())
+
+
+async def test_retained_messages_come_once_to_a_session(server: Server) -> None:
+    publisher = Publisher(Broker(host=server.host, port=server.port))
+    await publisher.connect()
+    link = publisher._open_link()
+    packet = _mqtt.publish("retained/state", b"kept", retain=True, version=link.version)
+    link.send(packet, 0)
+    await publisher.drain()
+    await publisher.close()
+    assert await retained(server, protocol="5") == 1
+    assert await retained(server, protocol="5", retain_handling="always") == 3

@@ -370,6 +370,26 @@ async def test_what_the_broker_does_not_keep_is_stored_by_the_old_run(server: Se
             assert (stats["received"], stats["stored"], stats["in_flight"]) == (20, 20, 0)
 
 
+async def test_the_new_run_takes_the_spool_of_the_old_one_up(server: Server, tmp_path: Path) -> None:
+    async with plant(server) as p:
+        fault = p.emulator.faults.call("InternalFailureException", operation="PutRecords")
+        old = p.pipeline(
+            qos=0, on_full="spool", spool=str(tmp_path / "spool.db"), spool_after_s=0.1, shutdown_timeout_s=0.5
+        )
+        async with fastkin.Engine(p.settings(old)) as engine:
+            await connected(engine)
+            await p.publish(20, qos=0)
+            await until(lambda: engine.stats()["p"]["spool_rows"] > 0)
+            await engine.reload(p.settings(dataclasses.replace(old, linger_ms=1.0)))
+            await connected(engine)
+            assert not engine.leaving
+            assert balanced(engine.stats()["p"])
+            fault.remove()
+            await until(lambda: set(p.stored()) == set(range(20)), 20)
+            await until(lambda: not engine.stats()["p"]["in_flight"] + engine.stats()["p"]["spooled"])
+            assert balanced(engine.stats()["p"])
+
+
 async def test_with_a_drawn_client_id_the_new_run_is_there_before_the_old_one_leaves(server: Server) -> None:
     async with plant(server) as p:
         broker: dict[str, Any] = {"clean_session": True, "client_id_drawn": True}
@@ -434,14 +454,25 @@ async def test_a_new_pipeline_that_cannot_work_takes_no_other_along(
 
 def test_counters_are_carried_over_and_debts_are_paid_once() -> None:
     carry = Carry()
-    run = {"received": 10, "stored": 4, "in_flight": 6, "state": "closed", "flushes": {"linger": 2}, "peak_bytes": 9}
-    carry.add(run, volatile=False)
-    now = merged(carry, [{"received": 2, "stored": 1, "in_flight": 1, "state": "connected", "flushes": {"full": 1}}])
+    run = {
+        "received": 10,
+        "stored": 4,
+        "in_flight": 6,
+        "state": "closed",
+        "flushes": (1, 2),
+        "by": {"linger": 2},
+        "peak_bytes": 9,
+    }
+    carry.add(run)
+    now = merged(
+        carry,
+        [{"received": 2, "stored": 1, "in_flight": 1, "state": "connected", "flushes": (3, 4), "by": {"full": 1}}],
+    )
     assert (now["received"], now["stored"], now["in_flight"]) == (10, 5, 5)
-    assert (now["state"], now["flushes"]) == ("connected", {"linger": 2, "full": 1})
-    carry.add({"received": 2, "stored": 2, "in_flight": 0}, volatile=False)
+    assert (now["state"], now["flushes"], now["by"]) == ("connected", (4, 6), {"linger": 2, "full": 1})
+    carry.add({"received": 2, "stored": 2, "in_flight": 0})
     now = merged(carry, [{"received": 9, "stored": 0, "in_flight": 9}])
     assert (now["received"], now["stored"], now["in_flight"]) == (15, 6, 9)
-    carry.add({"received": 9, "stored": 7, "in_flight": 2}, volatile=True)
+    carry.add({"received": 9, "stored": 7, "in_flight": 2, "volatile": 2})
     now = merged(carry, [])
     assert (now["received"], now["stored"], now["in_flight"], now["volatile"]) == (15, 13, 2, 2)

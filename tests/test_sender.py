@@ -220,6 +220,8 @@ async def test_when_nothing_is_ever_taken_the_data_is_kept(monkeypatch: pytest.M
     await rig.send(numbered(4))
     assert rig.aside == []
     assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(4))
+    assert rig.sender.calls_failed == 30
+    assert sum(rig.sender.calls_failed_by_code.values()) == 30
 
 
 async def test_an_entry_refused_for_good_is_set_aside_alone() -> None:
@@ -513,3 +515,127 @@ async def test_a_server_that_asks_for_an_hour_is_asked_again_sooner() -> None:
     await rig.sender.close()
     for batch in rig.sender.unsent():
         batch.finish(DROPPED)
+
+
+def refuses(call: int, records: list[dict[str, str]]) -> KinesisError:
+    return KinesisError("ValidationException", "no such thing", action=Action.REJECTED, http_status=400)
+
+
+async def until(condition: Callable[[], bool], timeout: float = 20.0) -> None:
+    async with asyncio.timeout(timeout):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_destination_that_worked_and_then_refuses_everything_keeps_the_data(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.02)
+    broken = False
+    rig = Rig(Scripted(lambda call, records: refuses(call, records) if broken else [None] * len(records)))
+    rig.lane.add(b"before")
+    rig.lane.seal(DRAIN)
+    await rig.sender.flush()
+    broken = True
+    for record in numbered(200):
+        rig.lane.add(record)
+    rig.lane.seal(DRAIN)
+    flushed = asyncio.create_task(rig.sender.flush())
+    # counted by single records that were refused: ten are set aside at most, and from then on the data is kept
+    await until(lambda: len(rig.aside) == 10)
+    calls = rig.client.calls
+    await until(lambda: rig.client.calls > calls + 30)
+    assert len(rig.aside) == 10
+    broken = False
+    async with asyncio.timeout(20):
+        await flushed
+    assert len(rig.aside) == 10
+    assert {data for data, _ in rig.client.stored} | {data for data, _ in rig.aside} == {b"before", *numbered(200)}
+    assert "check the destination" in caplog.text
+    rig.check()
+    await rig.sender.close()
+
+
+async def test_many_bad_records_in_a_row_do_not_keep_the_good_ones_behind_them_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.02)
+
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
+        if any(base64.b64decode(record["Data"]).startswith(b"bad") for record in records):
+            return refuses(call, records)
+        return [None] * len(records)
+
+    rig = Rig(Scripted(script), max_calls=1)
+    for group in ([b"good"], [b"bad%d" % n for n in range(40)], numbered(5), numbered(5)):
+        for record in group:
+            rig.lane.add(record)
+        rig.lane.seal(DRAIN)
+    flushed = asyncio.create_task(rig.sender.flush())
+    n = 0
+    async with asyncio.timeout(30):
+        while not flushed.done():  # the plant goes on
+            rig.lane.add(b"more%d" % n)
+            rig.lane.seal(DRAIN)
+            n += 1
+            await asyncio.sleep(0.01)
+    assert sorted(data for data, _ in rig.aside) == sorted(b"bad%d" % n for n in range(40))
+    await rig.sender.flush()
+    rig.check()
+    await rig.sender.close()
+
+
+async def test_keys_that_come_back_are_noticed_soon_and_without_a_storm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for at most every ten seconds in life; here the scale is a hundredth."""
+    monkeypatch.setattr("fastkin.sender._CREDENTIALS_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.sender._CREDENTIALS_CAP_S", 0.1)
+    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 30.0)
+    error: KinesisError | None = KinesisError("ExpiredTokenException", "old", action=Action.CREDENTIALS)
+    rig = Rig(Scripted(lambda call, records: error or [None] * len(records)))
+    rig.lane.add(b"x")
+    rig.lane.seal(DRAIN)
+    flushed = asyncio.create_task(rig.sender.flush())
+    await asyncio.sleep(1.0)
+    assert 5 <= rig.client.calls <= 101
+    error = None
+    async with asyncio.timeout(5):
+        await flushed
+    rig.check()
+    await rig.sender.close()
+
+
+async def test_nothing_is_sent_while_held() -> None:
+    rig = Rig(Scripted(all_stored))
+    rig.sender.hold()
+    rig.lane.add(b"x")
+    rig.lane.seal(DRAIN)
+    flushed = asyncio.create_task(rig.sender.flush())
+    await asyncio.sleep(0.1)
+    assert rig.client.calls == 0
+    rig.sender.release()
+    async with asyncio.timeout(5):
+        await flushed
+    rig.check()
+    await rig.sender.close()
+
+
+async def test_what_goes_again_is_gathered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Source and copy are both in memory for a moment: large pieces are sent as they are."""
+    gathered: list[int] = []
+    gather = Sender._gather
+
+    def noting(sender: Sender, picked: list[Batch]) -> Batch:
+        gathered.append(sum(batch.nbytes for batch in picked))
+        return gather(sender, picked)
+
+    monkeypatch.setattr(Sender, "_gather", noting)
+
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict]:
+        return [(THROTTLED, TEXT.format(n % 50)) if call <= 4 else None for n in range(len(records))]
+
+    rig = Rig(Scripted(script))
+    await rig.send([b"%05d" % n + b"." * 20_000 for n in range(800)])
+    assert len({data for data, _ in rig.client.stored}) == 800
+    assert max(gathered) < 1.6 * 2**20

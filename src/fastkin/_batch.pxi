@@ -30,6 +30,9 @@ cdef enum:
     BODY_START = 2048  # a quiet lane's first buffer; busy ones start at what they last needed
     BODY_MOST = 1 << 30  # offsets are 32 bits wide, base64 and escapes included
     ENTRIES_START = 16
+    # of an entry's error: what is longer is no code of AWS, and goes to counters and logs
+    CODE_MOST = 128
+    MESSAGE_MOST = 1024
     ENTRIES_MOST = 10000
 
 cdef const char* HEAD = '{"Records":['
@@ -158,7 +161,8 @@ cdef class Reject:
 
     cdef readonly bytes topic
     cdef readonly bytes payload
-    # for a counter: "empty", "version", "element", "truncated", "trailing", "oversize", "partition_key"
+    # for a counter: "empty", "version", "element", "truncated", "trailing", "oversize", "partition_key",
+    # "records"
     cdef readonly str kind
     cdef readonly str reason
     cdef readonly Py_ssize_t offset
@@ -680,8 +684,8 @@ cdef class Batch:
                 failure = groups.get(key)
                 if failure is None:
                     failure = Failure.__new__(Failure)
-                    failure.code = json_text(&o.code)
-                    failure.message = json_text(&o.message)
+                    failure.code = json_text(&o.code)[:CODE_MOST]
+                    failure.message = json_text(&o.message)[:MESSAGE_MOST]
                     failure.batch = self.fresh(BODY_START, ENTRIES_START)
                     groups[key] = failure
                     failures.append(failure)

@@ -79,7 +79,7 @@ class ShardTable:
 class Reject:
     topic: bytes
     payload: bytes  # the whole payload, or the one record
-    kind: str  # for a counter: empty, version, element, truncated, trailing, oversize, partition_key
+    kind: str  # for a counter: empty, version, element, truncated, trailing, oversize, partition_key, records
     reason: str  # for a person
     offset: int  # into the payload
     index: int | None

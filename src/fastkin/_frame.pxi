@@ -22,6 +22,7 @@ cdef struct Frame:
     size_t data_bytes
     size_t base64_bytes
     size_t longest
+    size_t end  # the length of the whole payload
     # on error: where, and what of
     size_t at
     size_t needed
@@ -97,6 +98,7 @@ cdef FrameStatus frame_scan(const uint8_t* data, size_t length, Frame* frame) no
     cdef bint counted = False  # inside one array
     cdef FrameStatus status
     frame.count = frame.data_bytes = frame.base64_bytes = frame.longest = 0
+    frame.end = length
     if length == 0:
         return frame_bad(frame, FRAME_EMPTY, 0, 0, 0)
     if frame_array(data, length, &head, &elements):

@@ -3,6 +3,7 @@
 
 cdef enum:
     REJECT_BYTES = 256  # what a reject costs besides its payload and topic
+    OVERHEAD_LEAST = 4194304  # bytes the records of one frame may cost besides their data, in any budget
     ENTRY_OPEN = 9  # {"Data":"
     ENTRY_KEY = 18  # ","PartitionKey":"
     ENTRY_HASH = 21  # ","ExplicitHashKey":"
@@ -331,6 +332,22 @@ cdef class Lane(Sink):
         self.budget.stalled = True
         return True
 
+    cdef inline bint too_many(self, const Frame* frame, uint64_t overhead) noexcept:
+        """Would what records cost besides their data fill the budget on its own? A frame of millions of empty
+        records is a few MiB on the wire, and would be a hundred times that here. What is larger than a small
+        budget is taken all the same when nothing is held, within reason."""
+        return (frame.count > max(self.budget.max_records, <uint64_t> ENTRIES_MOST)
+                or overhead > max(self.budget.max_bytes, <uint64_t> OVERHEAD_LEAST))
+
+    cdef Py_ssize_t refuse_frame(self, const uint8_t* topic, size_t topic_length, const uint8_t* data,
+                                 const Frame* frame, uint64_t token) except -2:
+        if self.no_room(frame.end + topic_length + REJECT_BYTES, 1):
+            return OFFER_STALLED
+        self.books.received += 1
+        self.set_aside(topic, topic_length, data, frame.end, "records",
+                       f"{frame.count} records in one frame: more than the budget can hold", 0, None, token)
+        return 1
+
     cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
                             size_t length, uint64_t token) except -2:
         cdef Frame frame
@@ -368,7 +385,10 @@ cdef class Lane(Sink):
         if key.verdict >= BAD_SIZE or frame.longest + key_counts(&key) > self.max_record_bytes:
             return self.take_mixed(topic, topic_length, data, frame, bulk, token, kind, strict, &key)
         if not strict:
-            cost = frame.base64_bytes + frame.count * (entry_frame(&key, 0) + 1 + sizeof(Entry))
+            cost = frame.count * (entry_frame(&key, 0) + 1 + sizeof(Entry))
+            if bulk and self.too_many(frame, cost):
+                return self.refuse_frame(topic, topic_length, data, frame, token)
+            cost += frame.base64_bytes
             if self.no_room(cost, frame.count):
                 return OFFER_STALLED
         self.books.received += frame.count
@@ -392,6 +412,9 @@ cdef class Lane(Sink):
         cdef size_t length = frame.data_bytes
         cdef size_t i
         cdef uint64_t cost = 0
+        # before the tables are made, what every record costs at least; then with what keys they have
+        if bulk and not strict and self.too_many(frame, frame.count * (sizeof(Slot) + sizeof(Entry))):
+            return self.refuse_frame(topic, topic_length, data, frame, token)
         if frame.count > self.slot_room:
             slots = <Slot*> take_memory(self.slots, frame.count * sizeof(Slot))
             self.slots = slots
@@ -417,6 +440,9 @@ cdef class Lane(Sink):
             else:
                 cost += fk_b64_length(length) + entry_frame(&key, 0) + 1 + sizeof(Entry)
             at += length
+            if bulk and not strict and cost > frame.base64_bytes and self.too_many(frame, cost - frame.base64_bytes):
+                self.trim_slots()
+                return self.refuse_frame(topic, topic_length, data, frame, token)
         if not strict and self.no_room(cost, frame.count):
             self.trim_slots()
             return OFFER_STALLED
@@ -742,5 +768,5 @@ cdef inline void frame_one(Frame* frame, size_t length) noexcept nogil:
     frame.first = 0
     frame.count = 1
     frame.data_bytes = length
-    frame.longest = length
+    frame.longest = frame.end = length
     frame.base64_bytes = fk_b64_length(length)

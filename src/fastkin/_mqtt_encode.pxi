@@ -270,14 +270,17 @@ cdef bytes encode_connect(
                   + properties + tail)
 
 
-cdef bytes encode_subscribe(int version, int packet_id, object filters):
+cdef bytes encode_subscribe(int version, int packet_id, object filters, int retain_handling):
     cdef bytes body = two(<unsigned int> packet_id) + (b"\0" if version == 5 else b"")
     cdef bint some = False
+    if not 0 <= retain_handling <= 2:
+        raise LibraryError(f"retain handling {retain_handling} is not 0, 1 or 2")
     for topic_filter, qos in filters:
         checked_filter(topic_filter)
         check_qos(qos)
-        # 5.0 options: No Local 0, Retain As Published 0, Retain Handling 0: the byte of 3.1.1
-        body += counted(utf8(topic_filter, "the topic filter")) + bytes((qos,))
+        # 5.0 options: No Local 0, Retain As Published 0; 3.1.1 has the QoS alone
+        options = qos | retain_handling << 4 if version == 5 else qos
+        body += counted(utf8(topic_filter, "the topic filter")) + bytes((options,))
         some = True
     if not some:
         raise LibraryError("a subscription needs at least one topic filter")

@@ -21,6 +21,10 @@ cdef dict PROPERTY_NAMES = {
 }
 
 
+cdef enum:
+    USERS_KEPT = 32  # user properties of one packet; the others are checked and let go
+
+
 cdef dict properties_dict(const uint8_t* p, size_t left):
     """Properties that check_properties() has passed."""
     cdef dict out = {}
@@ -53,7 +57,9 @@ cdef dict properties_dict(const uint8_t* p, size_t left):
             p += n
             left -= n
             n = load_two(p)
-            out.setdefault(name, []).append((value, (<bytes> p[2:2 + n]).decode()))
+            pairs = out.setdefault(name, [])
+            if len(pairs) < USERS_KEPT:
+                pairs.append((value, (<bytes> p[2:2 + n]).decode()))
             n += 2
         else:
             out[name] = value

@@ -9,6 +9,10 @@ cdef enum:
     CODE_RECEIVE_MAXIMUM = 0x93
     CODE_TOPIC_ALIAS = 0x94
     CODE_TOO_LARGE = 0x95
+    CODE_RATE = 0x96
+
+cdef enum:
+    PACKET_IDS = 65535  # how many there are
 
 cdef enum:
     TEXT_OK = 0

@@ -42,6 +42,9 @@ cdef enum:
     READ_LEAST = 16384    # with less room than this the rest is moved to the front first
     READ_CALM = 64        # reads in a row that would do with less before the buffer shrinks
     SMALLEST_LIMIT = 64   # of max_packet_bytes: less would refuse the CONNACK of some brokers
+    CONTROL_MOST = 131072  # bytes of a packet that is no PUBLISH: a reason of 64 KiB, and as much again
+    EVENTS_MOST = 1024    # control packets in one read; runs of PUBACK and of PINGRESP count once
+    OUTPUT_MOST = 1048576  # bytes of PUBCOMPs that nobody has taken
 
 cdef struct Held:
     # the PUBLISH whose offer is not finished; offsets from the start of its packet
@@ -402,6 +405,9 @@ cdef class Session:
             if rest > self._max_packet - head:
                 return fail(&self._fault, "the packet is larger than max_packet_bytes", 1,
                             CODE_TOO_LARGE)
+            if rest > CONTROL_MOST and p[0] & 0xF0 != TYPE_PUBLISH:
+                return fail(&self._fault, "a control packet of more than 131072 bytes", 1,
+                            CODE_TOO_LARGE)
             if rest > left - head:
                 self._need = head + rest
                 return 0
@@ -559,6 +565,8 @@ cdef class Session:
         """1: taken; -1: malformed."""
         cdef uint8_t kind = p[0] & 0xF0
         cdef const uint8_t* body = p + head
+        if <size_t> len(self._events) >= EVENTS_MOST:
+            return fail(&self._fault, "more than 1024 control packets at once", 0, CODE_RATE)
         if kind == TYPE_PUBACK:
             return self._take_puback(body, rest, head)
         if kind == 0x60:
@@ -571,7 +579,8 @@ cdef class Session:
             return self._take_disconnect(body, rest, head)
         if rest != 0:
             return fail(&self._fault, "PINGRESP with a body", head, CODE_MALFORMED)
-        self._events.append(Pingresp.__new__(Pingresp))
+        if not self._events or type(self._events[len(self._events) - 1]) is not Pingresp:
+            self._events.append(Pingresp.__new__(Pingresp))
         return 1
 
     cdef int _take_connack(self, const uint8_t* body, size_t rest, size_t offset) except -2:
@@ -640,6 +649,9 @@ cdef class Session:
         cdef Py_ssize_t last = len(self._events) - 1
         if last >= 0 and type(self._events[last]) is Puback:
             event = <Puback> self._events[last]
+            if len(event.packet_ids) >= PACKET_IDS:
+                return fail(&self._fault, "more PUBACKs than there are packet identifiers", offset,
+                            CODE_RATE)
         else:
             event = Puback.__new__(Puback)
             event.packet_ids = []
@@ -656,6 +668,8 @@ cdef class Session:
         cdef bint known
         if self._ack_head(body, rest, offset, &code, "PUBREL has a wrong length") < 0:
             return -1
+        if <size_t> len(self._output) > OUTPUT_MOST:
+            return fail(&self._fault, "PUBRELs without end", offset, CODE_RATE)
         known = self._ledger.release(<uint16_t> load_two(body))
         if known or not self._v5:
             self._output += b"\x70\x02" + body[:2]
@@ -764,10 +778,13 @@ cdef class Session:
                               session_expiry, self._receive_maximum, self._max_packet,
                               self._alias_maximum)
 
-    def subscribe(self, int packet_id, filters) -> bytes:
-        """SUBSCRIBE to (filter, QoS) pairs."""
+    def subscribe(self, int packet_id, filters, int retain_handling=0) -> bytes:
+        """SUBSCRIBE to (filter, QoS) pairs.
+
+        retain_handling, 5.0 only: retained messages come with each SUBSCRIBE (0), a new one (1), never (2).
+        """
         check_packet_id(packet_id)
-        return encode_subscribe(self.version, packet_id, filters)
+        return encode_subscribe(self.version, packet_id, filters, retain_handling)
 
     def unsubscribe(self, int packet_id, filters) -> bytes:
         """UNSUBSCRIBE from filters."""

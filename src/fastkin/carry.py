@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 # of now: the present run's alone; everything else that is a number adds up
-_PRESENT = frozenset({"peak_bytes", "state", "last_error"})
+_PRESENT = frozenset({"peak_bytes", "state", "last_error", "spooling", "spool_error"})
+# of now as well, and an ended run has none
+_GAUGES = ("volatile", "buffered_bytes", "calls_open", "unacked", "spool_rows", "spool_bytes", "spool_bytes_limit")
 
 
 class Carry:
@@ -22,17 +24,16 @@ class Carry:
         self.owed = 0
         self.lost = 0  # were in flight, and nobody kept them
 
-    def add(self, stats: dict[str, Any], *, volatile: bool) -> None:
+    def add(self, stats: dict[str, Any]) -> None:
+        """The last numbers of a run; `volatile` says how many in flight nobody else keeps."""
         stats = dict(stats)
         paid = min(self.owed, stats.get("received", 0))
         self.owed -= paid
         stats["received"] = stats.get("received", 0) - paid
-        left = stats.pop("in_flight", 0) + stats.pop("spooled", 0)
-        if volatile:
-            self.lost += left
-        else:
-            self.owed += left
-        for name in ("buffered_bytes", "calls_open", "unacked", "volatile"):
+        lost = stats.get("volatile", 0)
+        self.lost += lost
+        self.owed += stats.pop("in_flight", 0) + stats.pop("spooled", 0) - lost
+        for name in _GAUGES:
             stats.pop(name, None)
         _add(self.sums, stats)
 
@@ -44,7 +45,7 @@ def merged(carry: Carry | None, runs: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"state": "closed", "last_error": None}
     for run in runs:
         _add(found, run)
-    for name in ("in_flight", "volatile", "buffered_bytes", "peak_bytes", "calls_open", "unacked"):
+    for name in ("in_flight", "spooled", "peak_bytes", *_GAUGES):
         found.setdefault(name, 0)
     if carry is not None:
         again = min(carry.owed, found.get("received", 0))
@@ -62,6 +63,9 @@ def _add(into: dict[str, Any], more: dict[str, Any]) -> None:
         elif isinstance(value, dict):
             into[name] = dict(into.get(name, {}))
             _add(into[name], value)
+        elif isinstance(value, list | tuple) and value and all(isinstance(each, int | float) for each in value):
+            before = into.get(name) or [0] * len(value)
+            into[name] = type(value)(one + other for one, other in zip(before, value, strict=True))
         elif isinstance(value, int | float):
             into[name] = into.get(name, 0) + value
         else:

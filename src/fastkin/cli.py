@@ -340,7 +340,8 @@ def list_dead_letters(
     from fastkin.commands import dead_letters as letters
 
     wanted = _letter_filter(pipeline, reason, topic, since)
-    return letters.list_letters(letters.paths_of(files, _letter_settings(config, env_file)), wanted, as_json=as_json)
+    loaded = None if files else _letter_settings(config, env_file)
+    return letters.list_letters(letters.paths_of(files, loaded), wanted, as_json=as_json)
 
 
 @dead_letters.command("show")
@@ -362,7 +363,8 @@ def show_dead_letter(
     _set_up_logs(verbose, quiet)
     from fastkin.commands import dead_letters as letters
 
-    return letters.show(letters.paths_of(files, _letter_settings(config, env_file)), number, raw=raw)
+    loaded = None if files else _letter_settings(config, env_file)
+    return letters.show(letters.paths_of(files, loaded), number, raw=raw)
 
 
 @dead_letters.command("replay")
@@ -402,7 +404,7 @@ def replay_dead_letters(
     from fastkin.commands import dead_letters as letters
 
     wanted = _letter_filter(pipeline, reason, topic, since)
-    loaded = _letter_settings(config, env_file)
+    loaded = None if files and stream is not None else _letter_settings(config, env_file)
     return letters.replay(
         letters.paths_of(files, loaded),
         wanted,

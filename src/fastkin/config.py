@@ -44,6 +44,8 @@ class Broker:
     connect_timeout_s: float = 10.0
     reconnect_min_s: float = 0.5
     reconnect_max_s: float = 30.0
+    # what a 5.0 broker does with retained messages when we subscribe again to what we are subscribed to
+    retain_handling: Literal["new", "always", "never"] = "new"
     coalesce_ms: float = 2.0  # 0: never pause between reads
     tls: Tls = field(default_factory=Tls)
 
@@ -98,6 +100,7 @@ class Pipeline:
     on_full: Literal["pause", "spool", "drop_oldest", "drop_newest"] = "pause"
     spool: str | None = None  # the file; one per pipeline
     spool_max_bytes: int = 1024 * MIB
+    throttle_error_after_s: float = 60.0  # a throttle that lasts is told as an error this often
     spool_after_s: float = 5.0  # how long the oldest record may wait before a pipeline spools
     dead_letter: str | None = None
     dead_letter_max_bytes: int = 64 * MIB

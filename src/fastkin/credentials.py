@@ -24,6 +24,7 @@ log = logging.getLogger("fastkin.credentials")
 POLL_S = 60.0  # the longest time between two looks at the SDK's keys; never more than one a second
 ADVISORY_S = 900.0  # the SDK begins to refresh this long before the end
 BACKOFF_S = 30.0
+WAITING_S = 10.0  # without valid keys what is held waits: no longer than this when they come back
 REFUSED_EVERY_S = 5.0  # refused keys are fetched anew at most this often: STS throttles too
 _FAR_S = 400 * 86_400.0
 
@@ -200,12 +201,14 @@ class ChainCredentials:
     def _failed(self, why: str) -> Credentials:
         why = printable(why)
         now = self._clock()
-        wait = min(2.0**self._failures, BACKOFF_S)
+        valid = self._current is not None and now < self._expires
+        wait = min(2.0**self._failures, BACKOFF_S, math.inf if valid else WAITING_S)
         self._failures += 1
         self._due = now + wait
         self._why = why
-        if self._current is None or now >= self._expires:
+        if not valid:
             self._current = None
+            why = self._why = f"{why}; {_cure(self._kinesis)}"
             log.error("no valid credentials, next try in %.0f s: %s", wait, why)
             raise KinesisError("NoCredentials", why, action=Action.OPERATOR)
         left = self._expires - now
@@ -224,6 +227,17 @@ class ChainCredentials:
             if secret:
                 text = text.replace(secret, "***")
         return text
+
+
+def _cure(kinesis: Kinesis) -> str:
+    if kinesis.role_arn:
+        return "check that these keys may assume role_arn and that external_id is right"
+    if kinesis.profile:
+        return f"sign in again or mend profile {kinesis.profile!r} in ~/.aws"
+    return (
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or profile, or give this machine a role"
+        " that allows kinesis:PutRecords"
+    )
 
 
 def _consume(task: asyncio.Task[Credentials]) -> None:

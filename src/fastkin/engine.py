@@ -278,7 +278,7 @@ class Engine:
         """Returns how many records of old runs did not end."""
         old = {name: self.pipelines[name] for name in (*changed, *gone)}
         taken = {(run.intake.broker.url, run.intake.client_id) for run in (*self.pipelines.values(), *self.leaving)}
-        spools = {spool for run in old.values() if (spool := getattr(run.pipeline, "spool", None))}
+        spools = {spool for run in old.values() if (spool := run.pipeline.spool)}
 
         # First those that can stand beside what they replace.
         early: list[PipelineRun] = []
@@ -289,7 +289,7 @@ class Engine:
                 self._replaced += 1
                 broker = dataclasses.replace(broker, client_id=f"{broker.client_id}-{self._replaced}")
             session_free = not broker.client_id or (broker.url, broker.client_id) not in taken
-            if session_free and getattr(by_id[name], "spool", None) not in spools:
+            if session_free and by_id[name].spool not in spools:
                 if name in old:
                     self._leave(old[name])
                 early.append(self._make(by_id[name], wanted[name], broker))
@@ -304,7 +304,7 @@ class Engine:
         waits = []
         for name, run in old.items():
             self._leave(run)
-            linger = _volatile(run) and not getattr(run.pipeline, "spool", None)
+            linger = _volatile(run) and not run.pipeline.spool
             waits.append(_out_of_the_way(run, self._halt(run, linger=linger), linger))
             if name in gone:
                 self._say_gone(run)
@@ -361,7 +361,7 @@ class Engine:
         if run in self.leaving:
             self.leaving.remove(run)
             self._halts.pop(run)
-            self._carried.setdefault(run.name, Carry()).add(run.stats(), volatile=_volatile(run))
+            self._carried.setdefault(run.name, Carry()).add(_stats(run))
 
     def _say_gone(self, run: PipelineRun) -> None:
         broker = run.intake.broker
@@ -430,15 +430,12 @@ class Engine:
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters by pipeline id, over all reloads; `in_flight` and the like are those of now.
 
-        Records: received == stored + dead_lettered + filtered + dropped + in_flight + spooled.
-        `volatile` counts those of
-        in_flight that nobody else keeps (QoS 0, clean session).
+        Records: received == stored + dead_lettered + filtered + dropped + in_flight + spooled. `volatile` counts
+        those of in_flight that are kept neither by the broker (QoS 0, clean session) nor on the disk.
         """
         found: dict[str, list[dict[str, Any]]] = {}
         for run in (*self.leaving, *self.pipelines.values()):  # the present one last
-            stats = run.stats()
-            stats["volatile"] = stats["in_flight"] if _volatile(run) else 0
-            found.setdefault(run.name, []).append(stats)
+            found.setdefault(run.name, []).append(_stats(run))
         names = dict.fromkeys((*self.pipelines, *found, *self._carried))
         return {name: merged(self._carried.get(name), found.get(name, [])) for name in names}
 
@@ -446,6 +443,13 @@ class Engine:
 def _volatile(run: PipelineRun) -> bool:
     """Nobody keeps the records that are in flight but we."""
     return run.pipeline.qos == 0 or run.intake.broker.clean_session
+
+
+def _stats(run: PipelineRun) -> dict[str, Any]:
+    stats = run.stats()
+    safe = run.overflow.safe if run.overflow is not None else 0
+    stats["volatile"] = max(0, stats["in_flight"] - safe) if _volatile(run) else 0
+    return stats
 
 
 async def _out_of_the_way(run: PipelineRun, stopping: asyncio.Task[int], linger: bool) -> int:

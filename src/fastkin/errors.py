@@ -33,7 +33,11 @@ class ConfigError(FastkinError):
         self.place = place
         self.problem = problem
         self.cure = cure
-        super().__init__(f"{place}: {problem}" + (f"; {cure}" if cure else ""))
+        text = f"{place}: {problem}" + (f"; {cure}" if cure else "")
+        # the names of files, keys and variables may hold anything: one line each, and nothing a terminal obeys
+        super().__init__(
+            text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        )
 
 
 class LibraryError(FastkinError, ValueError):

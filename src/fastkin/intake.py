@@ -33,7 +33,7 @@ from fastkin._mqtt import (
 )
 from fastkin.errors import MqttError, ProtocolError, RefusedError
 from fastkin.logs import Repeats
-from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, tls_context
+from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, said, tls_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,12 +58,14 @@ _COALESCE_ON = 5_000.0
 _COALESCE_OFF = 4_000.0  # per second
 _COALESCE_READ = 32 * 1024
 _COALESCE_LOOK_S = 0.02
+_RETAIN = {"always": 0, "new": 1, "never": 2}  # Retain Handling of MQTT 5.0
 
 _WORKED_S = 5.0  # a connection that lived so long was a good one
 _EARLY_MOST = 3  # so many connections that die right after SUBSCRIBE are no accident
 _LEAVE_S = 2.0  # for the broker to take our last acknowledgements and close
 _LINGER_S = 2.0  # for a connection that we give up to write what waits
 _MAX_WINDOW = 65_535
+_UNREAD_MOST = 1 << 20  # bytes: four times the acknowledgements that can be due at once
 # A broker that is away for hours: so many lines of a kind, then one line a minute that counts the rest.
 _TROUBLE_LINES = 5
 _TROUBLE_S = 60.0
@@ -368,7 +370,7 @@ class Intake:
         self._lines.say(
             logging.INFO, "connected",
             "%s broker=%s client=%s connected (MQTT %s, %s)",
-            self._where, broker.url, ascii(client), "5.0" if link.version == 5 else "3.1.1",
+            self._where, broker.url, said(client), "5.0" if link.version == 5 else "3.1.1",
             "the broker has our session" if connack.session_present else "new session",
         )  # fmt: skip
         if broker.clean_session:
@@ -377,7 +379,7 @@ class Intake:
             self._lines.say(
                 logging.WARNING, "session lost",
                 "%s broker=%s client=%s the broker has lost our session: what was published meanwhile is lost",
-                self._where, broker.url, ascii(client),
+                self._where, broker.url, said(client),
             )  # fmt: skip
         self._had_session = True
         expiry = connack.properties.get("session_expiry_interval")
@@ -417,6 +419,7 @@ class Intake:
         if refused:
             self._set_state("refused")
         else:
+            self.last_error = None
             self.connected.set()
             self._set_state("connected")
 
@@ -706,7 +709,7 @@ class _Link(Receiver):
             part = list(filters[at : at + FILTERS_PER_PACKET])
             self._next_id = self._next_id % 65_535 + 1
             self._asked[self._next_id] = part
-            out.append(self.session.subscribe(self._next_id, part))
+            out.append(self.session.subscribe(self._next_id, part, _RETAIN[self.intake.broker.retain_handling]))
         if out:
             self.wire.write(b"".join(out))
             self._await_subacks()
@@ -784,6 +787,9 @@ class _Link(Receiver):
             if not self._paused & (_STALL | _STOPPED):
                 intake.window.acknowledging(unacked, self.loop.time(), intake.last_read)
             self.wire.write(output)
+            if self.wire.get_write_buffer_size() > _UNREAD_MOST:
+                self._give_up("the broker does not read our acknowledgements", None)
+                return
         if intake.ledger.failed and not intake._stopping.is_set():
             self._give_up("a record can neither be stored nor set aside: the broker shall send it again", None)
 

@@ -29,7 +29,7 @@ from fastkin.endpoint import Endpoint, light_endpoint, parse_arn, resolve_endpoi
 from fastkin.errors import Action, ConfigError, KinesisError, UnexpectedResponse, printable
 from fastkin.shards import Shard
 from fastkin.signing import Signer
-from fastkin.transport import IDLE_AWS_S, IDLE_FOREIGN_S, HttpPool, Reply
+from fastkin.transport import IDLE_AWS_S, IDLE_FOREIGN_S, MAX_ANSWER, PUT_ANSWER, HttpPool, Reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,6 +54,7 @@ HASH_THREADS = 1
 RESIGNS = 2  # how often one call is signed again for fresh keys or a corrected clock
 SKEW_S = 60.0  # a clock this far off explains a refused signature (the service allows 300 s)
 MESSAGE_CHARS = 500
+CODE_CHARS = 80
 
 # -- What to do about an error. The codes are those of the service model, of the common errors of AWS and
 # -- of the throttling list of the SDKs; every row is held by a test.
@@ -184,17 +185,20 @@ def error_from(reply: Reply, now: float, secrets: tuple[str | None, ...] = ()) -
         code = code.rpartition("#")[2].partition(":")[0].strip()
     message = message if isinstance(message, str) else str(message)
     # A refused signature comes with the canonical request, session token and all: first line only.
-    message = message.strip().partition("\n")[0][:MESSAGE_CHARS]
-    for secret in secrets:
+    message = message.strip().partition("\n")[0]
+    for secret in secrets:  # before it is cut: half a secret is one too
         if secret:
             message = message.replace(secret, "***")
+            code = code.replace(secret, "***") if code else code
+    message = message[:MESSAGE_CHARS]
+    code = code[:CODE_CHARS] if code else code
     code, action = classify_request(code, reply.status)
     return KinesisError(
         code,
         message,
         action=action,
         http_status=reply.status,
-        request_id=reply.headers.get("x-amzn-requestid") or reply.headers.get("x-amz-request-id"),
+        request_id=(reply.headers.get("x-amzn-requestid") or reply.headers.get("x-amz-request-id") or "")[:80] or None,
         retry_after=retry_after(reply.headers, now),
     )
 
@@ -418,7 +422,7 @@ class KinesisClient(Client):
             url = endpoint.control if target in CONTROL else endpoint.data
             head = partial(self._head, self._signer, credentials, target, url.host, url.path, digest, length)
             pool = self._pools.get(url.base) or self._new_pool(url.base)
-            reply = await pool.request(head, body)
+            reply = await pool.request(head, body, PUT_ANSWER if target == "PutRecords" else MAX_ANSWER)
             if reply.status == 200:
                 return reply.body
             now = self._clock()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _PIECE = 1 << 20
 _MARK = DONE[2:6]
+_SURE = 40  # bytes of a line that are looked at before it is marked: the time, and the pipeline's first letters
 _NUMBERED = re.compile(r"(.+)\.([1-9][0-9]{0,5})")
 
 
@@ -109,7 +110,9 @@ class LetterFile:
         """These are replayed: durable when this returns."""
         try:
             for letter in letters:
-                os.pwrite(self.fd, _MARK, letter.at + 2)
+                # somebody may have cut the file off meanwhile (copytruncate): never write into what is not the line
+                if os.pread(self.fd, _SURE, letter.at) == letter.raw[:_SURE]:
+                    os.pwrite(self.fd, _MARK, letter.at + 2)
             os.fdatasync(self.fd)
         except OSError as error:
             raise _failed(self.path, "mark what was replayed", error) from error
@@ -243,13 +246,25 @@ def _tidy(path: Path, fd: int, *, live: bool) -> None:
 
 def _rewrite(path: Path, fd: int, *, live: bool) -> None:
     """A file without its marked lines, in its place in one step. Its lock, or that of the live file, is held."""
+    done = kept = False
     with path.open("rb") as old:
-        done = any(line.startswith(DONE) for line in old)
+        for line in old:
+            if line.startswith(DONE):
+                done = True
+            elif line.strip():
+                kept = True
     if not done:
+        return
+    if not kept:
+        # without a copy: it works on a full disk too, and makes room there
+        if live:
+            os.truncate(path, 0)
+        else:
+            path.unlink()
+            sync_folder(path)
         return
     told = os.fstat(fd)
     new = path.with_name(path.name + ".tidy")
-    kept = False
     try:
         out_fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with path.open("rb") as old, os.fdopen(out_fd, "wb") as out:
@@ -259,13 +274,9 @@ def _rewrite(path: Path, fd: int, *, live: bool) -> None:
             for line in old:
                 if not line.startswith(DONE):
                     out.write(line)
-                    kept = kept or bool(line.strip())
             out.flush()
             os.fsync(out_fd)
-        if kept or live:
-            new.rename(path)
-        else:
-            path.unlink()
+        new.rename(path)
         sync_folder(path)
     finally:
         with contextlib.suppress(OSError):

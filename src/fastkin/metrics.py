@@ -35,6 +35,7 @@ _COUNTERS = (
     ("records_filtered", "filtered", "Records that were not wanted"),
     ("dead_letters_deleted", "dead_letters_deleted", "Dead letters that were deleted to make room for newer ones"),
     ("records_spooled", "spooled_ever", "Records that went to disk, ever"),
+    ("spool_damaged_rows", "spool_damaged_rows", "Batches that could not be read back from disk"),
     ("duplicates_possible", "duplicates_possible", "Records of calls whose outcome stayed unknown: duplicates at most"),
     ("calls", "calls", "Calls made to Kinesis"),
     ("intake_connects", "connects", "Connections made to the broker"),
@@ -53,7 +54,7 @@ _LABELLED = (
 # A counter that appears with its first event is no increase to PromQL: these are there from the start.
 _KINDS = ("empty", "version", "element", "truncated", "trailing", "oversize", "partition_key")
 _ALWAYS = {
-    "records_dead_lettered": dict.fromkeys((*_KINDS, "refused"), 0),
+    "records_dead_lettered": dict.fromkeys((*_KINDS, "ValidationException"), 0),
     "records_dropped": dict.fromkeys(("no_dead_letter", "drop_oldest", "drop_newest", "failed"), 0),
     "format_errors": dict.fromkeys(_KINDS, 0),
     "records_throttled": {"": 0},
@@ -65,8 +66,6 @@ _HISTOGRAMS = (
 _GAUGES = (
     ("records_in_flight", "in_flight", "Records received and not ended, in memory"),
     ("spool_records", "spooled", "Records that are on disk only"),
-    ("spool_bytes", "spool_bytes", "Size of the spool on disk"),
-    ("spool_bytes_limit", "spool_bytes_limit", "What it may grow to; 0 without a spool"),
     ("budget_bytes", "buffered_bytes", "Memory charged for records"),
     ("unacknowledged_messages", "unacked", "Messages that the broker was not told of yet"),
     ("calls_open", "calls_open", "Calls without an answer yet"),
@@ -145,6 +144,11 @@ class EngineCollector(Collector):
     def _of_runs(self) -> list[Metric]:
         """What only the run that is at work can say."""
         labels = ("pipeline",)
+        spool_bytes = GaugeMetricFamily("fastkin_spool_bytes", "Size of the spool on disk.", labels=labels)
+        spool_limit = GaugeMetricFamily(
+            "fastkin_spool_bytes_limit", "What the spool may grow to; 0 without one.", labels=labels
+        )
+        spool_broken = GaugeMetricFamily("fastkin_spool_broken", "1: the spool cannot be used now.", labels=labels)
         limit = GaugeMetricFamily("fastkin_budget_bytes_limit", "What may be charged.", labels=labels)
         oldest = GaugeMetricFamily(
             "fastkin_oldest_unacknowledged_seconds", "Age of the oldest unacknowledged message.", labels=labels
@@ -158,6 +162,11 @@ class EngineCollector(Collector):
             "fastkin_shard_heat", "Share of a shard's limit that we used lately.", labels=("pipeline", "shard")
         )
         for pipeline, run in self._engine.pipelines.items():
+            overflow = run.overflow
+            spool = overflow.spool if overflow is not None else None
+            spool_bytes.add_metric((pipeline,), spool.bytes if spool is not None else 0)
+            spool_limit.add_metric((pipeline,), spool.max_bytes if spool is not None else 0)
+            spool_broken.add_metric((pipeline,), overflow is not None and overflow.broken is not None)
             limit.add_metric((pipeline,), run.budget.max_bytes)
             oldest.add_metric((pipeline,), run.oldest_s())
             window.add_metric((pipeline,), run.intake.granted_window)
@@ -166,7 +175,7 @@ class EngineCollector(Collector):
             hottest = sorted(run.sender.heat().items(), key=lambda item: item[1], reverse=True)
             for shard, share in hottest[:_SHARDS_SHOWN]:
                 heat.add_metric((pipeline, shard), share)
-        return [limit, oldest, window, connected, ready, heat]
+        return [spool_bytes, spool_limit, spool_broken, limit, oldest, window, connected, ready, heat]
 
 
 def _cumulated(told: Mapping[str, float]) -> tuple[list[tuple[str, float]], float]:

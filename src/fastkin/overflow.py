@@ -115,10 +115,12 @@ def shares(max_bytes: int, max_records: int, policy: Policy) -> tuple[Budget, Ro
 
 
 def batch_limit(max_batch_bytes: int, max_record_bytes: int, budget_bytes: int, policy: Policy) -> int:
-    """The most bytes of a batch: with a spool several must fit in the share for what comes back."""
-    if policy != "spool":
-        return max_batch_bytes
-    return min(max_batch_bytes, max(max_record_bytes, budget_bytes // _MOST_OF_BUDGET))
+    """The most bytes of a batch: whoever splits or gathers has source and copy for a moment, beside the budget.
+
+    With a spool several must fit in the share for what comes back.
+    """
+    part = _MOST_OF_BUDGET if policy == "spool" else _MOST_OF_BUDGET // 2
+    return min(max_batch_bytes, max(max_record_bytes, budget_bytes // part))
 
 
 class Overflow:
@@ -209,10 +211,11 @@ class Overflow:
         spool = self.spool
         return {
             "spooled": self._lane.spooled,
-            "spooled_total": self.spooled_total,
+            "spooled_ever": self.spooled_total,
             "spooling": self.spooling,
             "spool_rows": spool.rows if spool is not None else 0,
             "spool_bytes": spool.bytes if spool is not None else 0,
+            "spool_bytes_limit": spool.max_bytes if spool is not None else 0,
             "spool_error": self.broken,
             "spool_damaged_rows": self.damaged,
         }

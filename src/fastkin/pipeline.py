@@ -107,7 +107,11 @@ class PipelineRun:
             on_settled=self._settled,
             max_records=pipeline.max_records,
             max_batch_bytes=max_batch_bytes,
+            throttle_error_after_s=pipeline.throttle_error_after_s,
         )
+        if pipeline.aggregation == "kpl":
+            self.sender.hold()  # until it is known that the stream does not choose shards itself
+        self._shards_failed = False
         self.overflow: Overflow | None = None
         if pipeline.on_full != "pause":
             self.overflow = Overflow(
@@ -184,6 +188,7 @@ class PipelineRun:
             return False
         self.ready = True
         self.start_error = None
+        self.sender.release()
         self._spawn(self._watch_shards(), "shards")
         return True
 
@@ -316,10 +321,15 @@ class PipelineRun:
         try:
             shards = ShardMap(await self.client.list_shards())
         except (KinesisError, ValueError) as error:
-            _LOG.warning(
-                "pipeline=%s stage=send no shard map (%s): throttles are learned from answers", self.name, error
-            )
+            level = logging.DEBUG if self._shards_failed else logging.WARNING  # asked again and again, said once
+            _LOG.log(
+                level,
+                "pipeline=%s stage=send no shard map (%s): throttles are learned from answers until there is one;"
+                " allow kinesis:ListShards", self.name, error,
+            )  # fmt: skip
+            self._shards_failed = True
             return
+        self._shards_failed = False
         current = self.sender.shards
         if current is not None and [s.id for s in current.shards] == [s.id for s in shards.shards]:
             return
@@ -335,7 +345,10 @@ class PipelineRun:
             await asyncio.sleep(_SHARDS_LOOK_S)
             known = self.sender.shards
             if known is None:
-                return
+                if self.pipeline.startup_check == "none":
+                    return  # nobody wants to know
+                await self._read_shards()
+                continue
             looks += 1
             strange = {s for s in self.sender.throttled if s and known.ordinal(s) is None} - seen
             if strange or looks >= _SHARDS_LOOKS:
@@ -418,8 +431,7 @@ class PipelineRun:
     @property
     def last_error(self) -> str | None:
         """What is wrong now, for a person; it clears when the same goes well."""
-        here = None if self.intake.connected.is_set() else self.intake.last_error
-        return self.start_error or self.sender.last_error or here
+        return self.start_error or self.sender.last_error or self.intake.last_error
 
     def _dropped(self) -> Tally:
         """Records that were given up, by policy."""

@@ -6,16 +6,19 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from fastkin._codec import DRAIN, FAILED, Budget, KeyPlan, Lane, ShardTable
+from fastkin._codec import DRAIN, FAILED, KeyPlan, Lane, ShardTable
 from fastkin.config import MIB, Kinesis
 from fastkin.errors import ClosedError, ConfigError, KinesisError, LibraryError, RecordFailed
 from fastkin.flusher import Flusher
 from fastkin.keys import KeySpecError, key_plan
 from fastkin.kinesis import make_client
+from fastkin.overflow import Overflow, Policy, batch_limit, shares
 from fastkin.sender import Sender
 from fastkin.shards import ShardMap
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from typing_extensions import Buffer
 
     from fastkin._codec import Batch, Receipt
@@ -58,6 +61,10 @@ class Producer:
         budget_records: int = 1_000_000,
         aggregate_bytes: int = 0,
         shard_map: bool = True,
+        on_full: Policy = "pause",
+        spool: str | Path | None = None,
+        spool_max_bytes: int = 1024 * MIB,
+        spool_after_s: float = 5.0,
     ) -> None:
         """One of `stream` and `stream_arn` is needed; credentials come from the SDK's chain unless given.
 
@@ -69,11 +76,21 @@ class Producer:
         aggregate_bytes: above 0, records are packed in KPL aggregates up to that size.
         shard_map: read the stream's shards to pace by shard (needs kinesis:ListShards; without the permission
             limits are learned from throttles).
+        on_full: what happens when the budget is full, or when Kinesis has taken nothing for `spool_after_s`: "pause",
+            `put` waits; "spool", batches go to the file `spool` (at most `spool_max_bytes`, one producer per file), and
+            their receipts resolve to a PutResult with `spooled` set and no place, for the record is sent later, perhaps
+            by the next producer that opens the file; "drop_oldest" and "drop_newest", whole batches are given up, and
+            their receipts raise RecordDropped.
 
         LibraryError: an argument is wrong. Nothing is sent and no file or socket is opened here.
         """
         if not (stream or stream_arn):
             raise LibraryError("Non empty argument required: stream or stream_arn")
+        if on_full not in ("pause", "spool", "drop_oldest", "drop_newest"):
+            raise LibraryError(f"on_full is pause, spool, drop_oldest or drop_newest, not {on_full!r}")
+        if (on_full == "spool") != (spool is not None):
+            raise LibraryError('on_full="spool" and spool="FILE" go together')
+        max_batch_bytes = batch_limit(max_batch_bytes, max_record_bytes, budget_bytes, on_full)
         try:
             kind, parts = key_plan(partition_key)
             if any(part[0] in {"topic", "level"} for part in parts):
@@ -85,12 +102,14 @@ class Producer:
                 transport=transport, max_connections=max_connections, request_timeout_s=request_timeout_s,
             )  # fmt: skip
             self._client = make_client(self._settings)
-            self._budget = Budget(budget_bytes, budget_records)
+            self._budget, self._rows = shares(budget_bytes, budget_records, on_full)
             self._lane = Lane(
                 settler=None, budget=self._budget, frame="raw", key=KeyPlan(kind, parts),
                 target=self._client.target_json(), max_records=max_records,
                 max_batch_bytes=max_batch_bytes, max_record_bytes=max_record_bytes,
                 aggregate_bytes=aggregate_bytes,
+                rows=None if self._rows is None else self._rows.settler,
+                replay=None if self._rows is None else self._rows.budget,
             )  # fmt: skip
         except (ConfigError, KeySpecError) as error:
             raise LibraryError(str(error)) from None
@@ -99,6 +118,11 @@ class Producer:
         self._max_records = max_records
         self._max_batch_bytes = max_batch_bytes
         self._wants_shards = shard_map
+        self._on_full: Policy = on_full
+        self._spool = spool
+        self._spool_max_bytes = spool_max_bytes
+        self._spool_after_s = spool_after_s
+        self._overflow: Overflow | None = None
         self._sender: Sender | None = None
         self._flusher: Flusher | None = None
         self._room: deque[asyncio.Future[None]] = deque()
@@ -147,9 +171,19 @@ class Producer:
             else:
                 self._lane.shards = ShardTable(shards.ends)
                 sender.set_shards(shards)
+        overflow: Overflow | None = None
+        if self._on_full != "pause":
+            overflow = Overflow(
+                self._lane, sender, self._budget, name=self._stream, policy=self._on_full, on_settled=self._settled,
+                rows=self._rows, path=self._spool, max_bytes=self._spool_max_bytes, after_s=self._spool_after_s,
+            )  # fmt: skip
+            await overflow.start()
         if self._closed:  # close() came while we were asking
+            if overflow is not None:
+                await overflow.close()
             raise self._not_open()
-        self._flusher = Flusher(self._lane, sender, self._linger_s, asyncio.get_running_loop())
+        self._overflow = overflow
+        self._flusher = Flusher(self._lane, overflow or sender, self._linger_s, asyncio.get_running_loop())
         self._sender = sender
 
     async def put(
@@ -189,7 +223,7 @@ class Producer:
         return receipt
 
     async def flush(self) -> None:
-        """Send what is open now; return when every receipt given so far has ended, well or not."""
+        """Send what is open now; return when every receipt given so far has ended, well or not, or is spooled."""
         if self._flusher is None or self._sender is None or self._closed:
             raise self._not_open()
         self._flusher.close(DRAIN)
@@ -197,6 +231,8 @@ class Producer:
 
     async def close(self, timeout_s: float = 30.0) -> int:
         """Flush, then close. Returns how many records did not end in time: their receipts raise ClosedError.
+
+        With a spool they go there instead, and do not count; the next producer that opens the file sends them.
 
         May be called again, and while another call is closing: all return the same. A `put` that waits for room
         raises ClosedError. When the caller is cancelled the flush is cut short, the rest is done all the same.
@@ -224,6 +260,8 @@ class Producer:
         try:
             if sender is not None and flusher is not None:
                 flusher.close(DRAIN)
+                if self._overflow is not None:
+                    self._overflow.drain()
                 flushed = asyncio.create_task(sender.flush())
                 hurried = asyncio.create_task(self._hurry.wait())
                 await asyncio.wait([flushed, hurried], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -235,6 +273,8 @@ class Producer:
                 self._flusher = None
                 flusher.stop()
                 await sender.close()
+                if self._overflow is not None:
+                    await self._overflow.close()
                 unsettled = self._lane.in_flight
                 for batch in sender.unsent():
                     batch.finish(FAILED, error)
@@ -243,13 +283,18 @@ class Producer:
         return unsettled
 
     def stats(self) -> dict[str, Any]:
-        """Counters, in records: received == stored + dropped + in_flight (dropped: refused, or closed too early)."""
+        """Counters, in records: received == stored + dead_lettered + dropped + in_flight + spooled.
+
+        dropped: refused, given up by `on_full`, or closed too early; dead_lettered: damaged in the spool.
+        """
         lane, sender = self._lane, self._sender
         return {
             "received": lane.received,
             "stored": lane.stored,
             "dropped": lane.dropped,
+            "dead_lettered": lane.dead_lettered,
             "in_flight": lane.in_flight,
+            "spooled": lane.spooled,
             "buffered_bytes": self._budget.bytes,
             "peak_bytes": self._budget.peak_bytes,
             "calls": sender.calls if sender else 0,
@@ -257,7 +302,7 @@ class Producer:
             "throttled": sum(sender.throttled.values()) if sender else 0,
             "duplicates_possible": sender.duplicates_possible if sender else 0,
             "last_error": sender.last_error if sender else None,
-        }
+        } | (self._overflow.stats() if self._overflow is not None else {})
 
     def _not_open(self) -> ClosedError:
         if self._closed:
@@ -267,6 +312,10 @@ class Producer:
     async def _wait_for_room(self, flusher: Flusher) -> None:
         while self._budget.full and not self._budget.low:
             flusher.close(DRAIN)
+            if self._overflow is not None:
+                self._overflow.attend()
+                if not self._budget.full:
+                    return
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._room.append(waiter)
             await waiter

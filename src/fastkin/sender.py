@@ -54,15 +54,20 @@ _WARN_EVERY_S = 5.0
 _TRANSIENT = frozenset({"InternalFailure", "InternalFailureException", "ServiceUnavailableException"})
 # The service gave up on a call that it may have carried out, whatever the status says.
 _OUTCOME_UNKNOWN = frozenset({"RequestTimeout", "RequestTimeoutException", "RequestAborted", "RequestAbortedException"})
+# So many single records refused in a row, none stored in between, and the fault is no longer looked for in the record.
+_REFUSED_IN_A_ROW = 10
 # When somebody must act, ask again slowly and keep the data.
 _OPERATOR_BASE_S = 5.0
 _OPERATOR_CAP_S = 30.0
+_SAY_OPERATOR_EVERY_S = 30.0
+# Keys come back without anybody telling us. A look costs one call at most, and what is held waits no longer than this.
+_CREDENTIALS_BASE_S = 1.0
+_CREDENTIALS_CAP_S = 10.0
 _ENTRY_BASE_S = 0.03
 _THROTTLE_CAP_S = 0.3  # the pacer keeps the rate: the wait only needs to spread the retries
 _ENTRY_CAP_S = 5.0
 _CALL_BASE_S = 0.05
 _CALL_CAP_S = 5.0
-_THROTTLE_ERROR_AFTER_S = 60.0
 _NO_EPOCH = -1  # of what came back from the spool: no flush waits for it
 _LEAST_WAIT_S = 0.001  # a shorter one may vanish in the clock's rounding, and the pump would go round for ever
 
@@ -70,6 +75,8 @@ _LEAST_WAIT_S = 0.001  # a shorter one may vanish in the clock's rounding, and t
 _CALL_BOUNDS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _FILL_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _SHARDS_COUNTED = 256  # shards with a throttle counter of their own
+# Gathered into one call at most: source and copy are both there for a moment, and a call of this size is full enough.
+_GATHER_BYTES = 1 << 20
 
 Load = dict[int, tuple[int, int]]
 
@@ -108,6 +115,7 @@ class Sender:
         target: str = "PutRecords",
         max_records: int = 500,
         max_batch_bytes: int = 5 * 1024 * 1024,
+        throttle_error_after_s: float = 60.0,
         random: Random | None = None,
     ) -> None:
         """`set_aside(batch, reason)` takes over what can never be stored; `on_settled()` runs after each answer."""
@@ -120,6 +128,8 @@ class Sender:
         self._on_settled = on_settled
         self._max_records = max_records
         self._max_bytes = max_batch_bytes
+        self._throttle_error_after_s = throttle_error_after_s
+        self._gather_bytes = min(_GATHER_BYTES, max_batch_bytes // 2)
         self._loop = asyncio.get_running_loop()
         self._random = random or Random()  # noqa: S311 - jitter, not secrets
         self.pacer = Pacer(self._loop.time())
@@ -127,22 +137,28 @@ class Sender:
         self._concurrency = Concurrency(max_calls)
         self._gate_backoff = Backoff(_CALL_BASE_S, _CALL_CAP_S, self._random)
         self._operator_backoff = Backoff(_OPERATOR_BASE_S, _OPERATOR_CAP_S, self._random)
+        self._credentials_backoff = Backoff(_CREDENTIALS_BASE_S, _CREDENTIALS_CAP_S, self._random)
         self._gate = 0.0  # no call before this time
         self._failed: dict[str, _Queue] = {}
         self._next: Batch | None = None  # taken from its queue, waiting for tokens
         self._tasks: dict[asyncio.Task[None], Batch] = {}  # calls in flight
         self._began: dict[asyncio.Task[None], float] = {}  # when each was made
+        self._cut: set[asyncio.Task[None]] = set()  # those that withdraw() cut short
+        self._withdrawn: list[Batch] = []  # what they had: for the next withdraw()
         self.source: Callable[[], Batch | None] = lane.take  # where new batches come from
         self.answered_at = self._loop.time()  # when Kinesis last took something
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._epoch = 0
         self._serial = itertools.count()
-        self._ever_stored = False
+        self._refused = _REFUSED_IN_A_ROW  # single records refused since one was stored; before the first: no trust
+        self._probe = False  # in doubt about the destination: something new goes before what was refused
+        self._held = False
         self._outstanding: dict[int, int] = {0: 0}  # epoch -> records taken from the lane and not ended
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._closing = False
         self._warnings = Repeats(_LOG, self._loop.call_later, most=1, per_s=_WARN_EVERY_S)
+        self._errors = Repeats(_LOG, self._loop.call_later, most=1, per_s=_SAY_OPERATOR_EVERY_S)
         self._throttled_since: float | None = None
         self.last_error: str | None = None
         self.calls = 0
@@ -186,16 +202,24 @@ class Sender:
         else:
             self.pacer.set_shards(self._loop.time(), [shard.share for shard in shards.shards])
 
+    def hold(self) -> None:
+        """Make no call until release(): it is not known yet whether the stream may get what the lane makes."""
+        self._held = True
+
+    def release(self) -> None:
+        self._held = False
+        self.pump()
+
     def pump(self) -> None:
         """Start as many calls as may go now; arm a timer for the rest. Cheap when there is nothing to do."""
-        if self._closing:
+        if self._closing or self._held:
             return
         now = self._loop.time()
         while len(self._tasks) < self._concurrency.limit:
             if now < self._gate:
                 self._wake_at(self._gate)
                 return
-            batch = self._next or self._retry(now) or self._fresh()
+            batch = self._next or self._probed() or self._retry(now) or self._fresh()
             self._next = None
             if batch is None:
                 return
@@ -244,6 +268,7 @@ class Sender:
         """Cancel the calls in flight. What has not ended stays unsettled: see `unsent`."""
         self._closing = True
         self._warnings.close()
+        self._errors.close()
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
@@ -258,6 +283,8 @@ class Sender:
     def unsent(self) -> list[Batch]:
         """After close(): the batches that never ended, for the owner to fail or forget."""
         batches = [batch for queue in self._failed.values() for batch in queue.batches]
+        batches += self._withdrawn
+        self._withdrawn = []
         if self._next is not None:
             batches.append(self._next)
         self._failed.clear()
@@ -273,7 +300,7 @@ class Sender:
     def oldest(self) -> float | None:
         """When the oldest batch that has not ended was taken (loop time); None without one."""
         born = [batch.born for queue in self._failed.values() for batch in queue.batches]
-        born += [batch.born for batch in self._tasks.values()]
+        born += [batch.born for batch in (*self._tasks.values(), *self._withdrawn)]
         if self._next is not None:
             born.append(self._next.born)
         return min(born, default=None)
@@ -293,8 +320,9 @@ class Sender:
         if called_before is not None:
             for task, began in self._began.items():
                 if began < called_before and not self._tasks[task].restored:
+                    self._cut.add(task)
                     task.cancel()
-        out: list[Batch] = []
+        out, self._withdrawn = self._withdrawn, []
         if self._next is not None and not self._next.restored:
             out.append(self._next)
             self._next = None
@@ -320,6 +348,16 @@ class Sender:
         self._ended(epoch, count)
 
     # -- what goes next ------------------------------------------------------------------------
+
+    def _probed(self) -> Batch | None:
+        """One new batch for each time the gate was closed in doubt.
+
+        If it is stored, it was the records that were refused, and not the destination that refuses everything.
+        """
+        if not self._probe:
+            return None
+        self._probe = False
+        return self._fresh()
 
     def _fresh(self) -> Batch | None:
         batch = self.source()
@@ -368,7 +406,7 @@ class Sender:
                 head = queue.batches[0]
                 if picked and (
                     records + len(head) > self._max_records
-                    or size + head.size > self._max_bytes
+                    or size + head.size > self._gather_bytes
                     or not self._alike(picked[0], head)
                 ):
                     break
@@ -480,7 +518,9 @@ class Sender:
     def _call_done(self, task: asyncio.Task[None]) -> None:
         batch = self._tasks.pop(task)
         del self._began[task]
-        if task.cancelled():
+        if task.cancelled() and task in self._cut:
+            self._withdrawn.append(batch)  # not for the pump to send again at once
+        elif task.cancelled():
             # Perhaps before its first step, so this cannot be left to the task itself.
             self._queue("").batches.appendleft(batch)
         elif (error := task.exception()) is not None:
@@ -492,6 +532,7 @@ class Sender:
                     "task": task,
                 }
             )
+        self._cut.discard(task)
         self.pump()
 
     def _broke(self, batch: Batch, epoch: int, count: int, error: Exception) -> None:
@@ -515,8 +556,11 @@ class Sender:
         self._concurrency.succeeded()
         self._gate_backoff.reset()
         self._operator_backoff.reset()
+        self._credentials_backoff.reset()
         self.last_error = None
-        self._ever_stored = True
+        if len(failures) != 1 or len(failures[0].batch) < count:
+            self._refused = 0
+            self._probe = False
         if not failures:
             self.pacer.stored(now, load)
             self._throttled_since = None
@@ -569,8 +613,12 @@ class Sender:
         self.failed_by_code.add(error.code, len(batch))
         self.calls_failed_by_code.add(error.code, 1)
         if error.action is Action.REJECTED:
-            self._bisect(batch, error)
-            return
+            if len(batch) > 1 or self._refused < _REFUSED_IN_A_ROW:
+                self._bisect(batch, error)
+                return
+            # Nothing is taken, or nothing any more: the fault is not this record's but the destination's or ours.
+            self._probe = True
+            error = _as_operator(error)
         self._concurrency.failed()
         if error.action is Action.THROTTLE:
             self.pacer.throttled(now, None, even=True)
@@ -581,8 +629,10 @@ class Sender:
         self._queue("").batches.appendleft(batch)
         if self._gate <= now:
             if error.action in (Action.OPERATOR, Action.CREDENTIALS, Action.CLOCK):
-                delay = self._operator_backoff.next()
-                _LOG.error(
+                keys = error.action is Action.CREDENTIALS or error.code == "NoCredentials"
+                delay = (self._credentials_backoff if keys else self._operator_backoff).next()
+                self._errors.say(
+                    logging.ERROR, error.code,
                     "pipeline=%s stage=send %s; the data is kept and tried again in %.0f s%s",
                     self.name, error, delay, _cure(error),
                 )  # fmt: skip
@@ -596,10 +646,7 @@ class Sender:
     def _bisect(self, batch: Batch, error: KinesisError) -> None:
         """Kinesis refuses a whole call for one bad record: halve it until the bad one stands alone."""
         if len(batch) == 1:
-            if not self._ever_stored:
-                # Nothing was ever accepted: the fault is not this record's but the destination's or ours.
-                self._call_failed(batch, _as_operator(error))
-                return
+            self._refused += 1
             self._ended(batch.epoch, 1)
             self._set_aside(batch, f"{error.code}: {error.message}")
             return
@@ -637,16 +684,16 @@ class Sender:
             self._warn("throttled at %s: %d records go again, slower", shard_id or "the stream", records)
 
     def _throttled_for_long(self, now: float, shard_id: str) -> bool:
-        """Say so as an error, once per _THROTTLE_ERROR_AFTER_S without a call that went through whole."""
+        """Say so as an error, once per `throttle_error_after_s` without a call that went through whole."""
         if self._throttled_since is None:
             self._throttled_since = now
-        if now - self._throttled_since <= _THROTTLE_ERROR_AFTER_S:
+        if now - self._throttled_since <= self._throttle_error_after_s:
             return False
         self._throttled_since = now
         _LOG.error(
             "pipeline=%s stage=send throttled for %.0f s at %s, %.0f records/s are stored;"
             " data is kept: add shards, use keys that spread, or send less",
-            self.name, _THROTTLE_ERROR_AFTER_S, shard_id or "the stream", self.pacer.even.stored_per_s,
+            self.name, self._throttle_error_after_s, shard_id or "the stream", self.pacer.even.stored_per_s,
         )  # fmt: skip
         return True
 
@@ -676,7 +723,7 @@ def _maybe_stored(error: KinesisError) -> bool:
 def _as_operator(error: KinesisError) -> KinesisError:
     return KinesisError(
         error.code,
-        f"{error.message}; Kinesis refused even a single record and never took one: check the destination",
+        f"{error.message}; even single records are refused and none is stored: check the destination and its limits",
         action=Action.OPERATOR,
         http_status=error.http_status,
         request_id=error.request_id,

@@ -11,10 +11,10 @@ holds no secret of the settings, but it does tell names of pipelines, shards and
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
-import orjson
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
@@ -32,7 +32,7 @@ _CONNECTIONS = 32  # at once; more are closed without a word
 _TIME_S = 10.0  # for one connection, from its first byte to the last of the answer
 
 _REASONS = {
-    200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
+    200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
     431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable",
 }  # fmt: skip
 
@@ -151,5 +151,5 @@ class StatusServer:
             for name, reason in reasons.items()
         }
         return _Answer(
-            200 if good else 503, orjson.dumps({word: good, "pipelines": pipelines}) + b"\n", "application/json"
+            200 if good else 503, (json.dumps({word: good, "pipelines": pipelines}) + "\n").encode(), "application/json"
         )

@@ -34,8 +34,13 @@ SLICE = 256 * 1024
 # The transport asks us to wait once this much is queued behind the socket, and goes on below LOW_WATER.
 HIGH_WATER = 256 * 1024
 LOW_WATER = 64 * 1024
-MAX_ANSWER = 16 * 1024 * 1024  # an answer to 500 records is 56 KB, GetRecords ends at 14 MB
+MAX_ANSWER = 16 * 1024 * 1024  # of any call: GetRecords ends at 14 MB
+PUT_ANSWER = 1024 * 1024  # of PutRecords: an answer to 500 records is 56 KB, 150 KB when all of them failed
 MAX_HEADERS = 64 * 1024  # as h11 and node allow 16 to 80 KB
+MAX_HEADER_COUNT = 256
+# An answer may cost so many bytes of framing (chunk sizes, extensions, trailers) for each byte of its body, and
+# MAX_HEADERS besides: a body sent byte by byte needs five.
+FRAMING_PER_BYTE = 8
 IDLE_AWS_S = 12.0  # what aiobotocore keeps
 IDLE_FOREIGN_S = 4.0  # node closes an idle connection after 5 s
 
@@ -93,10 +98,11 @@ class HttpPool:
         """Calls that hold a place now."""
         return self._busy
 
-    async def request(self, head: bytes | Callable[[], bytes], body: Buffer) -> Reply:
+    async def request(self, head: bytes | Callable[[], bytes], body: Buffer, max_answer: int = MAX_ANSWER) -> Reply:
         """One call. `head` as a function is called when a connection is there, again for a retry.
 
-        `body` must not change until this returns; nothing of it is used after that.
+        `body` must not change until this returns; nothing of it is used after that. An answer whose body is longer
+        than `max_answer` bytes is TransportError AnswerTooLarge.
         """
         if self._busy < self._max:
             self._busy += 1
@@ -108,19 +114,23 @@ class HttpPool:
             connection = self._pop_idle()
             if connection is not None:
                 try:
-                    return await self._exchange(connection, head, body)
+                    return await self._exchange(connection, head, body, max_answer)
                 except _StaleConnectionError:
                     # The other side had closed it, or did so before it read us. It happens to every
                     # keep-alive client; storing twice is allowed, losing is not.
                     self.retries += 1
                     if self._on_resend is not None:
                         self._on_resend(body)
-            return await self._exchange(await self._connect(), head, body)
+            return await self._exchange(await self._connect(), head, body, max_answer)
         finally:
             self._leave()
 
-    async def _exchange(self, connection: _Connection, head: bytes | Callable[[], bytes], body: Buffer) -> Reply:
-        reply = await connection.exchange(head if isinstance(head, bytes) else head(), body, self._request_timeout)
+    async def _exchange(
+        self, connection: _Connection, head: bytes | Callable[[], bytes], body: Buffer, max_answer: int
+    ) -> Reply:
+        reply = await connection.exchange(
+            head if isinstance(head, bytes) else head(), body, self._request_timeout, max_answer
+        )
         if connection.usable:
             self._keep(connection)
         return reply
@@ -268,8 +278,12 @@ class _Connection(asyncio.Protocol):
         self._status = 0
         self._headers: dict[str, str] = {}
         self._head_done = False
-        self._head_bytes = 0
-        self._chunks: list[bytes] = []
+        self._header_count = 0
+        self._max_answer = MAX_ANSWER
+        self._wire_bytes = 0  # of this answer, early hints and framing included
+        # the body: one piece is handed on as it came, more are joined as they come
+        self._piece = b""
+        self._joined: bytearray | None = None
         self._received = 0
         self._until_close = False
 
@@ -279,7 +293,7 @@ class _Connection(asyncio.Protocol):
     def usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    async def exchange(self, head: bytes, body: Buffer, timeout_s: float) -> Reply:
+    async def exchange(self, head: bytes, body: Buffer, timeout_s: float, max_answer: int = MAX_ANSWER) -> Reply:
         """Write one request, read its answer. Raises _StaleConnectionError if it may be tried again."""
         transport = self._transport
         self._begun = False
@@ -290,7 +304,8 @@ class _Connection(asyncio.Protocol):
         self._waiter = waiter
         self._reply = self._error = None
         self._head_done = False
-        self._head_bytes = 0
+        self._max_answer = max_answer
+        self._wire_bytes = self._received = 0
         view = memoryview(body)
         if view.ndim != 1 or view.itemsize != 1:
             view = view.cast("B")
@@ -384,15 +399,15 @@ class _Connection(asyncio.Protocol):
             return
         except HttpParserError as error:
             cause = error.__context__
-            if isinstance(cause, _TooLargeError):
-                self._fail("AnswerTooLarge", str(cause))
+            if isinstance(cause, _RefusedError):
+                self._fail(cause.code, str(cause))
             elif self._reply is None or self._error is not None:
                 self._fail("BadAnswer", f"the answer is not HTTP/1.1: {error}")
             return
-        if not self._head_done:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEADERS:
-                self._fail("AnswerTooLarge", f"headers of more than {MAX_HEADERS} bytes")
+        self._wire_bytes += len(data)
+        if self._wire_bytes - self._received > MAX_HEADERS + FRAMING_PER_BYTE * self._received and self._reply is None:
+            what = "chunk framing and trailers" if self._head_done else "headers"
+            self._fail("AnswerTooLarge", f"{what} of more than {MAX_HEADERS} bytes")
 
     def eof_received(self) -> bool | None:
         if self._until_close and self._head_done and self._waiter is not None:
@@ -414,7 +429,7 @@ class _Connection(asyncio.Protocol):
         elif self._error is not None:
             waiter.set_exception(self._error)
         elif self._until_close and self._head_done and exc is None:
-            waiter.set_result(Reply(self._status, self._headers, b"".join(self._chunks)))
+            waiter.set_result(Reply(self._status, self._headers, self._whole_body()))
         else:
             waiter.set_exception(self._broken(f"{type(exc).__name__}: {exc}" if exc else "closed by the other side"))
 
@@ -440,22 +455,32 @@ class _Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._status = 0
         self._headers = {}
+        self._header_count = 0
         self._head_done = False
-        self._chunks = []
+        self._piece = b""
+        self._joined = None
         self._received = 0
         self._until_close = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        self._header_count += 1
+        if self._header_count > MAX_HEADER_COUNT:
+            raise _RefusedError("AnswerTooLarge", f"more than {MAX_HEADER_COUNT} headers")
+        if not self._head_done:  # a trailer is none of ours
+            self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
         self._head_done = self._status >= 200
         headers = self._headers
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in {"identity", ""} and self._head_done:
+            # never asked for, and never unpacked: a few bytes may become gigabytes
+            raise _RefusedError("BadAnswer", f"the answer is compressed ({encoding[:40]!a}), which was not asked for")
         length = headers.get("content-length")
         if length is not None:
-            if int(length) > MAX_ANSWER:
-                raise _TooLargeError(f"an answer of {length} bytes, more than {MAX_ANSWER}")
+            if int(length) > self._max_answer:
+                raise _RefusedError("AnswerTooLarge", f"an answer of {length[:24]} bytes, more than {self._max_answer}")
         else:
             self._until_close = (
                 self._status not in {204, 304} and "chunked" not in headers.get("transfer-encoding", "").lower()
@@ -463,9 +488,16 @@ class _Connection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         self._received += len(data)
-        if self._received > MAX_ANSWER:
-            raise _TooLargeError(f"an answer of more than {MAX_ANSWER} bytes")
-        self._chunks.append(data)
+        if self._received > self._max_answer:
+            raise _RefusedError("AnswerTooLarge", f"an answer of more than {self._max_answer} bytes")
+        if self._joined is not None:
+            self._joined += data
+        elif self._piece:
+            # not a list of pieces: two bytes in a chunk would cost fifty
+            self._joined = bytearray(self._piece)
+            self._joined += data
+        else:
+            self._piece = data
 
     def on_message_complete(self) -> None:
         if self._status < 200:  # 100 Continue, 103 Early Hints: the answer is still to come
@@ -476,10 +508,13 @@ class _Connection(asyncio.Protocol):
             return
         self._complete()
 
+    def _whole_body(self) -> bytes:
+        return self._piece if self._joined is None else bytes(self._joined)
+
     def _complete(self) -> None:
-        chunks = self._chunks
-        self._reply = reply = Reply(self._status, self._headers, chunks[0] if len(chunks) == 1 else b"".join(chunks))
-        self._chunks = []
+        self._reply = reply = Reply(self._status, self._headers, self._whole_body())
+        self._piece = b""
+        self._joined = None
         transport = self._transport
         waiter = self._waiter
         if transport is None or waiter is None or waiter.done():
@@ -495,5 +530,9 @@ class _Connection(asyncio.Protocol):
         waiter.set_result(reply)
 
 
-class _TooLargeError(Exception):
-    pass
+class _RefusedError(Exception):
+    """Raised inside the parser: the answer is not taken."""
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        super().__init__(message)

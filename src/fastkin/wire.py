@@ -28,6 +28,7 @@ _LOG = logging.getLogger("fastkin.intake")
 _WEBSOCKET_HIGH = 1 << 20  # bytes waiting to be written before the receiver is asked to wait
 _WEBSOCKET_LEAST = 16 << 20  # a message may hold many packets: never refuse one below this
 _WEBSOCKET_CLOSE_S = 2.0
+_SAID_MOST = 200  # characters of what a broker says for people: a reason may be 64 KiB
 
 
 class Wire(Protocol):
@@ -178,13 +179,19 @@ def farewell(disconnect: Disconnect) -> str:
 
 
 def _told(properties: dict[str, object]) -> str:
-    """What the broker added for people; escaped, since it goes to a log."""
+    """What the broker added for people; escaped and cut, since it goes to a log."""
     told = ""
     if text := properties.get("reason_string"):
-        told += f"; it says {text!a}"
+        told += f"; it says {said(text)}"
     if server := properties.get("server_reference"):
-        told += f"; it names {server!a} instead"
+        told += f"; it names {said(server)} instead"
     return told
+
+
+def said(text: object) -> str:
+    """A peer's words for a log line: quoted, escaped, not too long."""
+    words = str(text)
+    return ascii(words) if len(words) <= _SAID_MOST else f"{words[:_SAID_MOST]!a} (and {len(words) - _SAID_MOST} more)"
 
 
 # -- WebSocket ---------------------------------------------------------------------------------

@@ -62,6 +62,11 @@ _MOCK = (
     b'{"ErrorCode":null,"SequenceNumber":"3","ShardId":"s"}]}'
 )
 _FAILED = {"Records": [{"ErrorCode": "A", "ErrorMessage": None, "x": [1, {"y": []}]}] * 3, "FailedRecordCount": 3}
+BODIES = [
+    b'{"Records":[{"Data":"AAAA","PartitionKey":"k"},{"Data":"","PartitionKey":"l\\u00fc\\n\\""},{"Data":"QQ=="}],"S":"s"}',
+    b'{"Records":[{"Data":"QUI=","PartitionKey":"a","ExplicitHashKey":"340282366920938463463374607431768211455"}],"S":"s"}',
+]
+COUNTS = [b"", b"\x01\x00\x00\x00", b"\x02\x00\x00\x00" * 3, b"\x00" * 12, b"\x01"]
 ANSWERS = [_KINESIS, _MOCK, json.dumps(_FAILED, indent=1).encode()]
 
 
@@ -128,6 +133,12 @@ class Target:
         self.three = Lane(
             settler=settler, budget=self.budget, frame="raw", key=KeyPlan("none"), target=b"", max_records=3
         )
+        self.replay = Budget(1 << 20, 1 << 16)
+        self.back = Lane(
+            settler=None, budget=self.budget, frame="raw", key=KeyPlan("uuid"), target=b'"StreamName":"s"',
+            replay=self.replay,
+        )  # fmt: skip
+        self.back.shards = table
         self.expected = 0
         self._calls = 0
 
@@ -179,6 +190,23 @@ class Target:
             if receipt.exception() is None:
                 receipt.result()
 
+    def restore(self, body: bytes, counts: bytes) -> None:
+        lane = self.back
+        lane.found(1 << 32)
+        try:
+            batch = lane.restore(exact(body), counts, 1)
+        except DataFormatError as error:
+            if not 0 <= error.offset <= len(body):
+                raise AssertionError(f"offset {error.offset} of {len(body)} bytes") from error
+        else:
+            assert len(json.loads(bytes(batch))["Records"]) == len(batch) == len(batch.entries())
+            part, others = batch.split([0])
+            for one in (part, others):
+                if one is not None:
+                    one.finish(DROPPED)
+        lane.settle_spooled(lane.spooled, DEAD)
+        assert lane.in_flight == self.replay.bytes == 0
+
     def drain(self) -> None:
         for lane in self.lanes:
             for reject in lane.take_rejects():
@@ -214,11 +242,13 @@ def run(count: int, seed: int, keep: Path | None = None, *, quiet: bool = False)
         random_ = random.Random(f"{seed}/{done}")
         draw = random_.random
         for _ in range(min(BATCH, count - done)):
-            kind = int(draw() * 8)
+            kind = int(draw() * 9)
             if kind < 5:
                 data = mutate(wide[int(draw() * len(wide))], draw, FRAME_EDGES if draw() < 0.8 else TEXT_EDGES, wide)
             elif kind == 5:
                 data = mutate(JSONS[int(draw() * len(JSONS))], draw, TEXT_EDGES, JSONS)
+            elif kind == 8:
+                data = mutate(BODIES[int(draw() * len(BODIES))], draw, TEXT_EDGES, BODIES)
             else:
                 data = mutate(ANSWERS[int(draw() * len(ANSWERS))], draw, TEXT_EDGES, ANSWERS)
             if kept is not None:
@@ -234,6 +264,8 @@ def run(count: int, seed: int, keep: Path | None = None, *, quiet: bool = False)
                 target.put_frame(data)
             elif kind == 5:
                 target.offer(data, 2, topics[int(draw() * 4)])
+            elif kind == 8:
+                target.restore(data, COUNTS[int(draw() * len(COUNTS))] if draw() < 0.5 else b"")
             else:
                 target.settle(data)
         done += min(BATCH, count - done)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import functools
 import os
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from fastkin.endpoint import region_of
-from fastkin.errors import FastkinError
+from fastkin.errors import ConfigError, FastkinError
+from fastkin.settings import SettingsError
 from fastkin.settings.show import effective
+from fastkin.wire import tls_context
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -25,9 +30,17 @@ def check(settings: Settings, *, connect: bool, quiet: bool) -> int:
         click.echo(effective(settings), nl=False)
     for warning in settings.warnings:
         click.echo(f"warning: {warning}", err=True)
-    for pipeline in settings.pipelines:
-        if pipeline.enabled:
-            region_of(pipeline.kinesis)  # raises when there is none: `fastkin run` would not start
+    problems: dict[str, ConfigError] = {}  # what keeps `fastkin run` from starting, each told once
+    # do certificate and key belong together, and is there a region?
+    tests: list[Callable[[], object]] = [functools.partial(tls_context, settings.broker)]
+    tests += [functools.partial(region_of, pipeline.kinesis) for pipeline in settings.pipelines if pipeline.enabled]
+    for test in tests:
+        try:
+            test()
+        except ConfigError as error:
+            problems[str(error)] = error
+    if problems:
+        raise SettingsError(tuple(problems.values()))
     if not connect:
         return 0
     return asyncio.run(_connect(settings))
@@ -41,7 +54,32 @@ async def _connect(settings: Settings) -> int:
             seen.add(pipeline.kinesis)
             name = f"stream {pipeline.kinesis.stream_arn or pipeline.kinesis.stream}"
             good &= await _try(name, functools.partial(_stream, pipeline.kinesis))
+    for pipeline in settings.pipelines:
+        letters = pipeline.dead_letter
+        if pipeline.enabled and letters is not None and letters != "none" and not letters.startswith("stream:"):
+            good &= await _try(f"dead letter file {letters}", functools.partial(_writable, letters, "dead_letter"))
+        if pipeline.enabled and pipeline.on_full == "spool" and pipeline.spool is not None:
+            good &= await _try(f"spool {pipeline.spool}", functools.partial(_writable, pipeline.spool, "spool"))
     return 0 if good else 1
+
+
+async def _writable(path: str, key: str) -> str:
+    return await asyncio.to_thread(_try_to_write, Path(path), key)
+
+
+def _try_to_write(path: Path, key: str) -> str:
+    """Write beside the file what can be thrown away: the file itself is left alone, a service may have it open."""
+    try:
+        if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.TemporaryFile(dir=path.absolute().parent) as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        cure = "free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "let this user write there"
+        raise ConfigError(key, f"cannot be written: {error.strerror}", f"{cure}, or set another {key}") from None
+    return "can be written"
 
 
 async def _try(what: str, attempt: Callable[[], Awaitable[str]]) -> bool:

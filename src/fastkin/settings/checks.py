@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from fastkin import keys, letterplace
 from fastkin.config import Broker, Kinesis, Pipeline, Settings, Status, Tls
+from fastkin.settings import pem
 from fastkin.settings.sources import TOGETHER, pipeline_name
 from fastkin.settings.tables import BROKER_KEYS, KINESIS_KEYS, PIPELINE_KEYS, STATUS_KEYS, TLS_KEYS
 from fastkin.settings.values import SettingsError, parse_table
@@ -54,7 +55,7 @@ class Checker:
         given = parse_table(STATUS_KEYS, raw, self.report)
         host = given.get("host")
         if host is not None and not re.fullmatch(r"[A-Za-z0-9._:%-]{1,255}", host):
-            self.report.problem(raw["host"].place, f"{host!r} is not a host name or address")
+            self._host(raw["host"].place, host)
         elif host is not None and given.get("port") and not _loopback(host):
             self.report.warn(
                 f"status port {given['port']} on {host}: whoever reaches it reads names and figures, without a password"
@@ -81,12 +82,10 @@ class Checker:
         given.setdefault("port", {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}[scheme])
         if "key" in tls and "cert" not in tls:
             self.report.problem(tls_raw["key"].place, "is a key without a certificate", "set cert too")
-        for name in ("ca", "cert", "key"):
-            if name in tls:
-                self._readable(tls[name], tls_raw[name].place)
+        self._pem_files(tls, tls_raw)
         host = given.get("host", "localhost")
         if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,255}", host):
-            self.report.problem(raw["host"].place, f"{host!r} is not a host name or address")
+            self._host(raw["host"].place, host)
         if "path" in given and not given["path"].startswith("/"):
             self.report.problem(raw["path"].place, "does not begin with /", "for example /mqtt")
         low = given.get("reconnect_min_s", _default(Broker, "reconnect_min_s"))
@@ -100,14 +99,24 @@ class Checker:
             return None
         if given.get("password") and scheme in {"mqtt", "ws"} and not _loopback(host):
             self.report.warn(f"the broker's password goes unencrypted to {host}: use {scheme}s://")
+        if not given.get("clean_session") and given.get("session_expiry_s") == 0:
+            self.report.warn(
+                "session_expiry_s = 0: a 5.0 broker forgets the session when fastkin is away; set the longest outage"
+            )
         if tls.get("insecure_skip_verify"):
             self.report.warn("insecure_skip_verify: any machine in the way can be the broker")
         return Broker(tls=Tls(**tls), **given)
 
+    def _host(self, place: str, host: str) -> None:
+        # something with an @ may hold a password
+        shown = "what is given" if "@" in host else repr(host)
+        cure = "a name or address alone; user and password have keys of their own"
+        self.report.problem(place, f"{shown} is not a host name or address", cure)
+
     def _client_id(self, given: dict[str, Any], raw: Raw) -> None:
         if given.get("client_id"):
             if len(given["client_id"].encode()) > 65_535:
-                self.report.problem(raw["client_id"].place, "is longer than 65,535 bytes")
+                self.report.problem(raw["client_id"].place, "is longer than 65,535 bytes", "MQTT takes no more")
             return
         if "clean_session" not in given:
             given["clean_session"] = True
@@ -132,8 +141,10 @@ class Checker:
         try:
             url = urlsplit(text)
             port = url.port
-        except ValueError as error:
-            self.report.problem(place, f"is not an address: {error}", "for example mqtts://host:8883")
+        except ValueError:  # its text may hold a part of the password
+            self.report.problem(
+                place, "is not an address", "mqtts://host:8883; in user and password, write / as %2F and @ as %40"
+            )
             return
         schemes = {"tcp": "mqtt", "ssl": "mqtts", "tls": "mqtts", "mqtt+ssl": "mqtts"}
         scheme = schemes.get(url.scheme, url.scheme)
@@ -167,19 +178,34 @@ class Checker:
             raw.setdefault(name, raw["url"])
             given[name] = value
 
-    def _readable(self, path: str, place: str) -> None:
+    def _pem_files(self, tls: dict[str, Any], raw: Raw) -> None:
+        for name in ("ca", "cert"):
+            if name in tls:
+                self._pem(tls[name], raw[name].place, "CERTIFICATE")
+        if "key" in tls:
+            self._pem(tls["key"], raw["key"].place, "PRIVATE KEY")
+        elif "cert" in tls and pem.holds(tls["cert"], "CERTIFICATE") and not pem.holds(tls["cert"], "PRIVATE KEY"):
+            self.report.problem(raw["cert"].place, f"{tls['cert']} has no key in it", "set key too")
+
+    def _pem(self, path: str, place: str, what: str) -> None:
         try:
-            with Path(path).open("rb"):
-                pass
+            good = pem.holds(path, what, strict=True)
         except OSError as error:
             self.report.problem(place, f"{path}: {error.strerror}", "check path and permissions")
+            return
+        if not good:
+            self.report.problem(
+                place, f"{path} has no {what.lower()} in PEM form", f"it needs the lines BEGIN and END {what}"
+            )
 
     # --- pipelines ---
 
     def _pipeline(self, raw: Raw, defaults: Raw, number: int, broker: Broker | None) -> Pipeline | None:
         before = len(self.report.problems)
         given = parse_table(PIPELINE_KEYS, {k: v for k, v in raw.items() if k in PIPELINE_KEYS}, self.report)
-        where = f"{self.path}: {pipeline_name(number, given.get('id'))}" if self.path else "environment"
+        where = "environment"
+        if self.path is not None:
+            where = f"{self.sources.place('pipeline', number)} {pipeline_name(number, given.get('id'))}"
         if "id" not in given:
             if self.path is not None and not (raw.get("id")):
                 self.report.problem(where, "has no id", "name the pipeline: id = ...")
@@ -225,10 +251,13 @@ class Checker:
         topics = dict.fromkeys(given.get("topics", ()))
         for topic in topics:
             if wrong := _filter_problem(topic):
-                self.report.problem(raw["topics"].place, f"{topic!r} is not a topic filter: {wrong}")
+                cure = "+ and # stand for whole levels, # comes last; $share/GROUP/FILTER for a shared one"
+                self.report.problem(raw["topics"].place, f"{topic!r} is not a topic filter: {wrong}", cure)
         if label := given.get("bulk_label"):
             if re.search(r"[+#/\x00]", label):
-                self.report.problem(raw["bulk_label"].place, f"{label!r} is not one level of a topic")
+                self.report.problem(raw["bulk_label"].place, f"{label!r} is not one level of a topic", "without + # /")
+            if given.get("format") == "raw":
+                self.report.warn(f"{raw['format'].place}: raw with bulk_label: frames are stored as they come")
             topics[f"/devices/+/bulkData/{label}"] = None
             given.setdefault("format", "bulk")
         if not topics and not {"topics", "bulk_label"} & raw.keys():
@@ -342,6 +371,10 @@ class Checker:
                 merged["role_arn"].place, f"{given['role_arn']!r} is not the ARN of a role",
                 "arn:aws:iam::123456789012:role/NAME",
             )  # fmt: skip
+        if "external_id" in given and not re.fullmatch(r"[\w+=,.@:/-]{2,1224}", given["external_id"], re.ASCII):
+            self.report.problem(
+                merged["external_id"].place, "is not an external id", "2 to 1224 letters, digits and _ + = , . @ : / -"
+            )
         if "session_name" in given and not re.fullmatch(r"[\w+=,.@-]{2,64}", given["session_name"], re.ASCII):
             self.report.problem(
                 merged["session_name"].place, "is not a session name",
@@ -358,7 +391,7 @@ class Checker:
         if "profile" in given and "access_key" in given:
             self.report.problem(merged["profile"].place, "profile and access_key are both set", "keep one of them")
         if "ca_bundle" in given:
-            self._readable(given["ca_bundle"], merged["ca_bundle"].place)
+            self._pem(given["ca_bundle"], merged["ca_bundle"].place, "CERTIFICATE")
         if len(self.report.problems) > before:
             return None
         for name in ("external_id", "session_name"):
@@ -445,6 +478,11 @@ class Checker:
                 says = f"two pipelines have the spool {value.raw!r}: {both}"
                 self.report.problem(value.place, says, "name a file for each")
             seen.setdefault(path, label)
+        letters = {os.path.realpath(v.raw) for raw in raws if (v := raw.get("dead_letter")) and isinstance(v.raw, str)}
+        for raw in raws:
+            value = raw.get("spool")
+            if value is not None and isinstance(value.raw, str) and os.path.realpath(value.raw) in letters:
+                self.report.problem(value.place, f"{value.raw!r} is the dead letter file too", "name another file")
 
     def _unique(self, raws: Sequence[Raw], key: str, says: str) -> None:
         seen: dict[object, int] = {}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkin import envfile
 from fastkin.errors import ConfigError
+from fastkin.settings import places
 from fastkin.settings.tables import (
     ALIASES,
     AWS,
@@ -56,6 +57,7 @@ class Sources:
         self.tls: Raw = {}
         self.kinesis: Raw = {}
         self.status: Raw = {}
+        self.lines: dict[places.Path, int] = {}
         self.pipelines: list[Raw] = []
         self.vars: dict[str, Value] = {}
         self.from_file: frozenset[str] = frozenset()
@@ -94,40 +96,46 @@ class Sources:
     # --- the TOML file ---
 
     def _toml(self, path: Path) -> None:
-        document = _read_toml(path)
+        document, text = _read_toml(path)
+        self.lines = places.lines(text)
         for name, value in document.items():
             if name in {"broker", "kinesis", "status"} and isinstance(value, dict):
                 into = {"broker": self.broker, "kinesis": self.kinesis, "status": self.status}[name]
-                self._names(f"[{name}]", name, value, into)
+                self._names(f"[{name}]", name, value, into, (name,))
             elif name == "pipeline" and isinstance(value, list) and _all_tables(value):
                 for number, each in enumerate(value, 1):
                     raw: Raw = {}
-                    self._names(pipeline_name(number, each.get("id")), name, each, raw)
+                    self._names(pipeline_name(number, each.get("id")), name, each, raw, (name, number))
                     self.pipelines.append(raw)
             elif name in {"broker", "kinesis", "status", "pipeline"}:
                 form = "[[pipeline]]" if name == "pipeline" else f"[{name}]"
-                self.report.problem(f"{path}: {name}", "is not a table", f"write {form}")
+                self.report.problem(f"{self.place(name)} {name}", "is not a table", f"write {form}")
             else:
                 self.report.problem(
-                    f"{path}: {name!r}",
+                    f"{self.place(name)} {name!r}",
                     "is not a table fastkin knows",
                     nearest(name, ("broker", "kinesis", "status", "pipeline")),
                 )
         if "pipeline" not in document:
             self.report.problem(str(path), "has no [[pipeline]]", "add one with topics and stream")
 
-    def _names(self, table: str, kind: str, given: dict[str, Any], into: Raw) -> None:
+    def place(self, *at: str | int) -> str:
+        """How a message begins: the file, and the line if it can be found."""
+        line = places.nearest(self.lines, at)
+        return f"{self.path}:" if line is None else f"{self.path}:{line}:"
+
+    def _names(self, table: str, kind: str, given: dict[str, Any], into: Raw, at: places.Path) -> None:
         """Sort the keys of one TOML table, refusing those that mean nothing."""
         known = dict(TABLES[kind])
         if kind == "pipeline":
             known.update(KINESIS_KEYS)
         aliases = ALIASES if kind in {"kinesis", "pipeline"} else {}
         for name, value in given.items():
-            place = f"{self.path}: {table} key {name!r}"
+            place = f"{self.place(*at, name)} {table} key {name!r}"
             key = aliases.get(name, name)
             if kind == "broker" and name == "tls":
                 if isinstance(value, dict):
-                    self._names("[broker.tls]", "broker.tls", value, self.tls)
+                    self._names("[broker.tls]", "broker.tls", value, self.tls, (*at, name))
                 else:
                     self.report.problem(place, "is not a table", "write [broker.tls]")
             elif key not in known:
@@ -264,19 +272,33 @@ class Sources:
         return self.vars.get(first) or self.vars.get(second)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+_MOST_BYTES = 1 << 20  # a settings file is a few kilobytes
+
+
+def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
     import tomllib
 
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+        if len(raw) > _MOST_BYTES:
+            problem = ConfigError(str(path), "is larger than 1 MiB", "that is no settings file: check the path")
+            raise SettingsError([problem])
+        # a byte order mark is what some editors put first
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+        return tomllib.loads(text), text
     except FileNotFoundError:
         problem = ConfigError(str(path), "there is no such settings file", "check the path")
     except UnicodeDecodeError as error:
-        problem = ConfigError(str(path), f"is not UTF-8 at byte {error.start}", "save it as UTF-8")
+        line = raw.count(b"\n", 0, error.start) + 1
+        problem = ConfigError(f"{path}:{line}", f"is not UTF-8 at byte {error.start}", "save it as UTF-8")
     except OSError as error:
-        problem = ConfigError(str(path), f"cannot be read: {error.strerror}")
+        problem = ConfigError(str(path), f"cannot be read: {error.strerror}", "check path and permissions")
     except tomllib.TOMLDecodeError as error:
-        problem = ConfigError(str(path), f"is not TOML: {error}", "see https://toml.io")
+        # tomllib shows no values, only characters that it did not expect
+        at = re.search(r"\(at line (\d+), column (\d+)\)", str(error))
+        place = f"{path}:{at[1]}" if at else f"{path}"
+        problem = ConfigError(place, f"is not TOML: {error}", "texts stand in quotes; see https://toml.io")
     raise SettingsError([problem])
 
 

@@ -66,6 +66,13 @@ BROKER_KEYS = _table(
     _number("connect_timeout_s", 0.1, 600, "for the connection with its handshakes"),
     _number("reconnect_min_s", 0.01, 3600, "first wait before a reconnect; doubles, with jitter"),
     _number("reconnect_max_s", 0.01, 3600, "longest wait before a reconnect"),
+    _text(
+        "retain_handling",
+        "retained messages of a 5.0 broker: with a `new` subscription, `always` (each reconnect) or `never`",
+        "new",
+        "always",
+        "never",
+    ),
     _number("coalesce_ms", 0, 1000, "pause between small reads at high rates; 0: never"),
 )
 
@@ -123,6 +130,7 @@ PIPELINE_KEYS = _table(
     _text("spool", "file for `on_full = \"spool\"`; each pipeline has its own"),
     _int("spool_max_bytes", 1 * MIB, 1024 * 1024 * MIB, "bytes in the spool at most"),
     _number("spool_after_s", 0.1, 3600, "spool when the oldest record has waited so long, even if memory is not full"),
+    _number("throttle_error_after_s", 1, 86_400, "a throttle that lasts this long is an ERROR, again each time"),
     _text("dead_letter", "what can never be stored: a file, `stream:NAME` or `stream:ARN`; `none`: it is only logged"),
     _int("dead_letter_max_bytes", 0, 1024 * 1024 * MIB, "the file is rotated before it grows larger; 0: never"),
     _int("dead_letter_keep", 0, 999, "rotated files to keep; the oldest is deleted. 0: a full file is deleted"),

@@ -97,8 +97,17 @@ def _wrong(key: Key, value: Value, wanted: str) -> ConfigError:
     return ConfigError(value.place, f"{_shown(key, value)} is not {wanted}", _range(key))
 
 
+_WRITE = {
+    "text": 'write "..."',
+    "int": "write a number without quotes and point",
+    "number": "write a number without quotes",
+    "flag": "write true or false, without quotes",
+    "list": 'write ["...", "..."]',
+}
+
+
 def _range(key: Key) -> str:
-    return "" if key.low is None or key.high is None else f"{key.low} to {key.high}"
+    return _WRITE[key.kind] if key.low is None or key.high is None else f"use {key.low} to {key.high}"
 
 
 def _parse_text(key: Key, value: Value) -> str:

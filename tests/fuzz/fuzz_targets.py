@@ -1,0 +1,648 @@
+# cython: language_level=3, annotation_typing=False, binding=False
+"""What is fuzzed: one function per target. It takes any bytes and returns, or the oracle inside it raises.
+
+Run by libFuzzer on the sanitizer build (run.py, there compiled), and by tests/test_corpus.py on the release
+build with every input that was ever worth keeping. `close_end` and `open_end` are set by run.py: they make the
+byte behind a bytes object one that must not be read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import tempfile
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import oracle
+from fastkin import _mqtt
+from fastkin._codec import (
+    DEAD,
+    DRAIN,
+    DROPPED,
+    STORED,
+    Batch,
+    Budget,
+    CallbackSettler,
+    KeyPlan,
+    Lane,
+    ShardTable,
+    decode_frame,
+)  # fmt: skip
+from fastkin.config import load_settings
+from fastkin.errors import ConfigError, DataFormatError, ProtocolError, RecordError, TransportError, UnexpectedResponse
+from fastkin.transport import MAX_ANSWER, MAX_HEADERS, Reply, _Connection, _StaleConnectionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def _nothing(data: bytes) -> None:
+    pass
+
+
+close_end: Callable[[bytes], None] = _nothing
+open_end: Callable[[bytes], None] = _nothing
+
+
+# -- frame: payloads of a publisher into a lane --------------------------------------------------
+
+_TABLE = ShardTable([2**126, 2**127, 2**128 - 1])
+_FIELD = KeyPlan("parts", [("level", 0), ("text", "\u00fc"), ("field", ("a", "b"))])
+_TOPIC = KeyPlan("parts", [("topic", None)])
+
+
+class _Lanes:
+    """Lanes with one budget, and how many settlements they told."""
+
+    def __init__(self) -> None:
+        self.told = 0
+        self.budget = Budget(1 << 20, 1 << 16)
+        settler = CallbackSettler(self._settled)
+        self.all: list[Lane] = []
+        for frame, plan, aggregate, records, nbytes, each in (
+            ("bulk", KeyPlan("uuid"), 0, 50, 6000, 500),
+            ("bulk", _FIELD, 0, 50, 6000, 500),
+            ("raw", _FIELD, 0, 50, 6000, 500),
+            ("bulk", _FIELD, 200, 50, 6000, 500),
+            ("bulk", _TOPIC, 0, 3, 64, 40),
+            ("raw", _TOPIC, 0, 3, 64, 40),
+            ("bulk", KeyPlan("none"), 0, 4, 6000, 500),
+            ("bulk", KeyPlan("uuid"), 90, 2, 6000, 500),
+        ):
+            lane = Lane(
+                settler=settler, budget=self.budget, frame=frame, key=plan, target=b'"StreamName":"s"',  # type: ignore[arg-type]
+                max_records=records, max_batch_bytes=nbytes, max_record_bytes=each, aggregate_bytes=aggregate,
+            )  # fmt: skip
+            lane.shards = _TABLE
+            self.all.append(lane)
+        # a budget that a handful of records fill
+        self.small = Budget(2000, 20)
+        self.tight = Lane(
+            settler=settler, budget=self.small, frame="bulk", key=_FIELD, target=b'"StreamName":"s"',
+            max_records=5, max_batch_bytes=300,
+        )  # fmt: skip
+
+    def _settled(self, token: int, count: int, outcome: int, answer: object, at: int) -> None:
+        self.told += count
+
+
+_lanes = _Lanes()
+
+
+def frame(data: memoryview) -> None:
+    """byte 0: the lane; byte 1: length of the topic, bit 7: compare with the oracle; topic; payload."""
+    if len(data) < 2:
+        return
+    which = data[0] % 10
+    at = 2 + (data[1] & 31)
+    topic = bytes(data[2:at])
+    payload = data[at:]
+    if which == 9:
+        _put_frame(payload)
+        return
+    lane = _lanes.tight if which == 8 else _lanes.all[which]
+    budget = _lanes.small if which == 8 else _lanes.budget
+    _lanes.told = 0
+    received = lane.received
+    taken = lane.offer(topic, payload, 7)
+    assert taken >= 0, "an empty budget has no room"
+    assert lane.received == received + taken
+    rejects = lane.take_rejects()
+    for reject in rejects:
+        assert reject.reason
+        assert reject.token == 7
+        lane.settle_reject(reject, DEAD)
+    stored: list[bytes] = []
+    lane.seal(DRAIN)
+    batches: list[Batch] = []
+    while (batch := lane.take()) is not None:
+        part, others = batch.split([0, -1]) if data[1] & 32 else (batch, None)
+        batches += [one for one in (part, others) if one is not None]
+    for one in Batch.gather(batches) if data[1] & 64 else batches:
+        body = json.loads(bytes(one))
+        assert len(body["Records"]) == len(one)
+        if data[1] & 128:
+            stored += [entry for entry, _, _ in one.entries()]
+        one.finish(DROPPED)
+    assert lane.in_flight == 0
+    assert budget.bytes == budget.records == 0
+    assert _lanes.told == taken
+    if data[1] & 128 and which in {0, 6}:
+        _compare(bytes(payload), taken, rejects, stored)
+
+
+def _compare(payload: bytes, taken: int, rejects: list[Any], stored: list[bytes]) -> None:
+    """Lane, decoder and oracle say the same."""
+    try:
+        wanted = oracle.decode_frame(payload)
+    except oracle.BadFrameError:
+        assert taken == len(rejects) == 1
+        try:
+            decode_frame(payload)
+        except DataFormatError as error:
+            assert 0 <= error.offset <= len(payload)
+        else:
+            raise AssertionError("the decoder takes what the lane sets aside")
+        return
+    assert decode_frame(payload) == wanted
+    if not any(reject.kind == "records" for reject in rejects):
+        assert taken == len(wanted)
+    if not rejects:
+        # split and gather may change the order, not the records
+        assert sorted(stored) == sorted(wanted)
+
+
+def _put_frame(payload: memoryview) -> None:
+    lane = _lanes.all[1]
+    try:
+        receipt = lane.put_frame(payload)
+    except (DataFormatError, RecordError):
+        receipt = None
+    lane.seal(DRAIN)
+    while (batch := lane.take()) is not None:
+        batch.finish(DROPPED)
+    assert receipt is None or receipt.done()
+    assert lane.in_flight == 0
+    assert _lanes.budget.bytes == _lanes.budget.records == 0
+
+
+# -- answer: what a Kinesis endpoint may say -------------------------------------------------------
+
+
+class _Asked:
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int]] = []
+        self.budget = Budget(1 << 20, 1 << 16)
+        self.lane = Lane(
+            settler=CallbackSettler(self._settled), budget=self.budget, frame="raw", key=KeyPlan("none"), target=b"",
+            max_records=3,
+        )  # fmt: skip
+
+    def _settled(self, token: int, count: int, outcome: int, answer: object, at: int) -> None:
+        self.told += [(token, outcome)] * count
+
+
+_asked = _Asked()
+
+
+def answer(data: memoryview) -> None:
+    """An answer to three records, one of them put by somebody who waits."""
+    reply = bytes(data)
+    lane = _asked.lane
+    _asked.told.clear()
+    receipt = lane.put(b"1")
+    lane.add(b"2", 2)
+    lane.add(b"3", 3)
+    batch = lane.take()
+    assert batch is not None
+    close_end(reply)
+    try:
+        failures = batch.settle(reply)
+    except UnexpectedResponse as error:
+        assert len(str(error)) < 1000
+        assert len(batch) == 3, "a refused answer must leave the batch whole"
+        assert not receipt.done()
+        batch.finish(DROPPED)
+        assert len(_asked.told) == 2
+    else:
+        failed = 0
+        for one in failures:
+            assert one.code
+            assert len(one.code) <= 128
+            assert len(one.message) <= 1024
+            failed += len(one.batch)
+        stored = [token for token, outcome in _asked.told if outcome == STORED]
+        waited = receipt.done() and receipt.exception() is None
+        assert len(stored) + waited + failed == 3
+        if waited:
+            receipt.result()
+        _agree(reply, stored, waited)
+        for one in failures:
+            one.batch.finish(DROPPED)
+    finally:
+        open_end(reply)
+    assert receipt.done()
+    assert lane.in_flight == 0
+    assert _asked.budget.bytes == _asked.budget.records == 0
+
+
+def _agree(reply: bytes, stored: list[int], waited: bool) -> None:
+    """What was settled is what Python's own reader finds in the answer."""
+    if b"\\" in reply or reply.count(b'"Records"') != 1:
+        return  # names are compared as they are written, escapes of what is skipped are not looked at
+    # laxer than RFC 8259 on purpose, see _json.pxi: control characters in strings, UTF-8 that is skipped
+    read: Any = json.loads(reply.decode("utf-8", "replace"), strict=False, parse_int=str, parse_float=str)
+    entries = read["Records"]
+    assert len(entries) == 3
+    for token, entry in enumerate(entries, 1):
+        good = (token in stored) if token > 1 else waited
+        assert good == (not entry.get("ErrorCode")), entry
+        if good:
+            assert entry["ShardId"]
+            assert entry["SequenceNumber"]
+
+
+# -- restore: what a disk may hand back for a body that was put there -------------------------------
+
+
+class _Spooled:
+    def __init__(self) -> None:
+        self.told = 0
+        self.budget = Budget(1 << 20, 1 << 16)
+        self.lanes = []
+        for plan in (KeyPlan("uuid"), _TOPIC):
+            lane = Lane(
+                settler=None, budget=self.budget, frame="raw", key=plan, target=b'"StreamName":"s"',
+                rows=CallbackSettler(self._settled),
+            )  # fmt: skip
+            lane.found(1 << 40)
+            self.lanes.append(lane)
+        self.lanes[0].shards = _TABLE
+
+    def _settled(self, token: int, count: int, outcome: int, answer: object, at: int) -> None:
+        assert token == 5
+        self.told += count
+
+
+_spooled = _Spooled()
+
+
+def restore(data: memoryview) -> None:
+    """byte 0: the lane; byte 1: how many bytes of counts; counts; body."""
+    if len(data) < 2:
+        return
+    lane = _spooled.lanes[data[0] & 1]
+    at = 2 + min(data[1], len(data) - 2)
+    spooled = lane.spooled
+    _spooled.told = 0
+    try:
+        batch = lane.restore(data[at:], bytes(data[2:at]), 5)
+    except DataFormatError as error:
+        assert 0 <= error.offset <= len(data) - at
+        assert lane.in_flight == 0
+        assert lane.spooled == spooled
+        return
+    records = batch.user_records
+    assert len(batch) <= records == lane.in_flight == spooled - lane.spooled
+    body = json.loads(bytes(batch))
+    assert len(body["Records"]) == len(batch) == len(batch.entries())
+    assert bytes(data[at:]).startswith(bytes(batch)[: -len(b'"StreamName":"s"}')])
+    assert sum(count for count, _ in batch.shard_load().values()) == len(batch)
+    batch.finish(DROPPED)
+    lane.found(records)
+    assert _spooled.told == records
+    assert lane.in_flight == 0
+    assert lane.spooled == spooled
+
+
+# -- mqtt: packets of a broker ---------------------------------------------------------------------
+
+_CONNACK = {4: b"\x20\x02\x00\x00", 5: b"\x20\x03\x00\x00\x00"}
+_EVENTS = (_mqtt.Connack, _mqtt.Suback, _mqtt.Unsuback, _mqtt.Puback, _mqtt.Pingresp, _mqtt.Disconnect)
+
+
+class _Kept:
+    """A sink that takes everything and settles it later."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def offer(self, topic: bytes, payload: bytes, token: int) -> int:
+        if not token:
+            return 0
+        self.tokens.append(token)
+        return 2
+
+
+class _Held:
+    """A sink that refuses each third payload once."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.seen: list[tuple[bytes, bytes]] = []
+
+    def offer(self, topic: bytes, payload: bytes, token: int) -> int:
+        self.asked += 1
+        if self.asked % 3 == 1:
+            return -1
+        self.seen.append((topic, payload))
+        return 0
+
+
+def _session(flags: int) -> tuple[_mqtt.Session, _mqtt.Ledger, _Kept, _Held]:
+    version = 4 if flags & 1 else 5
+    ledger = _mqtt.Ledger()
+    router = _mqtt.Router(max_topics=16)
+    kept = _Kept()
+    counting = _mqtt.CallbackSink(kept.offer)
+    held = _Held()
+    if flags & 2:
+        router.add("#", _mqtt.CallbackSink(held.offer))
+    if flags & 4:
+        router.add("+/a/#", counting)
+        router.add("$share/g/b/+", counting)
+    else:
+        router.add("#", counting)
+    session = _mqtt.Session(
+        version=version, ledger=ledger, router=router, max_packet_bytes=4000, topic_alias_maximum=3, receive_maximum=4
+    )
+    if not flags & 8:
+        session.feed_data(_CONNACK[version])
+    return session, ledger, kept, held
+
+
+def _finish(session: _mqtt.Session, ledger: _mqtt.Ledger, kept: _Kept) -> tuple[int, list[str], bytes]:
+    """What must hold whatever came, and what came of it."""
+    for token in kept.tokens:
+        ledger.settled(token, 2)
+    assert ledger.ready == ledger.unacked, "not ready although all is settled"
+    ready = ledger.ready
+    output = session.take_output()
+    assert len(output) >= 4 * ready
+    events = session.take_events()
+    for event in events:
+        assert isinstance(event, _EVENTS), repr(event)
+    return session.messages, [repr(event) for event in events], output
+
+
+def mqtt(data: memoryview) -> None:
+    """byte 0: version and sinks; byte 1: how reads are cut, or not compared; the stream."""
+    if len(data) < 2:
+        return
+    flags, cut = data[0], data[1]
+    stream = data[2:]
+    session, ledger, kept, held = _session(flags)
+    whole: tuple[str, int] | None = None
+    try:
+        session.feed_data(stream)
+        while session.stalled:
+            session.resume()
+    except ProtocolError as error:
+        whole = (error.reason, error.offset)
+        assert error.offset <= len(stream) + 5
+        assert 0x80 <= error.code <= 0xFF
+    assert session.buffer_bytes <= 1 << 20
+    first = _finish(session, ledger, kept)
+    if cut & 3 != 3:
+        return
+    # the same in pieces: read as the loop reads, with the rest of the receive buffer out of bounds
+    session, ledger, kept, other = _session(flags)
+    pieces: tuple[str, int] | None = None
+    at, step = 0, 1 + (cut & 63)
+    try:
+        while at < len(stream):
+            part = stream[at : at + step]
+            at += len(part)
+            step = 1 + (step * 5 + cut) % 97
+            room = session.get_buffer(-1)
+            taken = min(len(part), len(room))
+            room[:taken] = part[:taken]
+            session.feed(taken)
+            if taken < len(part):
+                session.feed_data(part[taken:])
+            while session.stalled:
+                session.resume()
+    except ProtocolError as error:
+        pieces = (error.reason, error.offset)
+    second = _finish(session, ledger, kept)
+    if whole is None or pieces is None:
+        assert whole == pieces
+        assert first[0] == second[0]
+        assert held.seen == other.seen
+    assert first == second or cut & 128 or _puback(first[1]), (first, second)
+
+
+def _puback(events: list[str]) -> bool:
+    return any(event.startswith("Puback") for event in events)
+
+
+# -- router: topics of a publisher against filters of the operator ---------------------------------
+
+
+def router(data: memoryview) -> None:
+    """Lines: a topic, then up to eight filters. Matching and what is remembered of it, by the plain rule."""
+    lines = bytes(data).split(b"\n")[:9]
+    table = _mqtt.Router(max_topics=8)
+    filters: list[str] = []
+    sinks: list[_mqtt.CountSink] = []
+    for line in lines[1:]:
+        try:
+            text = line.decode()
+            sink = _mqtt.CountSink()
+            table.add(text, sink)
+        except ValueError:
+            continue  # not UTF-8, or no filter
+        filters.append(re.sub(r"^\$share/[^/]+/", "", text) if text.startswith("$share/") else text)
+        sinks.append(sink)
+    session = _mqtt.Session(version=4, ledger=_mqtt.Ledger(), router=table, max_packet_bytes=4000)
+    session.feed_data(_CONNACK[4])
+    topic = lines[0][:2000]
+    body = len(topic).to_bytes(2, "big") + topic
+    length = len(body)
+    packet = bytes((0x30, length & 127 | 128, length >> 7)) if length > 127 else bytes((0x30, length))
+    try:
+        session.feed_data(packet + body + packet + body)
+    except ProtocolError:
+        return
+    name = topic.decode()
+    for text, sink in zip(filters, sinks, strict=True):
+        wanted = 2 if _takes(text.split("/"), name.split("/")) else 0
+        assert sink.messages == wanted, (text, name)
+    assert table.cached <= 8
+    assert table.cached_bytes <= 8 * 128
+
+
+def _takes(pattern: list[str], levels: list[str]) -> bool:
+    if levels[0].startswith("$") and pattern[0] in {"#", "+"}:
+        return False
+    for at, part in enumerate(pattern):
+        if part == "#":
+            return True
+        if at >= len(levels) or (part != "+" and part != levels[at]):
+            return False
+    return len(pattern) == len(levels)
+
+
+# -- http: what comes over a connection to an endpoint ---------------------------------------------
+
+
+class _Handle:
+    def cancel(self) -> None:
+        pass
+
+
+class _Loop:
+    """As much of an event loop as a connection needs."""
+
+    def __init__(self) -> None:
+        self.ready: deque[tuple[Any, tuple[Any, ...]]] = deque()
+
+    def get_debug(self) -> bool:
+        return False
+
+    def time(self) -> float:
+        return 0.0
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)  # type: ignore[arg-type]
+
+    def call_soon(self, callback: Any, *arguments: Any, context: Any = None) -> _Handle:
+        self.ready.append((callback, arguments))
+        return _Handle()
+
+    def call_later(self, delay: float, callback: Any, *arguments: Any) -> _Handle:
+        return _Handle()
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        raise AssertionError(context)
+
+    def run(self) -> None:
+        while self.ready:
+            callback, arguments = self.ready.popleft()
+            callback(*arguments)
+
+
+class _Wire:
+    """A transport that takes everything at once and says later that it is gone."""
+
+    def __init__(self, loop: _Loop, protocol: Any) -> None:
+        self.loop, self.protocol = loop, protocol
+        self.closing = False
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def set_write_buffer_limits(self, high: int, low: int) -> None:
+        pass
+
+    def get_extra_info(self, name: str) -> None:
+        return None
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def write(self, data: object) -> None:
+        pass
+
+    def writelines(self, data: object) -> None:
+        pass
+
+    def close(self) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        if not self.closing:
+            self.closing = True
+            self.loop.call_soon(self.protocol.connection_lost, None)
+
+
+class _Pool:
+    host, port = "h", 443
+
+    def opened(self, connection: object) -> None:
+        pass
+
+    def forget(self, connection: object) -> None:
+        pass
+
+
+def _exchange(stream: memoryview, step: int) -> tuple[object, bool]:
+    """Reply or error, and whether the connection could be used again."""
+    loop = _Loop()
+    connection = _Connection(_Pool(), loop)  # type: ignore[arg-type]
+    wire = _Wire(loop, connection)
+    connection.connection_made(wire)  # type: ignore[arg-type]
+    call = connection.exchange(b"POST / HTTP/1.1\r\n\r\n", b"{}", 30.0)
+    call.send(None)
+    for at in range(0, len(stream), step):
+        if wire.closing:
+            break
+        connection.data_received(bytes(stream[at : at + step]))
+        loop.run()
+        assert connection._received <= MAX_ANSWER
+    usable = connection.usable
+    if not wire.closing:
+        connection.eof_received()
+        wire.abort()
+    loop.run()
+    try:
+        call.send(None)
+        loop.run()
+        call.send(None)
+        loop.run()
+        call.send(None)
+    except StopIteration as done:
+        return done.value, usable
+    except (TransportError, _StaleConnectionError) as error:
+        assert "\n" not in str(error)
+        assert "\r" not in str(error)
+        assert len(str(error)) < 1000
+        return type(error).__name__, usable
+    raise AssertionError("the call does not end with its connection")
+
+
+def http(data: memoryview) -> None:
+    """byte 0: the size of reads; then what the endpoint sends."""
+    if not data:
+        return
+    reply, _ = _exchange(data[1:], max(1, len(data)))
+    if isinstance(reply, Reply):
+        assert 200 <= reply.status <= 999
+        assert len(reply.body) < len(data)
+        assert sum(len(name) + len(value) for name, value in reply.headers.items()) <= MAX_HEADERS
+    if data[0]:
+        cut, _ = _exchange(data[1:], data[0])
+        assert cut == reply, (cut, reply)
+
+
+# -- settings: a file and an environment -----------------------------------------------------------
+
+_NAMES = [
+    "FASTKIN_BROKER_URL", "FASTKIN_URL", "FASTKIN_STREAM", "FASTKIN_REGION", "FASTKIN_TOPICS", "FASTKIN_FORMAT",
+    "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "BROKER", "TOPIC", "KIN_STREAM_NAME", "BULK_LABEL",
+    "FASTKIN_PARTITION_KEY", "FASTKIN_BUDGET_BYTES", "FASTKIN_ENDPOINT_URL",
+]  # fmt: skip
+
+
+class _Text(io.BytesIO):
+    """One file after the other without a disk: what load_settings() opens."""
+
+
+_FILE = Path(tempfile.gettempdir()) / f"fuzz-settings-{os.getpid()}.toml"
+
+
+def settings(data: memoryview) -> None:
+    """The environment's lines NAME=value or one of sixteen numbered names, a NUL, then the TOML file."""
+    given, nul, toml = bytes(data).partition(b"\0")
+    if not nul:
+        given, toml = b"", given
+    env: dict[str, str] = {}
+    for line in given.split(b"\n"):
+        name, equals, value = line.decode("utf-8", "surrogateescape").partition("=")
+        if equals and name:
+            env[_NAMES[ord(name) % 16] if len(name) == 1 else name] = value
+    _FILE.write_bytes(toml)
+    try:
+        load_settings(_FILE, env=env)
+    except ConfigError as error:
+        assert error.place
+        for line_ in str(error).split("\n"):
+            assert line_.isprintable(), line_
+    finally:
+        _FILE.unlink()
+
+
+TARGETS: dict[str, Callable[[memoryview], None]] = {
+    "frame": frame,
+    "answer": answer,
+    "restore": restore,
+    "mqtt": mqtt,
+    "router": router,
+    "http": http,
+    "settings": settings,
+}
