@@ -7,15 +7,19 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
-import pytest
 import trustme
 
 from fake_http import FakeServer, Link, Request
 from fastkin.config import Broker, Tls, load_settings
 from fastkin.wire import tls_context
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
 
 MARK = "s3cr3tMARK"
 PASSWORD, USERINFO, KEY_PASSWORD = (f"{MARK}{n}" for n in ("pw", "url", "key"))
@@ -55,18 +59,21 @@ async def said(path: Path, *command: str, seconds: float = 4.0, **env: str) -> s
     """Everything `fastkin ...` writes, ended by SIGTERM when it goes on."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "FASTKIN_"))}
     clean |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(path.parent), **env}
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "fastkin", *command, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        cwd=path.parent,
-    )  # fmt: skip
-    reading = asyncio.create_task(child.stdout.read())  # type: ignore[union-attr]
-    await asyncio.wait([reading], timeout=seconds)
-    if child.returncode is None:
-        child.terminate()
-    async with asyncio.timeout(30):
-        output = (await reading).decode()
-        await child.wait()
-    return output
+    return await asyncio.to_thread(_ended, [sys.executable, "-m", "fastkin", *command], clean, path.parent, seconds)
+
+
+def _ended(command: list[str], env: dict[str, str], folder: Path, seconds: float) -> str:
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder, text=True
+    ) as child:
+        try:
+            return child.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            child.terminate()
+        try:
+            return child.communicate(timeout=30)[0]
+        finally:
+            child.kill()
 
 
 async def refusing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
