@@ -55,11 +55,11 @@ def written(folder: Path, port: int, endpoint: str, **given: str) -> Path:
     return path
 
 
-async def said(path: Path, *command: str, seconds: float = 4.0, **env: str) -> str:
+async def said(folder: Path, *command: str, seconds: float = 5.0, **env: str) -> str:
     """Everything `fastkin ...` writes, ended by SIGTERM when it goes on."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "FASTKIN_"))}
-    clean |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(path.parent), **env}
-    return await asyncio.to_thread(_ended, [sys.executable, "-m", "fastkin", *command], clean, path.parent, seconds)
+    clean |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(folder), **env}
+    return await asyncio.to_thread(_ended, [sys.executable, "-m", "fastkin", *command], clean, folder, seconds)
 
 
 def _ended(command: list[str], env: dict[str, str], folder: Path, seconds: float) -> str:
@@ -96,24 +96,26 @@ async def echoing(link: Link, request: Request) -> None:
 async def test_no_secret_is_said_in_any_failure(tmp_path: Path) -> None:
     broker = await asyncio.start_server(refusing, "127.0.0.1", 0)
     port = broker.sockets[0].getsockname()[1]
-    texts = []
+    certificate = tmp_path / "cert.pem"
+    trustme.CA().issue_cert("h").private_key_and_cert_chain_pem.write_to_path(str(certificate))
+    tls = f'[broker.tls]\ncert = "{certificate}"\nkey = "{certificate}"\nkey_password = "{KEY_PASSWORD}"'
+    role = f'role_arn = "arn:aws:iam::111122223333:role/r"\nexternal_id = "{EXTERNAL}"'
     async with FakeServer(echoing) as server:
-        path = written(tmp_path, port, server.url)
-        texts += await asyncio.gather(
-            said(path, "run", "-v", str(path)),
-            said(path, "run", "-v", "--log-format", "json", str(path), FASTKIN_BROKER_PASSWORD=PASSWORD),
-            said(path, "check", "-v", str(path)),
-            said(path, "check", "-v", "--connect", str(path)),
+
+        def path(name: str, **given: str) -> str:
+            (tmp_path / name).mkdir()
+            return str(written(tmp_path / name, port, server.url, **given))
+
+        plain = path("plain")
+        texts = await asyncio.gather(
+            said(tmp_path, "run", "-v", plain),
+            said(tmp_path, "run", "-v", "--log-format", "json", plain, FASTKIN_BROKER_PASSWORD=PASSWORD),
+            said(tmp_path, "check", "-v", plain),
+            said(tmp_path, "check", "-v", "--connect", plain),
+            said(tmp_path, "run", "-v", path("tls", scheme="mqtts", more=tls)),
+            said(tmp_path, "run", "-v", path("role", role=role)),
+            said(tmp_path, "check", "-v", path("wss", scheme="wss", more="role_arn = 1", role=role)),
         )
-        certificate = tmp_path / "cert.pem"
-        trustme.CA().issue_cert("h").private_key_and_cert_chain_pem.write_to_path(str(certificate))
-        more = f'[broker.tls]\ncert = "{certificate}"\nkey = "{certificate}"\nkey_password = "{KEY_PASSWORD}"'
-        role = f'role_arn = "arn:aws:iam::111122223333:role/r"\nexternal_id = "{EXTERNAL}"'
-        for given in ({"scheme": "mqtts", "more": more}, {"role": role}, {"scheme": "wss"}):
-            path = written(tmp_path, port, server.url, **given)
-            texts += await asyncio.gather(
-                said(path, "run", "-v", str(path), seconds=3.0), said(path, "check", "-v", str(path), seconds=3.0)
-            )
     broker.close()
     for text in texts:
         assert text.strip(), "nothing was said at all"
