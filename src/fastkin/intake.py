@@ -419,6 +419,7 @@ class Intake:
         if refused:
             self._set_state("refused")
         else:
+            self.last_error = None
             self.connected.set()
             self._set_state("connected")
 

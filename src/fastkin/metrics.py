@@ -34,7 +34,7 @@ _COUNTERS = (
     ("records_stored", "stored", "Records that Kinesis confirmed"),
     ("records_filtered", "filtered", "Records that were not wanted"),
     ("dead_letters_deleted", "dead_letters_deleted", "Dead letters that were deleted to make room for newer ones"),
-    ("records_spooled", "spooled_total", "Records that went to disk, ever"),
+    ("records_spooled", "spooled_ever", "Records that went to disk, ever"),
     ("spool_damaged_rows", "spool_damaged_rows", "Batches that could not be read back from disk"),
     ("duplicates_possible", "duplicates_possible", "Records of calls whose outcome stayed unknown: duplicates at most"),
     ("calls", "calls", "Calls made to Kinesis"),
@@ -165,7 +165,7 @@ class EngineCollector(Collector):
             overflow = run.overflow
             spool = overflow.spool if overflow is not None else None
             spool_bytes.add_metric((pipeline,), spool.bytes if spool is not None else 0)
-            spool_limit.add_metric((pipeline,), run.pipeline.spool_max_bytes if spool is not None else 0)
+            spool_limit.add_metric((pipeline,), spool.max_bytes if spool is not None else 0)
             spool_broken.add_metric((pipeline,), overflow is not None and overflow.broken is not None)
             limit.add_metric((pipeline,), run.budget.max_bytes)
             oldest.add_metric((pipeline,), run.oldest_s())

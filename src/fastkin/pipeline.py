@@ -431,8 +431,7 @@ class PipelineRun:
     @property
     def last_error(self) -> str | None:
         """What is wrong now, for a person; it clears when the same goes well."""
-        here = None if self.intake.connected.is_set() else self.intake.last_error
-        return self.start_error or self.sender.last_error or here
+        return self.start_error or self.sender.last_error or self.intake.last_error
 
     def _dropped(self) -> Tally:
         """Records that were given up, by policy."""
