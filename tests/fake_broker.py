@@ -68,7 +68,7 @@ class Peer:
         while at < len(body):
             size = int.from_bytes(body[at : at + 2], "big")
             filters.append(body[at + 2 : at + 2 + size].decode())
-            granted.append(body[at + 2 + size])
+            granted.append(body[at + 2 + size] & 3)  # the other bits are options of the subscription
             at += 3 + size
         head = body[:2] + (b"\0" if self.version == 5 else b"")
         answer = bytes(codes) or bytes(granted)

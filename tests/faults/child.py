@@ -4,6 +4,7 @@ LEDGER_PATCH is a JSON object of what to change before the command starts:
     "set"      {"module:NAME": value}: constants, such as a backoff that a test cannot wait for
     "fsync_s"  every os.fsync takes that much longer: a slow disk
     "slow"     {"module:Class.method": seconds}: that much longer each time
+    "lies"     a failed call ends its records as if they were handled: what the suite must notice
     "unknown"  a file: while it exists no host name resolves but those that are addresses
 """
 
@@ -34,10 +35,22 @@ def main() -> None:
         module, _, path = place.partition(":")
         owner_name, _, name = path.partition(".")
         _slow(getattr(importlib.import_module(module), owner_name), name, float(seconds))
+    if "lies" in patch:
+        _lie()
     from fastkin.cli import main as fastkin
 
     sys.argv[0] = "fastkin"
     fastkin()
+
+
+def _lie() -> None:
+    from fastkin._codec import DROPPED
+    from fastkin.sender import Sender
+
+    def failed(self: Any, batch: Any, error: Any) -> None:
+        batch.finish(DROPPED)
+
+    Sender._call_failed = failed  # type: ignore[method-assign]
 
 
 def _slow(owner: Any, name: str, seconds: float) -> None:

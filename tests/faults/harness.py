@@ -466,7 +466,6 @@ class Rig:
         """
         if not self._spool:
             return
-        self.until(lambda: not self.kinesis_way.links, "the calls are over")
         kept = self.spooled()
         stored = self.call(lambda: Counter(self._look()))
         nowhere = self.ledger.acked - set(kept) - set(stored) - self.dead()

@@ -50,11 +50,18 @@ class Link:
     def __init__(self, watch: Watch | None) -> None:
         self.watch = watch
         self.client: asyncio.StreamWriter | None = None
+        self.reader: asyncio.StreamReader | None = None  # the client's
         self.server: asyncio.StreamWriter | None = None
         self.server_side_port = 0  # how the server knows this connection
         self.damaged = False  # the one who connected may not have got all that the server sent
         self.pending_down = False
         self.deaf = False  # its way down was closed while the way up stayed open
+
+    @property
+    def gone(self) -> bool:
+        """The one who connected has closed: what goes down from now on is not read."""
+        reader = self.reader
+        return reader is not None and (reader._eof or reader.exception() is not None)  # type: ignore[attr-defined]
 
     def cut(self) -> None:
         """Reset both ends: what was on its way is gone."""
@@ -146,7 +153,7 @@ class FaultProxy:
         self._tasks.add(task)
         self.accepted += 1
         link = Link(self._watch() if self._watch is not None else None)
-        link.client = writer
+        link.client, link.reader = writer, reader
         self.links.add(link)
         try:
             await self._serve(link, reader, writer)
@@ -194,7 +201,9 @@ class FaultProxy:
                 if down and link.deaf:
                     continue
                 await self._pass(link, way, data, writer, down=down)
-                if down:
+                if down and link.gone:
+                    link.damaged = True
+                elif down:
                     link.pending_down = False
             await way.passing.wait()
             if writer.can_write_eof():

@@ -45,7 +45,7 @@ def test_the_broker_crashes_and_forgets_the_session(tmp_path: Path) -> None:
             rig.broker.start()
         rig.settle()
         books = rig.finish()
-        assert books["published"] > 1500
+        assert books["published"] > 900
 
 
 @pytest.mark.faults_full
@@ -60,7 +60,9 @@ def test_the_broker_is_away_for_a_while(tmp_path: Path) -> None:
         rig.finish()
 
 
-@pytest.mark.parametrize("order", ["same", "reversed", "shuffled"])
+@pytest.mark.parametrize(
+    "order", ["shuffled", *(pytest.param(order, marks=pytest.mark.faults_full) for order in ("same", "reversed"))]
+)
 def test_redelivery_in_order(tmp_path: Path, order: Any) -> None:
     """Connections end in mid flow, what was not acknowledged comes again, in an order of the broker's choice."""
     options = {"emulator": {"latency_ms": 150 if order == "reversed" else 30}}
@@ -89,8 +91,8 @@ def test_packet_ids_are_used_again_at_once(tmp_path: Path) -> None:
 
 def test_packet_ids_begin_again_after_a_lost_session(tmp_path: Path) -> None:
     """An acknowledgement of the former connection must not acknowledge another message that has its number now."""
-    broker = played(1500, forget=True, cut_after=50, cuts=8, window=50)
-    with Rig(tmp_path, scripted=broker, emulator={"latency_ms": 200}) as rig:
+    broker = played(1000, forget=True, cut_after=50, cuts=6, window=50)
+    with Rig(tmp_path, scripted=broker, emulator={"latency_ms": 100}) as rig:
         rig.settle()
         rig.finish(least_redelivered=1)
 

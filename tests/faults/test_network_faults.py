@@ -363,6 +363,7 @@ SHORT = {
 }
 
 
+@pytest.mark.faults_full
 def test_credentials_expire_and_the_refresh_fails(tmp_path: Path) -> None:
     """Keys of a process: they expire, it fails for a while, then it has others."""
     told = tmp_path / "keys.json"
