@@ -27,8 +27,9 @@ from servers import free_port, mosquitto
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-DISK_MIB = 16
-BALLAST_MIB = 8  # freed when space shall be back
+FREE_MIB = 12  # for the spool to fill
+BALLAST_MIB = 96  # freed when space shall be back
+TIGHT_MIB = 8  # the same where what comes fills the disk again before the stream is back
 
 SETTINGS = """
 [broker]
@@ -55,14 +56,14 @@ spool = "{disk}/raw.spool"
 
 
 @contextlib.contextmanager
-def small_disk(given: str | None) -> Iterator[Path]:
+def small_disk(given: str | None, mib: int) -> Iterator[Path]:
     if given:
         yield Path(given)
         return
     if os.geteuid() != 0:
         sys.exit("only root can mount a tmpfs: run as root, or give --directory of a small file system")
     with tempfile.TemporaryDirectory(prefix="fastkin-disk-") as name:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", name], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", name], check=True)
         try:
             yield Path(name)
         finally:
@@ -71,12 +72,13 @@ def small_disk(given: str | None) -> Iterator[Path]:
 
 def disk_full(args: argparse.Namespace) -> int:
     budget = int(args.budget_mib * MIB)
+    ballast_mib = TIGHT_MIB if args.tight else BALLAST_MIB
     report = Report(
-        f"disk full: a spool on {DISK_MIB} MiB, {args.rate:,.0f} messages/s, budget {args.budget_mib:g} MiB"
+        f"disk full: a spool on {FREE_MIB} MiB, {args.rate:,.0f} messages/s, budget {args.budget_mib:g} MiB"
     )
     status_port = free_port()
     with (
-        small_disk(args.directory) as disk,
+        small_disk(args.directory, FREE_MIB + ballast_mib) as disk,
         workplace(None) as directory,
         mosquitto("max_queued_messages 0\nmax_inflight_messages 20000\n", persistence=True) as broker,
         Stand({"raw": 8, "bulk": 8}, latency_ms=20) as stand,
@@ -91,7 +93,7 @@ def disk_full(args: argparse.Namespace) -> int:
         time.sleep(1.0)
         idle = memory.now()
         ballast = disk / "ballast"
-        ballast.write_bytes(bytes(BALLAST_MIB * MIB))
+        ballast.write_bytes(bytes(ballast_mib * MIB))
 
         def errors() -> list[str]:
             return [line for line in run.log().splitlines() if " ERROR " in line and str(disk) in line]
@@ -140,6 +142,7 @@ def main() -> int:
     parser.add_argument("--budget-mib", type=float, default=8.0)
     parser.add_argument("--seconds", type=float, default=15.0, help="with a full disk")
     parser.add_argument("--directory", help="a small file system for the spool")
+    parser.add_argument("--tight", action="store_true", help="little space comes back: the disk is full again at once")
     return disk_full(parser.parse_args())
 
 
