@@ -255,6 +255,7 @@ class Rig:
         self._host = host
         self._lossy_broker = lossy_broker or qos == 0
         self._spool = spool
+        self._damaged_puts: set[int] = set()
         self._spool_known: Counter[int] = Counter()  # acknowledged and in the file at a kill, stored already
         self._qos = qos
         self._conf = conf
@@ -503,7 +504,7 @@ class Rig:
         """The last answer on this connection may not have arrived, or not as it was sent."""
         put = next((put for put in reversed(self.emulator.puts) if put.port == port), None)
         if put is not None:
-            put.answered = False
+            self._damaged_puts.add(id(put))
 
     def delete_stream(self) -> None:
         """What it held stays in the books."""
@@ -562,7 +563,7 @@ class Rig:
     @property
     def bound(self) -> int:
         """Records that may have come twice; see the head of this module."""
-        unknown = sum(put.stored for put in self.emulator.puts if not put.answered)
+        unknown = sum(put.stored for put in self.emulator.puts if not put.answered or id(put) in self._damaged_puts)
         return unknown + self.ledger.redelivered + self._spool_known.total()
 
     @property
