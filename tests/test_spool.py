@@ -369,13 +369,14 @@ def test_a_disk_without_room(path: Path, limit: int) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """2 MiB of file system, or a skip where a test may not mount one."""
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """2 MiB of file system, or as many as asked for; a skip where a test may not mount one."""
     mount = tmp_path / "small"
     mount.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)], capture_output=True, text=True, check=False
-    )
+        ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', 2)}m", "tmpfs", str(mount)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     if done.returncode:
         pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}; RLIMIT_FSIZE stands in for it above")
     try:
@@ -398,6 +399,53 @@ def test_a_full_file_system(small_disk: Path) -> None:
         assert numbers(spool) == list(range(kept))
         spool.open()
         assert spool.rows == kept
+
+
+@pytest.mark.parametrize("small_disk", [24], indirect=True)
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_full_file_system_gives_back_what_it_holds(small_disk: Path, restart: bool) -> None:
+    """Deleting takes room as well: some was kept for that. Nothing is written until there is room again."""
+    path, ballast = small_disk / "spool.db", small_disk / "ballast"
+    spool = Spool(path, max_bytes=32 * MIB)
+    spool.open()
+
+    def fill(kept: int) -> int:
+        while not spool.tight:
+            try:
+                spool.write([put(kept, size=200_000)])
+                kept += 1
+            except SpoolError as error:
+                assert "free space" in str(error)  # noqa: PT017
+        return kept
+
+    kept = fill(0)
+    assert kept > 20
+    assert not spool.regain()
+    if restart:
+        # Somebody else takes what the reserve had held, but for one as a crash leaves it.
+        spool.close(clean=False)
+        (small_disk / "spool.db-reserve").write_bytes(bytes(2 * MIB))
+        with ballast.open("wb") as file, contextlib.suppress(OSError):
+            while file.write(bytes(65_536)):
+                pass
+        spool = Spool(path, max_bytes=32 * MIB)
+        assert spool.open().rows == kept
+        kept = fill(kept)
+        assert not spool.regain()
+    with pytest.raises(SpoolError, match="the disk is full; free space"):
+        spool.write([put(kept)])
+    found: list[int] = []
+    while rows := spool.read(0, most_bytes=MIB, at_least_one=True):
+        found += [int(row.body.split(b"-")[0]) for row in rows]
+        spool.write((), [(row.id, row.records, row.size) for row in rows])
+    assert found == list(range(kept))
+    assert spool.rows == 0
+    ballast.unlink(missing_ok=True)
+    assert spool.regain()
+    spool.write([put(kept)])
+    assert numbers(spool) == [kept]
+    spool.close()
+    assert not (small_disk / "spool.db-reserve").exists() or spool.rows
 
 
 def test_a_read_only_directory(tmp_path: Path) -> None:

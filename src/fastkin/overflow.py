@@ -13,7 +13,8 @@ The spool, in the order things happen:
 - It ends when every row has been handed to the sender and Kinesis takes what it gets.
 
 When the file takes nothing (disk full, read-only, broken), nothing more is acknowledged by it; batches stay in
-memory and go straight to Kinesis, as without a spool, until it works again.
+memory and go straight to Kinesis, as without a spool, until it works again. A full disk still gives back and
+deletes what is in the file.
 """
 
 from __future__ import annotations
@@ -174,6 +175,7 @@ class Overflow:
         self._unread = 0  # rows that are on the disk only
         self._after = 0  # the last row that was read
         self._retry_at = 0.0
+        self._room_at = 0.0  # when to see whether a full disk has room again
         self._said_at = -_SAY_AGAIN_S
         self._began_at = 0.0
         self._dropped_unsaid = 0
@@ -357,20 +359,37 @@ class Overflow:
         assert self.spool is not None
         if not self._opened:
             await self._open()
-        elif self.broken is not None:
+        elif self.broken is not None and not self.spool.tight:
             await self._in_thread(self.spool.open)
+        tight = await self._tight(self.spool)
         self._judge()
-        if self.spooling:
+        if self.spooling and not tight:
             now = self._loop.time()
             silent = now - self._sender.answered_at > self._after_s
             self._held.extend(self._sender.withdraw(called_before=now - self._after_s if silent else None))
         worked = False
         if self._held or self._rows.ended:
             worked = await self._write()
-        self.broken = None
+        if not tight:
+            self.broken = None
         if self._unread and not self._draining and not self._stopping:
             worked |= await self._read()
         return worked
+
+    async def _tight(self, spool: Spool) -> bool:
+        """The disk is full: nothing is written, what is in the file goes on to Kinesis."""
+        if not spool.tight:
+            return False
+        now = self._loop.time()
+        if now >= self._room_at:
+            self._room_at = now + _RETRY_S
+            if await self._in_thread(spool.regain):
+                await self._in_thread(spool.open)  # what a failed commit may have left
+                return False
+        if self.broken is None:  # it was found so at the start
+            raise spool.no_room()
+        self._retry_at = 0.0
+        return True
 
     def _judge(self) -> None:
         """Begin to spool, or end it."""

@@ -10,6 +10,8 @@ What is in it has been acknowledged, so the rules are those of a ledger:
 - Bodies are written and read in place (incremental I/O) through a small page cache, so that a row costs one copy
   of its bytes and no more.
 - The file keeps its largest size while it is in use, free pages are used again; it shrinks once it is empty.
+- Deleting rows takes room too, in the log. So while rows are kept a second file, `NAME-reserve`, holds some: it is
+  given up when the disk is full, and nothing is written until there is twice as much again. Reading and deleting go on.
 
 It blocks: use it from one thread that is not the loop's.
 """
@@ -38,6 +40,7 @@ _CACHE_KIB = 1024
 _CHECKPOINT_PAGES = 512  # the log goes into the file each 4 MiB
 ROW_BYTES = 128  # what a row costs besides its body and counts
 ENTRY_BYTES = 48  # what an entry of a restored batch costs in memory besides its bytes
+_RESERVE_BYTES = 8 << 20  # the log and what it may add to the file
 _SHRINK_BYTES = 1 << 20  # an empty file larger than this is made small again
 
 _SCHEMA = """
@@ -97,7 +100,11 @@ class Spool:
         self.records = 0
         self.bytes = 0  # of live rows; the file itself is some percent larger, its log up to a few MiB
         self._db: sqlite3.Connection | None = None
+        self.tight = False  # the disk is full: rows are read and deleted, none is written
         self._last: int | None = None  # the newest row that was told of
+        self._reserve_path = Path(f"{self.path}-reserve")
+        self._reserve_bytes = min(_RESERVE_BYTES, max_bytes // 8)
+        self._reserved = False
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -109,18 +116,28 @@ class Spool:
         self._let_go()
         try:
             self._make()
-            db = self._db = sqlite3.connect(
-                f"file:{_quoted(self.path)}?mode=rw", uri=True, isolation_level=None, timeout=0.0,
-                check_same_thread=False, cached_statements=16,
-            )  # fmt: skip
-            found = self._begin(db)
+            try:
+                found = self._connect()
+            except sqlite3.Error as error:
+                self._let_go()
+                if not self._give_up_reserve(error):
+                    raise
+                found = self._connect()
         except BaseException as error:
             self._let_go()
             if isinstance(error, OSError | sqlite3.Error):
                 raise self._error("open it", error) from error
             raise
         self.rows, self.records, self.bytes = found.rows, found.records, found.bytes
+        self._reserved = self._reserve_path.exists()  # left by a crash, or by a disk that was full
         return found
+
+    def _connect(self) -> Found:
+        db = self._db = sqlite3.connect(
+            f"file:{_quoted(self.path)}?mode=rw", uri=True, isolation_level=None, timeout=0.0,
+            check_same_thread=False, cached_statements=16,
+        )  # fmt: skip
+        return self._begin(db)
 
     def close(self, *, clean: bool = True) -> None:
         """`clean`: nothing that is in the file is on its way to Kinesis."""
@@ -131,6 +148,7 @@ class Spool:
             if clean:
                 db.execute("UPDATE state SET clean = 1")
             if self.rows == 0:
+                self._drop_reserve()
                 self._shrink(db)
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._let_go()
@@ -176,6 +194,7 @@ class Spool:
             "temp_store = FILE",
             "synchronous = FULL",
             "trusted_schema = OFF",
+            "secure_delete = OFF",  # some builds have it on: each page of a deleted row would be written once more
             f"wal_autocheckpoint = {_CHECKPOINT_PAGES}",
             f"journal_size_limit = {_CHECKPOINT_PAGES * _PAGE_BYTES}",
         ):
@@ -215,6 +234,46 @@ class Spool:
     def _pragma(db: sqlite3.Connection, name: str) -> int:
         return int(db.execute(f"PRAGMA {name}").fetchone()[0])
 
+    # -- the reserve -----------------------------------------------------------------------------
+
+    def regain(self) -> bool:
+        """Is there room on the disk again, for the reserve and as much besides?"""
+        if self.tight and self._take_reserve(2):
+            self.tight = False
+        return not self.tight
+
+    def no_room(self) -> SpoolError:
+        return SpoolError(self.path, "cannot write to it: the disk is full", _room(self.path))
+
+    def _take_reserve(self, times: int) -> bool:
+        try:
+            fd = os.open(self._reserve_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, max(1, self._reserve_bytes * times))
+                os.ftruncate(fd, self._reserve_bytes)
+            finally:
+                os.close(fd)
+        except OSError:
+            self._drop_reserve()
+            return False
+        self._reserved = True
+        return True
+
+    def _drop_reserve(self) -> bool:
+        self._reserved = False
+        try:
+            self._reserve_path.unlink()
+        except OSError:
+            return False
+        return True
+
+    def _give_up_reserve(self, error: sqlite3.Error) -> bool:
+        """The disk is full, and has some room after this."""
+        if _code(error) & 0xFF != sqlite3.SQLITE_FULL or not self._drop_reserve():
+            return False
+        self.tight = True
+        return True
+
     # -- work ------------------------------------------------------------------------------------
 
     def fits(self, puts: Sequence[Put]) -> bool:
@@ -227,6 +286,10 @@ class Spool:
         Durable when it returns: the ids of the new rows. SpoolError: nothing of it happened.
         """
         db = self._opened()
+        if puts and self.tight:
+            raise self.no_room()
+        if puts and not self._reserved:
+            self._take_reserve(1)  # a disk too small for it does without
         ids: list[int] = []
         gone: list[tuple[int, int, int]] = []
         try:
@@ -242,12 +305,14 @@ class Spool:
             with contextlib.suppress(sqlite3.Error):
                 if db.in_transaction:
                     db.execute("ROLLBACK")
+            self._give_up_reserve(error)
             raise self._error("write to it", error) from error
         self._last = max([self._last or 0, *ids])
         self.rows += len(puts) - len(gone)
         self.records += sum(put.records for put in puts) - sum(one[1] for one in gone)
         self.bytes += sum(row_size(put) for put in puts) - sum(one[2] for one in gone)
         if ended and self.rows == 0:
+            self._drop_reserve()
             with contextlib.suppress(sqlite3.Error):  # room is given back another time
                 self._shrink(db)
         return ids
@@ -366,6 +431,10 @@ def _code(error: sqlite3.Error) -> int:
     return int(getattr(error, "sqlite_errorcode", 0) or 0)
 
 
+def _room(path: Path) -> str:
+    return f"free space on the file system of {path.absolute().parent}; the data is kept and tried again"
+
+
 def _explain(path: Path, error: OSError | sqlite3.Error) -> tuple[str, str]:
     """(what is wrong, what helps)."""
     folder = path.absolute().parent
@@ -379,7 +448,7 @@ def _explain(path: Path, error: OSError | sqlite3.Error) -> tuple[str, str]:
             case errno.EACCES | errno.EPERM | errno.EROFS:
                 return problem, access
             case errno.ENOSPC | errno.EDQUOT:
-                return problem, f"free space on the file system of {folder}; {kept}"
+                return problem, _room(path)
             case errno.EISDIR:
                 return problem, "name a file, not a directory, in `spool`"
             case _:
@@ -389,7 +458,7 @@ def _explain(path: Path, error: OSError | sqlite3.Error) -> tuple[str, str]:
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return "another process or pipeline has it open", "stop that one, or give each a `spool` of its own"
         case sqlite3.SQLITE_FULL:
-            return "the disk is full", f"free space on the file system of {folder}; {kept}"
+            return "the disk is full", _room(path)
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_CANTOPEN:
             return f"it cannot be written ({error})", access
         case sqlite3.SQLITE_NOTADB:
