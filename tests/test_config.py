@@ -83,6 +83,7 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         reconnect_min_s = 0.25
         reconnect_max_s = 5
         coalesce_ms = 0
+        retain_handling = "never"
         [broker.tls]
         ca = "{pem}"
         cert = "{pem}"
@@ -125,6 +126,7 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         spool = "{tmp_path}/spool.db"
         spool_max_bytes = 5000000
         spool_after_s = 1.5
+        throttle_error_after_s = 30
         dead_letter = "{tmp_path}/dead.jsonl"
         dead_letter_max_bytes = 1000000
         dead_letter_keep = 2
@@ -995,3 +997,37 @@ def test_load_settings_is_the_same(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text(CLIENT + SMALL)
     assert load_settings(path, env={}) == settings.load(path, env={})
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ('on_full = "spool"', "key 'on_full': on_full is spool, and no file is named; set spool"),
+        ('on_full = "spool"\nspool = "{tmp}/no/spool.db"', "there is no directory {tmp}/no; make it"),
+        ('on_full = "spool"\nspool = "{tmp}"', "{tmp} is a directory; name a file in it"),
+        ('on_full = "spool"\nspool = "{tmp}/s"\nspool_max_bytes = 1048576', "holds no two records"),
+        ('on_full = "drop"', "use pause, spool, drop_oldest, drop_newest"),
+        ("spool_max_bytes = 1", "spool_max_bytes"),
+    ],
+)
+def test_spools_that_cannot_be(read: Any, tmp_path: Path, extra: str, says: str) -> None:
+    (line,) = problems(read, CLIENT + SMALL + extra.format(tmp=tmp_path) + "\n")
+    assert says.format(tmp=tmp_path) in line
+    assert "[[pipeline]] 1 ('a')" in line
+
+
+def test_two_pipelines_cannot_share_a_spool(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "here").symlink_to(tmp_path)
+    one = f'id = "a"\ntopics = ["a"]\nstream = "s"\nregion = "r"\non_full = "spool"\nspool = "{tmp_path}/s.db"\n'
+    two = one.replace('"a"', '"b"').replace("/s.db", "/here/s.db")
+    (line,) = problems(read, CLIENT + "[[pipeline]]\n" + one + "[[pipeline]]\n" + two)
+    assert "two pipelines have the spool" in line
+    assert "'a'" in line
+    assert "name a file for each" in line
+
+
+def test_spool_settings_without_a_spool_are_pointed_out(read: Any) -> None:
+    made = read(CLIENT + SMALL + 'spool = "x"\n')
+    assert any("not used without on_full" in warning for warning in made.warnings)
+    made = read(CLIENT + SMALL + "spool_after_s = 1\n")
+    assert any("not used without on_full" in warning for warning in made.warnings)

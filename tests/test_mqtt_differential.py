@@ -149,7 +149,8 @@ def test_what_mqtt5_writes_we_read_alike(packets: list[Any], sizes: list[int]) -
                 properties["user_property"] = one.user_properties
             want_events.append(("disconnect", int(one.reason_code), properties))
         elif isinstance(one, mqtt5.PingRespPacket):
-            want_events.append(("pingresp",))
+            if want_events[-1:] != [("pingresp",)]:  # a run of them is one event
+                want_events.append(("pingresp",))
         else:
             want_events.append((one.packet_id, [int(code) for code in one.reason_codes]))
 

@@ -574,7 +574,7 @@ async def test_a_shard_map_that_is_refused_at_first_is_read_later(
     denied: list[Any] = []
 
     def prepare(emulator: Emulator) -> None:
-        denied.append(emulator.faults.error("AccessDeniedException", operation="ListShards"))
+        denied.append(emulator.faults.call("AccessDeniedException", operation="ListShards"))
 
     async with rig(server, prepare=prepare) as r:
         await r.until(lambda: r.emulator.counters.operations.get("ListShards", 0) >= 4, "asked again")
@@ -595,7 +595,7 @@ async def test_aggregates_wait_until_it_is_known_that_the_stream_takes_them(
     down: list[Any] = []
 
     def prepare(emulator: Emulator) -> None:
-        down.append(emulator.faults.error("ServiceUnavailable", status=503, operation="DescribeStreamSummary"))
+        down.append(emulator.faults.call("ServiceUnavailable", status=503, operation="DescribeStreamSummary"))
 
     async with rig(server, prepare=prepare, aggregation="kpl") as r:
         await r.publish(*(b"%d" % n for n in range(100)))

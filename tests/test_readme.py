@@ -67,12 +67,17 @@ def code(language: str) -> list[str]:
 
 
 def test_the_toml_of_the_readme_is_right(tmp_path: Path) -> None:
-    (text,) = code("toml")
+    text, spool = code("toml")
     path = tmp_path / "x.toml"
     path.write_text(text)
     made = settings.load(path, env={})
     assert [pipeline.format for pipeline in made.pipelines] == ["raw", "bulk"]
     assert made.warnings == ()
+    # the part about outages, with the rest of what a file needs
+    spool = spool.replace("/var/lib/fastkin", str(tmp_path)) + 'stream = "s"\nregion = "eu-west-1"\n'
+    path.write_text('[broker]\nclient_id = "c"\n' + spool + 'dead_letter = "none"\n')
+    (pipeline,) = settings.load(path, env={}).pipelines
+    assert (pipeline.on_full, pipeline.spool_max_bytes) == ("spool", 10 << 30)
 
 
 def test_the_environment_of_the_readme_is_right(tmp_path: Path) -> None:

@@ -201,12 +201,12 @@ class ChainCredentials:
     def _failed(self, why: str) -> Credentials:
         why = printable(why)
         now = self._clock()
-        valid = self._current is not None and now < self._expires
-        wait = min(2.0**self._failures, BACKOFF_S, math.inf if valid else WAITING_S)
+        current = self._current if now < self._expires else None
+        wait = min(2.0**self._failures, BACKOFF_S, math.inf if current is not None else WAITING_S)
         self._failures += 1
         self._due = now + wait
         self._why = why
-        if not valid:
+        if current is None:
             self._current = None
             why = self._why = f"{why}; {_cure(self._kinesis)}"
             log.error("no valid credentials, next try in %.0f s: %s", wait, why)
@@ -218,7 +218,7 @@ class ChainCredentials:
             "" if left == math.inf else f" for {left:.0f} s more",
             why,
         )
-        return self._current
+        return current
 
     def _told(self, error: Exception) -> str:
         text = f"{type(error).__name__}: {error}".partition("\n")[0][:500]

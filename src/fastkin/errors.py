@@ -35,9 +35,7 @@ class ConfigError(FastkinError):
         self.cure = cure
         text = f"{place}: {problem}" + (f"; {cure}" if cure else "")
         # the names of files, keys and variables may hold anything: one line each, and nothing a terminal obeys
-        super().__init__(
-            text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        )
+        super().__init__(printable(text, 4000))
 
 
 class LibraryError(FastkinError, ValueError):

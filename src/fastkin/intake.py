@@ -672,7 +672,7 @@ class _Link(Receiver):
                 self._connack(event)
             elif isinstance(event, Disconnect):
                 self.code = event.code
-                self._give_up(farewell(event), None)
+                self._give_up(farewell(event, self.intake.broker.password), None)
             elif isinstance(event, Unsuback) and event.packet_id in self._dropped:
                 self._dropped.discard(event.packet_id)
             elif not isinstance(event, Pingresp):
@@ -680,7 +680,7 @@ class _Link(Receiver):
 
     def _connack(self, connack: Connack) -> None:
         if connack.code:
-            error = refusal(connack)
+            error = refusal(connack, self.intake.broker.password)
             self.code = connack.code
             self.reason = str(error)
             if not self._ready.done():

@@ -50,7 +50,7 @@ _RETRY_S = 2.0  # between attempts at a disk that takes nothing
 _SAY_AGAIN_S = 300.0
 _WARN_EVERY_S = 5.0
 _SHARE = 4  # the part of the budget that is kept for what comes back from the disk
-_MOST_OF_BUDGET = 16  # a batch is at most this part of the budget: a row must fit in that share several times
+_MOST_OF_BUDGET = 16  # a batch is at most this part of the budget
 
 
 class _Loaded:
@@ -117,9 +117,9 @@ def shares(max_bytes: int, max_records: int, policy: Policy) -> tuple[Budget, Ro
 def batch_limit(max_batch_bytes: int, max_record_bytes: int, budget_bytes: int, policy: Policy) -> int:
     """The most bytes of a batch: whoever splits or gathers has source and copy for a moment, beside the budget.
 
-    With a spool several must fit in the share for what comes back.
+    With a spool several must fit in the share for what comes back, and a batch is what the other policies drop.
     """
-    part = _MOST_OF_BUDGET if policy == "spool" else _MOST_OF_BUDGET // 2
+    part = _MOST_OF_BUDGET // 2 if policy == "pause" else _MOST_OF_BUDGET
     return min(max_batch_bytes, max(max_record_bytes, budget_bytes // part))
 
 

@@ -379,6 +379,8 @@ class PipelineRun:
         self.flusher.attend()
 
     def _settled(self) -> None:
+        if self.overflow is not None and self.budget.full:
+            self.overflow.attend()
         self.intake.flush_acks()
         if self.budget.low:
             self.intake.resume()

@@ -323,6 +323,8 @@ class Producer:
                 raise self._not_open()
 
     def _settled(self) -> None:
+        if self._overflow is not None and self._budget.full:
+            self._overflow.attend()
         if self._room and self._budget.low:
             while self._room:
                 waiter = self._room.popleft()

@@ -294,7 +294,7 @@ class _Link(Receiver):
             self._wake()
         elif isinstance(event, Connack):
             if event.code:
-                self._fail(refusal(event))
+                self._fail(refusal(event, publisher.broker.password))
                 return
             keep_alive = event.properties.get("server_keep_alive", publisher.broker.keep_alive_s)
             if isinstance(keep_alive, int) and keep_alive:
@@ -302,7 +302,7 @@ class _Link(Receiver):
             if not self.ready.done():
                 self.ready.set_result(event)
         elif isinstance(event, Disconnect):
-            self._fail(MqttError(farewell(event)))
+            self._fail(MqttError(farewell(event, publisher.broker.password)))
 
     def _keep_alive(self, seconds: float) -> None:
         if self._wire is None or self.error is not None or self._leaving:

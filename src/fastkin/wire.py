@@ -165,32 +165,35 @@ def _explain(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def refusal(connack: Connack) -> RefusedError:
-    """A CONNACK that says no."""
+def refusal(connack: Connack, secret: str | None = None) -> RefusedError:
+    """A CONNACK that says no. `secret` is cut out of what the broker adds, should it repeat it."""
     return RefusedError(
-        f"the broker refused the connection: {reason_text(connack.code)}{_told(connack.properties)}", connack.code
+        f"the broker refused the connection: {reason_text(connack.code)}{_told(connack.properties, secret)}",
+        connack.code,
     )
 
 
-def farewell(disconnect: Disconnect) -> str:
+def farewell(disconnect: Disconnect, secret: str | None = None) -> str:
     """A DISCONNECT of the broker, in words."""
     why = reason_text(disconnect.code) if disconnect.code else "no reason given"
-    return f"the broker ended the connection: {why}{_told(disconnect.properties)}"
+    return f"the broker ended the connection: {why}{_told(disconnect.properties, secret)}"
 
 
-def _told(properties: dict[str, object]) -> str:
+def _told(properties: dict[str, object], secret: str | None) -> str:
     """What the broker added for people; escaped and cut, since it goes to a log."""
     told = ""
     if text := properties.get("reason_string"):
-        told += f"; it says {said(text)}"
+        told += f"; it says {said(text, secret)}"
     if server := properties.get("server_reference"):
-        told += f"; it names {said(server)} instead"
+        told += f"; it names {said(server, secret)} instead"
     return told
 
 
-def said(text: object) -> str:
+def said(text: object, secret: str | None = None) -> str:
     """A peer's words for a log line: quoted, escaped, not too long."""
     words = str(text)
+    if secret:
+        words = words.replace(secret, "***")
     return ascii(words) if len(words) <= _SAID_MOST else f"{words[:_SAID_MOST]!a} (and {len(words) - _SAID_MOST} more)"
 
 

@@ -27,13 +27,13 @@ import corpus  # noqa: E402
 
 # how long inputs may become, and how much of the time a target gets beside the others
 TARGETS = {
-    "frame": (300, 1.0),
-    "answer": (500, 1.0),
-    "restore": (500, 0.8),
-    "mqtt": (400, 1.2),
-    "router": (200, 0.6),
-    "http": (500, 0.3),
-    "settings": (400, 0.3),
+    "frame": (300, 1.6),
+    "answer": (500, 1.4),
+    "restore": (500, 1.2),
+    "mqtt": (400, 0.8),
+    "router": (200, 0.4),
+    "http": (500, 0.15),
+    "settings": (400, 0.15),
 }
 PYTHON = {  # targets whose code is Python: which files are watched
     "http": ("fastkin/transport",),

@@ -27,7 +27,6 @@ CASES = (
     (1, 10_000),
     (8, 900_000),
     (16, 900_000),
-    (1, 900_000),
 )
 OFFERED = {152: 3000.0, 10_000: 400.0, 900_000: 5.0}  # messages per second
 SHARDS = 8
@@ -49,6 +48,7 @@ region = "us-east-1"
 id = "welders"
 topics = ["plant/#"]
 budget_bytes = {budget}
+max_record_bytes = {largest}
 """
 
 
@@ -72,7 +72,9 @@ def case(budget_mib: float, size: int, seconds: float, report: Report) -> None:
         with (
             workplace(None) as directory,
             Stand({"welders": SHARDS}, numbered=False, latency_ms=20) as stand,
-            service(directory, SETTINGS.format(port=port, url=stand.url, budget=budget)) as run,
+            service(
+                directory, SETTINGS.format(port=port, url=stand.url, budget=budget, largest=min(MIB, budget // 4))
+            ) as run,
             Memory(run, every_s=0.02) as memory,
         ):
             wait_for(lambda: "subscribed" in run.log(), 20, "subscribed", every_s=0.01)

@@ -230,4 +230,4 @@ def _last_line(engine: Engine, unsettled: int | None) -> int:
     return 0
 
 
-_COUNTS = ("received", "stored", "dead_lettered", "filtered", "dropped", "duplicates_possible")
+_COUNTS = ("received", "stored", "dead_lettered", "filtered", "dropped", "spooled", "duplicates_possible")
