@@ -271,7 +271,8 @@ class Rig:
         self._settings = {
             "broker": {
                 # nobody else's: a port may be given to another rig while somebody still knocks at it
-                "client_id": f"ledger-{os.urandom(4).hex()}", "clean_session": False, "receive_maximum": 500, "keep_alive_s": 2,
+                "client_id": f"ledger-{os.urandom(4).hex()}",
+                "clean_session": False, "receive_maximum": 500, "keep_alive_s": 2,
                 "reconnect_min_s": 0.05, "reconnect_max_s": 0.3, "connect_timeout_s": 1.0,
             } | (broker or {}),
             "kinesis": {
