@@ -10,17 +10,23 @@ LEDGER_PATCH is a JSON object of what to change before the command starts:
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+_PR_SET_PDEATHSIG = 1
+
 
 def main() -> None:
+    # A test run that is killed takes its services along: one that lived on would knock at ports of later cases.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     patch = json.loads(os.environ.pop("LEDGER_PATCH", "{}"))
     if "fsync_s" in patch:
         _slow_disk(float(patch["fsync_s"]))

@@ -63,11 +63,14 @@ REPORT = os.environ.get("LEDGER_REPORT")  # a file that gets every report line t
 PATIENCE_S = float(os.environ.get("LEDGER_PATIENCE_S", "30"))  # for anything that must happen at all
 SCRAPE_EVERY_S = 0.1
 FRAME_RECORDS = 10
+_USUAL = re.compile("PUBLISH|PUBACK|PINGREQ|PINGRESP")
 
 # What a test cannot wait for, made short. The values are the code's own, only smaller.
 QUICK = {
     "fastkin.sender:_OPERATOR_BASE_S": 0.1,
     "fastkin.sender:_OPERATOR_CAP_S": 0.5,
+    "fastkin.sender:_CREDENTIALS_BASE_S": 0.1,
+    "fastkin.sender:_CREDENTIALS_CAP_S": 0.5,
     "fastkin.sender:_CALL_CAP_S": 0.5,
     "fastkin.sender:_ENTRY_CAP_S": 0.5,
     "fastkin.pipeline:_RETRY_S": 0.2,
@@ -267,7 +270,9 @@ class Rig:
         self._shards = shards
         self._settings = {
             "broker": {
-                "client_id": "ledger", "clean_session": False, "receive_maximum": 500, "keep_alive_s": 2,
+                # nobody else's: a port may be given to another rig while somebody still knocks at it
+                "client_id": f"ledger-{os.urandom(4).hex()}",
+                "clean_session": False, "receive_maximum": 500, "keep_alive_s": 2,
                 "reconnect_min_s": 0.05, "reconnect_max_s": 0.3, "connect_timeout_s": 1.0,
             } | (broker or {}),
             "kinesis": {
@@ -311,10 +316,19 @@ class Rig:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None and hasattr(self, "service"):
-            print(f"--- {self.name}: the end of fastkin's log\n{self.service.log()[-3000:]}")
-            print(f"--- {self.books()}")
-        self._exit.close()
+        try:
+            if kind is not None:
+                self._tell()
+        finally:
+            self._exit.close()
+
+    def _tell(self) -> None:
+        """What is needed to understand why a case failed."""
+        print(f"--- {self.name}: the end of fastkin's log\n{self.service.log()[-3000:]}")
+        if hasattr(self, "broker"):
+            told = [line for line in self.broker.log().splitlines() if not _USUAL.search(line)]
+            print("--- the end of the broker's log, without its usual packets", *told[-40:], sep="\n")
+        print(f"--- {self.books()}")
 
     def _loop_thread(self) -> None:
         ready = threading.Event()
