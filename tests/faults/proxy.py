@@ -229,9 +229,8 @@ class FaultProxy:
                 data, way.cut_in, cut = data[: way.cut_in], None, True
             else:
                 way.cut_in -= len(data)
-        step = way.trickle or len(data) or 1
-        for at in range(0, len(data), step):
-            part = data[at : at + step]
+        while data:  # the step may change between two of them
+            part, data = data[: way.trickle or None], data[way.trickle :] if way.trickle else b""
             writer.write(part)
             if link.watch is not None:
                 (link.watch.down if down else link.watch.up)(part)
@@ -239,7 +238,6 @@ class FaultProxy:
             if way.trickle:
                 await asyncio.sleep(way.trickle_s)
                 await way.passing.wait()
-            step = way.trickle or len(data)
         if cut:
             await asyncio.sleep(0.02)  # let the part arrive, or the reset overtakes it
             link.cut()

@@ -85,6 +85,18 @@ async def test_a_trickle_is_slow_and_whole() -> None:
         assert await reader.readexactly(8) == b"abcdefgh"
 
 
+async def test_a_trickle_that_ends_in_the_middle_repeats_nothing() -> None:
+    async with echo() as proxy, connection(proxy) as (reader, writer):
+        proxy.down.trickle = 3
+        sent = bytes(range(250)) * 4
+        writer.write(sent)
+        got = await reader.readexactly(30)
+        proxy.heal()
+        assert got + await reader.readexactly(970) == sent
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 0.1)
+
+
 async def test_a_black_hole_holds_what_comes_and_gives_it_later() -> None:
     async with echo() as proxy, connection(proxy) as (reader, writer):
         proxy.hold()
