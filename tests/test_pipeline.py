@@ -632,3 +632,27 @@ async def test_retained_messages_come_once_to_a_session(server: Server) -> None:
     await publisher.close()
     assert await retained(server, protocol="5") == 1
     assert await retained(server, protocol="5", retain_handling="always") == 3
+
+
+async def test_an_endpoint_that_never_answers_does_not_keep_us_from_the_broker(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the broker would not know our session meanwhile, and drop what it cannot queue for it."""
+    monkeypatch.setattr("fastkin.pipeline._FIRST_LOOK_S", 0.1)
+    over = asyncio.Event()
+
+    async def silent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await over.wait()
+        writer.close()
+
+    hole = await asyncio.start_server(silent, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{hole.sockets[0].getsockname()[1]}"
+    try:
+        async with rig(server, kinesis={"endpoint_url": url}, shutdown_timeout_s=0.2) as r:
+            await r.publish(b"one", b"two")
+            await r.until(lambda: r.stats["received"] == 2, "both are taken")
+            assert r.stats["unacked"] == 2
+            assert not r.run.ready
+    finally:
+        over.set()
+        hole.close()

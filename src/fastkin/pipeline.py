@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("fastkin.pipeline")
 
+_FIRST_LOOK_S = 3.0  # for credentials and the stream before the broker is connected
 _RETRY_S = 5.0  # between attempts at what an operator must mend
 _SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that the map does not have
 _SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
@@ -168,11 +169,17 @@ class PipelineRun:
             await self.overflow.start()
             if self.overflow.task is not None:
                 self.overflow.task.add_done_callback(self._task_done)
-        # Only the first look is waited for: while Kinesis cannot be reached the messages are taken up to the
-        # budget all the same, else the broker would not even know our session yet and drop them.
+        # Only the first look is waited for, and not for long: while Kinesis cannot be reached the messages are taken
+        # up to the budget all the same, else the broker would not even know our session yet and drop them.
+        first = self._spawn(self._prepare_first(), "prepare")
+        await asyncio.wait([first], timeout=_FIRST_LOOK_S)
+        if first.done() and (first.cancelled() or first.exception() is not None):
+            return  # _task_done has it
+        await self.intake.run()
+
+    async def _prepare_first(self) -> None:
         if not await self._prepare():
             self._spawn(self._prepare_later(), "prepare")
-        await self.intake.run()
 
     async def _prepare(self) -> bool:
         """Find credentials and endpoint, look at the stream. False: not now, for a reason that was logged."""
