@@ -13,6 +13,7 @@ import pytest
 
 import fastkin.overflow
 import fastkin.spool
+from fastkin._codec import DRAIN
 from fastkin.config import Broker, Kinesis, Pipeline
 from fastkin.emulator import Emulator
 from fastkin.pipeline import PipelineRun
@@ -399,6 +400,145 @@ async def test_a_damaged_row_is_set_aside_and_the_others_go_on(
         assert db.execute("SELECT count(*) FROM rows WHERE damaged").fetchone() == (2,)
 
 
+async def test_calls_cut_short_go_again_when_the_disk_breaks(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait for the disk; when it breaks before it has them, Kinesis must get them."""
+    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    disk = Disk(monkeypatch)
+    async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
+        overflow = run.overflow
+        assert overflow is not None
+        emulator.latency_s = 60.0
+        error = disk.fails = sqlite3.OperationalError("no")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        feed = Feed(run)
+        feed.offer(10)
+        await until(lambda: run.sender.in_flight == 1)
+        await until(lambda: overflow.broken is not None)
+        opens = Spool.open
+
+        def refuse(spool: Spool) -> object:
+            if disk.fails is not None:
+                raise spool._error("open it", disk.fails)
+            return opens(spool)
+
+        monkeypatch.setattr(Spool, "open", refuse)
+        emulator.latency_s = 0.0
+        # the call that the turn before the trouble cut short
+        await until(lambda: run.lane.stored == 10)
+        feed.check()
+        disk.fails = None
+
+
+async def test_flush_does_not_pass_the_spool(emulator: Emulator, tmp_path: Path) -> None:
+    """Who waits for a flush while older records are on the disk: what is new goes behind them."""
+    async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
+        overflow = run.overflow
+        assert overflow is not None
+        away = emulator.faults.cut("before", operation="PutRecords")
+        feed = Feed(run)
+        await feed.all(8000)
+        await until(lambda: run.lane.spooled > 5000)
+        away.remove()
+        await until(lambda: run.sender.flowing and overflow.spooling)
+        feed.offer(1)
+        run.lane.seal(DRAIN)
+        fresh = run.sender.batched
+        async with asyncio.timeout(20):
+            await run.sender.flush()
+        assert run.sender.batched > fresh
+        assert run.lane.spooled > 0, "the flush waited for the disk only"
+        assert 8000 not in numbers(emulator)
+        await until(lambda: run.lane.stored == 8001)
+        feed.check()
+    assert sorted(numbers(emulator)) == list(range(8001))
+
+
+async def test_records_of_a_sender_that_is_held_go_to_the_disk(emulator: Emulator, tmp_path: Path) -> None:
+    """Aggregates wait until it is known that the stream may have them: that can take hours, too."""
+    async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
+        run.sender.hold()
+        feed = Feed(run)
+        feed.offer(10)
+        await until(lambda: run.overflow.spooled_total == 10)  # type: ignore[union-attr]
+        feed.check()
+        run.sender.release()
+        await until(lambda: run.lane.stored == 10)
+
+
+async def test_a_bug_does_not_end_the_spool_quietly(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    told: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    fits = Spool.fits
+
+    def broken(spool: Spool, puts: object) -> bool:
+        if not told:
+            raise ZeroDivisionError("oh")
+        return fits(spool, puts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Spool, "fits", broken)
+    async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
+        away = emulator.faults.cut("before", operation="PutRecords")
+        feed = Feed(run)
+        feed.offer(10)
+        await until(lambda: run.overflow.spooled_total == 10)  # type: ignore[union-attr]
+        assert [type(context["exception"]) for context in told] == [ZeroDivisionError]
+        assert "unforeseen: ZeroDivisionError: oh" in caplog.text
+        away.remove()
+        await until(lambda: run.lane.stored == 10)
+        feed.check()
+
+
+async def test_a_damaged_row_counts_once_it_is_marked(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk takes no mark: the row stays where it is until it does, and is dead-lettered once."""
+    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    path = tmp_path / "spool.db"
+    with Spool(path, max_bytes=MIB) as spool:
+        spool.write([Put(b"nonsense", b"", 10, 10)])
+    tries = 0
+    mark = Spool.set_aside
+
+    def refuse(spool: Spool, row: object) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 4:
+            error = sqlite3.OperationalError("no")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise spool._error("write to it", error)
+        mark(spool, row)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Spool, "set_aside", refuse)
+    async with running(pipeline(emulator.url, path)) as run:
+        feed = Feed(run)
+        await until(lambda: run.lane.dead_lettered == 10)
+        feed.check()
+        assert tries == 4
+        stats = run.stats()
+        assert (stats["spool_rows"], stats["spool_bytes"], stats["spooled"]) == (0, 0, 0)
+        feed.offer(5)
+        await until(lambda: run.lane.stored == 5)
+
+
+async def test_closing_counts_what_nobody_took_from_the_lane(emulator: Emulator, tmp_path: Path) -> None:
+    run = PipelineRun(pipeline(emulator.url, tmp_path / "spool.db"), broker())
+    run.sender.hold()
+    assert run.overflow is not None
+    await run.overflow.start()
+    await run.sender.flush()
+    await run.sender.flush()
+    assert run.lane.offer(b"plant/1", b"0", 0) == 1
+    await run.sender.close()
+    await run.overflow.close()
+    assert (run.lane.spooled, run.lane.in_flight) == (1, 0)
+    await run.client.close()
+
+
 # -- dropping ------------------------------------------------------------------------------------------
 
 
@@ -425,3 +565,19 @@ async def test_dropping_is_counted_and_acknowledged(
             assert kept[0] > 1000
         else:
             assert kept[:500] == list(range(500))
+
+
+@pytest.mark.parametrize("policy", ["drop_oldest", "drop_newest"])
+async def test_a_payload_larger_than_what_is_free_at_the_low_mark(emulator: Emulator, policy: str) -> None:
+    """Memory is not full, but what comes does not fit: something is dropped for it, too."""
+    async with running(
+        pipeline(emulator.url, None, on_full=policy, budget_bytes=MIB, max_record_bytes=MIB // 2)
+    ) as run:
+        emulator.faults.cut("before", operation="PutRecords")
+        feed = Feed(run, 100_000)
+        await feed.all(4)
+        assert not run.budget.full
+        feed.size = 400_000
+        await feed.all(1, timeout=10.0)
+        feed.check()
+        assert 0 < run.lane.dropped <= 4

@@ -9,7 +9,7 @@ import pytest
 
 from fastkin import Producer, encode_frame
 from fastkin.emulator import Emulator
-from fastkin.errors import LibraryError, RecordDropped
+from fastkin.errors import ClosedError, LibraryError, RecordDropped
 from fastkin.results import FrameResult, PutResult
 from servers import ACCESS_KEY, SECRET_KEY
 
@@ -99,6 +99,21 @@ async def test_closing_leaves_what_is_unsettled_in_the_spool(tmp_path: Path) -> 
             identity(two)
             assert two.stats()["received"] == 100
         assert sorted(int(record.data) for record in emulator.stored("welders")) == list(range(100))
+
+
+async def test_closing_with_a_broken_disk_ends_every_receipt(tmp_path: Path) -> None:
+    """Neither Kinesis nor the disk takes them: who waits for a receipt is told."""
+    async with Emulator({"welders": 2}) as emulator:
+        emulator.faults.cut("before", operation="PutRecords")
+        one = spooling(emulator.url, tmp_path / "missing" / "spool.db")
+        await one.start()
+        receipts = [await one.put(b"%d" % n) for n in range(100)]
+        assert await one.close(timeout_s=0.3) == 100
+        for receipt in receipts:
+            with pytest.raises(ClosedError):
+                await result(receipt)
+        identity(one)
+        assert one.stats()["in_flight"] == 0
 
 
 async def test_closed_while_it_opens(tmp_path: Path) -> None:

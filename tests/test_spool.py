@@ -468,3 +468,80 @@ Spool(sys.argv[1], max_bytes=1).open()
     assert done.returncode == 1
     assert "SpoolError" in done.stderr
     assert "let user id" in done.stderr or "Permission" in done.stderr
+
+
+def test_what_another_one_wrote_meanwhile_is_not_deleted(path: Path) -> None:
+    """The lock is free while a file is opened again after trouble. Who had it then has acknowledged what it wrote."""
+    mine = Spool(path, max_bytes=MIB)
+    mine.open()
+    mine.write([put(0)])
+    mine._let_go()  # as when the disk fails in open()
+    with Spool(path, max_bytes=MIB) as other:
+        other.write([put(1), put(2)])
+    for _ in range(2):
+        with pytest.raises(SpoolError, match=r"another process had it meanwhile.*restart"):
+            mine.open()
+    with Spool(path, max_bytes=MIB) as again:
+        assert numbers(again) == [0, 1, 2]
+
+
+def test_another_file_in_its_place_is_not_taken_for_ours(path: Path) -> None:
+    """Its rows are numbered from 1: they would be written, acknowledged and never read."""
+    mine = Spool(path, max_bytes=MIB)
+    mine.open()
+    mine.write([put(0), put(1)])
+    mine._let_go()
+    for name in (path, path.with_name(path.name + "-wal")):
+        name.unlink(missing_ok=True)
+    with pytest.raises(SpoolError, match="another file is in its place"):
+        mine.open()
+
+
+def test_opened_again_after_trouble_it_goes_on(path: Path) -> None:
+    spool = Spool(path, max_bytes=MIB)
+    assert spool.open().clean
+    spool.write([put(0)])
+    for _ in range(2):
+        found = spool.open()
+        assert (found.rows, found.clean) == (1, False)
+    spool.write([put(1)])
+    spool.close()
+    with Spool(path, max_bytes=MIB) as again:
+        assert numbers(again) == [0, 1]
+
+
+class _Flaky:
+    """A connection whose blobs cannot be read."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self.failing = True
+
+    def blobopen(self, *args: object, **options: object) -> sqlite3.Blob:
+        if self.failing:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_READ
+            raise error
+        return self._db.blobopen(*args, **options)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._db, name)
+
+
+def test_a_disk_that_fails_for_a_moment_damages_nothing(spool: Spool) -> None:
+    spool.write([put(0), put(1)])
+    assert spool._db is not None
+    flaky = _Flaky(spool._db)
+    spool._db = flaky  # type: ignore[assignment]
+    for _ in range(2):
+        with pytest.raises(SpoolError, match="the disk failed"):
+            spool.read(0, most_bytes=MIB)
+    flaky.failing = False
+    assert [row.fault for row in spool.read(0, most_bytes=MIB)] == [None, None]
+    flaky.failing = True
+    faults = []
+    for _ in range(20):
+        with contextlib.suppress(SpoolError):
+            faults += [row.fault for row in spool.read(0, most_bytes=MIB, most_rows=1)]
+            break
+    assert faults == ["disk I/O error"], "a sector that is gone must not hold up what is behind it"

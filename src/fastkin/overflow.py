@@ -182,6 +182,7 @@ class Overflow:
         self._warned_at = -_WARN_EVERY_S
         if self.spool is not None:
             sender.source = self._next
+            sender.direct = self._direct
 
     # -- what the flusher and the owner call -----------------------------------------------------
 
@@ -246,7 +247,7 @@ class Overflow:
         """After the sender was closed: everything that did not end goes to the disk."""
         self._stopping = True
         self._wake.set()
-        if self._task is not None:
+        while self._task is not None and not self._task.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([self._task])
         if self.spool is None or self._thread is None:
@@ -255,8 +256,7 @@ class Overflow:
         waiting = [*self._held, *self._sender.unsent(), *self._ready]
         self._held.clear()
         self._ready.clear()
-        while (batch := self._lane.take()) is not None:
-            waiting.append(batch)
+        waiting += self._sender.withdraw()
         waiting.sort(key=lambda batch: batch.born or self._loop.time())
         self._leave(waiting)
         try:
@@ -271,10 +271,19 @@ class Overflow:
         except SpoolError as error:
             _LOG.error("pipeline=%s stage=spool %s", self._name, error)
         self._rows.closed = True
+        for batch in [batch for batch in self._held if batch.restored]:
+            self._held.remove(batch)
+            batch.finish(SPOOLED)  # its row stays
         clean = not self._rows.loaded and not self._rows.ended
         await self._loop.run_in_executor(self._thread, lambda: self.spool.close(clean=clean))  # type: ignore[union-attr]
         self._thread.shutdown(wait=False)
         self._on_settled()
+
+    def unsaved(self) -> list[Batch]:
+        """After close(): what the disk did not take, for the owner to fail or forget."""
+        batches = list(self._held)
+        self._held.clear()
+        return batches
 
     def _leave(self, batches: list[Batch]) -> None:
         """Rows of which nothing has ended stay as they are; the others are written."""
@@ -296,9 +305,10 @@ class Overflow:
             if not self._ready:
                 self._wake.set()
             return batch
-        if self.spooling and self.broken is None:
-            return None
-        return self._lane.take()
+        return self._lane.take() if self._direct() else None
+
+    def _direct(self) -> bool:
+        return not self.spooling or self.broken is not None
 
     def _news(self) -> None:
         self._wake.set()
@@ -346,6 +356,8 @@ class Overflow:
                     worked = await self._turn()
                 except SpoolError as error:
                     self._trouble(error)
+                except Exception as error:  # a bug: the spool must not stand still without a word
+                    self._unforeseen(error)
             if not self._stopping:
                 if worked:
                     await asyncio.sleep(_GROUP_S)
@@ -401,6 +413,7 @@ class Overflow:
                     "pipeline=%s stage=spool all of the spool is on its way after %.1f s: sending directly again",
                     self._name, now - self._began_at,
                 )  # fmt: skip
+                self._sender.give_back([])
                 self._sender.pump()
             return
         why = ""
@@ -485,9 +498,9 @@ class Overflow:
             lambda spool: spool.read(self._after, most_bytes=most, at_least_one=alone), self.spool
         )
         for row in rows:
+            await self._restore(row)
             self._after = row.id
             self._unread -= 1
-            await self._restore(row)
         if not rows:
             if alone:
                 self._unread = 0  # the file has none: rows that vanished must not hold up what comes
@@ -510,6 +523,7 @@ class Overflow:
             else:
                 self._ready.append(batch)
                 return
+        await self._in_thread(self.spool.set_aside, row)  # else it is read again
         self.damaged += 1
         self._lane.settle_spooled(row.records, DEAD)
         _LOG.error(
@@ -517,16 +531,14 @@ class Overflow:
             " others go on: look after the disk, and after the row with `sqlite3`",
             self._name, self.spool.path, row.id, row.records, fault,
         )  # fmt: skip
-        await self._in_thread(self.spool.set_aside, row)
 
     def _trouble(self, error: SpoolError) -> None:
         """The file takes nothing now: say so once, hold the data, send what Kinesis takes."""
         now = self._loop.time()
         self._retry_at = now + _RETRY_S
-        if self._held:
-            self._sender.give_back(list(self._held))
-            self._held.clear()
         self.broken = str(error)
+        self._sender.give_back(list(self._held))
+        self._held.clear()
         if now - self._said_at >= _SAY_AGAIN_S:
             self._said_at = now
             _LOG.error(
@@ -534,6 +546,15 @@ class Overflow:
                 " trying again every %.0f s", self._name, error, _RETRY_S,
             )  # fmt: skip
         self._sender.pump()
+
+    def _unforeseen(self, error: Exception) -> None:
+        assert self.spool is not None
+        self._loop.call_exception_handler(
+            {"message": f"fastkin[{self._name}]: the spool failed", "exception": error, "task": self._task}
+        )
+        self._trouble(
+            SpoolError(self.spool.path, f"unforeseen: {type(error).__name__}: {error}", "this is a bug: report it")
+        )
 
     # -- dropping --------------------------------------------------------------------------------
 
@@ -543,7 +564,7 @@ class Overflow:
         waiting = deque(self._sender.withdraw(alone=False))
         dropped = 0
         error = RecordDropped(f"memory was full and on_full is {self.policy!r}")
-        while waiting and not self._budget.low:
+        while waiting and self._budget.full:  # also when what comes next is larger than what is free at the low mark
             batch = waiting.popleft() if self.policy == "drop_oldest" else waiting.pop()
             epoch, count = batch.epoch, len(batch)
             dropped += batch.user_records

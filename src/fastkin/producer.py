@@ -276,7 +276,8 @@ class Producer:
                 if self._overflow is not None:
                     await self._overflow.close()
                 unsettled = self._lane.in_flight
-                for batch in sender.unsent():
+                unsaved = self._overflow.unsaved() if self._overflow is not None else []
+                for batch in (*sender.unsent(), *unsaved):
                     batch.finish(FAILED, error)
                 self._lane.abandon(error)
             await self._client.close()

@@ -146,6 +146,7 @@ class Sender:
         self._cut: set[asyncio.Task[None]] = set()  # those that withdraw() cut short
         self._withdrawn: list[Batch] = []  # what they had: for the next withdraw()
         self.source: Callable[[], Batch | None] = lane.take  # where new batches come from
+        self.direct: Callable[[], bool] = _always  # may what is new be sent, or does it go to the spool?
         self.answered_at = self._loop.time()  # when Kinesis last took something
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -154,6 +155,7 @@ class Sender:
         self._refused = _REFUSED_IN_A_ROW  # single records refused since one was stored; before the first: no trust
         self._probe = False  # in doubt about the destination: something new goes before what was refused
         self._held = False
+        self._held_up: float | None = None  # since when batches wait for release()
         self._outstanding: dict[int, int] = {0: 0}  # epoch -> records taken from the lane and not ended
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._closing = False
@@ -208,13 +210,18 @@ class Sender:
 
     def release(self) -> None:
         self._held = False
+        self._held_up = None
         self.pump()
 
     def pump(self) -> None:
         """Start as many calls as may go now; arm a timer for the rest. Cheap when there is nothing to do."""
-        if self._closing or self._held:
+        if self._closing:
             return
         now = self._loop.time()
+        if self._held:
+            if self._held_up is None and self.lane.ready:
+                self._held_up = now
+            return
         while len(self._tasks) < self._concurrency.limit:
             if now < self._gate:
                 self._wake_at(self._gate)
@@ -303,6 +310,8 @@ class Sender:
         born += [batch.born for batch in (*self._tasks.values(), *self._withdrawn)]
         if self._next is not None:
             born.append(self._next.born)
+        if self._held_up is not None:
+            born.append(self._held_up)
         return min(born, default=None)
 
     @property
@@ -337,11 +346,15 @@ class Sender:
         while (fresh := self.lane.take()) is not None:
             self._adopt(fresh)
             out.append(fresh)
+        self._held_up = None
         return out
 
     def give_back(self, batches: list[Batch]) -> None:
-        """What was withdrawn shall be sent after all, before everything else."""
-        self._queue("").batches.extendleft(reversed(batches))
+        """What was withdrawn shall be sent after all, before everything else; also what waits for withdraw()."""
+        batches = sorted([*self._withdrawn, *batches], key=lambda batch: batch.born)
+        self._withdrawn = []
+        if batches:
+            self._queue("").batches.extendleft(reversed(batches))
 
     def forget(self, epoch: int, count: int) -> None:
         """So many records of what was withdrawn have ended."""
@@ -377,7 +390,10 @@ class Sender:
 
     def _queue_fresh(self, batch: Batch) -> None:
         self._adopt(batch)
-        self._queue("fresh").batches.append(batch)
+        if self.direct():
+            self._queue("fresh").batches.append(batch)
+        else:
+            self._withdrawn.append(batch)  # not past what is in the spool
 
     def _queue(self, key: str) -> _Queue:
         queue = self._failed.get(key)
@@ -518,7 +534,7 @@ class Sender:
     def _call_done(self, task: asyncio.Task[None]) -> None:
         batch = self._tasks.pop(task)
         del self._began[task]
-        if task.cancelled() and task in self._cut:
+        if task.cancelled() and task in self._cut and not self.direct():
             self._withdrawn.append(batch)  # not for the pump to send again at once
         elif task.cancelled():
             # Perhaps before its first step, so this cannot be left to the task itself.
@@ -707,6 +723,10 @@ def _less(load: Load, failures: list[Failure]) -> Load:
             if have is not None:
                 rest[shard] = (have[0] - records, have[1] - nbytes)
     return rest
+
+
+def _always() -> bool:
+    return True
 
 
 def _closed() -> ClosedError:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import sqlite3
 import zlib
 from pathlib import Path
@@ -42,6 +43,7 @@ ROW_BYTES = 128  # what a row costs besides its body and counts
 ENTRY_BYTES = 48  # what an entry of a restored batch costs in memory besides its bytes
 _RESERVE_BYTES = 8 << 20  # the log and what it may add to the file
 _SHRINK_BYTES = 1 << 20  # an empty file larger than this is made small again
+_READ_ATTEMPTS = 5  # at a row that the disk fails to give, before it counts as damaged
 
 _SCHEMA = """
 CREATE TABLE rows (
@@ -105,6 +107,8 @@ class Spool:
         self._reserve_path = Path(f"{self.path}-reserve")
         self._reserve_bytes = min(_RESERVE_BYTES, max_bytes // 8)
         self._reserved = False
+        self._mark = -1 - secrets.randbits(62)  # in the file while it is ours: `clean` is 1, or who had it last
+        self._failed_reads = (0, 0)  # (row, how often)
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -151,6 +155,7 @@ class Spool:
                 self._drop_reserve()
                 self._shrink(db)
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._last = None
         self._let_go()
 
     def _let_go(self) -> None:
@@ -217,8 +222,15 @@ class Spool:
                 "drain it with the fastkin that wrote it, or move it away",
             )  # fmt: skip
         db.execute("PRAGMA journal_mode = WAL")
-        clean = bool(db.execute("SELECT clean FROM state").fetchone()[0])
-        db.execute("UPDATE state SET clean = 0")  # takes the lock for good
+        mark = db.execute("SELECT clean FROM state").fetchone()[0]
+        clean = mark == 1
+        if self._last is not None and mark != self._mark:
+            # The lock goes while it is opened again: what is new in it may be what another one acknowledged.
+            raise SpoolError(
+                self.path, "another process had it meanwhile, or another file is in its place",
+                "one pipeline per `spool`; restart fastkin to take up what is in it",
+            )  # fmt: skip
+        db.execute("UPDATE state SET clean = ?", (self._mark,))  # takes the lock for good
         if self._last is None:
             self._last = int(db.execute("SELECT coalesce(max(id), 0) FROM rows").fetchone()[0])
         else:
@@ -356,12 +368,18 @@ class Spool:
             with db.blobopen("bodies", "body", id_, readonly=True) as blob:
                 body = blob.read() if len(blob) <= size else b""
         except sqlite3.Error as error:
-            if _transient(error):
+            if _transient(error) or (_code(error) & 0xFF == sqlite3.SQLITE_IOERR and self._read_again(id_)):
                 raise self._error("read it", error) from error
             return Row(id_, entries, records, size, b"", b"", str(error))
         if _crc(body, counts, entries, records) != crc:
             return Row(id_, entries, records, size, b"", b"", "its checksum does not match")
         return Row(id_, entries, records, size, body, counts)
+
+    def _read_again(self, id_: int) -> bool:
+        """A disk may fail for a while: is this row worth another attempt?"""
+        row, times = self._failed_reads
+        self._failed_reads = (id_, times + 1 if row == id_ else 1)
+        return self._failed_reads[1] < _READ_ATTEMPTS
 
     def set_aside(self, row: Row) -> None:
         """Keep a damaged row out of the way; it stays in the file, durably marked."""
