@@ -390,8 +390,8 @@ class Engine:
         spool = run.pipeline.spool if run.pipeline.on_full == "spool" else None
         if not spool or not run.lane.spooled or self._stopping is not None:
             return
-        taken = {each.spool for each in self.settings.pipelines if each.enabled and each.on_full == "spool"}
-        if spool not in taken:
+        wanted = [each for each in self.settings.pipelines if each.enabled and each.on_full == "spool"]
+        if os.path.realpath(spool) not in {os.path.realpath(each.spool) for each in wanted if each.spool}:
             _LOG.warning(
                 "pipeline=%s stage=engine spool %s keeps %d records that were acknowledged, and nobody sends them now:"
                 " set it again as the spool of a pipeline with on_full = spool, until it is empty",
