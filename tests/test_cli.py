@@ -739,6 +739,20 @@ def test_the_demo_loses_nothing(tmp_path: Path, kill: list[str]) -> None:
 # --- check --connect ---
 
 
+async def test_check_connect_goes_the_way_that_run_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a proxy, or with transport = "sdk", that is the SDK."""
+    from fastkin.commands import check
+    from fastkin.config import Kinesis
+    from fastkin.kinesis import KinesisClient
+
+    async with Emulator({"s": 2}) as emulator:
+        kinesis = Kinesis(
+            stream="s", region="us-east-1", endpoint_url=emulator.url, access_key="AK", secret_key="SK", transport="sdk"
+        )
+        monkeypatch.setattr(KinesisClient, "call", None)
+        assert await check._stream(kinesis) == "ACTIVE, 2 shards, PROVISIONED"
+
+
 def test_check_connect_tries_broker_and_stream(broker: servers.Server, tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     with emulator_process("--stream", "s:3") as (_, url):
@@ -755,6 +769,14 @@ def test_check_connect_tries_broker_and_stream(broker: servers.Server, tmp_path:
         done = fastkin("check", "--quiet", "--connect", str(path))
         assert done.returncode == 1
         assert done.stderr.startswith("failed: stream nope: ResourceNotFoundException")
+        assert done.stderr.count("\n") == 1
+        text = (
+            path.read_text().replace('"nope"', '"s"').replace('dead_letter = "none"', 'dead_letter = "stream:nowhere"')
+        )
+        path.write_text(text)
+        done = fastkin("check", "--quiet", "--connect", str(path))
+        assert done.returncode == 1
+        assert done.stderr.startswith("failed: stream nowhere: ResourceNotFoundException")
         assert done.stderr.count("\n") == 1
         broker.stop()
         done = fastkin("check", "--quiet", "--connect", str(path))

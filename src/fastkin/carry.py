@@ -10,9 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
-# of now: the present run's alone; everything else that is a number adds up
+# What adds up over runs. Everything else is of now, and an ended run has none of it.
+SUMS = frozenset({
+    "received", "stored", "dead_lettered", "filtered", "dropped", "messages", "unrouted", "batched", "sent", "calls",
+    "calls_failed", "retries", "throttled", "duplicates_possible", "connects", "paused_s", "flushes",
+    "spooled_ever", "spool_damaged_rows", "dead_letters_deleted", "format_errors", "dead_lettered_by", "dropped_by",
+    "retried_by_code", "throttled_by_shard", "calls_failed_by_code", "flushed_by_reason", "call_seconds", "batch_fill",
+})  # fmt: skip
+# of now: the present run's alone; of runs that are at work at once the other numbers add up
 _PRESENT = frozenset({"peak_bytes", "state", "last_error", "spooling", "spool_error"})
-# of now as well, and an ended run has none
+# what is told of a pipeline that has no run just now
 _GAUGES = ("volatile", "buffered_bytes", "calls_open", "unacked", "spool_rows", "spool_bytes", "spool_bytes_limit")
 
 
@@ -23,19 +30,22 @@ class Carry:
         self.sums: dict[str, Any] = {}
         self.owed = 0
         self.lost = 0  # were in flight, and nobody kept them
+        self._from = 0  # what runs at work had received when the debt was last reckoned: that pays none of it
 
-    def add(self, stats: dict[str, Any]) -> None:
-        """The last numbers of a run; `volatile` says how many in flight nobody else keeps."""
-        stats = dict(stats)
-        paid = min(self.owed, stats.get("received", 0))
-        self.owed -= paid
-        stats["received"] = stats.get("received", 0) - paid
+    def paid(self, received: int) -> int:
+        """How much of the debt is paid when the runs at work have received so many."""
+        return min(self.owed, max(0, received - self._from))
+
+    def add(self, stats: dict[str, Any], *, beside: int = 0) -> None:
+        """The last numbers of a run; `volatile` says how many in flight nobody else keeps. `beside`: what other
+        runs of the pipeline, which are at work, have received so far."""
+        paid = self.paid(stats.get("received", 0) + beside)
         lost = stats.get("volatile", 0)
         self.lost += lost
-        self.owed += stats.pop("in_flight", 0) + stats.pop("spooled", 0) - lost
-        for name in _GAUGES:
-            stats.pop(name, None)
-        _add(self.sums, stats)
+        self.owed += stats.get("in_flight", 0) + stats.get("spooled", 0) - lost - paid
+        self._from = beside
+        _add(self.sums, {name: value for name, value in stats.items() if name in SUMS})
+        self.sums["received"] = self.sums.get("received", 0) - paid
 
 
 def merged(carry: Carry | None, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -48,8 +58,8 @@ def merged(carry: Carry | None, runs: list[dict[str, Any]]) -> dict[str, Any]:
     for name in ("in_flight", "spooled", "peak_bytes", *_GAUGES):
         found.setdefault(name, 0)
     if carry is not None:
-        again = min(carry.owed, found.get("received", 0))
-        _add(found, {name: value for name, value in carry.sums.items() if name not in _PRESENT})
+        again = carry.paid(found.get("received", 0))
+        _add(found, carry.sums)
         found["received"] -= again
         found["in_flight"] += carry.owed - again + carry.lost
         found["volatile"] += carry.lost

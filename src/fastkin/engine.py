@@ -308,13 +308,21 @@ class Engine:
             waits.append(_out_of_the_way(run, self._halt(run, linger=linger), linger))
             if name in gone:
                 self._say_gone(run)
-        results = await asyncio.gather(*waits)
+        # the others go on when one cannot end in order
+        results = await asyncio.gather(*waits, return_exceptions=True)
         self._go_on()
+        unsettled = 0
+        for run, result in zip(old.values(), results, strict=True):
+            if isinstance(result, BaseException):
+                _LOG.error("pipeline=%s stage=engine could not stop in order", run.name, exc_info=result)
+                unsettled += run.lane.in_flight
+            else:
+                unsettled += result
 
         # Then those that take a place up.
         for name in late:
             self._make(by_id[name], wanted[name]).start()
-        return sum(results)
+        return unsettled
 
     async def _subscribed(self, runs: list[PipelineRun]) -> None:
         """Wait until the new ones receive, as long as a connection may take."""
@@ -345,15 +353,15 @@ class Engine:
             del self.pipelines[run.name]
             self._wanted.pop(run.name, None)
             self.leaving.append(run)
-            if (task := self._halts.get(run)) is not None and task.done():
-                self._halted(run)
 
     def _halt(self, run: PipelineRun, *, linger: bool = False) -> asyncio.Task[int]:
-        """Stop a run, once."""
+        """Stop a run, once. It is forgotten when it has left its place and has ended."""
         task = self._halts.get(run)
         if task is None:
             task = self._halts[run] = asyncio.create_task(run.stop(linger=linger), name=f"fastkin[{run.name}].stop")
             task.add_done_callback(lambda _: self._halted(run))
+        elif task.done():  # it could not go on, and was in its place until now
+            self._halted(run)
         return task
 
     def _halted(self, run: PipelineRun) -> None:
@@ -361,7 +369,11 @@ class Engine:
         if run in self.leaving:
             self.leaving.remove(run)
             self._halts.pop(run)
-            self._carried.setdefault(run.name, Carry()).add(_stats(run))
+            beside = [each for each in (*self.leaving, *self.pipelines.values()) if each.name == run.name]
+            self._carried.setdefault(run.name, Carry()).add(
+                _stats(run), beside=sum(each.lane.received for each in beside)
+            )
+            self._say_spool(run)
 
     def _say_gone(self, run: PipelineRun) -> None:
         broker = run.intake.broker
@@ -373,6 +385,18 @@ class Engine:
             " client id and a clean session, for example mosquitto_sub -E -i ID -t x",
             run.name, broker.url, ascii(run.intake.client_id),
         )  # fmt: skip
+
+    def _say_spool(self, run: PipelineRun) -> None:
+        spool = run.pipeline.spool if run.pipeline.on_full == "spool" else None
+        if not spool or not run.lane.spooled or self._stopping is not None:
+            return
+        wanted = [each for each in self.settings.pipelines if each.enabled and each.on_full == "spool"]
+        if os.path.realpath(spool) not in {os.path.realpath(each.spool) for each in wanted if each.spool}:
+            _LOG.warning(
+                "pipeline=%s stage=engine spool %s keeps %d records that were acknowledged, and nobody sends them now:"
+                " set it again as the spool of a pipeline with on_full = spool, until it is empty",
+                run.name, spool, run.lane.spooled,
+            )  # fmt: skip
 
     def _say(self, settings: Settings, changes: Changes) -> None:
         _LOG.info("stage=engine settings taken up: %s", changes)
@@ -394,14 +418,14 @@ class Engine:
         """Stop intake, flush, settle, acknowledge, disconnect. Returns how many records did not end in time.
 
         May be called again, also while the first call or a reload is still at it: all return the same, when it is
-        done.
+        done. Who gives up waiting does not cut it short.
         """
         if self._stopped is None:
             return 0
         if self._stopping is None:
             self._stopped.set()
             self._stopping = asyncio.create_task(self._stop(), name="fastkin engine stop")
-        return await self._stopping
+        return await asyncio.shield(self._stopping)
 
     async def _stop(self) -> int:
         for run in self.leaving:

@@ -28,6 +28,7 @@ _THREAD_WAITS_S = 5.0  # a scrape in another thread, for the loop
 # name, key of stats(), what it says
 _COUNTERS = (
     ("messages_received", "messages", "MQTT messages taken"),
+    ("messages_unrouted", "unrouted", "MQTT messages that no topic of the pipeline wants: acknowledged, thrown away"),
     ("records_received", "received", "Records taken from messages; a frame that is no frame counts as one"),
     ("records_batched", "batched", "Records in batches handed to the sender"),
     ("records_sent", "sent", "Records in calls made, repeats included"),

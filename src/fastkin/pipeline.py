@@ -39,6 +39,7 @@ _LOG = logging.getLogger("fastkin.pipeline")
 
 _FIRST_LOOK_S = 3.0  # for credentials and the stream before the broker is connected
 _RETRY_S = 5.0  # between attempts at what an operator must mend
+_UNROUTED_EVERY_S = 60.0  # how often to say that messages came which nobody wants
 _SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that the map does not have
 _SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
 # KPL's AggregationMaxSize: a record costs a few bytes of overhead, and a retry stays cheap
@@ -87,7 +88,9 @@ class PipelineRun:
             replay=None if rows is None else rows.budget,
         )
         self._static_key = kind == "parts" and all(part[0] == "text" for part in parts)
-        router = Router()
+        self._router = router = Router()
+        self._unrouted = 0  # of the router, when it was last looked at
+        self._unrouted_at = -_UNROUTED_EVERY_S
         sink: Sink = self.lane if on_message is None else CallbackSink(self._tap)
         for topic in pipeline.topics:
             router.add(topic, sink)
@@ -338,7 +341,7 @@ class PipelineRun:
             return
         self._shards_failed = False
         current = self.sender.shards
-        if current is not None and [s.id for s in current.shards] == [s.id for s in shards.shards]:
+        if current is not None and current.ids == shards.ids:
             return
         self.lane.shards = ShardTable(shards.ends)
         self.sender.set_shards(shards)
@@ -371,7 +374,21 @@ class PipelineRun:
             self._on_message(self.name, topic, payload)
         return taken
 
+    def _say_unrouted(self) -> None:
+        self._unrouted = self._router.unrouted
+        if (now := self._loop.time()) - self._unrouted_at < _UNROUTED_EVERY_S:
+            return
+        self._unrouted_at = now
+        _LOG.warning(
+            "pipeline=%s stage=intake messages come that no topic of this pipeline wants: acknowledged and thrown away,"
+            " %d so far. The broker's session of client %s has subscriptions of a former run: to keep them set the"
+            " former topics again, to end them connect once with this client id and a clean session",
+            self.name, self._unrouted, ascii(self.intake.client_id),
+        )  # fmt: skip
+
     def _read(self) -> None:
+        if self._router.unrouted != self._unrouted:
+            self._say_unrouted()
         if self.lane.attention:
             self._attend()
         if self.overflow is not None and self.budget.full:
@@ -419,6 +436,7 @@ class PipelineRun:
             "dead_letters_deleted": self.aside.deleted,
             "unacked": self.ledger.unacked,
             "messages": intake.messages,
+            "unrouted": self._router.unrouted,
             "connects": intake.connects,
             "state": intake.state,
             "flushes": lane.flushes,

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from fastkin._codec import Batch, Receipt
 
+_SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that the map does not have
+_SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
+
 
 class Producer:
     """Puts records into one stream; batching, pacing, retries and memory bounds included.
@@ -128,6 +131,7 @@ class Producer:
         self._room: deque[asyncio.Future[None]] = deque()
         self._closed = False
         self._closing: asyncio.Task[int] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()  # who closes us will not wait
         self._starting = asyncio.Lock()
 
@@ -164,13 +168,7 @@ class Producer:
             max_batch_bytes=self._max_batch_bytes,
         )
         if self._wants_shards:
-            try:
-                shards = ShardMap(await self._client.list_shards())
-            except (KinesisError, ValueError):
-                pass  # not allowed, or the stream is not there yet: throttles are learned from answers
-            else:
-                self._lane.shards = ShardTable(shards.ends)
-                sender.set_shards(shards)
+            await self._read_shards(sender)
         overflow: Overflow | None = None
         if self._on_full != "pause":
             overflow = Overflow(
@@ -185,6 +183,31 @@ class Producer:
         self._overflow = overflow
         self._flusher = Flusher(self._lane, overflow or sender, self._linger_s, asyncio.get_running_loop())
         self._sender = sender
+        if self._wants_shards:
+            self._watching = asyncio.create_task(self._watch_shards(sender), name=f"fastkin[{self._stream}].shards")
+
+    async def _read_shards(self, sender: Sender) -> None:
+        try:
+            shards = ShardMap(await self._client.list_shards())
+        except (KinesisError, ValueError):
+            return  # not allowed, or the stream is not there yet: throttles are learned from answers
+        if sender.shards is None or sender.shards.ids != shards.ids:
+            self._lane.shards = ShardTable(shards.ends)
+            sender.set_shards(shards)
+
+    async def _watch_shards(self, sender: Sender) -> None:
+        """Splits and merges: look again now and then, sooner when an answer names a shard that is not known."""
+        looks = 0
+        seen: set[str] = set()  # asked about once
+        while True:
+            await asyncio.sleep(_SHARDS_LOOK_S)
+            looks += 1
+            known = sender.shards
+            strange = {s for s in sender.throttled if s and known is not None and known.ordinal(s) is None} - seen
+            if strange or looks >= _SHARDS_LOOKS:
+                looks = 0
+                seen |= strange
+                await self._read_shards(sender)
 
     async def put(
         self,
@@ -257,6 +280,9 @@ class Producer:
                 waiter.set_exception(error)
         sender, flusher = self._sender, self._flusher
         unsettled = 0
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         try:
             if sender is not None and flusher is not None:
                 flusher.close(DRAIN)

@@ -60,6 +60,10 @@ class ShardMap:
         return len(self.shards)
 
     @property
+    def ids(self) -> list[str]:
+        return [shard.id for shard in self.shards]
+
+    @property
     def ends(self) -> list[int]:
         """The inclusive end of each open shard, ascending: what the codec's ShardTable takes."""
         return [shard.end for shard in self.shards]

@@ -15,6 +15,7 @@ import click
 
 from fastkin.endpoint import region_of
 from fastkin.errors import ConfigError, FastkinError
+from fastkin.letterplace import PREFIX, destination
 from fastkin.settings import SettingsError
 from fastkin.settings.show import effective
 from fastkin.wire import tls_context
@@ -50,13 +51,14 @@ async def _connect(settings: Settings) -> int:
     good = await _try(f"broker {settings.broker.url}", functools.partial(_broker, settings.broker))
     seen: set[Kinesis] = set()
     for pipeline in settings.pipelines:
-        if pipeline.enabled and pipeline.kinesis not in seen:
-            seen.add(pipeline.kinesis)
-            name = f"stream {pipeline.kinesis.stream_arn or pipeline.kinesis.stream}"
-            good &= await _try(name, functools.partial(_stream, pipeline.kinesis))
+        for kinesis in (pipeline.kinesis, destination(pipeline)):
+            if pipeline.enabled and kinesis is not None and kinesis not in seen:
+                seen.add(kinesis)
+                name = f"stream {kinesis.stream_arn or kinesis.stream}"
+                good &= await _try(name, functools.partial(_stream, kinesis))
     for pipeline in settings.pipelines:
         letters = pipeline.dead_letter
-        if pipeline.enabled and letters is not None and letters != "none" and not letters.startswith("stream:"):
+        if pipeline.enabled and letters is not None and letters != "none" and not letters.startswith(PREFIX):
             good &= await _try(f"dead letter file {letters}", functools.partial(_writable, letters, "dead_letter"))
         if pipeline.enabled and pipeline.on_full == "spool" and pipeline.spool is not None:
             good &= await _try(f"spool {pipeline.spool}", functools.partial(_writable, pipeline.spool, "spool"))
@@ -107,9 +109,9 @@ async def _broker(broker: Broker) -> str:
 
 async def _stream(kinesis: Kinesis) -> str:
     from fastkin.errors import Action, KinesisError
-    from fastkin.kinesis import KinesisClient
+    from fastkin.kinesis import make_client
 
-    client = KinesisClient(kinesis)
+    client = make_client(kinesis)
     await client.start()
     try:
         try:
