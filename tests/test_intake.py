@@ -600,7 +600,7 @@ def test_websocket_survives_a_restart() -> None:
     asyncio.run(main())
 
 
-def test_the_face_of_an_intake_before_it_runs() -> None:
+async def test_the_face_of_an_intake_before_it_runs() -> None:
     rig = Rig(type("Nobody", (), {"host": "h", "port": 1})())
     intake: Intake = rig.intake
     assert (intake.state, intake.connects, intake.messages, intake.paused_s) == ("new", 0, 0, 0.0)

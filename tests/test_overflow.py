@@ -409,7 +409,7 @@ async def test_calls_cut_short_go_again_when_the_disk_breaks(
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
         overflow = run.overflow
         assert overflow is not None
-        emulator.latency_s = 60.0
+        emulator.faults.latency(60_000, operation="PutRecords", times=1)
         error = disk.fails = sqlite3.OperationalError("no")
         error.sqlite_errorcode = sqlite3.SQLITE_FULL
         feed = Feed(run)
@@ -424,8 +424,6 @@ async def test_calls_cut_short_go_again_when_the_disk_breaks(
             return opens(spool)
 
         monkeypatch.setattr(Spool, "open", refuse)
-        emulator.latency_s = 0.0
-        # the call that the turn before the trouble cut short
         await until(lambda: run.lane.stored == 10)
         feed.check()
         disk.fails = None

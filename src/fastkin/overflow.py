@@ -242,6 +242,8 @@ class Overflow:
     def drain(self) -> None:
         """Read no more rows: the owner is about to stop."""
         self._draining = True
+        if self.spooling:
+            self._go_direct()
 
     async def close(self) -> None:
         """After the sender was closed: everything that did not end goes to the disk."""
@@ -356,7 +358,7 @@ class Overflow:
                     worked = await self._turn()
                 except SpoolError as error:
                     self._trouble(error)
-                except Exception as error:  # a bug: the spool must not stand still without a word
+                except Exception as error:  # noqa: BLE001 - a bug: the spool must not stand still without a word
                     self._unforeseen(error)
             if not self._stopping:
                 if worked:
@@ -405,17 +407,10 @@ class Overflow:
 
     def _judge(self) -> None:
         """Begin to spool, or end it."""
-        now = self._loop.time()
         if self.spooling:
-            if not self._unread and not self._ready and not self._held and self._sender.flowing:
-                self.spooling = False
-                _LOG.info(
-                    "pipeline=%s stage=spool all of the spool is on its way after %.1f s: sending directly again",
-                    self._name, now - self._began_at,
-                )  # fmt: skip
-                self._sender.give_back([])
-                self._sender.pump()
+            self._go_direct()
             return
+        now = self._loop.time()
         why = ""
         oldest = self._sender.oldest
         if self._unread:
@@ -429,6 +424,17 @@ class Overflow:
             self.spooling = True
             self._began_at = now
             _LOG.warning("pipeline=%s stage=spool spooling to %s: %s", self._name, self.spool.path, why)
+
+    def _go_direct(self) -> None:
+        """End to spool, if nothing is before what comes next."""
+        if self._unread or self._ready or self._held or not self._sender.flowing:
+            return
+        self.spooling = False
+        _LOG.info(
+            "pipeline=%s stage=spool all of the spool is on its way after %.1f s: sending directly again",
+            self._name, self._loop.time() - self._began_at,
+        )  # fmt: skip
+        self._sender.pump()
 
     async def _write(self, *, bounded: bool = True) -> bool:
         """One commit: the oldest batches that wait, the rows that have ended."""

@@ -300,8 +300,8 @@ class Sender:
 
     @property
     def flowing(self) -> bool:
-        """The last call was answered, and nothing keeps the next one."""
-        return self.last_error is None and self._gate <= self._loop.time()
+        """The last call was answered, nothing keeps the next one, and no call was cut short for want of an answer."""
+        return self.last_error is None and self._gate <= self._loop.time() and not self._cut and not self._withdrawn
 
     @property
     def oldest(self) -> float | None:
