@@ -133,15 +133,16 @@ async def test_damaged_lines_are_told_with_their_number_and_kept(
     write(path, refused(b"1"))
     with path.open("ab") as file:
         file.write(b'torn {"time"\n[]\n{"time":"2026-01-01T00:00:00Z","pipeline":"p"}\n')
+        file.write(b'{"time":' + b"[" * 200_000 + b"\n")
     write(path, refused(b"2"))
     assert await run("list", path) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2
-    assert [line.split(": ")[1].rpartition(":")[2] for line in err.splitlines()] == ["2", "3", "4"]
+    assert [line.split(": ")[1].rpartition(":")[2] for line in err.splitlines()] == ["2", "3", "4", "5"]
     assert "`reason` is missing" in err
 
 
-@pytest.mark.parametrize("nasty", ["\x1b[31mred", "a\u202eb", "\x9b2J", "a\nb"])
+@pytest.mark.parametrize("nasty", ["\x1b[31mred", "a\u202eb", "\x9b2J", "a\nb", "a\u061cb"])
 async def test_what_strangers_chose_cannot_steer_the_terminal(
     path: Path, nasty: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +153,7 @@ async def test_what_strangers_chose_cannot_steer_the_terminal(
     assert _main(["dead-letters", "show", "1", str(path)]) == 0
     out = capsys.readouterr().out
     assert "1 dead letters" in out
-    for bad in "\x9b\u202e":
+    for bad in "\x9b\u202e\u061c":
         assert bad not in out
     assert "\x1b[31m" not in out
     assert "\nb\n" not in out.replace("  b\n", "")
@@ -292,6 +293,110 @@ async def test_a_run_that_was_killed_leaves_marks_and_sends_no_more_than_its_las
     got = [data for _, data in stored(emulator)]
     assert sorted(set(got)) == [b"%03d" % n for n in range(30)]
     assert len(got) == 34
+
+
+async def test_a_replay_that_is_broken_off_marks_what_is_stored(
+    tmp_path: Path, emulator: Emulator, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One stream takes nothing for hours: what the other has stored does not go again with each attempt."""
+    write(path, *(refused(b"%d" % n) for n in range(3)), refused(b"stuck", pipeline="q"))
+    emulator.faults.record("ProvisionedThroughputExceededException", "Rate exceeded", contains=b"stuck")
+    config = settings(tmp_path, emulator, path)
+    with open(config, "a") as file:
+        file.write(f'[[pipeline]]\nid = "q"\ntopics = ["b/#"]\nstream = "others"\ndead_letter = "{path}"\n')
+    for said in ("3 replayed, 1 not tried", "0 replayed, 1 not tried"):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "fastkin.cli", "dead-letters", "replay", "--config", config, stderr=subprocess.PIPE
+        )
+        async with asyncio.timeout(30):
+            tried = emulator.counters.calls
+            while emulator.counters.calls < tried + 8:  # the throttled one goes again and again
+                await asyncio.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+        assert process.returncode == 130
+        assert said in err.decode()
+        assert stored(emulator) == [("k", b"%d" % n) for n in range(3)]
+    assert [one["payload"] for one in kept(path)] == [base64.b64encode(b"stuck").decode()]
+
+
+async def test_a_frame_whose_replay_is_broken_off_keeps_its_records_that_are_open(
+    tmp_path: Path, emulator: Emulator, path: Path
+) -> None:
+    write(path, frame(fastkin.encode_frame([b"1", b"stuck", b"3"])))
+    config = settings(tmp_path, emulator, path, format="bulk")
+    stuck = emulator.faults.record("InternalFailure", "no", contains=b"stuck")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "fastkin.cli", "dead-letters", "replay", "--config", config, stderr=subprocess.PIPE
+    )
+    async with asyncio.timeout(30):
+        while emulator.stored_count("welders") < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    (one,) = kept(path)
+    assert (base64.b64decode(one["payload"]), one["index"]) == (b"stuck", 1)
+    assert "broken off" in one["reason"]
+    stuck.remove()
+    assert await run("replay", "--config", config) == 0
+    assert sorted(data for _, data in stored(emulator)) == [b"1", b"3", b"stuck"]
+
+
+async def test_letters_that_are_refused_by_the_call_are_kept(
+    tmp_path: Path, emulator: Emulator, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twelve in a row, and not one stored before them: a replay believes what it is told, and ends."""
+    large = b"x" * 1_500_000
+    write(path, *(refused(large) for _ in range(12)), refused(b"good"))
+    config = settings(tmp_path, emulator, path, max_record_bytes=2 << 20)
+    assert await run("replay", "--config", config) == 1
+    assert "1 replayed, 12 failed again and are kept" in capsys.readouterr().err
+    assert [data for _, data in stored(emulator)] == [b"good"]
+    assert len(kept(path)) == 12
+
+
+async def test_a_link_is_the_file_it_names(path: Path, tmp_path: Path) -> None:
+    link = tmp_path / "links" / "dead.jsonl"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    write(link, *(refused(b"%d" % n) for n in range(7)), max_bytes=400)
+    assert numbered(path, 2).exists()
+    assert [each.name for each in link.parent.iterdir()] == [link.name]
+    with LetterFiles([link], change=True) as files:
+        with pytest.raises(LetterFileError, match="another replay"):
+            LetterFiles([path], change=True)
+        first = next(files.letters())
+        files.files[0].mark([first])  # type: ignore[list-item]
+        files.tidy()
+    assert link.is_symlink()
+    assert len(kept(link)) == len(kept(path)) == 6
+
+
+async def test_a_live_file_may_end_with_a_number(path: Path) -> None:
+    live = numbered(path, 7)
+    write(live, *(refused(b"%d" % n) for n in range(7)), max_bytes=400)
+    assert numbered(live, 2).exists()
+    assert len(kept(live)) == 7
+    with LetterFiles([live], change=True) as files:
+        for file in files.files:
+            file.mark(file.letters())  # type: ignore[arg-type]
+        files.tidy()
+    assert kept(live) == []
+    assert not numbered(live, 1).exists()
+
+
+@pytest.mark.parametrize("name", ["topic", "reason", "pipeline"])
+async def test_half_a_surrogate_is_shown_as_an_escape(
+    path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, frame(b"x"))
+    line = json.loads(path.read_bytes()) | {name: "a\ud800b"}
+    path.write_text(json.dumps(line, separators=(",", ":")) + "\n")
+    monkeypatch.setattr(command.sys.stdout, "isatty", lambda: True)
+    assert _main(["dead-letters", "list", str(path)]) == 0
+    assert _main(["dead-letters", "show", "1", str(path)]) == 0
+    assert capsys.readouterr().out.count("a\\ud800b") == 2
 
 
 async def test_two_replays_at_once_are_one(tmp_path: Path, emulator: Emulator, path: Path) -> None:

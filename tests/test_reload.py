@@ -569,6 +569,64 @@ async def test_another_broker_and_records_that_do_not_end_turn_no_counter_back(s
             fault.remove()
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"topics": ("a/#/b",)}, {"partition_key": "{bad"}, {"max_records": 0}, {"format": "nope"}], ids=str
+)
+@pytest.mark.parametrize("drawn", [False, True])
+async def test_settings_made_in_code_that_cannot_be_used_change_nothing(
+    server: Server, wrong: dict[str, Any], drawn: bool
+) -> None:
+    async with plant(server) as p:
+        old = p.pipeline()
+        async with fastkin.Engine(p.settings(old, client_id_drawn=drawn)) as engine:
+            await connected(engine)
+            before = engine.pipelines["p"], engine.settings
+            with pytest.raises(ConfigError, match="pipeline 'p'"):
+                await engine.reload(p.settings(dataclasses.replace(old, **wrong), client_id_drawn=drawn))
+            assert (engine.pipelines["p"], engine.settings) == before
+            assert engine.leaving == []
+            assert (await engine.reload(p.settings(old, client_id_drawn=drawn))).unchanged == ("p",)
+            await p.publish(3)
+            await p.all_stored()
+
+
+async def test_a_host_that_is_none_keeps_to_its_pipeline(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Such a name breaks Python's own encoding of it, and is no error of the network."""
+    async with plant(server) as p:
+        a, b = p.pipeline("a"), p.pipeline("b")
+        async with fastkin.Engine(p.settings(a, b)) as engine:
+            await connected(engine)
+            wrong = dataclasses.replace(b, kinesis=dataclasses.replace(b.kinesis, endpoint_url="http://a..b:4567"))
+            assert (await engine.reload(p.settings(a, wrong))).restarted == ("b",)
+            await until(lambda: any("no name of a host" in line for line in lines(caplog, logging.ERROR)))
+            assert not engine._failure.done()  # type: ignore[union-attr]
+            await p.publish(3, "a/1")
+            await p.publish(3, "b/1")
+            assert (await engine.reload(p.settings(a, b))).restarted == ("b",)
+            await p.all_stored()
+
+
+async def test_what_was_malformed_and_comes_again_turns_no_counter_back(server: Server, tmp_path: Path) -> None:
+    """The dead letters had no room, which another file cures: decoded never goes back."""
+    async with plant(server) as p:
+        full = p.pipeline(format="bulk", dead_letter="/dev/full", shutdown_timeout_s=0.5)
+        async with fastkin.Engine(p.settings(full)) as engine:
+            await connected(engine)
+            for _ in range(5):
+                await p.publisher.publish("p/1", b"no frame", 1)
+            await until(lambda: engine.stats()["p"]["received"] == 5)
+            decoded = [engine.stats()["p"]["decoded"]]
+            reload = asyncio.create_task(
+                engine.reload(p.settings(dataclasses.replace(full, dead_letter=str(tmp_path / "dead.jsonl"))))
+            )
+            async with asyncio.timeout(20):
+                while not reload.done() or engine.stats()["p"]["dead_lettered"] < 5:
+                    decoded.append(engine.stats()["p"]["decoded"])
+                    await asyncio.sleep(0.002)
+            assert decoded == sorted(decoded)
+            assert balanced(engine.stats()["p"])
+
+
 async def test_a_pipeline_that_could_not_go_on_is_stopped_once(server: Server, tmp_path: Path) -> None:
     async with plant(server) as p:
         spool = {"on_full": "spool", "spool": str(tmp_path / "spool.db")}

@@ -248,6 +248,19 @@ async def test_openmetrics_for_who_accepts_it(idle: StatusServer) -> None:
     assert body.endswith(b"# EOF\n")
 
 
+@pytest.mark.parametrize(
+    "accept", ["text/plain;version=x", "text/plain;version=1.", "application/openmetrics-text; version=abc", ";;=,"]
+)
+async def test_nonsense_in_accept_is_no_trouble(
+    idle: StatusServer, accept: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    code, head, body = await ask(idle.port, "/metrics", Accept=accept)
+    assert code == 200
+    assert head["content-type"].startswith("text/plain")
+    assert b"fastkin_records_stored_total" in body
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 async def test_whoever_is_slow_or_silent_is_cut_off(idle: StatusServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "_TIME_S", 0.3)
     for said in (b"", b"GET /metrics HT"):

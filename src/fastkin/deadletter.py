@@ -86,7 +86,7 @@ class DeadLetters:
     def __init__(self, path: str | Path, *, max_bytes: int = 0, keep: int = 5) -> None:
         """max_bytes: rotate before a write that would pass it; 0: never. keep: rotated files to keep; 0: none, a
         full file is deleted."""
-        self.path = Path(path)
+        self.path = real(Path(path))
         self.max_bytes = max_bytes
         self.keep = keep
         self.written = 0
@@ -236,6 +236,11 @@ def rotated(path: Path) -> list[int]:
         return []
     numbers = [name[len(begin) :] for name in names if name.startswith(begin)]
     return sorted(int(n) for n in numbers if n.isascii() and n.isdecimal() and n[0] != "0" and len(n) < 7)
+
+
+def real(path: Path) -> Path:
+    """The file itself when `path` is a link: rotated files and locks are beside it, by its own name."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def sync_folder(path: Path) -> None:

@@ -73,6 +73,10 @@ def split_url(url: str, place: str = "kinesis.endpoint_url") -> Url:
         raise ConfigError(place, f"{error}", "it looks like http://localhost:4567") from None
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigError(place, "is not an http or https URL", "it looks like http://localhost:4567")
+    try:
+        parts.hostname.encode("idna")
+    except UnicodeError:
+        raise ConfigError(place, f"{parts.hostname!r} is no name of a host", "it looks like localhost") from None
     if parts.username is not None or parts.password is not None:
         raise ConfigError(place, "must not hold a user name or password", "set the AWS keys instead")
     if parts.query or parts.fragment:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from fastkin.carry import Carry, merged
 from fastkin.errors import ClosedError, ConfigError, LibraryError
-from fastkin.kinesis import make_client
 from fastkin.pipeline import PipelineRun
 from fastkin.wire import tls_context
 
@@ -199,8 +198,10 @@ class Engine:
         if reloaded and isinstance(error, ConfigError) and self._stopping is None:
             # The other pipelines do well: a wrong new one must not take them along.
             _LOG.error("pipeline=%s stage=engine cannot go on: %s; correct it and reload", run.name, error)
-            self._wanted.pop(run.name, None)
-            self._halt(run)
+            replaced = self.pipelines.get(run.name) is not run
+            if not replaced:
+                self._wanted.pop(run.name, None)
+            self._halt(run, linger=replaced and _volatile(run) and not run.pipeline.spool)
         elif not self._failure.done():
             self._failure.set_exception(error)
             self._failure.add_done_callback(lambda failure: failure.exception())  # nobody may be waiting
@@ -242,10 +243,13 @@ class Engine:
             try:
                 for name in (*new, *changed):
                     tls_context(wanted[name].broker)
-                    make_client(wanted[name].pipeline.kinesis)
+                    PipelineRun(by_id[name], wanted[name].broker)  # opens nothing
             except ConfigError:
                 self._plain = plain
                 raise
+            except ValueError as error:  # LibraryError too: settings that were made in code, past the checks
+                self._plain = plain
+                raise ConfigError(f"pipeline {name!r}", str(error)) from error
             before = self.settings
             self.settings = settings
             for name, run in self.pipelines.items():

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 
-from fastkin.deadletter import DONE, TIME, append, as_json, numbered, rotated, same, sync_folder
+from fastkin.deadletter import DONE, TIME, append, as_json, numbered, real, rotated, same, sync_folder
 from fastkin.errors import FastkinError
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class LetterFiles:
         self._locks: list[tuple[Path, int]] = []
         try:
             for path in paths:
-                self._open(path, change)
+                self._open(real(path), change)
         except BaseException:
             self.close()
             raise
@@ -313,16 +313,16 @@ def _lock_of(base: Path, *, change: bool) -> Iterator[None]:
 
 
 def _base(path: Path) -> Path:
-    """The live file of a rotated one, if it is one."""
+    """The live file of a rotated one, if it is one: FILE.7 may be live itself, and has rotated ones of its own then."""
     match = _NUMBERED.fullmatch(path.name)
-    return path if match is None else path.with_name(match[1])
+    return path if match is None or rotated(path) else path.with_name(match[1])
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
     """The fields of one line; ValueError says what is wrong with it."""
     try:
         told = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("not a whole JSON line") from None
     if not isinstance(told, dict):
         raise ValueError("not a JSON object")  # noqa: TRY004 - of the text, not of our types

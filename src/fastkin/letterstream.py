@@ -60,12 +60,13 @@ def records_of(letter: Mapping[str, Any]) -> Iterator[tuple[bytes, str]]:
 class Post:
     """One stream, a lane and a sender: what is put has a receipt, and what is refused fails it."""
 
-    def __init__(self, name: str, kinesis: Kinesis, *, max_calls: int = 1) -> None:
-        """`name` is that of the log lines. Nothing is opened here."""
+    def __init__(self, name: str, kinesis: Kinesis, *, max_calls: int = 1, believe: bool = False) -> None:
+        """`name` is that of the log lines, `believe` is the Sender's. Nothing is opened here."""
         self.stream = kinesis.stream_arn or kinesis.stream
         self.client = make_client(kinesis)
         self._name = name
         self._max_calls = max_calls
+        self._believe = believe
         self._lane: Lane | None = None
         self._sender: Sender | None = None
         self._flusher: Flusher | None = None
@@ -84,7 +85,7 @@ class Post:
             )  # fmt: skip
             self._sender = Sender(
                 self._lane, self.client, name=self._name, max_calls=self._max_calls, set_aside=_refuse,
-                on_settled=_nothing, max_batch_bytes=max(_BATCH_BYTES, max_record_bytes),
+                on_settled=_nothing, max_batch_bytes=max(_BATCH_BYTES, max_record_bytes), believe=self._believe,
             )  # fmt: skip
             self._flusher = Flusher(self._lane, self._sender, 0.0, asyncio.get_running_loop())
 

@@ -30,6 +30,7 @@ _COUNTERS = (
     ("messages_received", "messages", "MQTT messages taken"),
     ("messages_unrouted", "unrouted", "MQTT messages that no topic of the pipeline wants: acknowledged, thrown away"),
     ("records_received", "received", "Records taken from messages; a frame that is no frame counts as one"),
+    ("records_decoded", "decoded", "Records that were well-formed"),
     ("records_batched", "batched", "Records in batches handed to the sender"),
     ("records_sent", "sent", "Records in calls made, repeats included"),
     ("records_stored", "stored", "Records that Kinesis confirmed"),
@@ -120,10 +121,6 @@ class EngineCollector(Collector):
             for pipeline, counts in stats.items():
                 counter.add_metric((pipeline,), counts.get(key, 0))
             families.append(counter)
-        decoded = CounterMetricFamily("fastkin_records_decoded", "Records that were well-formed.", labels=("pipeline",))
-        for pipeline, counts in stats.items():
-            decoded.add_metric((pipeline,), counts["received"] - sum(counts["format_errors"].values()))
-        families.append(decoded)
         for name, key, label, doc in _LABELLED:
             counter = CounterMetricFamily(f"fastkin_{name}", f"{doc}.", labels=("pipeline", label))
             for pipeline, counts in stats.items():

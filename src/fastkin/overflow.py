@@ -153,6 +153,7 @@ class Overflow:
         self.damaged = 0  # rows set aside
         self.spooling = False
         self.broken: str | None = None  # why the file takes nothing
+        self._proven = True  # no write failed since one went well: only then are calls cut short for the disk
         self.full = False  # max_bytes is reached
         self._lane = lane
         self._sender = sender
@@ -376,10 +377,11 @@ class Overflow:
         elif self.broken is not None and not self.spool.tight:
             await self._in_thread(self.spool.open)
         tight = await self._tight(self.spool)
-        self._judge()
+        if not tight:
+            self._judge()
         if self.spooling and not tight:
             now = self._loop.time()
-            silent = now - self._sender.answered_at > self._after_s
+            silent = self._proven and now - self._sender.answered_at > self._after_s
             self._held.extend(self._sender.withdraw(called_before=now - self._after_s if silent else None))
         worked = False
         if self._held or self._rows.ended:
@@ -429,6 +431,11 @@ class Overflow:
         """End to spool, if nothing is before what comes next."""
         if self._unread or self._ready or self._held or not self._sender.flowing:
             return
+        oldest = self._sender.oldest
+        if oldest is not None and (
+            self._sender.answered_at < self._began_at or self._loop.time() - oldest > self._after_s
+        ):
+            return  # it was handed over, and Kinesis does not take it
         self.spooling = False
         _LOG.info(
             "pipeline=%s stage=spool all of the spool is on its way after %.1f s: sending directly again",
@@ -461,6 +468,7 @@ class Overflow:
         if not group:
             return True
         self.full = False
+        self._proven = True
         if self._said_at >= 0.0:
             _LOG.info("pipeline=%s stage=spool spool %s takes batches again", self._name, self.spool.path)
             self._said_at = -_SAY_AGAIN_S
@@ -496,12 +504,13 @@ class Overflow:
         share = self._rows.budget.max_bytes
         room = share - self._rows.held
         alone = not self._rows.loaded and not self._rows.ended
-        if room <= 0 and not alone:
+        places = self._rows.budget.max_records - self._rows.budget.records
+        if (room <= 0 or places <= 0) and not alone:
             return False
         # a part of the room: until a row is restored its bytes are there twice
         most = min(room, max(share // _SHARE, room // 2))
         rows: list[Row] = await self._in_thread(
-            lambda spool: spool.read(self._after, most_bytes=most, at_least_one=alone), self.spool
+            lambda spool: spool.read(self._after, most_bytes=most, most_records=places, at_least_one=alone), self.spool
         )
         for row in rows:
             await self._restore(row)
@@ -522,16 +531,18 @@ class Overflow:
             self._rows.load(row.id, row.records, row.size, cost)
             try:
                 batch = self._lane.restore(row.body, row.counts, row.id)
-            except DataFormatError as error:
-                fault = str(error)
+            except BaseException as error:
                 del self._rows.loaded[row.id]
                 self._rows.held -= cost
+                if not isinstance(error, DataFormatError):
+                    raise
+                fault = str(error)
             else:
                 self._ready.append(batch)
                 return
         await self._in_thread(self.spool.set_aside, row)  # else it is read again
         self.damaged += 1
-        self._lane.settle_spooled(row.records, DEAD)
+        self._lane.settle_spooled(min(row.records, self._lane.spooled), DEAD)
         _LOG.error(
             "pipeline=%s stage=spool spool %s: batch %d with %d records is damaged (%s); it stays in the file, the"
             " others go on: look after the disk, and after the row with `sqlite3`",
@@ -543,6 +554,7 @@ class Overflow:
         now = self._loop.time()
         self._retry_at = now + _RETRY_S
         self.broken = str(error)
+        self._proven = False
         self._sender.give_back(list(self._held))
         self._held.clear()
         if now - self._said_at >= _SAY_AGAIN_S:

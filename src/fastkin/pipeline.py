@@ -419,6 +419,7 @@ class PipelineRun:
         return {
             "received": lane.received,
             "stored": lane.stored,
+            "decoded": lane.received - sum(self.aside.format_errors.values()),
             "dead_lettered": lane.dead_lettered,
             "filtered": lane.filtered,
             "dropped": lane.dropped,

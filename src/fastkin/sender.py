@@ -116,9 +116,13 @@ class Sender:
         max_records: int = 500,
         max_batch_bytes: int = 5 * 1024 * 1024,
         throttle_error_after_s: float = 60.0,
+        believe: bool = False,
         random: Random | None = None,
     ) -> None:
-        """`set_aside(batch, reason)` takes over what can never be stored; `on_settled()` runs after each answer."""
+        """`set_aside(batch, reason)` takes over what can never be stored; `on_settled()` runs after each answer.
+
+        `believe`: a single record that its call is refused for is always at fault itself, also when all are refused.
+        """
         self.lane = lane
         self.name = name
         self._client = client
@@ -153,6 +157,7 @@ class Sender:
         self._epoch = 0
         self._serial = itertools.count()
         self._refused = _REFUSED_IN_A_ROW  # single records refused since one was stored; before the first: no trust
+        self._believe = believe
         self._probe = False  # in doubt about the destination: something new goes before what was refused
         self._held = False
         self._held_up: float | None = None  # since when batches wait for release()
@@ -301,7 +306,9 @@ class Sender:
     @property
     def flowing(self) -> bool:
         """The last call was answered, nothing keeps the next one, and no call was cut short for want of an answer."""
-        return self.last_error is None and self._gate <= self._loop.time() and not self._cut and not self._withdrawn
+        if self._held or self._cut or self._withdrawn or self.last_error is not None:
+            return False
+        return self._gate <= self._loop.time()
 
     @property
     def oldest(self) -> float | None:
@@ -629,7 +636,7 @@ class Sender:
         self.failed_by_code.add(error.code, len(batch))
         self.calls_failed_by_code.add(error.code, 1)
         if error.action is Action.REJECTED:
-            if len(batch) > 1 or self._refused < _REFUSED_IN_A_ROW:
+            if len(batch) > 1 or self._believe or self._refused < _REFUSED_IN_A_ROW:
                 self._bisect(batch, error)
                 return
             # Nothing is taken, or nothing any more: the fault is not this record's but the destination's or ours.

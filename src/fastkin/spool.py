@@ -44,6 +44,13 @@ ENTRY_BYTES = 48  # what an entry of a restored batch costs in memory besides it
 _RESERVE_BYTES = 8 << 20  # the log and what it may add to the file
 _SHRINK_BYTES = 1 << 20  # an empty file larger than this is made small again
 _READ_ATTEMPTS = 5  # at a row that the disk fails to give, before it counts as damaged
+_RECORDS_MOST = 2**32 - 1
+# A row's numbers as they cannot be: they are used before its checksum is looked at.
+_MARK_INSANE = """
+UPDATE rows SET damaged = 1 WHERE NOT damaged AND NOT (
+    entries BETWEEN 1 AND 10000 AND records BETWEEN 1 AND 4294967295 AND size BETWEEN 1 AND 4294967295
+)
+"""
 
 _SCHEMA = """
 CREATE TABLE rows (
@@ -236,6 +243,7 @@ class Spool:
         else:
             db.execute("DELETE FROM rows WHERE id > ?", (self._last,))
             db.execute("DELETE FROM bodies WHERE id > ?", (self._last,))
+        db.execute(_MARK_INSANE)
         rows, records, size = db.execute(
             "SELECT count(*), coalesce(sum(records), 0), coalesce(sum(size), 0) FROM rows WHERE NOT damaged"
         ).fetchone()
@@ -343,7 +351,10 @@ class Spool:
                 blob.write(body)
         return id_
 
-    def read(self, after: int, *, most_bytes: int, most_rows: int = 32, at_least_one: bool = False) -> list[Row]:
+    def read(
+        self, after: int, *, most_bytes: int, most_records: int = _RECORDS_MOST, most_rows: int = 32,
+        at_least_one: bool = False,
+    ) -> list[Row]:  # fmt: skip
         """The oldest rows behind row `after` whose batches take at most `most_bytes` of memory together."""
         db = self._opened()
         rows: list[Row] = []
@@ -356,9 +367,10 @@ class Spool:
             raise self._error("read it", error) from error
         for id_, entries, records, size, crc, counts in heads:
             cost = size + entries * ENTRY_BYTES
-            if cost > most_bytes and not (at_least_one and not rows):
+            if (cost > most_bytes or records > most_records) and not (at_least_one and not rows):
                 break
             most_bytes -= cost
+            most_records -= records
             rows.append(self._read(db, id_, entries, records, size, crc, counts))
         return rows
 

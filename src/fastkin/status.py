@@ -60,9 +60,10 @@ class StatusServer:
         host, port = settings.host, settings.port
         try:
             self._server = await asyncio.start_server(self._connected, host, port, limit=_HEAD_BYTES)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise ConfigError(
-                "[status]", f"cannot listen on {host} port {port}: {error.strerror or error}",
+                "[status]",
+                f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}",
                 "choose another port or host, or leave port out",
             ) from None  # fmt: skip
         self.port = self._server.sockets[0].getsockname()[1]
@@ -135,7 +136,10 @@ class StatusServer:
 
     def _answer(self, path: str, accept: str) -> _Answer:
         if path == "/metrics":
-            encode, kind = choose_encoder(accept)
+            try:
+                encode, kind = choose_encoder(accept)
+            except Exception:  # noqa: BLE001 - what a stranger says it accepts may be nonsense
+                encode, kind = choose_encoder("")
             return _Answer(200, encode(self._registry), kind)
         if path == "/healthz":
             return self._told({name: run.failed() for name, run in self._engine.pipelines.items()}, "alive")

@@ -238,6 +238,8 @@ class HttpPool:
             ) from None
         except socket.gaierror as error:
             raise NotSent("NameNotFound", f"{self.host}: {error.strerror}") from None
+        except UnicodeError:
+            raise NotSent("NameNotFound", f"{self.host!r} is no name of a host") from None
         except OSError as error:
             # asyncio puts its own words into strerror; the number is the kernel's
             why = os.strerror(error.errno) if error.errno else str(error)

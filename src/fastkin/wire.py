@@ -56,6 +56,13 @@ async def open_wire(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | No
 
     `receiver` is connected from here on, by its connection_made().
     """
+    try:
+        await _open(broker, receiver, tls)
+    except UnicodeError:
+        raise OSError(f"{broker.host!r} is no name of a host") from None
+
+
+async def _open(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | None) -> None:
     loop = asyncio.get_running_loop()
     if broker.scheme in {"ws", "wss"}:
         wire = await _open_websocket(broker, receiver, tls)

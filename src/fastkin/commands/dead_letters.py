@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 # Sent and not yet marked as replayed: what a crash may send twice.
 GROUP_LETTERS = 500
 GROUP_BYTES = 4 * MIB
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 _AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -194,7 +193,7 @@ def _payload(data: bytes) -> Iterator[str]:
 
 def plain(text: str) -> str:
     """Text of strangers, with what could steer a terminal or turn its direction written as escapes."""
-    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 # --- replay ---
@@ -299,18 +298,28 @@ async def _replay_group(
     file: LetterFile = letters[0].file
     sent: list[tuple[Letter, list[Letter | tuple[Letter, Receipt]]]] = []
     used: dict[int, Again] = {}
-    for letter in letters:
-        again = await again_for(letter.pipeline)
-        if again is None:
-            tally.unknown += 1
-        else:
-            sent.append((letter, again.put(letter)))
-            used[id(again)] = again
-    for again in used.values():
-        await again.post.flush()
+    try:
+        for letter in letters:
+            again = await again_for(letter.pipeline)
+            if again is None:
+                tally.unknown += 1
+            else:
+                sent.append((letter, again.put(letter)))
+                used[id(again)] = again
+        for again in used.values():
+            await again.post.flush()
+    finally:
+        # Also when it is broken off: what is stored by now must not go again.
+        _settle(file, sent, tally)
+
+
+def _settle(file: LetterFile, sent: list[tuple[Letter, list[Letter | tuple[Letter, Receipt]]]], tally: Tally) -> None:
+    """Mark what ended. It blocks, so that nothing comes between a letter and what takes its place."""
     done: list[Letter] = []
     instead: list[Letter] = []
     for letter, parts in sent:
+        if parts and all(isinstance(part, tuple) and not part[1].done() for part in parts):
+            continue  # not tried, as far as we know
         left = [failed for part in parts if (failed := _left(part)) is not None]
         if len(left) == 1 and left[0].fields() == letter.fields():
             tally.failed += 1  # for the same reason: it stands there already
@@ -323,8 +332,8 @@ async def _replay_group(
             tally.replayed += 1
     # What takes the place of a letter is durable before the letter is marked.
     if instead:
-        await asyncio.to_thread(file.add, instead)
-    await asyncio.to_thread(file.mark, done)
+        file.add(instead)
+    file.mark(done)
 
 
 def _left(part: Letter | tuple[Letter, Receipt]) -> Letter | None:
@@ -332,6 +341,8 @@ def _left(part: Letter | tuple[Letter, Receipt]) -> Letter | None:
     if isinstance(part, Letter):
         return part
     letter, receipt = part
+    if not receipt.done():
+        return letter.again(letter.reason or "not known to be stored: the replay was broken off")
     error = receipt.exception()
     return None if error is None else letter.again(_reason(error))
 
@@ -391,7 +402,7 @@ async def _open(
             )
             return None
         route = route_of(named[0], settings.broker.client_id, form)
-    post = Post(pipeline or "-", route.kinesis, max_calls=min(4, route.kinesis.max_connections))
+    post = Post(pipeline or "-", route.kinesis, max_calls=min(4, route.kinesis.max_connections), believe=True)
     stack.push_async_callback(post.close)
     await post.client.start()
     largest = await _largest(post)

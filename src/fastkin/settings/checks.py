@@ -158,6 +158,9 @@ class Checker:
         if not url.hostname:
             self.report.problem(place, "names no host", "for example mqtt://localhost:1883")
             return
+        if not _is_host(url.hostname):
+            self.report.problem(place, f"{url.hostname!r} is no name of a host", "for example mqtt://localhost:1883")
+            return
         if url.query or url.fragment or (url.path not in {"", "/"} and scheme[0] == "m"):
             self.report.problem(place, "says more than host and port", "for example mqtt://localhost:1883")
             return
@@ -439,10 +442,10 @@ class Checker:
         place, text = merged["endpoint_url"].place, str(given["endpoint_url"])
         try:
             url = urlsplit(text)
-            good = url.scheme in {"http", "https"} and bool(url.hostname) and url.port != 0
+            good = url.scheme in {"http", "https"} and _is_host(url.hostname) and url.port != 0
         except ValueError:
             good = False
-        if not good or url.username or url.query or url.fragment:
+        if not good or "@" in url.netloc or url.query or url.fragment:
             self.report.problem(place, "is not an endpoint", "for example http://localhost:4567")
         elif url.scheme == "http" and not _loopback(url.hostname or ""):
             self.report.warn(f"the records go unencrypted to {url.hostname}: use https://")
@@ -454,6 +457,7 @@ class Checker:
             self._unique(raws, "id", "two pipelines have the id")
         self._unique(raws, "bulk_label", "two pipelines have the bulk_label")
         self._spools(raws)
+        self._rotated(raws)
         silent = [repr(pipeline.id) for pipeline in made if pipeline.dead_letter is None]
         if silent:
             key = "dead_letter" if self.path is not None else "FASTKIN_PIPELINE_DEAD_LETTER"
@@ -484,6 +488,28 @@ class Checker:
             if value is not None and isinstance(value.raw, str) and os.path.realpath(value.raw) in letters:
                 self.report.problem(value.place, f"{value.raw!r} is the dead letter file too", "name another file")
 
+    def _rotated(self, raws: Sequence[Raw]) -> None:
+        """A file that is named like a rotated one of another would be renamed and deleted with those."""
+        files = [
+            (value, os.path.realpath(value.raw))
+            for raw in raws
+            for key in ("dead_letter", "spool")
+            if (value := raw.get(key)) and isinstance(value.raw, str) and not value.raw.startswith("stream:")
+        ]
+        letters = {
+            os.path.realpath(value.raw)
+            for raw in raws
+            if (value := raw.get("dead_letter")) and isinstance(value.raw, str) and value.raw != "none"
+        }
+        for value, path in files:
+            base, _, number = path.rpartition(".")
+            if base in letters and re.fullmatch("[1-9][0-9]{0,5}", number):
+                self.report.problem(
+                    value.place,
+                    f"{value.raw!r} is named like a rotated file of the dead_letter {Path(base).name!r}",
+                    "name a file that does not end with a dot and a number",
+                )
+
     def _unique(self, raws: Sequence[Raw], key: str, says: str) -> None:
         seen: dict[object, int] = {}
         for number, raw in enumerate(raws, 1):
@@ -508,6 +534,14 @@ def record_cost(nbytes: int) -> int:
 
 def _default(kind: type[Broker | Pipeline | Kinesis], name: str) -> Any:
     return next(f.default for f in fields(kind) if f.name == name)
+
+
+def _is_host(name: str | None) -> bool:
+    """Could this be the name or address of a host, as far as its letters go?"""
+    try:
+        return bool(name) and bool(name.encode("idna"))  # type: ignore[union-attr]
+    except UnicodeError:
+        return False
 
 
 def _loopback(host: str) -> bool:
