@@ -3,7 +3,7 @@
     python examples/embed_producer.py            (needs aiohttp)
     curl -d '{"name":"device123"}' localhost:8080
 
-Set AWS_REGION and credentials, or AWS_ENDPOINT_URL_KINESIS for an emulator.
+Set AWS_REGION and credentials (for an emulator any, and AWS_ENDPOINT_URL_KINESIS).
 """
 
 from collections.abc import AsyncIterator

@@ -766,7 +766,7 @@ def test_microservice_names_beside_a_file_are_not_used_but_told(read: Any) -> No
     assert made.broker.host == "localhost"
     assert made.broker.user is None
     assert made.pipelines[0].kinesis.stream == "s"
-    assert any("BROKER, KIN_STREAM_NAME not used" in warning for warning in made.warnings)
+    assert any("BROKER, KIN_STREAM_NAME, QOS not used" in warning for warning in made.warnings)
 
 
 @pytest.mark.parametrize(

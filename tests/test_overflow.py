@@ -429,6 +429,136 @@ async def test_calls_cut_short_go_again_when_the_disk_breaks(
         disk.fails = None
 
 
+@pytest.mark.parametrize("how", ["hangs", "throttles"])
+async def test_spooling_begins_once_in_an_outage(
+    emulator: Emulator, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was read back and is on its way is not yet taken: nothing new passes it, and the log stands still."""
+    caplog.set_level(logging.INFO)
+    async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
+        if how == "hangs":
+            fault = emulator.faults.latency(60_000, operation="PutRecords")
+        else:
+            fault = emulator.faults.record(
+                "ProvisionedThroughputExceededException",
+                "Rate exceeded for shard shardId-000000000000",
+                contains=b"0-.",
+            )
+        feed = Feed(run)
+        for _ in range(10):
+            feed.offer(1)
+            await asyncio.sleep(0.4)
+        said = [record.getMessage() for record in caplog.records if record.name == "fastkin.spool"]
+        assert [line.split("stage=spool ")[1].split(" ")[0] for line in said] == ["spooling"]
+        feed.check()
+        assert (run.lane.stored > 0) == (how == "throttles")
+        fault.remove()
+
+
+async def test_a_full_disk_and_full_memory_do_not_fill_the_log(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Kinesis is slower than the source, and the disk takes nothing: records go straight, as without a spool."""
+    monkeypatch.setattr(Spool, "regain", lambda _: False)
+    caplog.set_level(logging.INFO)
+    async with running(pipeline(emulator.url, tmp_path / "spool.db", spool_after_s=5.0)) as run:
+        overflow = run.overflow
+        assert overflow is not None
+        assert overflow.spool is not None
+        overflow.spool.tight = True
+        emulator.latency_s = 0.05
+        feed = Feed(run)
+        full = 0
+        for _ in range(300):
+            feed.offer(2000)
+            full += run.budget.full
+            await asyncio.sleep(0.005)
+        assert full > 10
+        said = [record.getMessage() for record in caplog.records if record.name == "fastkin.spool"]
+        assert len(said) == 1
+        assert "the disk is full" in said[0]
+        await until(lambda: run.lane.stored == feed.sent)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["records = -5", "records = 9223372036854775807", "entries = 0", "size = 1099511627776"]
+)
+async def test_a_rotten_header_holds_up_nobody(
+    emulator: Emulator, tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The numbers of a row are used before its checksum is looked at."""
+    path = tmp_path / "spool.db"
+    settings = pipeline(emulator.url, path, max_records=100, spool_after_s=60.0)
+    away = emulator.faults.cut("before", operation="PutRecords")
+    run = PipelineRun(settings, broker())
+    run.start()
+    await until(lambda: run.ready)
+    Feed(run).offer(300)
+    assert await run.stop() == 0
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute(f"UPDATE rows SET {wrong} WHERE id = (SELECT min(id) FROM rows)")
+    away.remove()
+    async with running(settings) as again:
+        await until(lambda: again.lane.stored == 200)
+        assert "keeps 1 damaged batches" in caplog.text
+        await until(lambda: not again.overflow.spooling)  # type: ignore[union-attr]
+        Feed(again).offer(10)
+        await until(lambda: again.lane.stored == 210)
+        assert (again.lane.spooled, again.lane.in_flight) == (0, 0)
+
+
+async def test_a_disk_that_opens_and_takes_nothing_stops_no_call(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kinesis is slow, and calls were cut short again and again for a disk that then did not take them."""
+    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    disk = Disk(monkeypatch)
+    error = disk.fails = sqlite3.OperationalError("no")
+    error.sqlite_errorcode = sqlite3.SQLITE_READONLY
+    async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
+        emulator.latency_s = 1.5
+        feed = Feed(run)
+        for _ in range(10):
+            feed.offer(1)
+            await asyncio.sleep(0.2)
+        await until(lambda: run.lane.stored == 10)
+        feed.check()
+
+
+async def test_a_stop_does_not_wait_for_records_that_are_safe(tmp_path: Path) -> None:
+    """The stream was not reached, so that aggregates wait; what was read back is on the disk all the same."""
+    path = tmp_path / "spool.db"
+    settings = pipeline(f"http://127.0.0.1:{free_port()}", path, aggregation="kpl", shutdown_timeout_s=15.0)
+    run = PipelineRun(settings, broker())
+    run.sender.hold()
+    assert run.overflow is not None
+    await run.overflow.start()
+    assert run.lane.offer(b"plant/1", b"0", 0) == 1
+    await run.sender.close()
+    await run.overflow.close()
+    await run.client.close()
+    assert run.lane.spooled == 1
+    async with running(settings) as again:
+        await until(lambda: again.lane.in_flight == 1)
+        began = asyncio.get_running_loop().time()
+    assert asyncio.get_running_loop().time() - began < 10
+    assert (again.lane.spooled, again.lane.in_flight) == (1, 0)
+
+
+async def test_what_comes_back_is_bounded_in_records_too(emulator: Emulator, tmp_path: Path) -> None:
+    settings = pipeline(emulator.url, tmp_path / "spool.db", budget_records=400, max_records=20)
+    async with running(settings) as run:
+        emulator.faults.cut("before", operation="PutRecords")
+        feed = Feed(run, 10)
+        most = 0
+        for _ in range(200):
+            feed.offer(100)
+            await asyncio.sleep(0.005)
+            most = max(most, run.overflow._rows.budget.records)  # type: ignore[union-attr]
+        assert run.lane.spooled > 1000
+        assert 0 < most <= 100
+
+
 async def test_flush_does_not_pass_the_spool(emulator: Emulator, tmp_path: Path) -> None:
     """Who waits for a flush while older records are on the disk: what is new goes behind them."""
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:

@@ -1,4 +1,4 @@
-"""What the user says, as frozen tables: broker, stream, pipelines. settings.py fills them."""
+"""What the user says, as frozen tables: broker, stream, pipelines. settings/ fills them."""
 
 from __future__ import annotations
 

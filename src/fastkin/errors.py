@@ -149,7 +149,7 @@ class NotSent(TransportError):  # noqa: N818
     """There was no connection: certainly nothing was stored."""
 
 
-class UnexpectedResponse(KinesisError):  # noqa: N818 - the name the reference system gave it
+class UnexpectedResponse(KinesisError):  # noqa: N818 - it reads better in `except`
     """The answer is not what the API promises: not JSON, wrong record count, missing fields."""
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _SECRETS = frozenset({"access_key", "secret_key", "session_token"})
 # a nearer source that says one of these takes the whole group over
 _STREAM = frozenset({"stream", "stream_arn"})
+# names of the microservice that a login or a container sets for reasons of its own
+_EVERYWHERE = frozenset({"USER", "PASS", "PORT", "STDOUT", "WEBSOCKET", "DOCKERLOG"})
 _KEYS = frozenset({"access_key", "secret_key", "profile"})
 TOGETHER = {
     **dict.fromkeys(_STREAM, _STREAM),
@@ -183,12 +185,11 @@ class Sources:
             raw[key] = value
 
     def _unused_names(self) -> None:
-        names = ("BROKER", "CLIENTID", "KIN_PARTITION_KEY", "KIN_STREAM_NAME", "TOPIC")
-        unused = [name for name in names if name in self.vars]
+        unused = sorted(name for name in {*MICROSERVICE, *MICROSERVICE_MORE} - _EVERYWHERE if name in self.vars)
         if self.path is not None and unused:
             self.report.warn(
                 f"{', '.join(unused)} not used: with a settings file, the environment counts only by"
-                " FASTKIN_ and AWS_ names (for example FASTKIN_BROKER_URL)"
+                " FASTKIN_ names and those of the AWS SDK (for example FASTKIN_BROKER_URL)"
             )
         known = {*ENV, *MICROSERVICE, *MICROSERVICE_MORE}
         for name in sorted(self.from_file - known):

@@ -135,10 +135,12 @@ PIPELINE_KEYS = _table(
     _int("dead_letter_max_bytes", 0, 1024 * 1024 * MIB, "the file is rotated before it grows larger; 0: never"),
     _int("dead_letter_keep", 0, 999, "rotated files to keep; the oldest is deleted. 0: a full file is deleted"),
     _text(
-        "startup_check", "how to try the stream at start", "none", "describe", "dry_run", "put",
+        "startup_check",
+        'how to try the stream at start; put stores a record `{"type":"connection_test",...}`, dry_run asks only',
+        "none", "describe", "dry_run", "put",
     ),
     _number("shutdown_timeout_s", 0, 3600, "for storing what is held after SIGTERM"),
-    _flag("stdout", "true: print every message"),
+    _flag("stdout", "true: `fastkin run` prints every message"),
 )  # fmt: skip
 
 STATUS_KEYS = _table(
