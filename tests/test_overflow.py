@@ -460,6 +460,7 @@ async def test_a_full_disk_and_full_memory_do_not_fill_the_log(
 ) -> None:
     """Kinesis is slower than the source, and the disk takes nothing: records go straight, as without a spool."""
     monkeypatch.setattr(Spool, "regain", lambda _: False)
+    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
     caplog.set_level(logging.INFO)
     async with running(pipeline(emulator.url, tmp_path / "spool.db", spool_after_s=5.0)) as run:
         overflow = run.overflow
