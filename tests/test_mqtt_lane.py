@@ -141,3 +141,24 @@ def test_settlements_after_a_reconnect_acknowledge_nothing() -> None:
     assert plant.session.take_output() == b""
     plant.flush()
     assert plant.acks == b"\x40\x02\x00\x01"
+
+
+def test_records_that_came_again_are_counted() -> None:
+    """What the broker sends again may be stored already: of QoS 0 nothing comes again, whatever its flag says."""
+    plant = Plant(5, 1 << 20)
+    frame = _codec.encode_frame([b"1", b"2", b"3"])
+    packets = [
+        publish("raw/1", b"x", qos=1, packet_id=1, version=5),
+        publish("raw/1", b"x", qos=1, packet_id=2, flags=8, version=5),
+        publish("a/bulk", frame, qos=1, packet_id=3, flags=8, version=5),
+        publish("both/bulk", frame, qos=2, packet_id=4, flags=8, version=5),
+        publish("nobody", b"x", qos=1, packet_id=5, flags=8, version=5),
+    ]
+    for packet in packets:
+        plant.session.feed_data(packet)
+    assert plant.raw.received + plant.bulk.received == 1 + 1 + 3 + 4
+    assert plant.ledger.repeated == 1 + 3 + 4
+    plant.session.feed_data(packets[3])  # QoS 2: known, and not taken again
+    assert plant.ledger.repeated == 8
+    plant.ledger.reset(True)
+    assert plant.ledger.repeated == 8

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import logging
+import re
 import socket
 import time
 from collections import Counter
@@ -319,10 +320,26 @@ async def test_a_throttle_that_lasts_becomes_an_error_with_the_cure(
         await r.settled(300)
     error = next(record.getMessage() for record in caplog.records if record.levelno == logging.ERROR)
     assert "shardId-" in error
-    assert "records/s" in error
+    assert " of welders, " in error
+    rate = float(re.search(r"([\d.]+) records/s", error)[1])  # type: ignore[index]
+    assert 1 <= rate <= 100, "four shards of ten a second, and what the burst had"
     assert "add shards" in error
     warnings = [record for record in caplog.records if "go again, slower" in record.getMessage()]
     assert 1 <= len(warnings) <= 3, "a warning per throttled call is a flood"
+
+
+async def test_the_error_of_a_hot_shard_says_what_it_takes(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """All records have one key: its shard's own bucket counts them, and no other."""
+    async with rig(server, throttle_error_after_s=0.5, partition_key="static:one") as r:
+        r.emulator.scale_limits("welders", 0.05)
+        await r.publish(*(b"%d" % n for n in range(300)))
+        await r.until(
+            lambda: any(record.levelno == logging.ERROR for record in caplog.records), "an ERROR about throttling"
+        )
+        r.emulator.scale_limits("welders", 1.0)
+        await r.settled(300)
+    error = next(record.getMessage() for record in caplog.records if record.levelno == logging.ERROR)
+    assert re.search(r"throttled for \d+ s at shardId-\d+ of welders, [1-9]\d* records/s", error), error
 
 
 @pytest.mark.parametrize("operation", ["*", "PutRecords"])
@@ -443,6 +460,7 @@ async def test_a_throttle_of_whole_calls_that_lasts_becomes_an_error_too(
         fault = r.emulator.faults.throttle(operation="PutRecords")
         await r.publish(*(b"%d" % n for n in range(50)))
         await r.until(lambda: any("throttled for" in record.getMessage() for record in caplog.records), "an ERROR")
+        assert any("stream welders, 0 records/s" in record.getMessage() for record in caplog.records)
         fault.remove()
         await r.settled(50)
         assert len(r.stored()) == 50

@@ -71,6 +71,7 @@ class Rig:
             self.lane,
             client,
             name="test",
+            stream="s",
             set_aside=self._set_aside,
             on_settled=self._settled,
             random=Random(5),

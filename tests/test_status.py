@@ -146,6 +146,31 @@ async def test_not_ready_says_why_and_the_error_goes_away(server: Server, monkey
             assert (await state(port)) == {"ok": True, "reason": None, "last_error": None}
 
 
+@pytest.mark.parametrize(
+    "code", ["AccessDeniedException", "ResourceNotFoundException", "KMSDisabledException", "ExpiredTokenException"]
+)
+async def test_what_somebody_must_mend_is_not_ready(server: Server, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream was reached, and then the permission went: the service is not ready until something is stored."""
+    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.1)
+    monkeypatch.setattr("fastkin.sender._CREDENTIALS_BASE_S", 0.1)
+    async with Emulator({"welders": 1}) as emulator:
+        made = settings(server.port, emulator.url)
+        port = made.status.port
+        async with fastkin.Engine(made) as engine:
+            await until_ready(port)
+            fault = emulator.faults.call(code, operation="PutRecords")
+            async with Publisher(dataclasses.replace(made.broker, client_id="", clean_session=True)) as publisher:
+                await publisher.publish("plant/a", b"one", 1)
+                await publisher.drain()
+            told = await why(port, "stream")
+            assert told["reason"].startswith(f"the stream: {code}")
+            assert b'fastkin_pipeline_ready{pipeline="p"} 0.0' in (await ask(port, "/metrics"))[2]
+            assert (await ask(port, "/healthz"))[0] == 200
+            fault.remove()
+            await until_ready(port)
+            assert engine.stats()["p"]["stored"] == 1
+
+
 async def test_a_broker_that_leaves_and_comes_back(tmp_path: Path) -> None:
     async with Emulator({"welders": 1}) as emulator:
         with mosquitto() as first:

@@ -23,6 +23,9 @@ class Ledger(Settler):
     # of these, how many take() would acknowledge now
     @property
     def ready(self) -> int: ...
+    # records of messages that the broker sent again (DUP), ever
+    @property
+    def repeated(self) -> int: ...
     # messages of this connection that can never be acknowledged, because a record of theirs ended
     # as FAILED; nothing behind them is acknowledged either: reconnect
     @property

@@ -37,6 +37,8 @@ cdef class Ledger(Settler):
     # QoS 2, two bits per packet identifier, made when first needed (16 KiB):
     # in the ring waiting for its PUBREC / PUBREC given out, waiting for PUBREL
     cdef uint8_t* _qos2
+    # records of messages that came with the DUP flag, ever: earlier copies of them may be stored
+    cdef readonly Py_ssize_t repeated
     # messages of this connection with a record that failed for good
     cdef readonly Py_ssize_t failed
 

@@ -55,6 +55,7 @@ cdef struct Held:
     size_t total
     uint64_t token
     uint16_t alias  # the topic is in the alias table
+    bint again      # with the DUP flag
 
 cdef struct Alias:
     uint8_t* topic
@@ -464,6 +465,7 @@ cdef class Session:
         self._route_next = 0
         self._held.token = token
         self._held.alias = message.alias
+        self._held.again = token != 0 and p[0] & 0x08 != 0
         self._held.topic_at = 0 if message.alias else <size_t> (message.topic - p)
         self._held.topic_len = message.topic_len
         self._held.payload_at = <size_t> (message.payload - p)
@@ -492,6 +494,8 @@ cdef class Session:
             self._route_next += 1
             if token:
                 self._ledger.hold(token, count)
+            if self._held.again:
+                self._ledger.repeated += count
         if token:
             self._ledger.close(token)
         self._is_held = False

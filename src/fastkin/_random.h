@@ -1,7 +1,8 @@
 /* Partition keys need uniqueness and spread, not secrecy: Kinesis hashes them with MD5. So they come
  * from xoshiro256++ (Blackman and Vigna, public domain), seeded by the system, and cost some 10 ns
- * against 2.6 us for str(uuid.uuid4()). One generator per process, used with the GIL held; a child
- * process draws a seed of its own before its first key, or parent and child would share their keys.
+ * against 2.6 us for str(uuid.uuid4()). One generator per process, used with the GIL held. It is seeded
+ * anew now and then; a child process draws a seed of its own before its first key, or parent and child
+ * would share their keys, as would two copies of a snapshot of a virtual machine for good.
  */
 #ifndef FASTKIN_RANDOM_H
 #define FASTKIN_RANDOM_H
@@ -15,9 +16,11 @@
 #endif
 
 #define FK_UUID_LENGTH 36
+#define FK_RESEED 65536 /* records put or frames */
 
 static uint64_t fk_state[4];
 static int fk_seeded = 0;
+static uint32_t fk_left = 0; /* until the next seed */
 static char fk_hex[256][2];
 
 static inline uint64_t fk_rotate(uint64_t x, int k) { return (x << k) | (x >> (64 - k)); }
@@ -38,17 +41,29 @@ static inline uint64_t fk_random(void) {
 static void fk_random_forget(void) {
     memset(fk_state, 0, sizeof fk_state);
     fk_seeded = 0;
+    fk_left = 0;
 }
 
 static int fk_random_seed(void) {
-    if (getentropy(fk_state, sizeof fk_state) != 0) return -1;
+    uint64_t fresh[4];
+    fk_left = FK_RESEED;
+    if (getentropy(fresh, sizeof fresh) != 0) {
+        if (fk_seeded) return 0; /* the seed there is goes on */
+        fk_left = 0;
+        return -1;
+    }
+    memcpy(fk_state, fresh, sizeof fresh);
     fk_state[0] |= 1; /* all zero is the one state it never leaves */
     fk_seeded = 1;
     return 0;
 }
 
 /* Call it before drawing: 0, or -1 with errno when the system gives no randomness. */
-static inline int fk_random_ready(void) { return fk_seeded ? 0 : fk_random_seed(); }
+static inline int fk_random_ready(void) {
+    if (fk_left == 0) return fk_random_seed();
+    fk_left--;
+    return 0;
+}
 
 static int fk_random_init(void) {
     static const char digits[] = "0123456789abcdef";

@@ -62,7 +62,7 @@ class Post:
 
     def __init__(self, name: str, kinesis: Kinesis, *, max_calls: int = 1, believe: bool = False) -> None:
         """`name` is that of the log lines, `believe` is the Sender's. Nothing is opened here."""
-        self.stream = kinesis.stream_arn or kinesis.stream
+        self.stream = kinesis.stream_arn or kinesis.stream or ""
         self.client = make_client(kinesis)
         self._name = name
         self._max_calls = max_calls
@@ -84,8 +84,9 @@ class Post:
                 max_batch_bytes=max(_BATCH_BYTES, max_record_bytes),
             )  # fmt: skip
             self._sender = Sender(
-                self._lane, self.client, name=self._name, max_calls=self._max_calls, set_aside=_refuse,
-                on_settled=_nothing, max_batch_bytes=max(_BATCH_BYTES, max_record_bytes), believe=self._believe,
+                self._lane, self.client, name=self._name, stream=self.stream, max_calls=self._max_calls,
+                set_aside=_refuse, on_settled=_nothing, max_batch_bytes=max(_BATCH_BYTES, max_record_bytes),
+                believe=self._believe,
             )  # fmt: skip
             self._flusher = Flusher(self._lane, self._sender, 0.0, asyncio.get_running_loop())
 

@@ -38,7 +38,12 @@ _COUNTERS = (
     ("dead_letters_deleted", "dead_letters_deleted", "Dead letters that were deleted to make room for newer ones"),
     ("records_spooled", "spooled_ever", "Records that went to disk, ever"),
     ("spool_damaged_rows", "spool_damaged_rows", "Batches that could not be read back from disk"),
-    ("duplicates_possible", "duplicates_possible", "Records of calls whose outcome stayed unknown: duplicates at most"),
+    (
+        "duplicates_possible",
+        "duplicates_possible",
+        "Records that may be stored twice: what follows, and calls not answered",
+    ),
+    ("records_redelivered", "redelivered", "Records of messages that the broker sent again (DUP)"),
     ("calls", "calls", "Calls made to Kinesis"),
     ("intake_connects", "connects", "Connections made to the broker"),
     ("intake_paused_seconds", "paused_s", "Time that reading was paused for want of room"),

@@ -106,6 +106,7 @@ class PipelineRun:
             self.lane,
             self.client,
             name=self.name,
+            stream=pipeline.kinesis.stream_arn or pipeline.kinesis.stream or "",
             max_calls=pipeline.kinesis.max_connections,
             set_aside=self.aside.refused,
             on_settled=self._settled,
@@ -432,7 +433,8 @@ class PipelineRun:
             "calls_open": sender.in_flight,
             "retries": sender.retried,
             "throttled": sum(sender.throttled.values()),
-            "duplicates_possible": sender.duplicates_possible,
+            "duplicates_possible": sender.duplicates_possible + self.ledger.repeated,
+            "redelivered": self.ledger.repeated,
             "format_errors": dict(self.aside.format_errors),
             "dead_letters_deleted": self.aside.deleted,
             "unacked": self.ledger.unacked,
@@ -480,11 +482,13 @@ class PipelineRun:
         return f"failed: {type(error).__name__}: {error}"
 
     def unready(self) -> str | None:
-        """Why it does not do its work, or None when it is connected, subscribed and has reached its stream."""
+        """Why it does not do its work, or None when it is connected, subscribed and can store in its stream."""
         if reason := self.failed():
             return reason
         if not self.ready:
             return f"the stream was not reached: {self.start_error or 'not tried yet'}"
+        if self.sender.unwell:
+            return f"the stream: {self.sender.unwell}"
         if not self.intake.connected.is_set():
             return f"the broker: {self.intake.state}{f': {self.intake.last_error}' if self.intake.last_error else ''}"
         return None

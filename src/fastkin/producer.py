@@ -161,6 +161,7 @@ class Producer:
             self._lane,
             self._client,
             name=self._stream,
+            stream=self._stream,
             max_calls=self._settings.max_connections,
             set_aside=_refuse,
             on_settled=self._settled,

@@ -59,6 +59,7 @@ _REFUSED_IN_A_ROW = 10
 # When somebody must act, ask again slowly and keep the data.
 _OPERATOR_BASE_S = 5.0
 _OPERATOR_CAP_S = 30.0
+_PATIENCE = 2  # calls in a row that failed for keys or clock, before it shows as not ready
 _SAY_OPERATOR_EVERY_S = 30.0
 # Keys come back without anybody telling us. A look costs one call at most, and what is held waits no longer than this.
 _CREDENTIALS_BASE_S = 1.0
@@ -109,6 +110,7 @@ class Sender:
         client: Client,
         *,
         name: str,
+        stream: str,
         max_calls: int,
         set_aside: Callable[[Batch, str], None],
         on_settled: Callable[[], None],
@@ -125,6 +127,7 @@ class Sender:
         """
         self.lane = lane
         self.name = name
+        self._stream = stream
         self._client = client
         client.on_resend = self._resent
         self._target = target
@@ -167,6 +170,9 @@ class Sender:
         self._warnings = Repeats(_LOG, self._loop.call_later, most=1, per_s=_WARN_EVERY_S)
         self._errors = Repeats(_LOG, self._loop.call_later, most=1, per_s=_SAY_OPERATOR_EVERY_S)
         self._throttled_since: float | None = None
+        self._throttled_stored = 0  # what the lane had stored then
+        self.unwell: str | None = None  # what only an operator can mend, since something was stored
+        self._hopeless = 0  # calls in a row that failed so
         self.last_error: str | None = None
         self.calls = 0
         self.calls_failed = 0
@@ -580,7 +586,8 @@ class Sender:
         self._gate_backoff.reset()
         self._operator_backoff.reset()
         self._credentials_backoff.reset()
-        self.last_error = None
+        self.last_error = self.unwell = None
+        self._hopeless = 0
         if len(failures) != 1 or len(failures[0].batch) < count:
             self._refused = 0
             self._probe = False
@@ -642,6 +649,11 @@ class Sender:
             # Nothing is taken, or nothing any more: the fault is not this record's but the destination's or ours.
             self._probe = True
             error = _as_operator(error)
+        if error.action in (Action.OPERATOR, Action.CREDENTIALS, Action.CLOCK):
+            self._hopeless += 1
+            # keys and clock may be right again with the next attempt
+            if error.action is Action.OPERATOR or self._hopeless > _PATIENCE:
+                self.unwell = str(error)
         self._concurrency.failed()
         if error.action is Action.THROTTLE:
             self.pacer.throttled(now, None, even=True)
@@ -709,14 +721,16 @@ class Sender:
     def _throttled_for_long(self, now: float, shard_id: str) -> bool:
         """Say so as an error, once per `throttle_error_after_s` without a call that went through whole."""
         if self._throttled_since is None:
-            self._throttled_since = now
-        if now - self._throttled_since <= self._throttle_error_after_s:
+            self._throttled_since, self._throttled_stored = now, self.lane.stored
+        lasted = now - self._throttled_since
+        if lasted <= self._throttle_error_after_s:
             return False
-        self._throttled_since = now
+        rate = (self.lane.stored - self._throttled_stored) / lasted
+        self._throttled_since, self._throttled_stored = now, self.lane.stored
         _LOG.error(
             "pipeline=%s stage=send throttled for %.0f s at %s, %.0f records/s are stored;"
             " data is kept: add shards, use keys that spread, or send less",
-            self.name, self._throttle_error_after_s, shard_id or "the stream", self.pacer.even.stored_per_s,
+            self.name, lasted, f"{shard_id} of {self._stream}" if shard_id else f"stream {self._stream}", rate,
         )  # fmt: skip
         return True
 
