@@ -560,6 +560,31 @@ async def test_tail_gets_a_new_iterator_when_one_expires() -> None:
         assert await read(emulator, limit=1500) == payloads
 
 
+async def test_tail_lists_shards_from_the_first_page_when_the_token_of_the_next_one_expires(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fastkin.emulator.service import Service
+
+    # 8 shards make three pages, not one
+    whole = Service._list_shards
+    monkeypatch.setattr(Service, "_list_shards", lambda self, body: whole(self, {**body, "MaxResults": 3}))
+    payloads = [welder_payload(n) for n in range(100)]
+    async with Emulator({"s": 8}) as emulator:
+        await fill(emulator, "s", payloads)
+        expired = emulator.faults.call("ExpiredNextTokenException", times=1, skip=1, operation="ListShards")
+        taken: list[tuple[str, str]] = []
+        async with client(emulator) as kinesis:
+            await tailing.Tail(
+                client=kinesis,
+                stream={"StreamName": "s"},
+                start=tailing.parse_start("trim_horizon"),
+                take=lambda record, shard: taken.append((shard, record["SequenceNumber"])),
+                limit=100,
+            ).run()
+        assert expired.hits == 1
+        assert len(set(taken)) == 100  # each shard read, and read once
+
+
 async def test_tail_reads_parents_before_children() -> None:
     async with Emulator({"s": 1}) as emulator:
         await fill(emulator, "s", [b"parent"] * 3)

@@ -674,8 +674,10 @@ def test_topics_are_separated_by_commas() -> None:
     [
         ({}, None, None, False),
         ({"USER": "root"}, None, None, True),
-        ({"USER": "root", "PASS": "p"}, "root", "p", False),
+        ({"USER": "root", "PASS": "p"}, "root", "p", True),
+        ({"USER": "root", "MQTT_PASS": "p"}, "root", "p", True),
         ({"USER": "mqtt"}, "mqtt", None, False),
+        ({"USER": "mqtt", "PASS": "p"}, "mqtt", "p", False),
         ({"MQTT_USER": "root", "USER": "root"}, "root", None, False),
         ({"MQTT_USER": "m", "MQTT_PASS": "q", "USER": "x", "PASS": "p"}, "m", "q", False),
     ],
@@ -691,24 +693,38 @@ def test_the_shells_user_is_not_the_brokers(
 def test_a_user_of_the_env_file_is_meant(tmp_path: Path) -> None:
     path = tmp_path / ".env"
     path.write_text("USER=root\n")
-    assert env_only(MICRO, env_file=path, login="root").broker.user == "root"
+    made = env_only(MICRO, env_file=path, login="root")
+    assert made.broker.user == "root"
+    assert not any("MQTT_USER" in warning for warning in made.warnings)
+
+
+def test_the_shells_user_beside_a_password_of_the_env_file_is_told(tmp_path: Path) -> None:
+    """It is sent, as it may be meant; if it is not, the broker's refusal alone would not say where it came from."""
+    path = tmp_path / ".env"
+    path.write_text("PASS=secret\n")
+    made = env_only(MICRO | {"USER": "me"}, env_file=path, login="me")
+    assert (made.broker.user, made.broker.password) == ("me", "secret")
+    (told,) = [warning for warning in made.warnings if "MQTT_USER" in warning]
+    assert "USER=me comes from the environment" in told
+    assert "secret" not in told
 
 
 @pytest.mark.parametrize(
-    ("env", "user", "password"),
+    ("env", "user", "password", "warned"),
     [
-        ({"USER": "me"}, "welder", "p"),  # as in every login shell
-        ({"USER": "other"}, "other", "p"),  # said on purpose
-        ({"USER": "me", "PASS": "q"}, "me", "q"),
+        ({"USER": "me"}, "welder", "p", False),  # as in every login shell
+        ({"USER": "other"}, "other", "p", False),  # said on purpose
+        ({"USER": "me", "PASS": "q"}, "me", "q", True),
     ],
 )
 def test_the_login_name_does_not_replace_the_user_of_the_env_file(
-    tmp_path: Path, env: dict[str, str], user: str, password: str
+    tmp_path: Path, env: dict[str, str], user: str, password: str, warned: bool
 ) -> None:
     path = tmp_path / ".env"
     path.write_text("USER=welder\nPASS=p\n")
     made = env_only(MICRO | env, env_file=path, login="me")
     assert (made.broker.user, made.broker.password) == (user, password)
+    assert any("MQTT_USER" in warning for warning in made.warnings) is warned
 
 
 def test_dockerlog_is_ignored_with_a_note() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from servers import Server
 
 MIB = 2**20
+# 20 s show what fills up and for how long nothing grows; ci/run takes the 60 s that are promised.
 DEAD_S = float(os.environ.get("FASTKIN_TEST_DEAD_S", "20"))
 
 SETTINGS = """
@@ -181,7 +182,7 @@ def test_throttling_to_a_tenth_bounds_memory_and_loses_nothing(tmp_path: Path) -
     asyncio.run(main())
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(160 + DEAD_S)  # what it waits for besides: 20 s, 30 s and 60 s at most, and the ends of processes
 def test_a_dead_kinesis_bounds_memory_and_loses_nothing(tmp_path: Path) -> None:
     """No answer while the plant goes on: RSS within budget + 10 %, then everything is stored."""
     budget = 8 * MIB

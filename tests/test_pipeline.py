@@ -23,6 +23,7 @@ from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.emulator import Emulator, StreamSpec
 from fastkin.errors import ConfigError
 from fastkin.publisher import Publisher
+from fastkin.settings import load
 from servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
@@ -418,6 +419,51 @@ async def test_the_accounts_hold_at_every_moment_while_faults_run(
         assert stats["buffered_bytes"] == 0
         good = {payload for at, payload in enumerate(payloads) if at // 20 not in range(3, 150, 30)}
         assert {record.data for record in r.stored()} == good
+
+
+@pytest.mark.parametrize(("per_message", "held"), [(1, 50), (7, 49)])
+async def test_reading_stops_at_the_backlog_count_while_kinesis_is_away(
+    server: Server, per_message: int, held: int
+) -> None:
+    """BACKLOG_COUNT counts records, whatever they come in; the broker keeps what is beyond it."""
+    named = {"BROKER": "h", "TOPIC": "t/#", "KIN_STREAM_NAME": "s", "CLIENTID": "c", "BACKLOG_COUNT": "50"}
+    backlog = load(env=named).pipelines[0].budget_records
+    most = 0
+    async with rig(
+        server, budget_records=backlog, on_full="pause", format="bulk", max_records=10, linger_ms=5.0,
+        emulator={"limits": False},
+    ) as r:  # fmt: skip
+
+        def look(_: object = None) -> None:
+            nonlocal most
+            most = max(most, r.stats["in_flight"])
+
+        r.run._hook = look
+        fault = r.emulator.faults.cut("before", operation="PutRecords")
+        payloads = [b"%d" % n for n in range(per_message * 60)]
+        frames = [fastkin.encode_frame(payloads[at : at + per_message]) for at in range(0, len(payloads), per_message)]
+        await r.publish(*frames)
+        await r.until(lambda: r.run.intake.paused, "reading is paused")
+        for _ in range(5):
+            await asyncio.sleep(0.1)
+            look()
+            assert r.run.intake.paused
+            assert not r.run.intake._link.wire.is_reading()
+            assert r.stats["received"] == r.stats["in_flight"] == held
+            assert r.stats["messages"] == held // per_message
+        assert r.stats["calls_failed"] > 0
+        assert r.stored() == []
+        fault.remove()
+        await r.settled(len(payloads))
+        assert Counter(record.data for record in r.stored()) == Counter(payloads)  # nothing lost, nothing twice
+        assert not r.run.intake.paused
+        assert r.run.intake._link.wire.is_reading()
+        assert r.stats["buffered_bytes"] == 0
+        # and it flows as before
+        await r.publish(*frames)
+        await r.settled(2 * len(payloads))
+        assert r.stats["connects"] == 1
+    assert most <= backlog
 
 
 async def test_every_reason_to_close_a_batch_is_counted(server: Server) -> None:

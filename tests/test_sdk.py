@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import email.utils
+import itertools
 import json
 import os
 import ssl
+import time
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -15,6 +18,8 @@ import trustme
 from fake_http import FakeServer, Link, Request
 from fastkin.config import Kinesis
 from fastkin.credentials import make_provider
+from fastkin.emulator import Emulator
+from fastkin.emulator.signature import Secret
 from fastkin.errors import Action, ConfigError, KinesisError, NotSent, TransportError
 from fastkin.kinesis import KinesisClient, make_client
 from fastkin.sdk import SdkClient
@@ -132,6 +137,73 @@ async def test_refused_keys_are_replaced_within_the_call() -> None:
         assert await client.call("PutRecords", BODY) == STORED
         assert keys.refused == rows[:1]
         assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("kind", [KinesisClient, SdkClient])
+@pytest.mark.parametrize("off", [-4000.0, 1200.0, 86_400.0])
+async def test_a_wrong_clock_is_corrected(off: float, kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The service tells a skew as InvalidSignatureException, which alone would look like wrong keys."""
+    secrets = {"AKIDEXAMPLE": Secret(SECRET, TOKEN)}
+    async with Emulator(
+        {"welders": 1}, credentials=secrets, region="eu-west-1", wall=lambda: time.time() + off, limits=False
+    ) as emulator:
+        client = kind(settings(emulator.url))
+        await client.start()
+        assert (await client.describe()).shard_count == 1
+        small, large = put("welders", [b"a"]), put("welders", [bytes(900_000)] * 2)
+        for body in (small, large, memoryview(small)):
+            assert orjson.loads(await client.call("PutRecords", body))["FailedRecordCount"] == 0
+        assert client.resigned == 1  # learned once
+        assert abs(client.clock_offset - off) < 5
+        assert emulator.stored_count("welders") == 4
+        await client.close()
+    assert caplog.text.count("the clock of this machine is") == 1
+
+
+@pytest.mark.parametrize("kind", [KinesisClient, SdkClient])
+async def test_calls_that_are_open_when_the_clock_jumps_all_go_again(kind: Any) -> None:
+    """The first refusal corrects the clock; the others must not be taken for wrong keys then."""
+    secrets = {"AKIDEXAMPLE": Secret(SECRET, TOKEN)}
+    jump = 0.0
+    async with Emulator(
+        {"welders": 1}, credentials=secrets, region="eu-west-1", wall=lambda: time.time() + jump, latency_ms=50
+    ) as emulator:
+        client = kind(settings(emulator.url))
+        await client.start()
+        for jump in (1200.0, 0.0):  # and back, as when somebody sets the clock
+            await asyncio.gather(*(client.call("PutRecords", put("welders", [b"a"])) for _ in range(8)))
+            assert abs(client.clock_offset - jump) < 5
+        assert emulator.stored_count("welders") == 16
+        await client.close()
+
+
+@pytest.mark.parametrize("code", ["RequestExpired", "RequestTimeTooSkewed", "InvalidSignatureException"])
+async def test_a_clock_that_cannot_be_followed_is_told_as_that(code: str) -> None:
+    days = itertools.count(1)
+
+    async def answer(link: Link, request: Request) -> None:
+        date = email.utils.formatdate(next(days) * 86_400.0, usegmt=True)
+        link.reply(400, json.dumps({"__type": code}).encode(), {"Date": date})
+
+    async with sdk_to(answer) as (client, server):
+        with pytest.raises(KinesisError) as caught:
+            await client.call("PutRecords", BODY)
+        assert (caught.value.code, caught.value.action) == (code, Action.CLOCK)
+        assert len(server.requests) == 3
+        dates = [request.headers["x-amz-date"][:8] for request in server.requests]
+        assert dates[1:] == ["19700102", "19700103"]
+        for request in server.requests:
+            check_signature(request)
+
+
+async def test_refused_keys_with_a_right_clock_are_not_the_clocks() -> None:
+    told = b'{"__type":"InvalidSignatureException"}'
+    async with sdk_to(saying(400, told, {"Date": email.utils.formatdate(usegmt=True)})) as (client, server):
+        with pytest.raises(KinesisError) as caught:
+            await client.call("PutRecords", BODY)
+        assert caught.value.action is Action.CREDENTIALS
+        assert client.clock_offset == 0
+        assert len(server.requests) == 1
 
 
 async def test_questions_about_the_stream() -> None:

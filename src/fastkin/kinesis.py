@@ -113,6 +113,7 @@ STATUS_ACTIONS: dict[int, tuple[str, Action]] = {
     503: ("ServiceUnavailable", Action.RETRY),
     504: ("GatewayTimeout", Action.RETRY),
 }
+SIGN_AGAIN = frozenset({Action.CREDENTIALS, Action.CLOCK})
 DRY_RUN_PASSED = "DryRunOperationException"
 
 CONTROL = frozenset({"DescribeStreamSummary", "DescribeStream", "ListShards", "CreateStream"})
@@ -216,9 +217,9 @@ class StreamSummary(NamedTuple):
 
 
 class Client(ABC):
-    """What the sender and the engine use. The questions about a stream are the same for every way."""
+    """What the sender and the engine use. The same for every way: questions about a stream, keys, the clock."""
 
-    def __init__(self, kinesis: Kinesis) -> None:
+    def __init__(self, kinesis: Kinesis, *, clock: Callable[[], float] = time.time) -> None:
         if not (kinesis.stream or kinesis.stream_arn):
             raise ConfigError("kinesis.stream", "is missing", "name the stream, or give stream_arn")
         if kinesis.stream_arn:
@@ -226,6 +227,11 @@ class Client(ABC):
         self.kinesis = kinesis
         # told each body that the transport sends a second time by itself
         self.on_resend: Callable[[Buffer], None] | None = None
+        self._clock = clock
+        self.clock_offset = 0.0  # seconds to add for the service's time
+        self._provider: Provider | None = None
+        self.calls = 0
+        self.resigned = 0
 
     @abstractmethod
     async def start(self) -> None:
@@ -247,6 +253,31 @@ class Client(ABC):
         if self.kinesis.stream_arn:
             return {"StreamARN": self.kinesis.stream_arn}
         return {"StreamName": self.kinesis.stream}
+
+    async def _correct(
+        self, error: KinesisError, reply: Reply, credentials: Credentials, now: float, signed_offset: float
+    ) -> bool:
+        """Mend what made the service refuse the signature. True if signing again may help.
+
+        `signed_offset`: the clock's correction when the refused call was made.
+        """
+        at = _http_date(reply.headers.get("date"))
+        if at is not None and abs(at - (now + signed_offset)) > SKEW_S:
+            error.action = Action.CLOCK  # whatever its code blames
+            # of the calls that were open together, the first one has learned the time for all
+            if abs(at - (now + self.clock_offset)) > SKEW_S:
+                self.clock_offset = at - now
+                log.warning(
+                    "the clock of this machine is %.0f s off the service's: signing with its time",
+                    -self.clock_offset,
+                )
+            return True
+        if error.action is Action.CLOCK:
+            return False
+        assert self._provider is not None
+        if not self._provider.invalidate(credentials):
+            return False
+        return await self._provider.get() != credentials
 
     async def _ask(self, target: str, request: dict[str, Any]) -> dict[str, Any]:
         body = await self.call(target, orjson.dumps(request))
@@ -365,18 +396,13 @@ class KinesisClient(Client):
     """The native way: own signature, own connections, nothing of the SDK on the path of a call."""
 
     def __init__(self, kinesis: Kinesis, *, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(kinesis)
-        self._clock = clock
-        self.clock_offset = 0.0
-        self._provider: Provider | None = None
+        super().__init__(kinesis, clock=clock)
         self._endpoint: Endpoint | None = None
         self._account: str | None = None
         self._signer: Signer | None = None
         self._pools: dict[str, HttpPool] = {}
         self._tls: ssl.SSLContext | None = None
         self._threads: ThreadPoolExecutor | None = None
-        self.calls = 0
-        self.resigned = 0
 
     async def start(self) -> None:
         """Find keys and endpoint. No call to Kinesis is made. Raises ConfigError, KinesisError."""
@@ -422,13 +448,14 @@ class KinesisClient(Client):
             url = endpoint.control if target in CONTROL else endpoint.data
             head = partial(self._head, self._signer, credentials, target, url.host, url.path, digest, length)
             pool = self._pools.get(url.base) or self._new_pool(url.base)
+            offset = self.clock_offset
             reply = await pool.request(head, body, PUT_ANSWER if target == "PutRecords" else MAX_ANSWER)
             if reply.status == 200:
                 return reply.body
             now = self._clock()
             error = error_from(reply, now, (credentials.token, credentials.secret_key))
-            if error.action in _SIGN_AGAIN:
-                again = await self._correct(error, reply, credentials, now)
+            if error.action in SIGN_AGAIN:
+                again = await self._correct(error, reply, credentials, now, offset)
                 if again and resigned < RESIGNS:
                     resigned += 1
                     self.resigned += 1
@@ -472,24 +499,6 @@ class KinesisClient(Client):
             body.digest = digest
         return digest
 
-    async def _correct(self, error: KinesisError, reply: Reply, credentials: Credentials, now: float) -> bool:
-        """Mend what made the service refuse the signature. True if signing again may help."""
-        at = _http_date(reply.headers.get("date"))
-        if at is not None and abs(at - (now + self.clock_offset)) > SKEW_S:
-            self.clock_offset = at - now
-            error.action = Action.CLOCK
-            log.warning(
-                "the clock of this machine is %.0f s off the service's: signing with its time",
-                -self.clock_offset,
-            )
-            return True
-        if error.action is Action.CLOCK:
-            return False
-        assert self._provider is not None
-        if not self._provider.invalidate(credentials):
-            return False
-        return await self._provider.get() != credentials
-
     def _resent(self, body: Buffer) -> None:
         if self.on_resend is not None:
             self.on_resend(body)
@@ -506,9 +515,6 @@ class KinesisClient(Client):
             on_resend=self._resent,
         )
         return pool
-
-
-_SIGN_AGAIN = frozenset({Action.CREDENTIALS, Action.CLOCK})
 
 
 def _step_back() -> None:

@@ -1,7 +1,8 @@
 """The reference way: the same face as KinesisClient, every call made by aiobotocore.
 
 The finished body goes out through the SDK's public events, so its serialiser and parser do nothing;
-signing, retries off, TLS, proxies and connections are the SDK's. Used for transport = "sdk" and behind a
+signing, retries off, TLS, proxies and connections are the SDK's. While the clock of this machine is known to
+be wrong, its signer is given the service's time, also through its events. Used for transport = "sdk" and behind a
 proxy; tests and benches compare the native way with it. Importing this module loads the SDK.
 """
 
@@ -10,12 +11,15 @@ from __future__ import annotations
 import io
 import os
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from aiobotocore.config import AioConfig
 from aiobotocore.credentials import AioCredentials
 from aiobotocore.session import AioSession
+from botocore import UNSIGNED
+from botocore.auth import SIGV4_TIMESTAMP, SigV4Auth
 from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import (
     BotoCoreError,
@@ -28,10 +32,10 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as SdkConnectionError
 
-from fastkin.credentials import Provider, make_provider
+from fastkin.credentials import make_provider
 from fastkin.endpoint import find_region, split_url
 from fastkin.errors import Action, ConfigError, KinesisError, NotSent, TransportError
-from fastkin.kinesis import Client, error_from, tls_context
+from fastkin.kinesis import RESIGNS, SIGN_AGAIN, Client, error_from, tls_context
 from fastkin.transport import IDLE_AWS_S, IDLE_FOREIGN_S, Reply
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from fastkin.config import Kinesis
+    from fastkin.credentials import Provider
 
 _METHODS = {
     "DescribeStreamSummary": "describe_stream_summary",
@@ -93,16 +98,26 @@ class _Resolver:
         return self._credentials
 
 
+class _SignAt(SigV4Auth):  # type: ignore[misc]  # the SDK has no types
+    """The SDK's signature, dated `at` instead of now."""
+
+    def __init__(self, credentials: ReadOnlyCredentials, service: str, region: str, at: float) -> None:
+        super().__init__(credentials, service, region)
+        self._at = at
+
+    def _modify_request_before_signing(self, request: Any) -> None:
+        # add_auth calls this when it has written its own time there, and reads the time nowhere else
+        request.context["timestamp"] = datetime.fromtimestamp(self._at, UTC).strftime(SIGV4_TIMESTAMP)
+        super()._modify_request_before_signing(request)
+
+
 class SdkClient(Client):
     """Calls through aiobotocore, with the native client's errors and answers."""
 
     def __init__(self, kinesis: Kinesis, *, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(kinesis)
-        self._clock = clock
-        self._provider: Provider | None = None
+        super().__init__(kinesis, clock=clock)
         self._client: Any = None
         self._context: AbstractAsyncContextManager[Any] | None = None
-        self.calls = 0
 
     async def start(self) -> None:
         """Find keys and make the SDK's client. No call to Kinesis is made."""
@@ -143,6 +158,8 @@ class SdkClient(Client):
         events = self._client.meta.events
         events.register("before-parameter-build.kinesis.PutRecords", _take_body)
         events.register("before-call.kinesis.PutRecords", _put_body)
+        events.register("choose-signer.kinesis", self._choose_signer)
+        events.register("before-sign.kinesis", self._sign)
 
     async def close(self) -> None:
         """Close the SDK's client."""
@@ -156,19 +173,26 @@ class SdkClient(Client):
         """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome."""
         self.calls += 1
         assert self._provider is not None
-        credentials = await self._provider.get()
-        if self._client is None:
-            raise KinesisError("NotStarted", "the client was not made yet: start() had no credentials")
-        try:
-            return await self._once(target, body)
-        except KinesisError as error:
-            if (
-                error.action is not Action.CREDENTIALS
-                or not self._provider.invalidate(credentials)
-                or await self._provider.get() == credentials
-            ):
-                raise
-        return await self._once(target, body)
+        resigned = 0
+        while True:
+            credentials = await self._provider.get()
+            if self._client is None:
+                raise KinesisError("NotStarted", "the client was not made yet: start() had no credentials")
+            offset = self.clock_offset
+            try:
+                return await self._once(target, body)
+            except ClientError as refusal:
+                told = refusal.response["ResponseMetadata"]
+                reply = Reply(told["HTTPStatusCode"], told["HTTPHeaders"], refusal.response["Body"])
+            now = self._clock()
+            error = error_from(reply, now, (credentials.token, credentials.secret_key))
+            if error.action in SIGN_AGAIN:
+                again = await self._correct(error, reply, credentials, now, offset)
+                if again and resigned < RESIGNS:
+                    resigned += 1
+                    self.resigned += 1
+                    continue
+            raise error
 
     async def _once(self, target: str, body: Buffer) -> bytes:
         arguments: dict[str, Any]
@@ -182,8 +206,8 @@ class SdkClient(Client):
             method = getattr(self._client, _METHODS[target])
         try:
             answer = await method(**arguments)
-        except ClientError as error:
-            raise await self._told(error.response) from None
+        except ClientError:
+            raise  # an answer of the service
         except (ConnectTimeoutError, ReadTimeoutError) as error:
             if isinstance(error, ConnectTimeoutError):
                 raise NotSent("ConnectTimeout", str(error)) from None
@@ -203,12 +227,21 @@ class SdkClient(Client):
         found: bytes = answer["Body"]
         return found
 
-    async def _told(self, response: dict[str, Any]) -> KinesisError:
+    def _choose_signer(self, **_: object) -> object:
+        """With a right clock nobody interferes; with a wrong one `_sign` does what the SDK's signer cannot."""
+        return UNSIGNED if self.clock_offset else None
+
+    async def _sign(
+        self, request: Any, signing_name: str, region_name: str, signature_version: object, **_: object
+    ) -> None:
+        # not by the offset: another call may have learned it since this one's signer was chosen
+        if signature_version is not UNSIGNED:
+            return
         assert self._provider is not None
-        told = response["ResponseMetadata"]
-        reply = Reply(told["HTTPStatusCode"], told["HTTPHeaders"], response["Body"])
-        keys = await self._provider.get()
-        return error_from(reply, self._clock(), (keys.token, keys.secret_key))
+        keys = ReadOnlyCredentials(*await self._provider.get())
+        scope = request.context.get("signing", {})  # an endpoint may have its own
+        service, region = scope.get("signing_name") or signing_name, scope.get("region") or region_name
+        _SignAt(keys, service, region, self._clock() + self.clock_offset).add_auth(request)
 
 
 def _take_body(params: dict[str, Any], context: dict[str, Any], **_: object) -> None:

@@ -40,6 +40,7 @@ _THROTTLES = frozenset(
         "TooManyRequestsException",
     }
 )
+_EXPIRED = frozenset({"ExpiredIteratorException", "ExpiredNextTokenException"})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -186,6 +187,9 @@ class Tail:
         arguments: dict[str, Any] = dict(self.stream)
         while True:
             answer = await self._call("list_shards", **arguments)
+            if answer is None:  # a token lives for five minutes, and a throttle may have been waited out for longer
+                shards, arguments = [], dict(self.stream)
+                continue
             shards += answer["Shards"]
             if not answer.get("NextToken"):
                 return shards
@@ -220,7 +224,7 @@ class Tail:
         return str(answer["ShardIterator"])
 
     async def _call(self, name: str, **arguments: Any) -> Any:
-        """One answer; None for an expired iterator. Throttles and passing trouble are waited out."""
+        """One answer; None for an expired iterator or page token. Throttles and passing trouble are waited out."""
         from botocore.exceptions import (
             BotoCoreError,
             ClientError,
@@ -240,7 +244,7 @@ class Tail:
             except ClientError as error:
                 code = error.response.get("Error", {}).get("Code", "")
                 status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-                if code == "ExpiredIteratorException":
+                if code in _EXPIRED:
                     return None
                 if code not in _THROTTLES and status < 500:
                     raise TailError(_cure(code, error.response["Error"].get("Message", ""))) from None

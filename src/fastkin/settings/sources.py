@@ -230,15 +230,19 @@ class Sources:
             self.broker["password"] = password
         if user is None:
             return
-        shells = user is self.vars.get("USER") and "USER" not in self.from_file
-        if password is None and shells:
-            login = self._login_name()
-            if user.raw == login:
+        from_environment = user is self.vars.get("USER") and "USER" not in self.from_file
+        if from_environment and user.raw == (login := self._login_name()):
+            if password is None:
                 self.report.warn(
                     f"USER={login} is the login name and PASS is not set: taken for the shell's"
                     " own and not sent to the broker; set MQTT_USER to send it"
                 )
                 return
+            # Meant or the shell's: nobody can tell, and a container's login is often the broker's user as well.
+            self.report.warn(
+                f"USER={login} comes from the environment and is the login name, as in every login shell: sent to the"
+                " broker because PASS is set; set MQTT_USER to the user that is meant"
+            )
         self.broker["user"] = user
 
     def _login_name(self) -> str:
