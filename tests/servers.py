@@ -330,6 +330,15 @@ def emulator_process(streams: Mapping[str, int], **options: Any) -> Iterator[Kin
             yield server
 
 
+def run_node(script: str, module: str, told: Any) -> Any:
+    """What a script prints as JSON. It finds the path of the installed module in argv[1], `told` as JSON in stdin."""
+    command = [_program("node"), "-e", script, str(_node_module(module))]
+    done = subprocess.run(command, input=json.dumps(told).encode(), capture_output=True, timeout=60)
+    if done.returncode:
+        raise ServerError(f"node with {module} ended with {done.returncode}; it printed:\n{done.stderr.decode()}")
+    return json.loads(done.stdout)
+
+
 def accepts(port: int) -> bool:
     """Whether something accepts connections on the loopback port."""
     try:

@@ -761,6 +761,40 @@ def test_the_demo_loses_nothing(tmp_path: Path, kill: list[str]) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def demo_on_amqtt(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    script = (
+        "import sys\n"
+        "from fastkin.cli import main\n"
+        "from fastkin.commands import demo\n"
+        "demo.find_mosquitto = lambda: None\n"
+        "main(['demo', *sys.argv[1:]])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TMPDIR": str(tmp_path)}
+    return subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=90, env=env)
+
+
+def test_the_demo_loses_nothing_without_mosquitto(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    done = demo_on_amqtt(tmp_path, "--seconds", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    # amqtt does not answer MQTT 5.0: who begins with that waits 10 s for the first message
+    assert time.monotonic() - begin < 3 + 9
+    assert "mosquitto is not installed: amqtt, at 300 records/s" in done.stdout
+    ledger = ledger_of(done.stdout)
+    assert int(ledger["published"]) > 500
+    assert (ledger["lost"], ledger["malformed"], ledger["dead-lettered"]) == ("0", "1", "1")
+    assert int(ledger["stored"]) == int(ledger["published"]) + int(ledger["duplicates"])
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_does_not_kill_on_a_broker_that_loses(tmp_path: Path) -> None:
+    done = demo_on_amqtt(tmp_path, "--kill")
+    assert done.returncode == 1
+    assert done.stderr == "fastkin: --kill needs mosquitto, which delivers again: apt-get install mosquitto\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- check --connect ---
 
 

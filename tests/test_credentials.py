@@ -16,10 +16,13 @@ import fastkin.credentials as module
 from fake_http import FakeServer, Link, Request
 from fastkin.config import Kinesis
 from fastkin.credentials import ChainCredentials, StaticCredentials, make_provider, static_credentials
+from fastkin.emulator import Emulator, Secret
 from fastkin.errors import Action, ConfigError, KinesisError
+from fastkin.kinesis import KinesisClient
 from fastkin.signing import Credentials
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 ROLE = "arn:aws:iam::123456789012:role/ingest"
@@ -248,6 +251,42 @@ async def test_a_role_by_web_identity(monkeypatch: pytest.MonkeyPatch, tmp_path:
         keys = await once(Kinesis(stream="x", region="eu-west-1"))
     assert keys[:3] == ("ROLE1", "role-secret-1", "role-token-1")
     assert sts.asked[0]["WebIdentityToken"] == "the-jwt"
+
+
+@pytest.fixture
+def moto_sts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """moto's STS as the SDK's; the book that it keeps."""
+    from moto.server import ThreadedMotoServer
+    from moto.sts.models import sts_backends
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://{host}:{port}")
+    yield sts_backends["123456789012"]["aws"]
+    sts_backends.reset()
+    server.stop()
+
+
+async def test_a_call_is_signed_with_what_motos_sts_gave_out(moto_sts: Any) -> None:
+    async with Emulator({"x": 2}, credentials={"NOBODY": "nobodys-secret"}, region="eu-west-1") as emulator:
+        assert emulator.verifier is not None
+        client = KinesisClient(assume(session_name="line-3", external_id="tenant-7", endpoint_url=emulator.url))
+        await client.start()
+        (role,) = moto_sts.assumed_roles
+        assert (role.role_arn, role.session_name, role.external_id) == (ROLE, "line-3", "tenant-7")
+        body = b'{"Records":[{"Data":"aGVsbG8=","PartitionKey":"k"}],"StreamName":"x"}'
+        # The service knows the key with another secret: the call is refused, and the role assumed once more.
+        emulator.verifier.secrets[role.access_key_id] = Secret("another", role.session_token)
+        with pytest.raises(KinesisError):
+            await client.call("PutRecords", body)
+        assert emulator.stored("x") == []
+        assert len(moto_sts.assumed_roles) == 2
+        for each in moto_sts.assumed_roles:
+            emulator.verifier.secrets[each.access_key_id] = Secret(each.secret_access_key, each.session_token)
+        assert json.loads(await client.call("PutRecords", body))["FailedRecordCount"] == 0
+        assert [record.data for record in emulator.stored("x")] == [b"hello"]
+        await client.close()
 
 
 async def test_a_short_lived_role_is_refreshed_without_pausing_calls(monkeypatch: pytest.MonkeyPatch) -> None:
