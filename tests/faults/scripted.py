@@ -25,16 +25,19 @@ class _Session:
         self.waiting: list[Message] = []
         self.unacked: dict[int, Message] = {}
         self.connections = 0
+        self.last_id = 0
 
 
 class ScriptedBroker:
     """Plays `messages` to whoever subscribes to them, QoS 1.
 
     order       of what is unacknowledged, on a new connection
-    repeat      each nth message is sent twice in a row: same packet id, the second marked as a duplicate
+    repeat      each nth message is sent twice in a row: same packet id, the second marked as a duplicate; both are
+                answered, and so packet ids are not used again: a second answer could be taken for another message's
     cut_after   connections end after so many messages, the first `cuts` of each client
     forget      no session is kept: packet ids begin at 1 again, what was unacknowledged comes as if it were new
     window      messages in flight; packet ids go round in as many
+    pace_s      between two messages: so that what happens at its time finds some of them on the way
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class ScriptedBroker:
         cuts: int = 0,
         forget: bool = False,
         window: int = 100,
+        pace_s: float = 0.0,
         seed: int = 1,
     ) -> None:
         self.numbers = {number for _, _, which in messages for number in which}
@@ -57,6 +61,7 @@ class ScriptedBroker:
         self._cuts = cuts
         self._forget = forget
         self._window = window
+        self._pace_s = pace_s
         self._random = random.Random(seed)
         self._sessions: dict[str, _Session] = {}
         self.repeats = 0
@@ -108,7 +113,10 @@ class ScriptedBroker:
         sent = 0
         while True:
             while session.waiting and len(session.unacked) < self._window:
-                packet_id = next(i for i in range(1, self._window + 1) if i not in session.unacked)
+                if self._repeat:
+                    packet_id = session.last_id = session.last_id + 1
+                else:
+                    packet_id = next(i for i in range(1, self._window + 1) if i not in session.unacked)
                 message = session.waiting.pop(0)
                 session.unacked[packet_id] = message
                 self._send(peer, packet_id, message)
@@ -121,6 +129,8 @@ class ScriptedBroker:
                     await asyncio.sleep(self._random.random() * 0.05)
                     peer.writer.transport.abort()
                     return
+                if self._pace_s:
+                    await asyncio.sleep(self._pace_s)
             await peer.writer.drain()
             first, body = await peer.packet()
             if first >> 4 == 4:

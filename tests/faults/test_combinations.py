@@ -8,6 +8,7 @@ A seed fixes what happens and when; how far the records have come by then is the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -16,7 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness import STREAM, Rig
+from authority import YESTERDAY, Authority
+from disks import SmallDisk, mountable
+from harness import STREAM, Plant, Rig
+from ledger import Ledger
+from scripted import ScriptedBroker
 from servers import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:
@@ -31,6 +36,16 @@ RECORDS = 2000
 RATE = 1300.0
 SPAN_S = 1.4  # faults begin within
 SHUTDOWN_S = 1.0
+# What a broker may do and mosquitto does not. It plays by itself, so only what Kinesis does goes with it.
+SCRIPTED: dict[str, dict[str, Any]] = {
+    "broker-shuffles": {"order": "shuffled", "cut_after": 60, "cuts": 6},
+    "broker-reverses": {"order": "reversed", "cut_after": 60, "cuts": 6},
+    "broker-repeats": {"repeat": 3},
+    "broker-reuses-ids": {"window": 10},
+    "broker-begins-ids-again": {"forget": True, "cut_after": 50, "cuts": 6, "window": 50},
+}
+HOSTS = ("127.0.0.1", "localhost")
+KINESIS_SIDE = ("kinesis", "answer", "stream", "keys", "clock")
 ONE = os.environ.get("FASTKIN_FAULT_SEED")
 SEEDS = [int(ONE)] if ONE else list(range(int(os.environ.get("FASTKIN_FAULT_SEEDS", "6"))))
 
@@ -45,7 +60,14 @@ class Wall:
 class Case:
     """What one seed stands for: settings of the rig, and steps at their times."""
 
+    kinesis_authority: Authority
+    broker_authority: Authority
+    dead_letter_disk: SmallDisk
+    spool_disk: SmallDisk
+    unknown: Path  # while it exists no name resolves
+
     def __init__(self, seed: int) -> None:
+        self.seed = seed
         self.rng = rng = Random(seed)
         self.wall = Wall()
         self.spool = False
@@ -59,16 +81,26 @@ class Case:
             "kinesis": {"request_timeout_s": 1.0, "max_connections": rng.choice([1, 2, 4, 16])},
             "broker": {"keep_alive_s": 1, "receive_maximum": rng.choice([20, 200, 2000])},
             "pipeline": {"shutdown_timeout_s": SHUTDOWN_S, "linger_ms": rng.choice([5, 50])},
+            "patch": {},
         }
         if rng.random() < 0.25:
             self.options["pipeline"] |= {"budget_bytes": 2**20, "max_batch_bytes": 2**17, "max_record_bytes": 2**16}
         if rng.random() < 0.3:
             self.spool = True
         if rng.random() < 0.25:
-            self.options["patch"] = {"fsync_s": 0.1}
-        names = list(FAULTS)
+            self.options["patch"]["fsync_s"] = 0.1
+        names = [name for name in FAULTS if self._possible(name)]
         chosen = rng.sample(names, rng.randint(2, 4))
-        if "broker-forgets" in chosen:
+        self.scripted = rng.random() < 0.15
+        if self.scripted:
+            beside = [name for name in names if name.startswith(KINESIS_SIDE)]
+            chosen = [rng.choice(list(SCRIPTED)), *rng.sample(beside, rng.randint(1, 3))]
+            # It has one more message for each acknowledgement, whatever window was granted: a smaller one than its own
+            # would close every batch at one record, and few connections with long calls take minutes for those.
+            self.options["broker"]["receive_maximum"] = 500
+            self.options["kinesis"]["max_connections"] = rng.choice([4, 16])
+            self.options["emulator"]["latency_ms"] = rng.choice([2, 30])
+        elif "broker-forgets" in chosen:
             # What only the broker had is lost with it: nothing else may take records from fastkin then.
             chosen = ["broker-forgets", *(name for name in chosen if name.startswith(("kinesis", "answer", "stream")))]
             if len(chosen) == 1:
@@ -76,6 +108,43 @@ class Case:
             self.options["lossy_broker"] = True
         self.names = chosen
         self.steps: list[Step] = []
+
+    def _possible(self, name: str) -> bool:
+        if name.startswith("spool") and not self.spool:
+            return False
+        return name not in MOUNTED or mountable()
+
+    def prepare(self, path: Path, held: contextlib.ExitStack) -> None:
+        """What its faults need from the beginning."""
+        options, names = self.options, self.names
+        if self.scripted:
+            messages = Plant(0, Ledger()).messages(RECORDS, 0)
+            options["scripted"] = ScriptedBroker(messages, **SCRIPTED[names[0]], pace_s=0.0015, seed=self.seed)
+        if "names-unknown" in names:
+            self.unknown = path / "unknown"
+            options["host"] = "localhost"
+            options["patch"]["unknown"] = str(self.unknown)
+        if "kinesis-certificate" in names:
+            self.kinesis_authority = authority(path / "kinesis-ca")
+            options["emulator"]["ssl_context"] = self.kinesis_authority.context
+            options["kinesis"]["ca_bundle"] = str(self.kinesis_authority.path)
+        if "broker-certificate" in names:
+            self.broker_authority = authority(path / "broker-ca")
+            options["tls"] = self.broker_authority.context
+            options["broker"]["tls"] = {"ca": str(self.broker_authority.path)}
+        if "dead-letters-full" in names or "dead-letters-read-only" in names:
+            self.dead_letter_disk = held.enter_context(SmallDisk(path / "dead-letter-disk", 2**20))
+            options["dead_letter_path"] = self.dead_letter_disk.path / "dead.jsonl"
+        if self.spool:
+            folder = path
+            if "spool-disk-full" in names:
+                self.spool_disk = held.enter_context(SmallDisk(path / "spool-disk", 48 * 2**20))
+                folder = self.spool_disk.path
+            if "spool-disk-slow" in names:
+                options["patch"]["slow"] = {"fastkin.spool:Spool.write": self.rng.choice([0.1, 0.3])}
+            options["spool"] = True
+            options["pipeline"] |= {"on_full": "spool", "spool": str(folder / "spool"), "spool_after_s": 0.2}
+            names.append("with a spool")
 
     def plan(self, rig: Rig) -> list[Step]:
         for name in (name for name in self.names if name in FAULTS):
@@ -86,6 +155,7 @@ class Case:
 
 Made = list[tuple[float, "Callable[[], Any]"]]
 FAULTS: dict[str, Callable[[Rig, Case], Made]] = {}
+MOUNTED = ("dead-letters-full", "dead-letters-read-only", "spool-disk-full")  # these need a disk of their own
 
 
 def fault(name: str) -> Callable[[Callable[[Rig, Case], Made]], Callable[[Rig, Case], Made]]:
@@ -135,6 +205,25 @@ def _broker_restarts(rig: Rig, case: Case) -> Made:
 @fault("broker-forgets")
 def _broker_forgets(rig: Rig, case: Case) -> Made:
     return [(0.0, lambda: rig.stop_broker(kill=True)), (case.rng.uniform(0.05, 0.6), rig.broker.start)]
+
+
+@fault("broker-certificate")
+def _broker_certificate(rig: Rig, case: Case) -> Made:
+    return wrong_certificate(case, case.broker_authority, lambda: rig.call(rig.broker_way.cut))
+
+
+def authority(folder: Path) -> Authority:
+    folder.mkdir()
+    made = Authority(folder)
+    made.show(*HOSTS)
+    return made
+
+
+def wrong_certificate(case: Case, shown: Authority, cut: Callable[[], Any]) -> Made:
+    """Those who are connected would not look at it: so they are cut."""
+    names, options = case.rng.choice([(HOSTS, {"not_after": YESTERDAY}), (("another.example",), {})])
+    long = case.rng.uniform(0.2, 0.8)
+    return [(0.0, lambda: shown.show(*names, **options)), (0.0, cut), (long, lambda: shown.show(*HOSTS))]
 
 
 @fault("broker-cut")
@@ -223,10 +312,30 @@ def _kinesis_answers_lost(rig: Rig, case: Case) -> Made:
 
 @fault("kinesis-refuses")
 def _kinesis_refuses(rig: Rig, case: Case) -> Made:
+    return outage(rig, case.rng.uniform(0.1, 0.8))
+
+
+def outage(rig: Rig, long: float) -> Made:
     return [
         (0.0, lambda: rig.wait(rig.kinesis_way.refuse())),
         (0.01, lambda: rig.call(rig.kinesis_way.cut)),
-        (case.rng.uniform(0.1, 0.8), lambda: rig.wait(rig.kinesis_way.start())),
+        (long, lambda: rig.wait(rig.kinesis_way.start())),
+    ]
+
+
+@fault("kinesis-certificate")
+def _kinesis_certificate(rig: Rig, case: Case) -> Made:
+    return wrong_certificate(case, case.kinesis_authority, lambda: rig.call(rig.kinesis_way.cut))
+
+
+@fault("names-unknown")
+def _names_unknown(rig: Rig, case: Case) -> Made:
+    """Broker's and Kinesis's; nobody would ask for them while connections are open."""
+    return [
+        (0.0, case.unknown.touch),
+        (0.0, lambda: rig.call(rig.kinesis_way.cut)),
+        (0.0, lambda: rig.call(rig.broker_way.cut)),
+        (case.rng.uniform(0.2, 1.0), lambda: case.unknown.unlink(missing_ok=True)),
     ]
 
 
@@ -393,17 +502,51 @@ def _frames(rig: Rig, case: Case) -> Made:
     return [(0.0, publish)]
 
 
+# -- the disks
+
+
+@fault("dead-letters-full")
+def _dead_letters_full(rig: Rig, case: Case) -> Made:
+    disk = case.dead_letter_disk
+    return [(0.0, disk.fill), *_frames(rig, case), (case.rng.uniform(0.3, 1.2), disk.mend)]
+
+
+@fault("dead-letters-read-only")
+def _dead_letters_read_only(rig: Rig, case: Case) -> Made:
+    """No disk becomes read-only under a file that is open for writing: it does between two processes."""
+    disk = case.dead_letter_disk
+
+    def between() -> None:
+        end(rig, signal.SIGKILL)
+        disk.read_only()
+        begin(rig)
+
+    return [(0.0, between), *_frames(rig, case), (case.rng.uniform(0.5, 1.5), disk.mend)]
+
+
+@fault("spool-disk-full")
+def _spool_disk_full(rig: Rig, case: Case) -> Made:
+    """In an outage: nothing is written to a spool without one."""
+    disk = case.spool_disk
+    return [(0.0, disk.fill), *outage(rig, case.rng.uniform(0.5, 1.5)), (case.rng.uniform(0.3, 2.0), disk.mend)]
+
+
+@fault("spool-disk-slow")
+def _spool_disk_slow(rig: Rig, case: Case) -> Made:
+    """From the beginning; the outage makes it spool."""
+    return outage(rig, case.rng.uniform(0.5, 1.5))
+
+
 @pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: f"seed-{seed}")
 def test_combination(tmp_path: Path, seed: int) -> None:
     case = Case(seed)
-    if case.spool:
-        case.options["spool"] = True
-        case.options["pipeline"] |= {"on_full": "spool", "spool": str(tmp_path / "spool"), "spool_after_s": 0.2}
-        case.names.append("with a spool")
-    print(f"seed {seed}: {', '.join(case.names)}; FASTKIN_FAULT_SEED={seed} repeats it")
-    with Rig(tmp_path, name=f"seed-{seed} [{' + '.join(case.names)}]", **case.options) as rig:
+    with contextlib.ExitStack() as held:
+        case.prepare(tmp_path, held)
+        print(f"seed {seed}: {', '.join(case.names)}; FASTKIN_FAULT_SEED={seed} repeats it")
+        rig = held.enter_context(Rig(tmp_path, name=f"seed-{seed} [{' + '.join(case.names)}]", **case.options))
         steps = case.plan(rig)
-        rig.flow(RECORDS, rate=RATE)
+        if not case.scripted:
+            rig.flow(RECORDS, rate=RATE)
         began = time.monotonic()
         for at, name, step in steps:
             time.sleep(max(0.0, began + at - time.monotonic()))
@@ -412,7 +555,7 @@ def test_combination(tmp_path: Path, seed: int) -> None:
         # Everything is well from here on, but for what was broken for good.
         rig.call(rig.broker_way.heal)
         rig.call(rig.kinesis_way.heal)
-        if not rig.broker.running:
+        if not case.scripted and not rig.broker.running:
             rig.broker.start()
         begin(rig)
         rig.settle()

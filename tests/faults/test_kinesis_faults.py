@@ -160,6 +160,41 @@ def test_shards_split_and_merge_in_flow(tmp_path: Path) -> None:
         assert rig.finish()["dup"] == 0
 
 
+@pytest.mark.faults_full
+@pytest.mark.parametrize("code", ["ResourceInUseException", "ExpiredIteratorException", "ExpiredNextTokenException"])
+def test_the_shards_cannot_be_listed_while_they_split(tmp_path: Path, code: str) -> None:
+    """The old map paces on; the new one is there as soon as somebody tells it."""
+    often = {"fastkin.pipeline:_SHARDS_LOOK_S": 0.2, "fastkin.pipeline:_SHARDS_LOOKS": 1}
+    with Rig(tmp_path, emulator={"limits": True}, patch={"set": often}) as rig:
+        struck = rig.call(lambda: rig.kinesis.faults.call(code, operation="ListShards"))
+        rig.flow(2500)
+        rig.stored(500)
+        rig.split_shard(0)
+        rig.until(lambda: struck.hits >= 4, "the shards were asked for")
+        rig.logged(code)
+        rig.stored(1500)
+        rig.call(rig.kinesis.faults.clear)
+        rig.logged("5 open shards")
+        rig.settle()
+        books = rig.finish()
+        assert (books["dup"], books["dead"]) == (0, 0)
+
+
+@pytest.mark.faults_full
+def test_a_dry_run_at_the_start(tmp_path: Path) -> None:
+    """Its DryRunOperationException says that all is well: both pipelines ask, nothing is stored, then all flows."""
+    with Rig(tmp_path, pipeline={"startup_check": "dry_run"}, start=False) as rig:
+        asked = rig.call(lambda: rig.kinesis.faults.latency(0))  # only to be counted
+        rig.service.start()
+        rig.subscribed()
+        assert (asked.hits, rig.books()["stored"]) == (2, 0)
+        rig.flow(1000)
+        rig.settle()
+        books = rig.finish()
+        assert (books["dup"], books["dead"]) == (0, 0)
+        assert "DryRunOperationException" not in rig.service.log(), "it was taken for an error"
+
+
 def test_the_stream_is_deleted_and_created_again(tmp_path: Path) -> None:
     with Rig(tmp_path) as rig:
         rig.flow(1500)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import ssl
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trustme
 
+from authority import YESTERDAY, Authority
 from fastkin.emulator import Secret
 from harness import Rig
 from servers import ACCESS_KEY, SECRET_KEY
@@ -168,19 +168,6 @@ def test_an_answer_arrives_with_a_flipped_byte(tmp_path: Path, at: int) -> None:
 # -- TLS
 
 
-class Authority:
-    """Issues certificates, and changes what a server shows from one connection to the next."""
-
-    def __init__(self, directory: Path) -> None:
-        self.ca = trustme.CA()
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.path = directory / "ca.pem"
-        self.ca.cert_pem.write_to_path(str(self.path))
-
-    def show(self, *names: str, ca: trustme.CA | None = None, **options: Any) -> None:
-        (ca or self.ca).issue_cert(*names, **options).configure_cert(self.context)
-
-
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
     made = Authority(tmp_path)
@@ -190,9 +177,6 @@ def authority(tmp_path: Path) -> Authority:
 
 def kinesis_tls(authority: Authority) -> dict[str, Any]:
     return {"emulator": {"ssl_context": authority.context}, "kinesis": {"ca_bundle": str(authority.path)}}
-
-
-YESTERDAY = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
 
 
 @pytest.mark.parametrize(
