@@ -119,14 +119,15 @@ def test_what_mqtt5_writes_we_read_alike(packets: list[Any], sizes: list[int]) -
 
     want_messages = []
     want_acks = []
-    pending: set[int] = set()
+    pending: set[tuple[int, int]] = set()
     want_events: list[Any] = []
     for one in packets:
         if isinstance(one, mqtt5.PublishPacket):
-            if int(one.qos) == 2:
-                if one.packet_id in pending:
-                    continue
-                pending.add(one.packet_id)  # type: ignore[arg-type]
+            known = (int(one.qos), one.packet_id or 0)
+            if known in pending and (known[0] == 2 or one.duplicate):
+                continue  # sent again, and answered once
+            if known[0]:
+                pending.add(known)
             want_messages.append((one.topic.encode(), one.payload))
             if int(one.qos) == 1:
                 want_acks.append(mqtt5.PubAckPacket(one.packet_id))  # type: ignore[arg-type]
@@ -321,10 +322,10 @@ def test_311_publishes_as_paho_reads_them(rows: list[Any], sizes: list[int]) -> 
         one = paho_decode(wire)
         assert (one.topic, one.payload, one.qos) == (topic.encode(), payload, qos)
         assert (one.retain, one.dup, one.mid) == (retain, dup and qos > 0, number if qos else 0)
-        if qos == 2:
-            if number in pending:
-                continue
-            pending.add(number)
+        if (qos, number) in pending and (qos == 2 or dup):
+            continue  # sent again, and answered once
+        if qos:
+            pending.add((qos, number))
         want.append((one.topic, bytes(one.payload)))
         if qos:
             acks += bytes((0x40 if qos == 1 else 0x50, 2)) + number.to_bytes(2, "big")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PUBREC_7 = b"\x50\x02\x00\x07"
+PUBACK_3 = b"\x40\x02\x00\x03"
 PUBREL_7 = b"\x62\x02\x00\x07"
 PUBCOMP_7 = b"\x70\x02\x00\x07"
 
@@ -109,13 +110,39 @@ def test_qos_2_over_a_reconnect(keep: bool, present: int) -> None:
     assert rig.ledger.take() == (PUBREC_7 if known else b"")
 
 
-def test_qos_1_dup_of_a_pending_identifier_is_a_new_message() -> None:
+@pytest.mark.parametrize("version", [4, 5])
+def test_qos_1_sent_again_while_it_waits_is_answered_once(version: int) -> None:
+    """Brokers with a retry interval do that in an outage. A second PUBACK would answer what has the identifier next."""
+    rig = Rig(version)
+    once = publish("t", b"1", qos=1, packet_id=3, version=version)
+    again = publish("t", b"1", qos=1, packet_id=3, flags=8, version=version)
+    rig.feed(once + again + again)
+    assert rig.payloads == [b"1"]
+    assert (rig.session.messages, rig.session.duplicates, rig.ledger.unacked) == (3, 2, 1)
+    assert rig.ledger.repeated == 0
+    rig.settle_all()
+    assert rig.session.take_output() + rig.ledger.take() == PUBACK_3
+    # answered: whatever comes with the identifier is a new message [MQTT-4.3.2-2]
+    rig.feed(again)
+    assert len(rig.seen) == 2
+    # and a broker that uses it for another message while this one waits does not say DUP
+    rig.feed(publish("t", b"2", qos=1, packet_id=3, version=version))
+    assert rig.payloads[1:] == [b"1", b"2"]
+    rig.settle_all()
+    assert rig.session.take_output() + rig.ledger.take() == PUBACK_3 * 2
+    assert rig.ledger.repeated == 1
+
+
+def test_qos_1_sent_again_on_a_new_connection_is_taken() -> None:
+    """What was there before the connection ended will not be acknowledged: the copy will."""
     rig = Rig(4)
     rig.feed(publish("t", b"1", qos=1, packet_id=3))
+    rig.ledger.reset(True)
+    rig.connection()
     rig.feed(publish("t", b"1", qos=1, packet_id=3, flags=8))
-    assert len(rig.seen) == 2
+    assert rig.payloads == [b"1", b"1"]
     rig.settle_all()
-    assert rig.session.take_output() == b"\x40\x02\x00\x03" * 2
+    assert rig.session.take_output() + rig.ledger.take() == PUBACK_3
 
 
 # -- stalls

@@ -89,7 +89,7 @@ class Session:
     # PUBLISH packets taken so far
     @property
     def messages(self) -> int: ...
-    # QoS 2 messages that came again and were not offered again
+    # messages that came again while they were known here, and were not offered again
     @property
     def duplicates(self) -> int: ...
     # messages above our Receive Maximum: tolerated

@@ -34,6 +34,8 @@ cdef class Ledger(Settler):
     cdef uint64_t _next
     cdef uint64_t _peak  # most slots in use since the last shrink
     cdef int _calm
+    # QoS 1, a bit per packet identifier: in the ring
+    cdef uint8_t* _qos1
     # QoS 2, two bits per packet identifier, made when first needed (16 KiB):
     # in the ring waiting for its PUBREC / PUBREC given out, waiting for PUBREL
     cdef uint8_t* _qos2
@@ -44,13 +46,15 @@ cdef class Ledger(Settler):
 
     def __cinit__(self):
         self._ring = <Slot*> malloc(RING_START * sizeof(Slot))
-        if self._ring == NULL:
+        self._qos1 = <uint8_t*> calloc(1, 8192)
+        if self._ring == NULL or self._qos1 == NULL:
             raise MemoryError
         self._mask = RING_START - 1
         self._first = self._done = self._next = 1
 
     def __dealloc__(self):
         free(self._ring)
+        free(self._qos1)
         free(self._qos2)
 
     # -- what the session calls
@@ -106,6 +110,21 @@ cdef class Ledger(Settler):
             if slot.pending != 0 or slot.flags & (SLOT_OPEN | SLOT_FAILED):
                 return
             self._done += 1
+
+    cdef inline int begin_qos1(
+        self, uint16_t packet_id, bint again, double born, uint64_t* token
+    ) except -1:
+        """1 with a token when the message is new; 0 for one sent again although it waits here.
+
+        Brokers that wait for an acknowledgement send it again, EMQX each 30 s. The PUBACK that is to come answers
+        that one too: a second would answer whatever has the identifier by then. [MQTT-4.3.2-2]
+        """
+        cdef uint8_t mark = <uint8_t> (1 << (packet_id & 7))
+        if again and self._qos1[packet_id >> 3] & mark:
+            return 0
+        token[0] = self.begin(packet_id, 1, born)
+        self._qos1[packet_id >> 3] |= mark
+        return 1
 
     # -- QoS 2: the first 65536 bits say "in the ring", the second "PUBREC given out"
 
@@ -226,6 +245,8 @@ cdef class Ledger(Settler):
                     self._qos2[packet_id >> 3] &= ~mark
                     if slot.flags & SLOT_ANSWER == 0:
                         self._qos2[8192 + (packet_id >> 3)] |= mark
+            else:
+                self._qos1[packet_id >> 3] &= ~<uint8_t> (1 << (packet_id & 7))
             p += 4
         self._settle_size()
         self._first = self._done
@@ -251,6 +272,7 @@ cdef class Ledger(Settler):
         """
         self._first = self._done = self._next
         self.failed = 0
+        memset(self._qos1, 0, 8192)
         if self._qos2 != NULL:
             memset(self._qos2, 0, 8192)
             if not keep_session:

@@ -161,9 +161,9 @@ cdef class Session:
 
     # the caller sets it before feed(): stamped on messages
     cdef public double now
-    # PUBLISH packets taken so far, repeated QoS 2 ones included
+    # PUBLISH packets taken so far, repeated ones included
     cdef readonly Py_ssize_t messages
-    # QoS 2 messages that came again and were not offered again
+    # messages that came again while they were known here, and were not offered again
     cdef readonly Py_ssize_t duplicates
     # messages above our Receive Maximum: tolerated
     cdef readonly Py_ssize_t overruns
@@ -444,13 +444,13 @@ cdef class Session:
             if <int64_t> (ledger._next - ledger._first) >= self._receive_maximum:
                 self.overruns += 1
             if message.qos == 1:
-                token = ledger.begin(message.packet_id, 1, self.now)
+                new = ledger.begin_qos1(message.packet_id, p[0] & 0x08 != 0, self.now, &token)
             else:
                 new = ledger.begin_qos2(message.packet_id, self.now, &token)
-                if new == 0:
-                    self.messages += 1
-                    self.duplicates += 1
-                    return 1
+            if new == 0:
+                self.messages += 1
+                self.duplicates += 1
+                return 1
         if count == 0:
             self._router.unrouted += 1
             if token:
