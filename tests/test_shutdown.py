@@ -288,9 +288,10 @@ def test_a_terminal_that_is_closed_ends_the_service(server: Server, tmp_path: Pa
         '[broker]\nurl = "mqtt://127.0.0.1:1"\nclient_id = "tty"\n[[pipeline]]\nid = "a"\ntopics = ["t"]\n'
         'stream = "s"\nregion = "us-east-1"\nendpoint_url = "http://127.0.0.1:1"\naccess_key = "a"\nsecret_key = "b"\n'
     )
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "FASTKIN_"))}
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-m", "fastkin", "run", str(tmp_path / "fastkin.toml")])
+        os.execve(sys.executable, [sys.executable, "-m", "fastkin", "run", str(tmp_path / "fastkin.toml")], env)
     try:
         heard = b""
         while b"running: " not in heard:
