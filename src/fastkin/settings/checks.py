@@ -365,7 +365,7 @@ class Checker:
         self._stream(given, merged, layers)
         if "region" in given and not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", given["region"]):
             self.report.problem(
-                merged["region"].place,
+                (merged.get("region") or merged["stream_arn"]).place,  # an ARN brings one
                 f"{given['region']!r} is not a region",
                 "for example eu-west-1",
             )
