@@ -359,6 +359,8 @@ class Rig:
         self.kinesis = self.emulator
         self.kinesis_way = self._proxy(self.emulator.port)
         self.kinesis_way.on_damage = self._damaged
+        if self._spool:
+            self.kinesis_way.hasty_s = 0.5  # calls are cut short for the spool, now and then as their answer comes
         if self._scripted is None:
             self.broker: Server = self._exit.enter_context(
                 mosquitto("max_queued_messages 0\n" + self._conf, persistence=self._persistence)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import struct
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class Link:
         self.server_side_port = 0  # how the server knows this connection
         self.damaged = False  # the one who connected may not have got all that the server sent
         self.pending_down = False
+        self.passed_down = -math.inf  # when the last bytes went to the one who connected (loop time)
         self.deaf = False  # its way down was closed while the way up stayed open
 
     @property
@@ -85,6 +87,7 @@ class FaultProxy:
         self.port = 0
         self.up = Way()
         self.down = Way()
+        self.hasty_s = 0.0  # who leaves so soon after an answer may not have taken it
         self.links: set[Link] = set()
         self.accepted = 0
         # told the server's port of a link whose client may not have got what the server sent last
@@ -205,6 +208,9 @@ class FaultProxy:
                     link.damaged = True
                 elif down:
                     link.pending_down = False
+                    link.passed_down = asyncio.get_running_loop().time()
+            if not down and asyncio.get_running_loop().time() - link.passed_down < self.hasty_s:
+                link.damaged = True
             await way.passing.wait()
             if writer.can_write_eof():
                 writer.write_eof()

@@ -235,6 +235,7 @@ def test_sigkill_while_the_disk_of_the_spool_is_full(tmp_path: Path, disk: Small
         rig.kill()
         began = len(rig.service.log())
         rig.service.start()
+        rig.flow(12_000, rate=6000, size=SIZE)  # more than the room that the one before had kept for the way back
         rig.until(lambda: "free space on the file system" in rig.service.log()[began:], "it says so again")
         disk.free()
         over(rig)
