@@ -1,4 +1,4 @@
-"""Runs `fastkin run` as a process for the end-to-end tests, and a broker proxy that counts what is in flight."""
+"""For end-to-end tests: `fastkin run` as a process, what publishes to it, a proxy that counts what is in flight."""
 
 from __future__ import annotations
 
@@ -15,12 +15,66 @@ from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
+from fastkin.config import Broker
+from fastkin.publisher import Publisher
 from servers import ACCESS_KEY, SECRET_KEY, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from servers import Server
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Plant:
+    """Publishes numbered messages at a steady rate, in a thread with a loop of its own."""
+
+    def __init__(self, broker: Server, rate: float, size: int, qos: int = 1) -> None:
+        self.published = 0
+        self._broker = broker
+        self._rate = rate
+        self._size = size
+        self._qos = qos
+        self._stop = threading.Event()
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> int:
+        """How many were published; all of them are acknowledged, if their QoS asks for that."""
+        self._stop.set()
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+        if self._failed is not None:
+            raise self._failed
+        return self.published
+
+    def _work(self) -> None:
+        try:
+            asyncio.run(self._publish())
+        except BaseException as error:  # noqa: BLE001 - shown in the test's thread
+            self._failed = error
+
+    async def _publish(self) -> None:
+        publisher = Publisher(Broker(host=self._broker.host, port=self._broker.port, clean_session=True))
+        await publisher.connect()
+        began = time.monotonic()
+        while not self._stop.is_set():
+            due = int((time.monotonic() - began) * self._rate)
+            while self.published < due:
+                payload = b"%d-" % self.published
+                await publisher.publish("plant/1", payload.ljust(self._size, b"."), self._qos)
+                self.published += 1
+            await asyncio.sleep(0.01)
+        await publisher.drain()
+        await publisher.close()
 
 
 class Service:

@@ -5,23 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import threading
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import pytest
 
-from fastkin.config import Broker
 from fastkin.emulator import Emulator
-from fastkin.publisher import Publisher
-from running import CountingProxy, PeakRss, service, wait_until
+from running import CountingProxy, PeakRss, Plant, service, wait_until
 from servers import mosquitto
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from servers import Server
 
 MIB = 2**20
 # 20 s show what fills up and for how long nothing grows; ci/run takes the 60 s that are promised.
@@ -44,53 +40,6 @@ id = "welders"
 topics = ["plant/#"]
 budget_bytes = {budget}
 """
-
-
-class Plant:
-    """Publishes numbered QoS 1 messages at a steady rate, in a thread with a loop of its own."""
-
-    def __init__(self, broker: Server, rate: float, size: int) -> None:
-        self.published = 0
-        self._broker = broker
-        self._rate = rate
-        self._size = size
-        self._stop = threading.Event()
-        self._failed: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-        if self._failed is not None:
-            raise self._failed
-
-    def _work(self) -> None:
-        try:
-            asyncio.run(self._publish())
-        except BaseException as error:  # noqa: BLE001 - shown in the test's thread
-            self._failed = error
-
-    async def _publish(self) -> None:
-        publisher = Publisher(Broker(host=self._broker.host, port=self._broker.port, clean_session=True))
-        await publisher.connect()
-        began = time.monotonic()
-        while not self._stop.is_set():
-            due = int((time.monotonic() - began) * self._rate)
-            while self.published < due:
-                payload = b"%d-" % self.published
-                await publisher.publish("plant/1", payload.ljust(self._size, b"."), 1)
-                self.published += 1
-            await asyncio.sleep(0.01)
-        await publisher.drain()
-        await publisher.close()
 
 
 def numbers(emulator: Emulator) -> Counter[int]:

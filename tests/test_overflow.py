@@ -121,6 +121,17 @@ async def running(settings: Pipeline) -> AsyncIterator[PipelineRun]:
         await run.stop()
 
 
+async def leave(emulator: Emulator, settings: Pipeline, count: int) -> None:
+    """A run that ends in an outage: its records are in the spool, and Kinesis is back."""
+    away = emulator.faults.cut("before", operation="PutRecords")
+    run = PipelineRun(settings, broker())
+    run.start()
+    await until(lambda: run.ready)
+    assert Feed(run).offer(count) == count
+    assert await run.stop() == 0
+    away.remove()
+
+
 async def test_an_outage_goes_to_the_disk_and_comes_back(emulator: Emulator, tmp_path: Path) -> None:
     """Ten times what memory holds, all of it stored once, the file empty after."""
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
@@ -370,13 +381,7 @@ async def test_a_damaged_row_is_set_aside_and_the_others_go_on(
 ) -> None:
     path = tmp_path / "spool.db"
     settings = pipeline(emulator.url, path, max_records=100, spool_after_s=60.0)
-    away = emulator.faults.cut("before", operation="PutRecords")
-    run = PipelineRun(settings, broker())
-    run.start()
-    await until(lambda: run.ready)
-    feed = Feed(run)
-    feed.offer(300)
-    assert await run.stop() == 0
+    await leave(emulator, settings, 300)
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         rows = [row for (row,) in db.execute("SELECT id FROM rows ORDER BY id")]
         assert len(rows) == 3
@@ -388,7 +393,6 @@ async def test_a_damaged_row_is_set_aside_and_the_others_go_on(
         crc = fastkin.spool._crc(body, b"", 100, 100)
         db.execute("UPDATE bodies SET body = ? WHERE id = ?", (body, rows[2]))
         db.execute("UPDATE rows SET crc = ? WHERE id = ?", (crc, rows[2]))
-    away.remove()
     async with running(settings) as again:
         await until(lambda: again.lane.stored + again.lane.dead_lettered == 300)
         Feed(again).check()
@@ -490,15 +494,9 @@ async def test_a_rotten_header_holds_up_nobody(
     """The numbers of a row are used before its checksum is looked at."""
     path = tmp_path / "spool.db"
     settings = pipeline(emulator.url, path, max_records=100, spool_after_s=60.0)
-    away = emulator.faults.cut("before", operation="PutRecords")
-    run = PipelineRun(settings, broker())
-    run.start()
-    await until(lambda: run.ready)
-    Feed(run).offer(300)
-    assert await run.stop() == 0
+    await leave(emulator, settings, 300)
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.execute(f"UPDATE rows SET {wrong} WHERE id = (SELECT min(id) FROM rows)")
-    away.remove()
     async with running(settings) as again:
         await until(lambda: again.lane.stored == 200)
         assert "keeps 1 damaged batches" in caplog.text

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import pytest
 
-from fastkin.config import Broker
 from fastkin.emulator import Emulator
-from fastkin.publisher import Publisher
-from running import PeakRss, service, wait_until
+from running import PeakRss, Plant, service, wait_until
 from servers import mosquitto
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from servers import Server
 
 MIB = 2**20
 
@@ -44,52 +40,6 @@ spool = "{path}"
 spool_after_s = 0.5
 shutdown_timeout_s = 2
 """
-
-
-class Plant:
-    """Publishes numbered messages at a steady rate, in a thread with a loop of its own."""
-
-    def __init__(self, broker: Server, rate: float, size: int, qos: int) -> None:
-        self.published = 0
-        self._given = (broker, rate, size, qos)
-        self._stop = threading.Event()
-        self._failed: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    def stop(self) -> int:
-        self._stop.set()
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-        if self._failed is not None:
-            raise self._failed
-        return self.published
-
-    def _work(self) -> None:
-        try:
-            asyncio.run(self._publish())
-        except BaseException as error:  # noqa: BLE001 - shown in the test's thread
-            self._failed = error
-
-    async def _publish(self) -> None:
-        broker, rate, size, qos = self._given
-        publisher = Publisher(Broker(host=broker.host, port=broker.port, clean_session=True))
-        await publisher.connect()
-        began = time.monotonic()
-        while not self._stop.is_set():
-            due = int((time.monotonic() - began) * rate)
-            while self.published < due:
-                await publisher.publish("plant/1", (b"%d-" % self.published).ljust(size, b"."), qos)
-                self.published += 1
-            await asyncio.sleep(0.01)
-        await publisher.drain()
-        await publisher.close()
 
 
 def numbers(emulator: Emulator) -> list[int]:
