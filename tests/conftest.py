@@ -1,7 +1,15 @@
-"""Fixtures for every test; `async def test_...` runs under pytest-asyncio in a loop of its own."""
+"""Fixtures for every test; `async def test_...` runs under pytest-asyncio in a loop of its own.
+
+Every test has a time limit (`timeout` in pyproject.toml, or the test's own mark). pytest-timeout enforces it with a
+signal, which only fails the one test, but needs a main thread that still runs Python. A main thread that is stuck in
+a lock or in a loop's C code never sees it. So a second limit, a little later, is watched by a thread of the
+interpreter's own (faulthandler): it prints the stacks of all threads and ends the process.
+"""
 
 from __future__ import annotations
 
+import faulthandler
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +18,30 @@ import servers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_GRACE_S = 20.0  # what the signal gets to end a test in order
+_stderr = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_stderr] = os.dup(2)  # output is not captured yet: later this number may be a file of pytest's
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    faulthandler.cancel_dump_traceback_later()
+    os.close(config.stash[_stderr])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    mark = item.get_closest_marker("timeout")
+    given = (mark.args[0] if mark.args else mark.kwargs.get("timeout")) if mark is not None else None
+    limit = float(given or item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(limit + _GRACE_S, exit=True, file=item.config.stash[_stderr])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture
