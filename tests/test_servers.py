@@ -11,6 +11,8 @@ import pytest
 import servers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 
@@ -81,3 +83,17 @@ def test_a_missing_server_names_the_command_that_installs_it(monkeypatch: pytest
     absent = servers.kinesalite()
     with pytest.raises(servers.ServerError, match=r"kinesalite is not installed .*ci/setup test"):
         absent.__enter__()
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("start", [servers.nats, servers.aedes, servers.rabbitmq, servers.amqtt])
+def test_other_brokers_start_restart_and_end(start: Callable[[], AbstractContextManager[servers.Server]]) -> None:
+    with start() as broker:
+        first = broker.pid
+        broker.restart()
+        assert servers.accepts(broker.port)
+        last = broker.pid
+    assert not alive(first)
+    assert not alive(last)
+    assert not servers.accepts(broker.port)
+    assert not broker.directory.exists()
