@@ -651,27 +651,6 @@ async def test_a_shard_map_that_is_refused_at_first_is_read_later(
     assert "kinesis:ListShards" in said[0].getMessage()
 
 
-async def test_aggregates_wait_until_it_is_known_that_the_stream_takes_them(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stream that chooses shards itself would have its consumers drop them."""
-    monkeypatch.setattr("fastkin.pipeline._RETRY_S", 0.05)
-    down: list[Any] = []
-
-    def prepare(emulator: Emulator) -> None:
-        down.append(emulator.faults.call("ServiceUnavailable", status=503, operation="DescribeStreamSummary"))
-
-    async with rig(server, prepare=prepare, aggregation="kpl") as r:
-        await r.publish(*(b"%d" % n for n in range(100)))
-        await r.until(lambda: r.stats["received"] == 100, "taken")
-        await asyncio.sleep(0.3)
-        assert r.emulator.counters.operations.get("PutRecords", 0) == 0
-        assert r.stats["in_flight"] == r.stats["unacked"] == 100
-        down[0].remove()
-        await r.settled(100)
-        assert r.stored()
-
-
 async def retained(server: Server, **broker: Any) -> int:
     """How often a retained message comes to a session that connects three times."""
     async with rig(server, broker=broker, topics=("retained/#",)) as r:

@@ -607,21 +607,6 @@ async def test_keys_that_come_back_are_noticed_soon_and_without_a_storm(monkeypa
     await rig.sender.close()
 
 
-async def test_nothing_is_sent_while_held() -> None:
-    rig = Rig(Scripted(all_stored))
-    rig.sender.hold()
-    rig.lane.add(b"x")
-    rig.lane.seal(DRAIN)
-    flushed = asyncio.create_task(rig.sender.flush())
-    await asyncio.sleep(0.1)
-    assert rig.client.calls == 0
-    rig.sender.release()
-    async with asyncio.timeout(5):
-        await flushed
-    rig.check()
-    await rig.sender.close()
-
-
 async def test_what_goes_again_is_gathered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Source and copy are both in memory for a moment: large pieces are sent as they are."""
     gathered: list[int] = []

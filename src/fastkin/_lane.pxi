@@ -53,7 +53,7 @@ cdef class Lane(Sink):
     cdef public bint attention
     cdef bint bulk
     cdef size_t max_record_bytes
-    cdef size_t aggregate_bytes  # 0: every record is an entry of its own
+    cdef size_t group_most  # bytes of an aggregate; 0: every record is an entry of its own
     cdef Aggregate group
     # how large the last batch became: where the next one starts
     cdef size_t body_hint
@@ -91,11 +91,9 @@ cdef class Lane(Sink):
         self.books.max_records = max_records
         self.books.max_batch_bytes = max_batch_bytes
         self.max_record_bytes = min(max_record_bytes, max_batch_bytes)
-        if aggregate_bytes and key.none:
-            raise LibraryError("records without a key cannot be aggregated: consumers would drop them")
-        self.aggregate_bytes = min(aggregate_bytes, self.max_record_bytes)
-        self.bulk = frame == "bulk"
         self.plan = key
+        self.set_aggregate_bytes(aggregate_bytes)
+        self.bulk = frame == "bulk"
         self.closed = deque()
         self.rejects = []
         self.body_hint = BODY_START
@@ -110,6 +108,12 @@ cdef class Lane(Sink):
         buf_free(&self.put_text)
         buf_free(&self.arena)
         free(self.slots)
+
+    cdef int set_aggregate_bytes(self, size_t aggregate_bytes) except -1:
+        if aggregate_bytes and self.plan.none:
+            raise LibraryError("records without a key cannot be aggregated: consumers would drop them")
+        self.group_most = min(aggregate_bytes, self.max_record_bytes)
+        return 0
 
     # -- keys
 
@@ -266,7 +270,7 @@ cdef class Lane(Sink):
     cdef inline int store(self, const uint8_t* data, size_t length, const Key* key, uint64_t token,
                           uint32_t kind) except -1:
         """One checked record, aggregated or not."""
-        if self.aggregate_bytes:
+        if self.group_most:
             return self.group_record(data, length, key, token, kind)
         return self.append(data, length, key, NULL, 0, token, kind, 1)
 
@@ -274,11 +278,11 @@ cdef class Lane(Sink):
                           uint32_t kind) except -1:
         cdef Aggregate* group = &self.group
         if group.records and not (aggregate_key_is(group, key)
-                                  and aggregate_fits(group, length, self.aggregate_bytes, self.max_record_bytes)):
+                                  and aggregate_fits(group, length, self.group_most, self.max_record_bytes)):
             self.close_group()
         if group.records == 0:
             check_memory(aggregate_start(group, key))
-            if not aggregate_fits(group, length, self.aggregate_bytes, self.max_record_bytes):
+            if not aggregate_fits(group, length, self.group_most, self.max_record_bytes):
                 return self.append(data, length, key, NULL, 0, token, kind, 1)
             if self.open is None:
                 self.attention = True
@@ -613,15 +617,15 @@ cdef class Lane(Sink):
     # -- what the sender takes
 
     def seal(self, int reason) -> bool:
-        """Close the open batch; False when there is none."""
+        """Close the open batch. True when something waits to be taken: also what was closed before, for the
+        open aggregate may have filled the batch, and then it is closed already."""
         if not 0 <= reason < FLUSH_REASONS:
             raise LibraryError(f"{reason} is no reason to close a batch")
         if self.group.records:
             self.close_group()
-        if self.open is None:
-            return False
-        self.close(reason)
-        return True
+        if self.open is not None:
+            self.close(reason)
+        return len(self.closed) > 0
 
     def take(self) -> Batch | None:
         """The oldest closed batch."""
@@ -705,6 +709,18 @@ cdef class Lane(Sink):
     def shards(self, ShardTable table):
         self.table = table
         self.known = False
+
+    @property
+    def aggregate_bytes(self) -> int:
+        """How large an aggregate becomes; 0: records are not aggregated. May change at any time."""
+        return self.group_most
+
+    @aggregate_bytes.setter
+    def aggregate_bytes(self, size_t aggregate_bytes):
+        if self.group.records:
+            self.close_group()
+            self.attention = True
+        self.set_aggregate_bytes(aggregate_bytes)
 
     @property
     def open_records(self) -> int:

@@ -590,8 +590,13 @@ class Overflow:
             self._sender.forget(epoch, count)
         if waiting:
             self._sender.give_back(list(waiting))
-        if not dropped:
-            return
+        if dropped:
+            self._say_dropped(dropped)
+        if dropped or not self._budget.full:  # to close the batch may have made room: who waits for it must hear so
+            self._on_settled()
+        self._sender.pump()
+
+    def _say_dropped(self, dropped: int) -> None:
         self.dropped += dropped
         self._dropped_unsaid += dropped
         now = self._loop.time()
@@ -602,5 +607,3 @@ class Overflow:
             )  # fmt: skip
             self._warned_at = now
             self._dropped_unsaid = 0
-        self._on_settled()
-        self._sender.pump()

@@ -8,6 +8,7 @@ connection would make every pipeline wait for the slowest.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from fastkin._codec import Sink
     from fastkin.config import Broker, Pipeline
-    from fastkin.kinesis import Client
+    from fastkin.kinesis import Client, StreamSummary
 
 _LOG = logging.getLogger("fastkin.pipeline")
 
@@ -61,6 +62,7 @@ class PipelineRun:
         self.pipeline = pipeline
         self.name = pipeline.id
         self._loop = asyncio.get_running_loop()
+        self._stream = pipeline.kinesis.stream_arn or pipeline.kinesis.stream or ""
         self._hook = on_settled
         self._on_message = on_message
         self.failure: asyncio.Future[None] = self._loop.create_future()
@@ -106,7 +108,7 @@ class PipelineRun:
             self.lane,
             self.client,
             name=self.name,
-            stream=pipeline.kinesis.stream_arn or pipeline.kinesis.stream or "",
+            stream=self._stream,
             max_calls=pipeline.kinesis.max_connections,
             set_aside=self.aside.refused,
             on_settled=self._settled,
@@ -114,8 +116,11 @@ class PipelineRun:
             max_batch_bytes=max_batch_bytes,
             throttle_error_after_s=pipeline.throttle_error_after_s,
         )
-        if pipeline.aggregation == "kpl":
-            self.sender.hold()  # until it is known that the stream does not choose shards itself
+        # Nothing is aggregated before it is known that the stream does not choose shards itself.
+        self._aggregate_bytes = self.lane.aggregate_bytes
+        self.lane.aggregate_bytes = 0
+        self._described = False
+        self._describe_failed = False
         self._shards_failed = False
         self.overflow: Overflow | None = None
         if pipeline.on_full != "pause":
@@ -143,7 +148,8 @@ class PipelineRun:
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress = asyncio.Event()
         self._lines = Repeats(_LOG, self._loop.call_later, most=5, per_s=60.0)
-        self.ready = False  # the stream was reached
+        self.ready = False  # the stream was reached: it answered, or it stored something
+        self._flowing = False  # the broker is being connected, or was
         self.start_error: str | None = None  # why it was not yet
         self._hurried = False
         self.left = asyncio.Event()  # the broker was left, by a run that lingers
@@ -179,6 +185,13 @@ class PipelineRun:
         await asyncio.wait([first], timeout=_FIRST_LOOK_S)
         if first.done() and (first.cancelled() or first.exception() is not None):
             return  # _task_done has it
+        self._flowing = True
+        if self._aggregate_bytes and not self._described:
+            _LOG.warning(
+                "pipeline=%s stage=batch it is not known whether stream %s chooses shards itself, and there consumers"
+                " drop aggregates: records go out one by one until it is; allow kinesis:DescribeStreamSummary, and see"
+                " that the control endpoint can be reached", self.name, self._stream,
+            )  # fmt: skip
         await self.intake.run()
 
     async def _prepare_first(self) -> None:
@@ -186,21 +199,28 @@ class PipelineRun:
             self._spawn(self._prepare_later(), "prepare")
 
     async def _prepare(self) -> bool:
-        """Find credentials and endpoint, look at the stream. False: not now, for a reason that was logged."""
+        """Find credentials and endpoint, try the stream. False: not now, for a reason that was logged."""
+        check = self.pipeline.startup_check
         try:
             await self.client.start()
-            await self._look_at_stream()
+            if check == "dry_run":
+                await self.client.dry_run()
+            elif check == "put":
+                await self._put_connection_test()
+            elif check == "describe":
+                await self._look_at_stream()
         except KinesisError as error:
-            self.start_error = str(error)
-            self._lines.say(
-                logging.ERROR, "not ready",
-                "pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S,
-            )  # fmt: skip
-            return False
-        self.ready = True
-        self.start_error = None
-        self.sender.release()
-        self._spawn(self._watch_shards(), "shards")
+            if not self.ready:  # else records are stored: it is only the question that was not answered
+                self.start_error = str(error)
+                self._lines.say(
+                    logging.ERROR, "not ready",
+                    "pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S,
+                )  # fmt: skip
+                return False
+        self._reached()
+        # What is asked from here on makes us better and is not needed: nothing waits for it but the first connect.
+        await self._look_again()
+        self._spawn(self._watch_stream(), "shards")
         return True
 
     async def _prepare_later(self) -> None:
@@ -208,6 +228,10 @@ class PipelineRun:
             await asyncio.sleep(_RETRY_S)
             if await self._prepare():
                 return
+
+    def _reached(self) -> None:
+        self.ready = True
+        self.start_error = None
 
     def hurry(self) -> None:
         """A stop() that lingers has a deadline from now on."""
@@ -268,31 +292,65 @@ class PipelineRun:
     # -- the stream ----------------------------------------------------------------------------
 
     async def _look_at_stream(self) -> None:
-        check = self.pipeline.startup_check
-        if check == "dry_run":
-            await self.client.dry_run()
-        elif check == "put":
-            await self._put_connection_test()
-        if check == "none" and self.pipeline.aggregation == "none":
-            return
+        """What the stream is, if we may know. KinesisError: it is not there, or nobody answers."""
         try:
             summary = await self.client.describe()
         except KinesisError as error:
             if error.action is not Action.OPERATOR or "ResourceNotFound" in error.code:
                 raise
+            self._say_undescribed(error)
+            return
+        self._aggregate(summary)
+        if self._described:
+            return
+        self._described = True
+        self._fits(summary)
+
+    async def _look_again(self) -> None:
+        """What is optional: the stream's mode and limits, its shards."""
+        wanted = self.pipeline.startup_check != "none"
+        if (self._aggregate_bytes or wanted) and not (self._described or self._describe_failed):
+            try:
+                await self._look_at_stream()
+            except KinesisError as error:
+                self._say_undescribed(error)
+        if wanted or self._described:
+            await self._read_shards()
+
+    def _say_undescribed(self, error: KinesisError) -> None:
+        if not self._describe_failed:
             _LOG.warning(
                 "pipeline=%s stage=send the stream cannot be described (%s): going on without its limits and shard"
                 " map; allow kinesis:DescribeStreamSummary and kinesis:ListShards to pace by shard",
                 self.name, error.code,
             )  # fmt: skip
+        self._describe_failed = True
+
+    def _aggregate(self, summary: StreamSummary) -> None:
+        """Aggregate on a stream that is known to take it. One may be told to choose shards itself at any time."""
+        if not self._aggregate_bytes:
             return
-        if summary.auto_keys and self.pipeline.aggregation == "kpl":
-            raise ConfigError(
-                f"pipeline {self.name!r} aggregation",
-                f"stream {summary.name} chooses shards itself (RecordDistributionStrategy AUTO) and"
-                " consumers drop aggregates on it",
-                'set aggregation = "none"',
-            )
+        if not summary.auto_keys:
+            if not self.lane.aggregate_bytes:
+                self.lane.aggregate_bytes = self._aggregate_bytes
+                self._attend()
+            return
+        problem = (
+            f"stream {summary.name} chooses shards itself (RecordDistributionStrategy AUTO) and consumers drop"
+            " aggregates on it"
+        )
+        if not self._flowing:
+            raise ConfigError(f"pipeline {self.name!r} aggregation", problem, 'set aggregation = "none"')
+        if self.lane.aggregate_bytes or not self._described:
+            self.lane.aggregate_bytes = 0
+            self._attend()
+            _LOG.error(
+                "pipeline=%s stage=batch %s: records go out one by one from now on; set aggregation = \"none\"",
+                self.name, problem,
+            )  # fmt: skip
+
+    def _fits(self, summary: StreamSummary) -> None:
+        """Do the settings fit the stream? ConfigError, or a WARNING."""
         if not summary.auto_keys and self.pipeline.partition_key == "none":
             raise ConfigError(
                 f"pipeline {self.name!r} partition_key",
@@ -310,7 +368,6 @@ class PipelineRun:
                 "pipeline=%s stage=send one static partition key on %d shards: everything goes to one shard, which"
                 " takes 1 MiB/s; use partition_key = uuid or topic to use all", self.name, summary.shard_count,
             )  # fmt: skip
-        await self._read_shards()
 
     async def _put_connection_test(self) -> None:
         """One real record, for permission systems that know no dry run; consumers are told to ignore it."""
@@ -348,19 +405,21 @@ class PipelineRun:
         self.sender.set_shards(shards)
         _LOG.info("pipeline=%s stage=send %d open shards", self.name, len(shards))
 
-    async def _watch_shards(self) -> None:
+    async def _watch_stream(self) -> None:
         """Splits and merges: look again now and then, sooner when an answer names a shard that is not known."""
         looks = 0
         seen: set[str] = set()  # shards that answers named and the map did not know: asked about once
         while True:
             await asyncio.sleep(_SHARDS_LOOK_S)
+            looks += 1
+            if self._aggregate_bytes and (not self._described or looks >= _SHARDS_LOOKS):
+                with contextlib.suppress(KinesisError):  # said once
+                    await self._look_at_stream()
             known = self.sender.shards
             if known is None:
-                if self.pipeline.startup_check == "none":
-                    return  # nobody wants to know
-                await self._read_shards()
+                if self.pipeline.startup_check != "none":
+                    await self._read_shards()
                 continue
-            looks += 1
             strange = {s for s in self.sender.throttled if s and known.ordinal(s) is None} - seen
             if strange or looks >= _SHARDS_LOOKS:
                 looks = 0
@@ -404,6 +463,8 @@ class PipelineRun:
         self.flusher.attend()
 
     def _settled(self) -> None:
+        if not self.ready and self.lane.stored:
+            self._reached()
         if self.overflow is not None and self.budget.full:
             self.overflow.attend()
         self.intake.flush_acks()

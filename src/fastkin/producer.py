@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from fastkin._codec import Batch, Receipt
 
+_LOG = logging.getLogger("fastkin.producer")
+
+_FIRST_LOOK_S = 3.0  # for the stream's mode and shards before the first put
 _SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that the map does not have
 _SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
 
@@ -76,7 +80,8 @@ class Producer:
         max_records, max_batch_bytes, max_record_bytes: limits of one call and one record; data before base64
             plus the UTF-8 bytes of the partition key (the API's PutRecords page).
         budget_bytes, budget_records: what may be held, buffered and in flight together.
-        aggregate_bytes: above 0, records are packed in KPL aggregates up to that size.
+        aggregate_bytes: above 0, records are packed in KPL aggregates up to that size, once it is known that the
+            stream does not choose shards itself (needs kinesis:DescribeStreamSummary; without it they go one by one).
         shard_map: read the stream's shards to pace by shard (needs kinesis:ListShards; without the permission
             limits are learned from throttles).
         on_full: what happens when the budget is full, or when Kinesis has taken nothing for `spool_after_s`: "pause",
@@ -116,6 +121,10 @@ class Producer:
             )  # fmt: skip
         except (ConfigError, KeySpecError) as error:
             raise LibraryError(str(error)) from None
+        # Nothing is aggregated before it is known that the stream does not choose shards itself.
+        self._aggregate_bytes = self._lane.aggregate_bytes
+        self._lane.aggregate_bytes = 0
+        self._said = ""
         self._stream = stream or str(stream_arn)
         self._linger_s = linger_ms / 1000
         self._max_records = max_records
@@ -132,6 +141,7 @@ class Producer:
         self._closed = False
         self._closing: asyncio.Task[int] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._flowing = False  # the first look at the stream is over
         self._hurry = asyncio.Event()  # who closes us will not wait
         self._starting = asyncio.Lock()
 
@@ -143,7 +153,10 @@ class Producer:
         await self.close()
 
     async def start(self) -> None:
-        """Find credentials and endpoint, read the shard map. KinesisError when the credentials cannot be had."""
+        """Find credentials and endpoint, look at the stream for a moment.
+
+        KinesisError when the credentials cannot be had; LibraryError when the stream takes no aggregates.
+        """
         async with self._starting:
             if self._closed:
                 raise self._not_open()
@@ -168,8 +181,8 @@ class Producer:
             max_records=self._max_records,
             max_batch_bytes=self._max_batch_bytes,
         )
-        if self._wants_shards:
-            await self._read_shards(sender)
+        if self._wants_shards or self._aggregate_bytes:
+            await self._first_look(sender)
         overflow: Overflow | None = None
         if self._on_full != "pause":
             overflow = Overflow(
@@ -180,12 +193,57 @@ class Producer:
         if self._closed:  # close() came while we were asking
             if overflow is not None:
                 await overflow.close()
+            await self._end_watch()
             raise self._not_open()
         self._overflow = overflow
         self._flusher = Flusher(self._lane, overflow or sender, self._linger_s, asyncio.get_running_loop())
         self._sender = sender
-        if self._wants_shards:
-            self._watching = asyncio.create_task(self._watch_shards(sender), name=f"fastkin[{self._stream}].shards")
+
+    async def _first_look(self, sender: Sender) -> None:
+        """At the stream's mode and shards. Not needed to put, so not waited for long."""
+        first = asyncio.Event()
+        self._watching = asyncio.create_task(self._watch(sender, first), name=f"fastkin[{self._stream}].shards")
+        looked = asyncio.create_task(first.wait())
+        try:
+            await asyncio.wait([looked, self._watching], timeout=_FIRST_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+            if self._watching.done() and not self._watching.cancelled():  # close() may have come
+                self._watching.result()  # an argument that the stream does not fit
+        except BaseException:
+            await self._end_watch()
+            raise
+        finally:
+            looked.cancel()
+        self._flowing = True
+        if self._aggregate_bytes and not self._lane.aggregate_bytes:
+            self._say(
+                logging.WARNING,
+                f"it is not known whether stream {self._stream} chooses shards itself, and there consumers drop"
+                " aggregates: records go out one by one until it is; allow kinesis:DescribeStreamSummary",
+            )
+
+    async def _look_at_mode(self) -> None:
+        """Aggregate on a stream that is known to take it."""
+        if not self._aggregate_bytes:
+            return
+        try:
+            summary = await self._client.describe()
+        except KinesisError:
+            return  # not known now: asked again
+        if not summary.auto_keys:
+            self._lane.aggregate_bytes = self._aggregate_bytes
+        else:
+            problem = f"stream {summary.name} chooses shards itself, and consumers drop aggregates on it"
+            if not self._flowing:
+                raise LibraryError(f"aggregate_bytes: {problem}; leave it 0")
+            self._lane.aggregate_bytes = 0
+            self._say(logging.ERROR, f"{problem}: records go out one by one; leave aggregate_bytes 0")
+        if self._lane.attention and self._flusher is not None:
+            self._flusher.attend()
+
+    def _say(self, level: int, text: str) -> None:
+        if text != self._said:
+            _LOG.log(level, "pipeline=%s stage=batch %s", self._stream, text)
+        self._said = text
 
     async def _read_shards(self, sender: Sender) -> None:
         try:
@@ -196,19 +254,32 @@ class Producer:
             self._lane.shards = ShardTable(shards.ends)
             sender.set_shards(shards)
 
-    async def _watch_shards(self, sender: Sender) -> None:
+    async def _watch(self, sender: Sender, first: asyncio.Event) -> None:
         """Splits and merges: look again now and then, sooner when an answer names a shard that is not known."""
         looks = 0
         seen: set[str] = set()  # asked about once
+        await self._look_at_mode()
+        if self._wants_shards:
+            await self._read_shards(sender)
+        first.set()
         while True:
             await asyncio.sleep(_SHARDS_LOOK_S)
             looks += 1
             known = sender.shards
             strange = {s for s in sender.throttled if s and known is not None and known.ordinal(s) is None} - seen
-            if strange or looks >= _SHARDS_LOOKS:
-                looks = 0
+            again = looks >= _SHARDS_LOOKS
+            if again or not self._lane.aggregate_bytes:
+                await self._look_at_mode()
+            if self._wants_shards and (strange or again):
                 seen |= strange
                 await self._read_shards(sender)
+            if again:
+                looks = 0
+
+    async def _end_watch(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
 
     async def put(
         self,
@@ -281,9 +352,7 @@ class Producer:
                 waiter.set_exception(error)
         sender, flusher = self._sender, self._flusher
         unsettled = 0
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+        await self._end_watch()
         try:
             if sender is not None and flusher is not None:
                 flusher.close(DRAIN)

@@ -162,8 +162,6 @@ class Sender:
         self._refused = _REFUSED_IN_A_ROW  # single records refused since one was stored; before the first: no trust
         self._believe = believe
         self._probe = False  # in doubt about the destination: something new goes before what was refused
-        self._held = False
-        self._held_up: float | None = None  # since when batches wait for release()
         self._outstanding: dict[int, int] = {0: 0}  # epoch -> records taken from the lane and not ended
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._closing = False
@@ -215,24 +213,11 @@ class Sender:
         else:
             self.pacer.set_shards(self._loop.time(), [shard.share for shard in shards.shards])
 
-    def hold(self) -> None:
-        """Make no call until release(): it is not known yet whether the stream may get what the lane makes."""
-        self._held = True
-
-    def release(self) -> None:
-        self._held = False
-        self._held_up = None
-        self.pump()
-
     def pump(self) -> None:
         """Start as many calls as may go now; arm a timer for the rest. Cheap when there is nothing to do."""
         if self._closing:
             return
         now = self._loop.time()
-        if self._held:
-            if self._held_up is None and self.lane.ready:
-                self._held_up = now
-            return
         while len(self._tasks) < self._concurrency.limit:
             if now < self._gate:
                 self._wake_at(self._gate)
@@ -312,7 +297,7 @@ class Sender:
     @property
     def flowing(self) -> bool:
         """The last call was answered, nothing keeps the next one, and no call was cut short for want of an answer."""
-        if self._held or self._cut or self._withdrawn or self.last_error is not None:
+        if self._cut or self._withdrawn or self.last_error is not None:
             return False
         return self._gate <= self._loop.time()
 
@@ -323,8 +308,6 @@ class Sender:
         born += [batch.born for batch in (*self._tasks.values(), *self._withdrawn)]
         if self._next is not None:
             born.append(self._next.born)
-        if self._held_up is not None:
-            born.append(self._held_up)
         return min(born, default=None)
 
     @property
@@ -359,7 +342,6 @@ class Sender:
         while (fresh := self.lane.take()) is not None:
             self._adopt(fresh)
             out.append(fresh)
-        self._held_up = None
         return out
 
     def give_back(self, batches: list[Batch]) -> None:
