@@ -28,7 +28,7 @@ FLOORS = [
         "signing",
         "notify",
     },
-    {"credentials", "endpoint", "transport", "wire", "emulator", "printing"},
+    {"credentials", "endpoint", "transport", "wire", "dial", "tls", "emulator", "printing"},
     {"kinesis", "sdk", "publisher"},
     {"intake", "sender", "flusher", "overflow"},
     {"letterstream"},

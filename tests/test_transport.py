@@ -399,10 +399,10 @@ async def test_a_slow_answer_times_out() -> None:
 
     async with FakeServer(slow) as server, pool_to(server.url, request_timeout_s=0.2) as pool:
         begin = time.monotonic()
-        with pytest.raises(TransportError, match=r"within 0\.2 s") as caught:
+        with pytest.raises(TransportError, match=r"is too slow: \d+ bytes in") as caught:
             await post(pool)
         assert caught.value.code == "RequestTimeout"
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 3
         assert pool.open == 0
 
 
@@ -555,14 +555,14 @@ async def test_tls_refuses_a_certificate_that_does_not_fit(authority: trustme.CA
     trusted: trustme.CA | None = authority
     if case == "unknown authority":
         tls, trusted = server_side(authority, "127.0.0.1"), None
-        words = "unable to get local issuer certificate|self.signed"
+        words = "unable to get local issuer certificate.*set ca_bundle|self.signed.*set ca_bundle"
     elif case == "wrong host":
-        tls, words = server_side(authority, "kinesis.example.com"), "mismatch|not valid for"
+        tls, words = server_side(authority, "kinesis.example.com"), "for another name: .*(mismatch|not valid for)"
     else:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         past = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
         authority.issue_cert("127.0.0.1", not_after=past).configure_cert(tls)
-        words = "expired"
+        words = "expired.*clock"
     async with (
         FakeServer(echo, tls=tls) as server,
         pool_to(server.url, ssl_context=client_side(trusted)) as pool,
@@ -572,7 +572,7 @@ async def test_tls_refuses_a_certificate_that_does_not_fit(authority: trustme.CA
         assert caught.value.code == "CertificateNotTrusted"
         assert caught.value.action is Action.OPERATOR
         assert "127.0.0.1" in str(caught.value)
-        assert "ca_bundle" in str(caught.value)
+        assert ("ca_bundle" in str(caught.value)) == (trusted is None)
         assert not server.requests
 
 

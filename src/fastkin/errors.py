@@ -142,7 +142,13 @@ class KinesisError(FastkinError):
 
 
 class TransportError(KinesisError):
-    """No answer, or half of one: whether the records were stored is unknown, unless it is NotSent."""
+    """No answer, or half of one: whether the records were stored is unknown, unless it is NotSent.
+
+    `unsent_bytes`: of a call that timed out, what of its body had not reached the other machine; 0 when all of it had,
+    None when nobody knows.
+    """
+
+    unsent_bytes: int | None = None
 
 
 class NotSent(TransportError):  # noqa: N818

@@ -33,7 +33,7 @@ from fastkin._mqtt import (
 )
 from fastkin.errors import MqttError, ProtocolError, RefusedError
 from fastkin.logs import Repeats
-from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, said, tls_context
+from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, renewed_tls, said
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -146,7 +146,7 @@ class Intake:
         self.ledger = ledger
         self.on_read = on_read
         self._on_state = on_state
-        self._tls = tls_context(broker)
+        self._tls = renewed_tls(broker)
         self._where = f"pipeline={name} stage=intake" if name else "stage=intake"
         self.client_id = broker.client_id
         if not broker.client_id and not broker.clean_session:

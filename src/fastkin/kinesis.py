@@ -29,6 +29,7 @@ from fastkin.endpoint import Endpoint, light_endpoint, parse_arn, resolve_endpoi
 from fastkin.errors import Action, ConfigError, KinesisError, UnexpectedResponse, printable
 from fastkin.shards import Shard
 from fastkin.signing import Signer
+from fastkin.tls import Renewed, client_context, system_files
 from fastkin.transport import IDLE_AWS_S, IDLE_FOREIGN_S, MAX_ANSWER, PUT_ANSWER, HttpPool, Reply
 
 if TYPE_CHECKING:
@@ -401,7 +402,7 @@ class KinesisClient(Client):
         self._account: str | None = None
         self._signer: Signer | None = None
         self._pools: dict[str, HttpPool] = {}
-        self._tls: ssl.SSLContext | None = None
+        self._tls: Renewed | None = None
         self._threads: ThreadPoolExecutor | None = None
 
     async def start(self) -> None:
@@ -413,7 +414,8 @@ class KinesisClient(Client):
         if self._signer is None or self._signer.region != endpoint.region:
             self._signer = Signer(endpoint.region)
         if self._tls is None and "https:" in endpoint.data.base + endpoint.control.base:
-            self._tls = tls_context(self.kinesis)
+            bundle = _bundle(self.kinesis)
+            self._tls = Renewed(partial(tls_context, self.kinesis), (bundle,) if bundle else system_files(), log)
         self._endpoint = endpoint
 
     async def close(self) -> None:
@@ -510,7 +512,8 @@ class KinesisClient(Client):
             max_connections=kinesis.max_connections,
             connect_timeout_s=kinesis.connect_timeout_s,
             request_timeout_s=kinesis.request_timeout_s,
-            ssl_context=self._tls,
+            ssl_context=self._tls.context if self._tls is not None else None,
+            ca_bundle=_bundle(kinesis),
             idle_s=IDLE_AWS_S if _is_aws(base) else IDLE_FOREIGN_S,
             on_resend=self._resent,
         )
@@ -532,16 +535,18 @@ def _is_aws(base: str) -> bool:
     return base.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
 
+def _bundle(kinesis: Kinesis) -> str | None:
+    return kinesis.ca_bundle or os.environ.get("AWS_CA_BUNDLE") or None
+
+
 def tls_context(kinesis: Kinesis) -> ssl.SSLContext:
     """TLS with verification: the system's authorities, or the bundle that is asked for."""
-    bundle = kinesis.ca_bundle or os.environ.get("AWS_CA_BUNDLE") or None
+    bundle = _bundle(kinesis)
     place = "kinesis.ca_bundle" if kinesis.ca_bundle else "AWS_CA_BUNDLE"
     try:
-        context = ssl.create_default_context(cafile=bundle)
+        return client_context(bundle)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(place, f"{bundle}: {error}", "give a file of PEM certificates") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
 
 
 def proxy_applies(kinesis: Kinesis) -> bool:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Self, TypeVar, cast
 from fastkin import _mqtt
 from fastkin._mqtt import EVENTS, Connack, Disconnect, Ledger, Puback, Router, Session, reason_text
 from fastkin.errors import ClosedError, FastkinError, LibraryError, MqttError, RefusedError
-from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, tls_context
+from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, renewed_tls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,7 +56,7 @@ class Publisher:
         self.acked = 0
         self.refused = 0  # by a 5.0 broker's own reason code
         self._asked_window = window
-        self._tls = tls_context(broker)
+        self._tls = renewed_tls(broker)
         self._link: _Link | None = None
         self._refusal = 0
 

@@ -4,24 +4,33 @@ One call is one coroutine of its caller: no task is made for it. A body is writt
 the socket has taken the one before, so that several large calls share the loop with everybody else.
 
 A connection ends with its call when anything about the call was odd: an answer before the body was
-written, a broken answer, a timeout, a cancelled caller. Only a call that ended as HTTP/1.1 says leaves
-its connection in the pool.
+written, a broken answer, a byte that nobody asked for, a timeout, a cancelled caller. Only a call that ended
+as HTTP/1.1 says leaves its connection in the pool: an answer belongs to one request, or to none.
+
+A call may take as long as it moves: bytes of its body leave, or bytes of its answer come. `request_timeout_s`
+bounds the time in which neither happens.
 """
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
+import fcntl
 import os
 import socket
 import ssl
+import sys
+import termios
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
+from fastkin.dial import avoid, dial
 from fastkin.errors import Action, NotSent, TransportError
+from fastkin.tls import client_context, why_refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +50,13 @@ MAX_HEADER_COUNT = 256
 # An answer may cost so many bytes of framing (chunk sizes, extensions, trailers) for each byte of its body, and
 # MAX_HEADERS besides: a body sent byte by byte needs five.
 FRAMING_PER_BYTE = 8
+# A call is looked at so many times within its timeout: one without any progress ends at most an eighth late.
+LOOKS = 8
+# Progress must be worth waiting for: without this a peer that takes or sends a byte now and then would hold a call, and
+# what is in it, for ever. A line slower than this could not carry what even a small plant sends.
+LEAST_RATE = 1024.0  # bytes a second, over the whole call
+PATIENCE = 4.0  # timeouts, before the rate counts
+CLOSE_S = 5.0  # a transport that was aborted says so within this, or is forgotten
 IDLE_AWS_S = 12.0  # what aiobotocore keeps
 IDLE_FOREIGN_S = 4.0  # node closes an idle connection after 5 s
 
@@ -63,17 +79,22 @@ class HttpPool:
         max_connections: int = 16,
         connect_timeout_s: float = 6.0,
         request_timeout_s: float = 30.0,
-        ssl_context: ssl.SSLContext | None = None,
+        ssl_context: ssl.SSLContext | Callable[[], ssl.SSLContext] | None = None,
+        ca_bundle: str | None = None,
         idle_s: float | None = None,
         on_resend: Callable[[Buffer], None] | None = None,
     ) -> None:
-        """`on_resend(body)`: a connection died without an answer, so the call goes again at once, unknown to its
+        """`ssl_context` as a function is asked for each connection; `ca_bundle` names the file of its authorities, for
+        messages.
+
+        `on_resend(body)`: a connection died without an answer, so the call goes again at once, unknown to its
         caller. Whether the other side had acted on it is unknown."""
         parts = urlsplit(url)
         self.host = parts.hostname or ""
         self.tls = parts.scheme == "https"
         self.port = parts.port or (443 if self.tls else 80)
-        self._ssl = (ssl_context or ssl.create_default_context()) if self.tls else None
+        self._ssl = (ssl_context or client_context()) if self.tls else None
+        self._ca_bundle = ca_bundle
         self._max = max_connections
         self._connect_timeout = connect_timeout_s
         self._request_timeout = request_timeout_s
@@ -149,8 +170,10 @@ class HttpPool:
                 waiter.set_result(None)
                 self._busy += 1
         self._waiters.clear()
+        if open_now:
+            await asyncio.wait([connection.lost for connection in open_now], timeout=CLOSE_S)
         for connection in open_now:
-            await connection.wait_closed()
+            self.forget(connection)
 
     async def _wait(self) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -211,24 +234,18 @@ class HttpPool:
             self._idle.pop(0).abort()
 
     async def _connect(self) -> _Connection:
-        loop = asyncio.get_running_loop()
         where = f"{self.host}:{self.port}"
+        connection = _Connection(self, asyncio.get_running_loop())
         try:
+            tls = self._ssl() if callable(self._ssl) else self._ssl
             async with asyncio.timeout(self._connect_timeout):
-                _, connection = await loop.create_connection(
-                    lambda: _Connection(self, loop),
-                    self.host,
-                    self.port,
-                    ssl=self._ssl,
-                    server_hostname=self.host if self._ssl is not None else None,
-                )
+                await dial(connection, self.host, self.port, tls=tls)
         except TimeoutError:
             raise NotSent("ConnectTimeout", f"no connection to {where} within {self._connect_timeout:g} s") from None
         except ssl.SSLCertVerificationError as error:
             raise NotSent(
                 "CertificateNotTrusted",
-                f"the certificate of {where} was refused: {error.verify_message or error};"
-                " set ca_bundle (or AWS_CA_BUNDLE) if the endpoint uses its own authority",
+                why_refused(error, where, "ca_bundle (or AWS_CA_BUNDLE)", self._ca_bundle),
                 action=Action.OPERATOR,
             ) from None
         except ssl.SSLError as error:
@@ -241,15 +258,15 @@ class HttpPool:
         except UnicodeError:
             raise NotSent("NameNotFound", f"{self.host!r} is no name of a host") from None
         except OSError as error:
-            # asyncio puts its own words into strerror; the number is the kernel's
             why = os.strerror(error.errno) if error.errno else str(error)
             raise NotSent("ConnectFailed", f"no connection to {where}: {why}") from None
+        if self._closed:
+            connection.abort()
+            raise NotSent("PoolClosed", "the connections were closed while this one was made")
+        # no await since dial(): from here on the call, or the pool, is its owner
+        self._all.add(connection)
         self.connects += 1
         return connection
-
-    def opened(self, connection: _Connection) -> None:
-        """A connection is there (before its TLS handshake is reported done by create_connection)."""
-        self._all.add(connection)
 
 
 class _StaleConnectionError(Exception):
@@ -264,7 +281,7 @@ class _Connection(asyncio.Protocol):
         self._loop = loop
         self._transport: asyncio.Transport | None = None
         self._parser: Any = None  # HttpResponseParser, while connected
-        self._lost: asyncio.Future[None] = loop.create_future()
+        self.lost: asyncio.Future[None] = loop.create_future()
         self._waiter: asyncio.Future[Reply] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._paused = False
@@ -273,6 +290,11 @@ class _Connection(asyncio.Protocol):
         # what is being written
         self._body: memoryview | None = None
         self._sent = 0
+        self._length = 0
+        # when what was written, or read, last moved
+        self._timeout_s = 0.0
+        self._began_at = self._moved_at = self._sending_until = 0.0
+        self._seen = (0, 0)
         # what is being read
         self._reply: Reply | None = None
         self._error: BaseException | None = None
@@ -288,6 +310,7 @@ class _Connection(asyncio.Protocol):
         self._joined: bytearray | None = None
         self._received = 0
         self._until_close = False
+        self._last_of_all = False  # a whole answer that ends its connection all the same
 
     # -- for the pool
 
@@ -301,6 +324,10 @@ class _Connection(asyncio.Protocol):
         self._begun = False
         if transport is None or transport.is_closing():
             raise self._broken("the connection closed before the call")
+        if (self._calls or not self._pool.tls) and _queued(transport, termios.FIONREAD):
+            # What is here before we have asked is no answer to us. (Behind a fresh handshake there may be tickets.)
+            self.abort()
+            raise self._broken("the server spoke before it was asked")
         loop = self._loop
         waiter: asyncio.Future[Reply] = loop.create_future()
         self._waiter = waiter
@@ -311,7 +338,11 @@ class _Connection(asyncio.Protocol):
         view = memoryview(body)
         if view.ndim != 1 or view.itemsize != 1:
             view = view.cast("B")
-        self._timer = loop.call_later(timeout_s, self._late, timeout_s)
+        self._length = len(view)
+        self._timeout_s = timeout_s
+        self._began_at = self._moved_at = self._sending_until = loop.time()
+        self._seen = (0, 0)
+        self._timer = loop.call_later(timeout_s / LOOKS, self._look)
         try:
             if len(view) <= SLICE:
                 transport.writelines((head, view) if len(view) else (head,))
@@ -326,15 +357,16 @@ class _Connection(asyncio.Protocol):
             raise
         finally:
             self._timer.cancel()
-            self._timer = None
             self._waiter = None
             self._body = None
             self._calls += 1
             # The transport may still hold the buffer: it is let go before the caller gets it back.
             if self._transport is not None and transport.get_write_buffer_size():
                 self.abort()
-            if transport.is_closing() and not self._lost.done():
-                await asyncio.shield(self._lost)
+            if transport.is_closing():
+                if not self.lost.done():
+                    await asyncio.wait([self.lost], timeout=CLOSE_S)
+                self._pool.forget(self)
             with contextlib.suppress(BufferError):
                 view.release()  # a traceback that keeps this frame must not keep the body
 
@@ -346,10 +378,6 @@ class _Connection(asyncio.Protocol):
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
-
-    async def wait_closed(self) -> None:
-        if self._transport is not None:
-            await self._lost
 
     # -- writing
 
@@ -382,12 +410,7 @@ class _Connection(asyncio.Protocol):
         # uvloop's transports are not asyncio.Transport by class
         self._transport = transport = cast("asyncio.Transport", transport)
         transport.set_write_buffer_limits(HIGH_WATER, LOW_WATER)
-        sock = transport.get_extra_info("socket")
-        if sock is not None:
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._parser = HttpResponseParser(self)
-        self._pool.opened(self)
 
     def data_received(self, data: bytes) -> None:
         if self._waiter is None or self._reply is not None:
@@ -395,15 +418,25 @@ class _Connection(asyncio.Protocol):
             return
         self._begun = True
         try:
-            self._parser.feed_data(data)
+            # All but the last byte first. An answer that is whole before the last byte has something behind it, and the
+            # parser would not tell: it takes that for another answer, skips it when it is a blank line, or fails.
+            view = memoryview(data)
+            self._parser.feed_data(view[:-1])
+            if self._reply is None:
+                self._parser.feed_data(view[-1:])
+            else:
+                self.abort()  # the answer stands, the connection does not
+                return
         except HttpParserUpgrade:
             self._fail("BadAnswer", "the server wants to change the protocol")
             return
         except HttpParserError as error:
             cause = error.__context__
-            if isinstance(cause, _RefusedError):
+            if self._reply is not None:
+                self.abort()
+            elif isinstance(cause, _RefusedError):
                 self._fail(cause.code, str(cause))
-            elif self._reply is None or self._error is not None:
+            else:
                 self._fail("BadAnswer", f"the answer is not HTTP/1.1: {error}")
             return
         self._wire_bytes += len(data)
@@ -421,8 +454,8 @@ class _Connection(asyncio.Protocol):
         self._parser = None
         self._body = None
         self._pool.forget(self)
-        if not self._lost.done():
-            self._lost.set_result(None)
+        if not self.lost.done():
+            self.lost.set_result(None)
         waiter = self._waiter
         if waiter is None or waiter.done():
             return
@@ -441,9 +474,49 @@ class _Connection(asyncio.Protocol):
         when = "in the middle of the answer" if self._begun else "before an answer"
         return TransportError("ConnectionLost", f"the connection broke {when}: {why}")
 
-    def _late(self, timeout_s: float) -> None:
+    def _unsent(self) -> int:
+        """Bytes that the peer's machine has not taken yet: ours, the transport's, the kernel's."""
+        transport = self._transport
+        if transport is None:
+            return 0
+        ours = self._length - self._sent if self._body is not None else 0
+        kernels = _queued(transport, termios.TIOCOUTQ) if sys.platform == "linux" else 0
+        return ours + transport.get_write_buffer_size() + kernels
+
+    def _look(self) -> None:
+        """Does the call move? Called every eighth of its timeout."""
+        now = self._loop.time()
+        unsent = self._unsent()
+        seen = (unsent, self._wire_bytes)
+        if seen != self._seen:
+            self._seen = seen
+            self._moved_at = now
         where = f"{self._pool.host}:{self._pool.port}"
-        self._fail("RequestTimeout", f"no whole answer from {where} within {timeout_s:g} s")
+        allowed = self._timeout_s
+        if unsent:
+            self._sending_until = now
+        else:
+            # Who took long to take the body may have as much of it in buffers that nobody here sees.
+            allowed += self._sending_until - self._began_at
+        moved = max(self._length - unsent, 0) + self._wire_bytes
+        took = now - self._began_at
+        slack = self._timeout_s / LOOKS / 2  # timers may be early by a clock's tick
+        if now - self._moved_at > allowed - slack:
+            self._time_out(
+                f"no whole answer from {where} within {took:.3g} s, nothing moved for {now - self._moved_at:.3g} s",
+                unsent,
+            )
+        elif took > PATIENCE * self._timeout_s + moved / LEAST_RATE:
+            self._time_out(f"{where} is too slow: {moved:,} bytes in {took:.3g} s", unsent)
+        else:
+            self._timer = self._loop.call_later(self._timeout_s / LOOKS, self._look)
+
+    def _time_out(self, message: str, unsent: int) -> None:
+        if not (self._calls or self._begun) and self._transport is not None:
+            avoid(self._transport.get_extra_info("peername"))  # another address of the host may answer
+        self._fail("RequestTimeout", message)
+        if isinstance(self._error, TransportError):
+            self._error.unsent_bytes = min(unsent, self._length)
 
     def _fail(self, code: str, message: str) -> None:
         """End the call with an error; the caller hears of it when the transport has let go."""
@@ -463,30 +536,47 @@ class _Connection(asyncio.Protocol):
         self._joined = None
         self._received = 0
         self._until_close = False
+        self._last_of_all = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._header_count += 1
         if self._header_count > MAX_HEADER_COUNT:
             raise _RefusedError("AnswerTooLarge", f"more than {MAX_HEADER_COUNT} headers")
-        if not self._head_done:  # a trailer is none of ours
-            self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        if self._head_done:  # a trailer is none of ours
+            return
+        key = name.decode("latin-1").lower()
+        if key in _FRAMING and key in self._headers:
+            raise _RefusedError("BadAnswer", f"two headers {key}")
+        self._headers[key] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
         self._head_done = self._status >= 200
+        if not self._head_done:
+            return
         headers = self._headers
+        version = self._parser.get_http_version()
+        if version not in {"1.1", "1.0"}:
+            raise _RefusedError("BadAnswer", f"the answer is HTTP/{version}")
+        self._last_of_all = version == "1.0"
         encoding = headers.get("content-encoding", "identity").strip().lower()
-        if encoding not in {"identity", ""} and self._head_done:
+        if encoding not in {"identity", ""}:
             # never asked for, and never unpacked: a few bytes may become gigabytes
             raise _RefusedError("BadAnswer", f"the answer is compressed ({encoding[:40]!a}), which was not asked for")
         length = headers.get("content-length")
-        if length is not None:
-            if int(length) > self._max_answer:
-                raise _RefusedError("AnswerTooLarge", f"an answer of {length[:24]} bytes, more than {self._max_answer}")
+        transfer = headers.get("transfer-encoding")
+        if transfer is not None:
+            # where such an answer ends is a matter of opinion: two readers of it may differ
+            if transfer.strip().lower() != "chunked" or length is not None or version == "1.0":
+                raise _RefusedError("BadAnswer", "the length of the answer is told in two ways, or in none we know")
+        elif length is not None:
+            digits = length.strip()
+            if not (digits.isascii() and digits.isdigit()):
+                raise _RefusedError("BadAnswer", f"a content-length of {length[:24]!a}")
+            if len(digits) > 18 or int(digits) > self._max_answer:
+                raise _RefusedError("AnswerTooLarge", f"an answer of {digits[:24]} bytes, more than {self._max_answer}")
         else:
-            self._until_close = (
-                self._status not in {204, 304} and "chunked" not in headers.get("transfer-encoding", "").lower()
-            )
+            self._until_close = self._status not in {204, 304}
 
     def on_body(self, data: bytes) -> None:
         self._received += len(data)
@@ -494,6 +584,8 @@ class _Connection(asyncio.Protocol):
             raise _RefusedError("AnswerTooLarge", f"an answer of more than {self._max_answer} bytes")
         if self._joined is not None:
             self._joined += data
+        elif self._piece and len(data) == 1:
+            self._piece += data  # the last byte of a read comes alone
         elif self._piece:
             # not a list of pieces: two bytes in a chunk would cost fifty
             self._joined = bytearray(self._piece)
@@ -521,15 +613,31 @@ class _Connection(asyncio.Protocol):
         waiter = self._waiter
         if transport is None or waiter is None or waiter.done():
             return
-        if (
-            self._body is not None  # an early answer: the body is not written
-            or transport.get_write_buffer_size()
-            or self._until_close
-            or not self._parser.should_keep_alive()
-        ):
+        early = self._body is not None or transport.get_write_buffer_size() > 0
+        if early and reply.status < 300:
+            # it may refuse what it has seen, it cannot have taken what it has not
+            self._fail("BadAnswer", f"the answer {reply.status} came before the request was written")
+            return
+        if early or self._until_close or self._last_of_all or not self._parser.should_keep_alive():
             self.abort()  # connection_lost gives the answer out, when the buffer is free
             return
         waiter.set_result(reply)
+
+
+_FRAMING = frozenset({"content-length", "transfer-encoding"})
+
+
+def _queued(transport: asyncio.Transport, question: int) -> int:
+    """Bytes in the kernel's queue: FIONREAD those to be read, TIOCOUTQ those not sent or not acknowledged yet."""
+    sock = transport.get_extra_info("socket")
+    if sock is None:
+        return 0
+    answer = array.array("i", [0])
+    try:
+        fcntl.ioctl(sock.fileno(), question, answer)
+    except (OSError, ValueError):  # closed, or not a socket that knows
+        return 0
+    return max(answer[0], 0)
 
 
 class _RefusedError(Exception):

@@ -15,10 +15,13 @@ import ssl
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastkin._mqtt import reason_text
+from fastkin.dial import STAGGER_S, dial, look_up, new_socket
 from fastkin.errors import ConfigError, MqttError, ProtocolError, RefusedError, printable
+from fastkin.tls import Renewed, client_context, system_files, why_refused
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession, ClientWebSocketResponse
+    from aiohttp.abc import AbstractResolver, ResolveResult
 
     from fastkin._mqtt import Connack, Disconnect
     from fastkin.config import Broker
@@ -51,46 +54,51 @@ class Receiver(asyncio.BufferedProtocol):
         raise NotImplementedError
 
 
-async def open_wire(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | None) -> None:
+async def open_wire(broker: Broker, receiver: Receiver, tls: Renewed | None) -> None:
     """Connect. Raises OSError (ssl.SSLError too) or MqttError; the caller bounds the time.
 
-    `receiver` is connected from here on, by its connection_made().
+    `receiver` is connected from here on, by its connection_made(). When this raises it has heard nothing, and will not.
     """
     try:
-        await _open(broker, receiver, tls)
+        await _open(broker, receiver, tls.context() if tls is not None else None)
     except UnicodeError:
         raise OSError(f"{broker.host!r} is no name of a host") from None
+    except ssl.SSLCertVerificationError as error:
+        why = why_refused(error, f"{broker.host}:{broker.port}", "ca", broker.tls.ca)
+        raise MqttError(f"TLS failed: {why}") from None
 
 
 async def _open(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | None) -> None:
-    loop = asyncio.get_running_loop()
     if broker.scheme in {"ws", "wss"}:
         wire = await _open_websocket(broker, receiver, tls)
         receiver.connection_made(wire)  # type: ignore[arg-type]
         wire.start()
         return
-    # No happy_eyeballs_delay: uvloop does not take it.
-    await loop.create_connection(
-        lambda: receiver,
-        broker.host,
-        broker.port,
-        ssl=tls,
-        server_hostname=broker.host if tls is not None else None,
-    )
+    await dial(receiver, broker.host, broker.port, tls=tls)
+
+
+def renewed_tls(broker: Broker) -> Renewed | None:
+    """TLS that follows its files; None for a scheme without. ConfigError names the file that is wrong."""
+    if broker.scheme not in {"mqtts", "wss"}:
+        return None
+    tls = broker.tls
+    files = (tls.ca, tls.cert, tls.key) if tls.ca else (*system_files(), tls.cert, tls.key)
+    return Renewed(lambda: _tls_context(broker), files, _LOG)
 
 
 def tls_context(broker: Broker) -> ssl.SSLContext | None:
     """None for a scheme without TLS. ConfigError names the file that is wrong."""
-    if broker.scheme not in {"mqtts", "wss"}:
-        return None
+    return _tls_context(broker) if broker.scheme in {"mqtts", "wss"} else None
+
+
+def _tls_context(broker: Broker) -> ssl.SSLContext:
     tls = broker.tls
     try:
-        context = ssl.create_default_context(cafile=tls.ca)
+        context = client_context(tls.ca)
     except FileNotFoundError:
         raise ConfigError("broker tls ca", f"{tls.ca} does not exist") from None
     except OSError as error:
         raise ConfigError("broker tls ca", f"{tls.ca}: {_tls_words(error)}", "give a PEM file") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
     if tls.insecure_skip_verify:
         _LOG.warning(
             "stage=intake broker=%s THE BROKER'S CERTIFICATE IS NOT CHECKED (insecure_skip_verify): anybody on the way"
@@ -140,8 +148,6 @@ _TLS_WORDS = (
 
 
 def _tls_words(error: BaseException) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the broker's certificate is not trusted: {error.verify_message}; set ca to the file that signed it"
     reason = getattr(error, "reason", None) or ""
     for part, words in _TLS_WORDS:
         if part in reason:
@@ -313,17 +319,54 @@ class _WebSocketWire:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(_WEBSOCKET_CLOSE_S):
                     await self._websocket.close()
-            with contextlib.suppress(Exception):
-                await self._session.close()
+            await _let_go(self._session)
         finally:
             self._receiver.connection_lost(error)
+
+
+def _resolver() -> AbstractResolver:
+    """aiohttp asks for names as dial() does: not in the threads of the loop."""
+    from aiohttp.abc import AbstractResolver
+
+    class Resolver(AbstractResolver):
+        async def resolve(
+            self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+        ) -> list[ResolveResult]:
+            return [
+                {
+                    "hostname": host,
+                    "host": info[4][0],
+                    "port": port,
+                    "family": info[0],
+                    "proto": info[2],
+                    "flags": socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+                }
+                for info in await look_up(host, port)
+                if family in {socket.AF_UNSPEC, info[0]}
+            ]
+
+        async def close(self) -> None:
+            pass
+
+    return Resolver()
+
+
+async def _let_go(session: ClientSession) -> None:
+    """Close it, whatever its connections do."""
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(_WEBSOCKET_CLOSE_S):
+            await session.close()
 
 
 async def _open_websocket(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | None) -> _WebSocketWire:
     import aiohttp
 
     session = aiohttp.ClientSession(
-        timeout=aiohttp.ClientTimeout(total=None), cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+        # one connection: its addresses race as dial()'s do, and its sockets have the same options
+        connector=aiohttp.TCPConnector(resolver=_resolver(), socket_factory=new_socket, happy_eyeballs_delay=STAGGER_S),
+        timeout=aiohttp.ClientTimeout(total=None),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
     )
     try:
         websocket = await session.ws_connect(
@@ -333,21 +376,21 @@ async def _open_websocket(broker: Broker, receiver: Receiver, tls: ssl.SSLContex
             max_msg_size=max(_WEBSOCKET_LEAST, 2 * broker.max_packet_bytes),
         )
     except aiohttp.WSServerHandshakeError as error:
-        await session.close()
+        await _let_go(session)
         raise MqttError(
             f"the WebSocket upgrade was refused (HTTP {error.status}): is {broker.path} the path, is it a listener for"
             " MQTT over WebSocket?"
         ) from None
     except aiohttp.ClientConnectorCertificateError as error:
-        await session.close()
+        await _let_go(session)
         raise error.certificate_error from None
     except aiohttp.ClientConnectorError as error:
-        await session.close()
+        await _let_go(session)
         raise error.os_error from None
     except aiohttp.ClientError as error:
-        await session.close()
+        await _let_go(session)
         raise MqttError(f"no WebSocket: {str(error) or type(error).__name__!a}") from None
     except BaseException:
-        await session.close()
+        await _let_go(session)
         raise
     return _WebSocketWire(session, websocket, receiver)
