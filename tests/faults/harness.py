@@ -29,6 +29,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -39,15 +40,18 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import psutil
+
 from fastkin import encode_frame
 from fastkin.config import Broker
 from fastkin.emulator import Emulator, StreamSpec
 from fastkin.errors import FastkinError
 from fastkin.publisher import Publisher
-from ledger import Ledger, MqttWatch, dead_letters, numbers, record, spooled
+from ledger import Ledger, MqttWatch, dead_letters, numbers, record, spooled, user_records
 from proxy import FaultProxy
 from running import ROOT, Service
 from servers import ACCESS_KEY, SECRET_KEY, free_port, mosquitto
+from websocket_bridge import WebSocketBridge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -63,6 +67,8 @@ REPORT = os.environ.get("LEDGER_REPORT")  # a file that gets every report line t
 PATIENCE_S = float(os.environ.get("LEDGER_PATIENCE_S", "30"))  # for anything that must happen at all
 SCRAPE_EVERY_S = 0.1
 FRAME_RECORDS = 10
+# What a process takes once, whatever its budget: TLS, the first calls and lookups, the threads' stacks and arenas.
+_FIRST_CALLS_BYTES = 8 * 2**20
 _USUAL = re.compile("PUBLISH|PUBACK|PINGREQ|PINGRESP")
 
 # What a test cannot wait for, made short. The values are the code's own, only smaller.
@@ -125,6 +131,9 @@ class Scraper(threading.Thread):
         self._url = f"http://127.0.0.1:{port}/metrics"
         self._over = threading.Event()
         self.scrapes = 0
+        self.grown = 0  # bytes of resident memory, at most, over all processes of the case
+        self.pid: Callable[[], int | None] = lambda: None  # of the service
+        self._base_rss: dict[int, int] = {}
         self.broken: list[str] = []
         self.last: dict[str, dict[str, float]] = {}
 
@@ -136,6 +145,13 @@ class Scraper(threading.Thread):
         self._over.set()
         self.join(10)
 
+    def weigh(self, pid: int) -> None:
+        """The resident memory of the service, beside what this process had at the first look."""
+        with contextlib.suppress(psutil.Error):
+            rss = psutil.Process(pid).memory_info().rss
+            self._base_rss.setdefault(pid, rss)
+            self.grown = max(self.grown, rss - self._base_rss[pid])
+
     def look(self) -> None:
         try:
             with urllib.request.urlopen(self._url, timeout=5) as answer:
@@ -144,6 +160,8 @@ class Scraper(threading.Thread):
             return  # it is down, or going down: the cases know when it must be up
         except Exception:  # noqa: BLE001 - http.client's, when the process dies in the middle
             return
+        if (pid := self.pid()) is not None:
+            self.weigh(pid)
         self.judge(text)
 
     def judge(self, text: str) -> None:
@@ -248,8 +266,11 @@ class Rig:
         dead_letter_path: Path | None = None,
         lossy_broker: bool = False,
         spool: bool = False,
+        websocket: bool = False,
     ) -> None:
-        """`lossy_broker`: the broker forgets; then what must not be lost is what it handed out.
+        """`websocket`: fastkin reaches the broker through one. QoS 2: the broker raises what is published to that.
+
+        `lossy_broker`: the broker forgets; then what must not be lost is what it handed out.
         `spool`: what is acknowledged may lie on the disk and is looked for at the end only."""
         self.directory = directory
         self.name = name or os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[2].partition(" ")[0]
@@ -265,6 +286,7 @@ class Rig:
         self._persistence = persistence
         self._scripted = scripted
         self._tls = tls
+        self._websocket = websocket
         self._pipelines = tuple(pipelines)
         self._emulator_options = {"limits": False} | (emulator or {})
         self._shards = shards
@@ -354,6 +376,7 @@ class Rig:
 
     def _build(self) -> None:
         self.emulator: Emulator = self.call(lambda: Emulator({STREAM: self._shards}, **self._emulator_options))
+        self._note_stores(self.emulator)
         self.wait(self.emulator.start())
         self._exit.callback(lambda: self.wait(self.emulator.close()))
         self.kinesis = self.emulator
@@ -363,7 +386,10 @@ class Rig:
             self.kinesis_way.hasty_s = 0.5  # calls are cut short for the spool, now and then as their answer comes
         if self._scripted is None:
             self.broker: Server = self._exit.enter_context(
-                mosquitto("max_queued_messages 0\n" + self._conf, persistence=self._persistence)
+                mosquitto(
+                    "max_queued_messages 0\n" + ("upgrade_outgoing_qos true\n" if self._qos == 2 else "") + self._conf,
+                    persistence=self._persistence,
+                )
             )
             port = self.broker.port
         else:
@@ -373,20 +399,41 @@ class Rig:
             self.total = len(self._scripted.numbers)
         self.watched = self._proxy(port, watch=lambda: MqttWatch(self.ledger), ssl_context=self._tls)
         self.broker_way = self.watched if self._tls is None else self._proxy(self.watched.port)
+        if self._websocket:
+            bridge = WebSocketBridge(self.watched.port)
+            self.wait(bridge.start())
+            self._exit.callback(lambda: self.wait(bridge.close()))
+            self.broker_way = self._proxy(bridge.port)
         if self._scripted is None:
             self.plant_way = self._proxy(port)
             self.plant = Plant(
-                self.plant_way.port, self.ledger, qos=self._qos,
+                self.plant_way.port, self.ledger, qos=min(self._qos, 1),
                 raw="raw" in self._pipelines, bulk="bulk" in self._pipelines,
             )  # fmt: skip
         self.service = Child(self.directory, self.toml(), self._patch, self._env)
         self._exit.callback(self._end_service)
+        self.scraper.pid = lambda: self.service.process.pid if self.service.running and self.service.process else None
         self.scraper.start()
         self._exit.callback(self.scraper.stop)
         if self._start:
             self.service.start()
             if self._ready:
                 self.subscribed()
+
+    def _note_stores(self, emulator: Emulator) -> None:
+        """Every call that stored something goes to the history, by the numbers it stored. An aggregate is one record to
+        Kinesis and many to the books: what a call stored counts in the latter."""
+        note = emulator._note
+
+        def noted(request: Any, stored: int) -> None:
+            before = self._stored_now.copy() if stored else Counter()
+            note(request, stored)
+            if stored and request.put is not None:
+                more = self._look() - before
+                request.put.stored = more.total()
+                self.ledger.history.add("STORED", 0, 0, more)
+
+        emulator._note = noted  # type: ignore[method-assign]
 
     def _proxy(self, port: int, **options: Any) -> FaultProxy:
         proxy = self.call(lambda: FaultProxy(port, **options))
@@ -402,7 +449,8 @@ class Rig:
 
     def toml(self) -> str:
         settings = self._settings
-        broker = {"url": f"{'mqtt' if self._tls is None else 'mqtts'}://{self._host}:{self.broker_way.port}"}
+        way = "ws" if self._websocket else "mqtt" if self._tls is None else "mqtts"
+        broker = {"url": f"{way}://{self._host}:{self.broker_way.port}" + ("/mqtt" if self._websocket else "")}
         scheme = "https" if self._emulator_options.get("ssl_context") else "http"
         kinesis = {"endpoint_url": f"{scheme}://{self._host}:{self.kinesis_way.port}"}
         tables = [
@@ -503,6 +551,16 @@ class Rig:
         self.service.start()
         want = before + len(self._pipelines)
         self.until(lambda: self.service.log().count(" subscribed") >= want, "subscribed again")
+
+    def reload(self, **pipeline: Any) -> None:
+        """New settings of the pipelines, and SIGHUP; returns when they are taken up."""
+        told = "settings taken up"
+        before = self.service.log().count(told)
+        self._settings["pipeline"] |= pipeline
+        (self.directory / "fastkin.toml").write_text(self.toml())
+        assert self.service.process is not None
+        self.service.process.send_signal(signal.SIGHUP)
+        self.until(lambda: self.service.log().count(told) > before, "the settings are taken up")
 
     def stop_broker(self, *, kill: bool = False) -> None:
         self.broker_restarts += 1
@@ -664,7 +722,11 @@ class Rig:
         ledger = self.ledger
         assert not self.scraper.broken, f"the accounting identity is broken: {self.scraper.broken[:3]}"
         assert self.scraper.scrapes > 0, "nothing was scraped: the identity was not looked at"
+        assert self.scraper.grown <= self._memory(), f"RSS grew by {self.scraper.grown / 2**20:.1f} MiB"
         assert not ledger.too_early, f"acknowledged before they were safe: {ledger.too_early[:10]}"
+        if not self.broker_way.flipped:  # else what came was not what the broker sent
+            faults = ledger.history.faults(self.call(self.dead), whole=not self._spool and self._qos > 0)
+            assert not faults, f"{len(faults)} faults in the history: {faults[:5]}"
         gone = self.missing() if self._lossy_broker else ledger.published - set(self._look()) - self.dead()
         assert gone <= lost, f"{len(gone - lost)} records are lost: {sorted(gone - lost)[:10]} {books}"
         self._contents()
@@ -676,11 +738,21 @@ class Rig:
         assert books["redelivered"] >= least_redelivered, f"the fault did not bite: {books}"
         return books
 
+    def _memory(self) -> float:
+        """How much resident memory may grow: budgets and a tenth, and what a process takes once."""
+        pipeline = self._settings["pipeline"]
+        record = pipeline.get("max_record_bytes", 2**20)
+        budget = pipeline["budget_bytes"]
+        return len(self._pipelines) * max(1.1 * budget, budget + 2**20 + 4 * record) + _FIRST_CALLS_BYTES
+
     def _contents(self) -> None:
         """What is stored is, byte for byte, what was published."""
         stream = self.emulator.service.streams.get(STREAM)
         stored = [entry.data for entry in stream.stored()] if stream is not None else []
-        wrong = [data for data in stored + self._gone if not _whole(data)]
+        stored += self._gone
+        if self._settings["pipeline"].get("aggregation") == "kpl":
+            stored = [data for each in stored for data in user_records(each)]
+        wrong = [data for data in stored if not _whole(data)]
         assert not wrong, f"{len(wrong)} stored records are not what was published: {wrong[0][:80]!r}"
 
 

@@ -7,6 +7,7 @@ file, the packets that a proxy saw pass. Nothing that fastkin counts is believed
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import shutil
@@ -17,6 +18,9 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from aws_kinesis_agg import MAGIC as KPL_MAGIC
+from aws_kinesis_agg.deaggregator import messages_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -36,6 +40,66 @@ def numbers(payload: bytes) -> list[int]:
     return [int(found) for found in _NUMBER.findall(payload)]
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened: a packet that passed the proxy, or a call that Kinesis stored."""
+
+    kind: str  # PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP, STORED
+    link: int  # which connection to the broker; 0: none
+    packet_id: int
+    which: tuple[int, ...]  # numbers of the records
+    dup: bool = False
+
+
+class History:
+    """Everything in the order in which it passed; broker's and Kinesis's sides are seen by one loop."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def add(self, kind: str, link: int, packet_id: int, which: Iterable[int], dup: bool = False) -> None:
+        self.events.append(Event(kind, link, packet_id, tuple(which), dup))
+
+    def faults(self, safe: set[int], *, whole: bool) -> list[str]:
+        """What may not have happened. `safe`: set aside durably. `whole`: every store was seen, none is on a disk.
+
+        - Acknowledgements of a connection leave in the order of its PUBLISHes [MQTT-4.6.0-2, -3], each once, none
+          for what was not handed out on it.
+        - A PUBREC comes before its PUBREL, and a PUBCOMP answers a PUBREL.
+        - What is acknowledged was stored before, or is set aside.
+        """
+        found: list[str] = []
+        waiting: dict[int, deque[Event]] = {}
+        released: dict[int, Counter[int]] = {}
+        stored: set[int] = set()
+        for event in self.events:
+            where = f"connection {event.link}, packet {event.packet_id}"
+            queue = waiting.setdefault(event.link, deque())
+            if event.kind == "STORED":
+                stored.update(event.which)
+            elif event.kind == "PUBLISH":
+                again = event.dup and any(
+                    each.packet_id == event.packet_id and each.which == event.which for each in queue
+                )
+                if not again:  # one that waits here and comes again on the same connection is answered once
+                    queue.append(event)
+            elif event.kind in ("PUBACK", "PUBREC"):
+                if not queue or queue[0].packet_id != event.packet_id:
+                    found.append(f"{event.kind} out of order or for nothing: {where}")
+                    continue
+                early = [n for n in queue.popleft().which if n not in stored and n not in safe]
+                if early and whole:
+                    found.append(f"{event.kind} before records {early[:5]} were stored: {where}")
+            elif event.kind == "PUBREL":
+                released.setdefault(event.link, Counter())[event.packet_id] += 1
+            elif event.kind == "PUBCOMP":
+                if released.get(event.link, Counter())[event.packet_id] < 1:
+                    found.append(f"PUBCOMP for nothing: {where}")
+                else:
+                    released[event.link][event.packet_id] -= 1
+        return found
+
+
 @dataclass
 class Ledger:
     published: set[int] = field(default_factory=set)  # the broker took them over
@@ -45,7 +109,8 @@ class Ledger:
     late_acks: int = 0  # of messages acknowledged so shortly before the end that the broker may not have read it
     repeated: int = 0  # records that the plant published again: the broker had not answered
     too_early: list[int] = field(default_factory=list)  # acknowledged before they were safe
-    order_errors: int = 0
+    history: History = field(default_factory=History)
+    links: int = 0  # connections to the broker so far
     # asked for what is acknowledged: those of them that are neither stored nor set aside
     unsafe: Callable[[Iterable[int]], list[int]] | None = None
 
@@ -64,6 +129,8 @@ class MqttWatch:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        ledger.links += 1
+        self._link = ledger.links
         self._up = bytearray()
         self._down = bytearray()
         self._version = 0
@@ -81,6 +148,7 @@ class MqttWatch:
                 self._version = body[6]
             elif first >> 4 in (4, 5):  # PUBACK, PUBREC
                 packet_id = int.from_bytes(body[:2], "big")
+                self._ledger.history.add("PUBACK" if first >> 4 == 4 else "PUBREC", self._link, packet_id, ())
                 which = self._unacked.pop(packet_id, None)
                 if which is not None:
                     self._ledger.ack(which)
@@ -88,12 +156,16 @@ class MqttWatch:
                     self._late.append((now, len(which)))
                     while self._late[0][0] < now - _LATE_S:
                         self._late.popleft()
+            elif first >> 4 == 7:
+                self._ledger.history.add("PUBCOMP", self._link, int.from_bytes(body[:2], "big"), ())
 
     def down(self, data: bytes) -> None:
         self._down += data
         for first, body in _packets(self._down):
             if first >> 4 == 3:
                 self._published(first, body)
+            elif first >> 4 == 6:
+                self._ledger.history.add("PUBREL", self._link, int.from_bytes(body[:2], "big"), ())
 
     def _published(self, first: int, body: bytes) -> None:
         at = 2 + int.from_bytes(body[:2], "big")
@@ -114,6 +186,7 @@ class MqttWatch:
         self._ledger.handed.update(which)
         if packet_id:
             self._unacked[packet_id] = which
+            self._ledger.history.add("PUBLISH", self._link, packet_id, which, bool(first & 0x08))
 
     def closed(self) -> None:
         since = time.monotonic() - _LATE_S
@@ -139,6 +212,17 @@ def _packets(buffer: bytearray) -> Iterable[tuple[int, bytes]]:
         first, body = buffer[0], bytes(buffer[at + 1 : end])
         del buffer[:end]
         yield first, body
+
+
+def user_records(data: bytes) -> list[bytes]:
+    """What is in a record of Kinesis: its own bytes, or those of each record that was aggregated in it."""
+    if not data.startswith(KPL_MAGIC):
+        return [data]
+    message = data[len(KPL_MAGIC) : -16]
+    assert hashlib.md5(message).digest() == data[-16:], "an aggregate's checksum is wrong"
+    parsed = messages_pb2.AggregatedRecord()
+    parsed.ParseFromString(message)
+    return [each.data for each in parsed.records]
 
 
 def dead_letters(path: Path) -> list[bytes]:

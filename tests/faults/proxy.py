@@ -90,6 +90,7 @@ class FaultProxy:
         self.hasty_s = 0.0  # who leaves so soon after an answer may not have taken it
         self.links: set[Link] = set()
         self.accepted = 0
+        self.flipped = 0  # bytes that were changed on their way
         # told the server's port of a link whose client may not have got what the server sent last
         self.on_damage: Callable[[int], None] = lambda _port: None
         self._watch = watch
@@ -226,6 +227,7 @@ class FaultProxy:
             if way.corrupt_in < len(data):
                 at, way.corrupt_in = way.corrupt_in, None
                 data = data[:at] + bytes((data[at] ^ 0xFF,)) + data[at + 1 :]
+                self.flipped += 1
                 if down:
                     self.on_damage(link.server_side_port)
             else:

@@ -107,7 +107,21 @@ class Case:
                 chosen.append("answer-error")
             self.options["lossy_broker"] = True
         self.names = chosen
+        self._form()
         self.steps: list[Step] = []
+
+    def _form(self) -> None:
+        """QoS 2, aggregates, a WebSocket: forms of a pipeline that any fault may meet."""
+        options, names = self.options, self.names
+        if not self.scripted and self.rng.random() < 0.2:
+            options["qos"] = 2
+            names.append("QoS 2")
+        if self.rng.random() < 0.2:
+            options["pipeline"]["aggregation"] = "kpl"
+            names.append("KPL")
+        if "broker-certificate" not in names and "names-unknown" not in names and self.rng.random() < 0.15:
+            options["websocket"] = True
+            names.append("WebSocket")
 
     def _possible(self, name: str) -> bool:
         if name.startswith("spool") and not self.spool:
@@ -187,6 +201,15 @@ def end(rig: Rig, number: signal.Signals) -> None:
         # -15: it had only begun to start, and nobody listened to the signal yet
         assert code in ((-9,) if number is signal.SIGKILL else (0, -15)), f"exit status {code} after {number.name}"
         rig.look_at_spool()
+
+
+@fault("reload")
+def _reload(rig: Rig, case: Case) -> Made:
+    def take_up(linger_ms: float) -> None:
+        if rig.service.running and "running:" in rig.service.log():
+            rig.reload(linger_ms=linger_ms)
+
+    return [(0.0, lambda: take_up(11)), (case.rng.uniform(0.0, 0.5), lambda: take_up(12))]
 
 
 def begin(rig: Rig) -> None:
