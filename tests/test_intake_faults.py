@@ -131,7 +131,7 @@ def test_what_a_resumed_session_replays_before_subscribe_is_taken(run: Any, vers
 
 @pytest.mark.parametrize(
     ("refusal", "attempts"),
-    [(b"\x20\x02\x00\x01", [5, 4, 4]), (b"\x20\x03\x00\x84\x00", [5, 4, 4]), (b"", [5, 4, 5, 4, 4])],
+    [(b"\x20\x02\x00\x01", [5, 4, 4]), (b"\x20\x03\x00\x84\x00", [5, 4, 4]), (b"", [5, 4, 5, 4, 5, 4])],
     ids=["3.1.1's own code", "5.0's code", "closed at once"],
 )
 def test_auto_falls_back_to_3_1_1_and_remembers(run: Any, refusal: bytes, attempts: list[int]) -> None:
@@ -177,7 +177,6 @@ def test_no_answer_in_time_is_said() -> None:
             rig.start()
             await until(lambda: rig.intake.last_error)
             assert rig.intake.last_error == "no answer within 0.2 s"
-            assert rig.intake._auto == 5
             await rig.intake.close()
 
     asyncio.run(main())

@@ -23,6 +23,8 @@ import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, cast
 
+from fastkin.tcp import keep_alive
+
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Sequence
@@ -39,7 +41,7 @@ _LOOKUP_S = 10.0
 _LOOKUPS_MOST = 3
 
 # For every socket of ours, to Kinesis and to brokers: level, option, value. What a system lacks is left out.
-SOCKET_OPTIONS: list[tuple[int, int, int]] = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)]
+SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *keep_alive()]
 
 
 def new_socket(info: AddrInfo) -> socket.socket:

@@ -29,11 +29,13 @@ from fastkin._mqtt import (
     Session,
     Suback,
     Unsuback,
-    reason_text,
 )
+from fastkin.dialect import Dialect
 from fastkin.errors import MqttError, ProtocolError, RefusedError
 from fastkin.logs import Repeats
-from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, renewed_tls, said
+from fastkin.reasons import UNAVAILABLE
+from fastkin.subscriptions import SHARED, Refusal, Subscriptions
+from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, renewed_tls, said, silence, while_heard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,10 +46,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("fastkin.intake")
 
-FILTERS_PER_PACKET = 8  # AWS IoT Core takes no more in one SUBSCRIBE
 _FILTERS_SHOWN = 10
 
-# why reading is paused: bits of _Link._paused
+# Why reading is paused, see _Reading.
 _STALL = 1
 _COALESCE = 2
 _STOPPED = 4
@@ -72,6 +73,9 @@ _TROUBLE_S = 60.0
 
 _AUTH_CODES = frozenset({0x04, 0x05, 0x86, 0x87, 0x8A, 0x8C})
 _VERSION_CODES = frozenset({0x01, 0x84})
+_UNAVAILABLE_S = 600.0  # how long we do not ask for what ended a connection
+_SHARED_QUIET_S = 60.0  # a shared subscription over 3.1.1 that brought nothing for so long is spoken of
+_GONE_S = 1.0  # for an event loop to say that a connection is gone that we have aborted
 _ID_CODES = frozenset({0x02, 0x80, 0x85})  # mosquitto says 0x80
 _TAKEN_OVER = 0x8E
 
@@ -177,9 +181,9 @@ class Intake:
         self._bug: Exception | None = None
         self._attempts = 0  # since a connection worked
         self._early = 0  # connections in a row that died right after SUBSCRIBE
-        self._auto = 5 if broker.protocol != "3.1.1" else 4
-        self._auto_sure = broker.protocol != "auto"
-        self._silent_fives = 0
+        self._dialect = Dialect(broker.protocol)
+        self._windows: dict[int, Window] = {}  # by version
+        self._unavailable: dict[int, float] = {}  # reason codes that ended a connection, and until when they count
         self._had_session = False
 
     # -- what is seen from outside ---------------------------------------------------------------
@@ -270,10 +274,11 @@ class Intake:
 
     async def _attempt(self) -> bool:
         """One connection, from its start to its end. True: the next attempt may follow at once."""
-        version = self._auto
+        version = self._dialect.next(asyncio.get_running_loop().time())
         if version != self.version:
             most = self.broker.receive_maximum if version == 5 else _MAX_WINDOW
-            self.window = Window(most if version == 5 else self.broker.inflight, most)
+            first = most if version == 5 else self.broker.inflight
+            self.window = self._windows.setdefault(version, Window(first, most))
             self.version = version
         self.ledger.reset(not self.broker.clean_session)
         link = self._link = _Link(self, version)
@@ -309,19 +314,28 @@ class Intake:
         """True: try at once, in another way."""
         url = self.broker.url
         code = error.code if isinstance(error, RefusedError) else None
-        if not self._auto_sure:
-            if self._auto == 5 and (code in _VERSION_CODES or link.shut_at_once):
-                self._auto = 4
-                self._auto_sure = code in _VERSION_CODES or self._silent_fives > 0
-                _LOG.info("%s broker=%s does not take MQTT 5.0: trying 3.1.1", self._where, url)
+        now = link.loop.time()
+        timed_out = isinstance(error, TimeoutError) and error.errno is None
+        other = "3.1.1" if link.version == 5 else "5.0"
+        if code in _VERSION_CODES:
+            if self._dialect.refused(link.version, now):
+                self._lines.say(
+                    logging.INFO, "version", "%s broker=%s does not take MQTT %s: trying %s",
+                    self._where, url, "5.0" if link.version == 5 else "3.1.1", other,
+                )  # fmt: skip
                 return True
-            self._auto = 5  # a guess that did not help
+        elif link.unanswered(timed_out=timed_out) and self._dialect.unanswered(link.version, now, timed_out=timed_out):
+            self._lines.say(
+                logging.INFO, "version guess", "%s broker=%s did not answer MQTT %s: it may not speak it, trying %s",
+                self._where, url, "5.0" if link.version == 5 else "3.1.1", other,
+            )  # fmt: skip
+            return True
         reason = explain(error)
         if code in _ID_CODES and not self.client_id:
             self.client_id = f"fastkin-{os.urandom(8).hex()}"
             _LOG.info("%s broker=%s wants a client id: using %s", self._where, url, self.client_id)
             return True
-        if isinstance(error, TimeoutError) and error.errno is None:
+        if timed_out:
             reason = f"no answer within {self.broker.connect_timeout_s:g} s"
         if code in _AUTH_CODES:
             reason += "; check user, password and client id, and what the broker's policy allows them"
@@ -339,10 +353,8 @@ class Intake:
             self._attempts = self._early = 0
         elif link.subscribing:
             self._early += 1
-        if not self._auto_sure and self._auto == 4:
-            # 5.0 was not refused in words: ask once more, the broker may just have been starting.
-            self._silent_fives += 1
-            self._auto = 5
+        if link.code in UNAVAILABLE:
+            self._unavailable[link.code] = link.loop.time() + _UNAVAILABLE_S
         if self._stopping.is_set():
             _LOG.info("%s broker=%s disconnected: %s", self._where, self.broker.url, link.reason)
             return
@@ -362,8 +374,14 @@ class Intake:
 
     # -- what a link reports ---------------------------------------------------------------------
 
+    def unavailable(self) -> list[int]:
+        """Reason codes by which the broker ended a connection not long ago: it must not be asked for that again."""
+        now = asyncio.get_running_loop().time()
+        return [code for code, until in self._unavailable.items() if now < until]
+
     def _opened(self, link: _Link, connack: Connack) -> None:
         self.connects += 1
+        self._dialect.worked(link.version)
         broker = self.broker
         assigned = connack.properties.get("assigned_client_identifier")
         client = self.client_id or str(assigned or "")
@@ -390,15 +408,11 @@ class Intake:
                 self._where, broker.url, expiry, broker.session_expiry_s,
             )  # fmt: skip
 
-    def _subscribed(self, granted: Sequence[tuple[str, int]], refused: Sequence[tuple[str, int, int]]) -> None:
-        for topic_filter, qos, code in refused:
-            self.last_error = f"the broker refused to subscribe {topic_filter}: {reason_text(code)}"
-            _LOG.error(
-                "%s broker=%s client=%s filter=%s subscription with QoS %d refused: %s; check the broker's policy for"
-                " this client. Asking again in %.0f s",
-                self._where, self.broker.url, ascii(self.client_id), ascii(topic_filter), qos, reason_text(code),
-                self.broker.reconnect_max_s,
-            )  # fmt: skip
+    def _subscribed(self, link: _Link) -> None:
+        """Every filter that was asked for has its answer."""
+        granted, refused = link.subscriptions.outcome()
+        for told in refused:
+            self._refused(told)
         asked = dict(self.subscriptions)
         for topic_filter, qos in granted:
             if qos < asked.get(topic_filter, 0):
@@ -410,23 +424,115 @@ class Intake:
                 )  # fmt: skip
         if granted:
             shown = ", ".join(f"{topic!a} QoS {qos}" for topic, qos in granted[:_FILTERS_SHOWN])
+            if link.version == 4 and any(topic.startswith(SHARED) for topic, _ in granted):
+                shown += " (MQTT 3.1.1 cannot tell whether the broker knows $share)"
+                link.watch_shared([topic for topic, _ in granted if topic.startswith(SHARED)])
             more = f" and {len(granted) - _FILTERS_SHOWN} more" if len(granted) > _FILTERS_SHOWN else ""
             self._lines.say(
                 logging.INFO, "subscribed", "%s broker=%s subscribed %s%s", self._where, self.broker.url, shown, more
             )
         if self._stopping.is_set():
             return
-        if refused:
+        if missing := link.subscriptions.missing:
+            self.connected.clear()
+            topic_filter, told = next(iter(missing.items()))
+            self.last_error = f"the broker refused to subscribe {topic_filter}: {told.why}"
             self._set_state("refused")
         else:
             self.last_error = None
             self.connected.set()
             self._set_state("connected")
 
+    def _refused(self, refusal: Refusal) -> None:
+        again = "Not asked for" if refusal.final else f"Asking again in {self.broker.reconnect_max_s:.0f} s"
+        self._lines.say(
+            logging.ERROR, f"refused {refusal.topic_filter}",
+            "%s broker=%s client=%s filter=%s subscription with QoS %d refused: %s%s. %s",
+            self._where, self.broker.url, ascii(self.client_id), ascii(refusal.topic_filter), refusal.qos,
+            refusal.why, refusal.cure and f"; {refusal.cure}", again,
+        )  # fmt: skip
+
+    def _late_suback(self, waited_s: float) -> None:
+        self._lines.say(
+            logging.WARNING, "late",
+            "%s broker=%s client=%s no SUBACK after %.0f s, though other packets come: they are taken, and the filters"
+            " count as not subscribed until the broker answers",
+            self._where, self.broker.url, ascii(self.client_id), waited_s,
+        )  # fmt: skip
+
+    def _quiet_shared(self, filters: Sequence[str]) -> None:
+        self._lines.say(
+            logging.WARNING, "quiet",
+            "%s broker=%s client=%s nothing came for %.0f s. The shared subscription %s was granted over MQTT 3.1.1,"
+            " where a broker that does not know $share takes it for a plain topic: if messages are published there, set"
+            " the filter without $share/GROUP/ (and let one fastkin alone subscribe it), or protocol = \"5\"",
+            self._where, self.broker.url, ascii(self.client_id), _SHARED_QUIET_S, ", ".join(map(ascii, filters)),
+        )  # fmt: skip
+
     def _failed(self, error: Exception) -> None:
         """A bug of ours, or of what on_read() calls: run() raises it."""
         if self._bug is None:
             self._bug = error
+
+
+class _Reading:
+    """Whether a link reads: it does unless a cause is set. Each cause has one who ends it, set up before the pause.
+
+    ========== ================================= ==========================================================
+    _STALL     a sink has no room                _Link.resume(). The pipeline calls it whenever records are
+                                                 settled and the budget is low; a call that comes in the
+                                                 middle of a feed is made up for after it (_Link._idle()).
+    _COALESCE  the next read would be small      the timer that pause_for() arms
+    _STOPPED   stop(): no more is wanted         leave()
+    ========== ================================= ==========================================================
+
+    The end of the connection ends all. A cause may be set before there is a wire: begin() minds it.
+    """
+
+    __slots__ = ("_loop", "_stalled_at", "_timer", "_wire", "paused")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._wire: Wire | None = None
+        self._stalled_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self.paused = 0  # bits
+
+    def begin(self, wire: Wire) -> None:
+        self._wire = wire
+        if self.paused:
+            wire.pause_reading()
+
+    def pause(self, why: int) -> None:
+        if self.paused & why:
+            return
+        if why == _STALL:
+            self._stalled_at = self._loop.time()
+        if not self.paused and self._wire is not None and not self._wire.is_closing():
+            self._wire.pause_reading()
+        self.paused |= why
+
+    def pause_for(self, seconds: float) -> None:
+        self.pause(_COALESCE)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(seconds, self.go_on, _COALESCE)
+
+    def go_on(self, why: int) -> None:
+        if not self.paused & why:
+            return
+        self.paused &= ~why
+        if not self.paused and self._wire is not None and not self._wire.is_closing():
+            self._wire.resume_reading()
+
+    def stalled_for(self) -> float:
+        return self._loop.time() - self._stalled_at if self.paused & _STALL else 0.0
+
+    def end(self) -> None:
+        self.paused = 0
+        self._wire = None
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class _Link(Receiver):
@@ -457,21 +563,20 @@ class _Link(Receiver):
         self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # nobody may be waiting
         self._sent_at = 0.0
         self._heard = False  # bytes have come
+        self._shut = False  # the peer closed; nothing else ended the connection
         self._deaf = False  # what still comes is thrown away
         self._dump: memoryview | None = None
         self._busy = False
+        self._again = False  # resume() came while busy
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
-        self._paused = 0
-        self._stalled_at = 0.0
+        self._reading = _Reading(self.loop)
         self._alive_at = 0.0  # the broker was heard, or could not be because we did not listen
         self._keep_alive = float(broker.keep_alive_s)
 
-        self._next_id = 0
-        self._asked: dict[int, list[tuple[str, int]]] = {}  # SUBSCRIBE without its SUBACK
-        self._dropped: set[int] = set()  # UNSUBSCRIBE without its UNSUBACK
-        self._granted: list[tuple[str, int]] = []
-        self._refused: list[tuple[str, int, int]] = []
+        self.subscriptions = Subscriptions(self.session, _RETAIN[broker.retain_handling], intake.unavailable())
+        self._asked_at = 0.0
+        self._late = False  # and it was said
 
         self._look_at = 0.0  # when the rate was last looked at
         self._look_messages = 0
@@ -481,23 +586,24 @@ class _Link(Receiver):
 
     # -- opening ---------------------------------------------------------------------------------
 
-    @property
-    def shut_at_once(self) -> bool:
-        """The peer took our CONNECT and closed without a word."""
-        return bool(self._sent_at) and not self._heard and self.ended.done() and self.code == 0
+    def unanswered(self, *, timed_out: bool) -> bool:
+        """The peer took our CONNECT and closed, or let it time out, without a word."""
+        return bool(self._sent_at) and not self._heard and (timed_out or self._shut)
 
     async def open(self) -> None:
         """To CONNACK. Raises what explain() explains."""
+        limit = self.intake.broker.connect_timeout_s
         try:
-            async with asyncio.timeout(self.intake.broker.connect_timeout_s):
+            async with asyncio.timeout(limit):
                 await open_wire(self.intake.broker, self, self.intake._tls)
-                await self._ready
+            await while_heard(self._ready, limit, lambda: max(self._sent_at, self.intake.last_read))
         except BaseException:
             self.abort()
             raise
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.wire = cast("Wire", transport)
+        self._reading.begin(self.wire)
         broker = self.intake.broker
         clean = broker.clean_session
         password = None if broker.password is None else broker.password.encode()
@@ -541,7 +647,7 @@ class _Link(Receiver):
             return
         self._took(flags, session.messages - before, nbytes, now)
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes | memoryview) -> None:
         if self._deaf:
             return
         session = self.session
@@ -557,10 +663,12 @@ class _Link(Receiver):
 
     def resume(self) -> None:
         """Offer what a sink refused, then read on."""
-        if not self._paused & _STALL or self._paused & _STOPPED or self._deaf:
+        if self._deaf or self._reading.paused & _STOPPED:
             return
-        if self._busy:  # from within on_read(): what stalled just now is not offered again before it returns
-            self.loop.call_soon(self.resume)
+        if self._busy:  # whatever stalls, or has stalled, before the feed in hand is done is offered again after it
+            self._again = True
+            return
+        if not self._reading.paused & _STALL:
             return
         session = self.session
         now = session.now = self.loop.time()
@@ -572,7 +680,7 @@ class _Link(Receiver):
             self._broken(error, session.messages - before)
             return
         if not flags & STALLED:
-            self._unpause(_STALL)
+            self._go_on(_STALL)
         self._took(flags, session.messages - before, 0, now)
 
     def _took(self, flags: int, taken: int, nbytes: int, now: float) -> None:
@@ -597,9 +705,16 @@ class _Link(Receiver):
             self._bug(error)
             return
         finally:
-            self._busy = False
+            self._idle()
         if self._pause_s:
             self._coalesce(taken, nbytes, now)
+
+    def _idle(self) -> None:
+        """The feed is done: a resume() that came meanwhile is made up for."""
+        self._busy = False
+        if self._again:
+            self._again = False
+            self.loop.call_soon(self.resume)
 
     def _coalesce(self, taken: int, nbytes: int, now: float) -> None:
         """A pause after a small read, while many messages come in small reads.
@@ -623,42 +738,30 @@ class _Link(Receiver):
         if (
             self.coalescing
             and nbytes < _COALESCE_READ
-            and not self._paused
+            and not self._reading.paused
             and not self._deaf
             and self.intake.ledger.unacked < self.intake.window.granted
         ):
-            self.pause(_COALESCE)
-            self.loop.call_later(self._pause_s, self._unpause, _COALESCE)
+            self._reading.pause_for(self._pause_s)
 
     # -- pausing -----------------------------------------------------------------------------------
 
     @property
     def stalled(self) -> bool:
-        return bool(self._paused & _STALL)
+        return bool(self._reading.paused & _STALL)
 
     def stalled_for(self) -> float:
-        return self.loop.time() - self._stalled_at if self._paused & _STALL else 0.0
+        return self._reading.stalled_for()
 
     def pause(self, why: int) -> None:
-        if self._paused & why or self.wire is None:
-            return
-        if why == _STALL:
-            self._stalled_at = self.loop.time()
-        if not self._paused:
-            self.wire.pause_reading()
-        self._paused |= why
+        self._reading.pause(why)
 
-    def _unpause(self, why: int) -> None:
-        if not self._paused & why or self.wire is None:
-            return
+    def _go_on(self, why: int) -> None:
         if why == _STALL:
             self.intake._paused_s += self.stalled_for()
-        self._paused &= ~why
-        if not self._paused and not self.wire.is_closing():
-            if why != _COALESCE:
-                # What the broker said meanwhile is unread: the time counts as alive.
-                self._alive_at = self.loop.time()
-            self.wire.resume_reading()
+        # What the broker said meanwhile is unread: the time counts as alive.
+        self._alive_at = self.loop.time()
+        self._reading.go_on(why)
 
     # -- control packets -------------------------------------------------------------------------
 
@@ -667,14 +770,17 @@ class _Link(Receiver):
             if self._deaf:
                 return
             if isinstance(event, Suback):
-                self._suback(event)
+                try:
+                    self._suback(event)
+                except ProtocolError as error:
+                    self._give_up(str(error), error.code, error)
             elif isinstance(event, Connack):
                 self._connack(event)
             elif isinstance(event, Disconnect):
                 self.code = event.code
                 self._give_up(farewell(event, self.intake.broker.password), None)
-            elif isinstance(event, Unsuback) and event.packet_id in self._dropped:
-                self._dropped.discard(event.packet_id)
+            elif isinstance(event, Unsuback):
+                self._write(self.subscriptions.unsuback(event))
             elif not isinstance(event, Pingresp):
                 self._give_up(f"malformed MQTT from the broker: {type(event).__name__} for nothing we sent", 0x82)
 
@@ -696,64 +802,81 @@ class _Link(Receiver):
         self.intake._opened(self, connack)
         if not self._ready.done():
             self._ready.set_result(None)
+        self.subscriptions.learn(connack.properties)
         self._subscribe(self.intake.subscriptions)
-        self._unsubscribe(self.intake.unsubscribe)
+        self._write(self.subscriptions.unsubscribe(self.intake.unsubscribe))
         if self._keep_alive:
             self._timers["ping"] = self.loop.call_later(self._keep_alive / 2, self._ping)
 
+    def _write(self, packets: bytes) -> None:
+        if packets and self.wire is not None:
+            self.wire.write(packets)
+
     def _subscribe(self, filters: Sequence[tuple[str, int]]) -> None:
-        assert self.wire is not None
+        packets = self.subscriptions.subscribe(filters)
+        if not packets:
+            self._answered()
+            return
         self.subscribing = True
-        out = []
-        for at in range(0, len(filters), FILTERS_PER_PACKET):
-            part = list(filters[at : at + FILTERS_PER_PACKET])
-            self._next_id = self._next_id % 65_535 + 1
-            self._asked[self._next_id] = part
-            out.append(self.session.subscribe(self._next_id, part, _RETAIN[self.intake.broker.retain_handling]))
-        if out:
-            self.wire.write(b"".join(out))
-            self._await_subacks()
+        self._write(packets)
+        self._asked_at = self.loop.time()
+        self._await_subacks(self.intake.broker.connect_timeout_s)
 
-    def _unsubscribe(self, filters: Sequence[str]) -> None:
-        assert self.wire is not None
-        for at in range(0, len(filters), FILTERS_PER_PACKET):
-            self._next_id = self._next_id % 65_535 + 1
-            self._dropped.add(self._next_id)
-            self.wire.write(self.session.unsubscribe(self._next_id, filters[at : at + FILTERS_PER_PACKET]))
-
-    def _await_subacks(self) -> None:
-        self._timers["suback"] = self.loop.call_later(self.intake.broker.connect_timeout_s, self._no_suback)
+    def _await_subacks(self, seconds: float) -> None:
+        self._timers["suback"] = self.loop.call_later(seconds, self._no_suback)
 
     def _no_suback(self) -> None:
-        if self._paused:  # it may be behind what we do not read
-            self._await_subacks()
-        elif self._asked:
-            self._give_up(f"no SUBACK within {self.intake.broker.connect_timeout_s:g} s", 0x83)
+        """Gives up a broker that is silent. One that talks may have much to say before it comes to SUBACK."""
+        limit = self.intake.broker.connect_timeout_s
+        now = self.loop.time()
+        if self._reading.paused & (_STALL | _STOPPED):  # it may be behind what we do not read
+            self._await_subacks(limit)
+            return
+        left = limit - (now - max(self._heard_at(), self._asked_at))
+        if left <= 0:
+            self._give_up(f"no SUBACK within {limit:g} s", 0x83)
+            return
+        if not self._late and now - self._asked_at >= limit:
+            self._late = True
+            self.intake._late_suback(now - self._asked_at)
+        self._await_subacks(max(left, 0.01))
+
+    def _heard_at(self) -> float:
+        """When bytes came last, or when we listened again."""
+        assert self.wire is not None
+        return max(self._alive_at, self.intake.last_read, self.loop.time() - silence(self.wire))
 
     def _suback(self, suback: Suback) -> None:
-        asked = self._asked.pop(suback.packet_id, None)
-        if asked is None or len(asked) != len(suback.codes):
-            self._give_up("malformed MQTT from the broker: a SUBACK that answers no SUBSCRIBE of ours", 0x82)
+        if not self.subscriptions.waiting:
+            self.subscriptions.suback(suback)  # said twice, or nonsense
             return
-        for (topic_filter, qos), code in zip(asked, suback.codes, strict=True):
-            if code >= 0x80:
-                self._refused.append((topic_filter, qos, code))
-            else:
-                self._granted.append((topic_filter, code))
-        if self._asked:
-            return
-        self._timers.pop("suback").cancel()
-        granted, self._granted = self._granted, []
-        refused, self._refused = self._refused, []
-        if refused:
-            again = [(topic_filter, qos) for topic_filter, qos, _ in refused]
+        self._write(self.subscriptions.suback(suback))
+        if not self.subscriptions.waiting:
+            self._timers.pop("suback").cancel()
+            self._answered()
+
+    def _answered(self) -> None:
+        """Every filter has its answer for now."""
+        again = [
+            (refusal.topic_filter, refusal.qos) for refusal in self.subscriptions.missing.values() if not refusal.final
+        ]
+        if again:
             self._timers["again"] = self.loop.call_later(
                 self.intake.broker.reconnect_max_s, self._subscribe_again, again
             )
-        self.intake._subscribed(granted, refused)
+        self.intake._subscribed(self)
+
+    def watch_shared(self, filters: Sequence[str]) -> None:
+        """Say it when they bring nothing."""
+
+        def look() -> None:
+            if not self.session.messages:
+                self.intake._quiet_shared(filters)
+
+        self._timers["shared"] = self.loop.call_later(_SHARED_QUIET_S, look)
 
     def _subscribe_again(self, filters: list[tuple[str, int]]) -> None:
-        if self.up and not self._paused & _STOPPED:
+        if self.up and not self._reading.paused & _STOPPED:
             self._subscribe(filters)
 
     # -- keep-alive ---------------------------------------------------------------------------------
@@ -762,10 +885,10 @@ class _Link(Receiver):
         """Twice per keep-alive, whether we read or not. Silence is death only while we listen."""
         assert self.wire is not None
         now = self.loop.time()
-        if self._paused & (_STALL | _STOPPED):
+        if self._reading.paused & (_STALL | _STOPPED):
             self._alive_at = now
         else:
-            self._alive_at = max(self._alive_at, self.intake.last_read)
+            self._alive_at = self._heard_at()
             if now - self._alive_at > 1.5 * self._keep_alive:
                 self._give_up(
                     f"the broker has been silent for {now - self._alive_at:.0f} s: it is taken for dead", None
@@ -784,7 +907,7 @@ class _Link(Receiver):
         unacked = intake.ledger.unacked
         output = self.session.take_output()
         if output:
-            if not self._paused & (_STALL | _STOPPED):
+            if not self._reading.paused & (_STALL | _STOPPED):
                 intake.window.acknowledging(unacked, self.loop.time(), intake.last_read)
             self.wire.write(output)
             if self.wire.get_write_buffer_size() > _UNREAD_MOST:
@@ -797,7 +920,7 @@ class _Link(Receiver):
 
     def _broken(self, error: Exception, taken: int) -> None:
         """feed() raised: the broker's fault, or ours."""
-        self._busy = False
+        self._idle()
         self._heard = True
         if not isinstance(error, ProtocolError):
             self._bug(error)
@@ -840,14 +963,14 @@ class _Link(Receiver):
         self.reason = "we left"
         self._deaf = True
         self.wire.write(self.session.disconnect(0))
-        self._unpause(_COALESCE)
-        self._unpause(_STALL)
-        self._unpause(_STOPPED)
+        for why in (_STALL, _STOPPED, _COALESCE):
+            if self._reading.paused & why:
+                self._go_on(why)
         await self._end_within(_LEAVE_S)
         self.wire.close()
         await self._end_within(_LINGER_S)
         self.abort()
-        await asyncio.wait([self.ended])
+        await asyncio.wait([self.ended])  # abort() sees to it
 
     async def _end_within(self, seconds: float) -> None:
         if not self.ended.done():
@@ -856,25 +979,26 @@ class _Link(Receiver):
     def abort(self) -> None:
         self.up = False
         self._deaf = True
-        if self.wire is not None:
+        if self.wire is not None and not self.ended.done():
             self.wire.abort()
+            # No wait for the end may hang on an event loop that forgets to tell of it.
+            self._timers["gone"] = self.loop.call_later(_GONE_S, self.connection_lost, None)
 
     def eof_received(self) -> bool:
         return False  # close
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self.ended.done():
+            return
         self.up = False
         self._deaf = True
         for timer in self._timers.values():
             timer.cancel()
-        if self._paused & _STALL:
-            self.intake._paused_s += self.stalled_for()
-        self._paused = 0
-        if isinstance(exc, ssl.SSLError):
-            self.code = -1  # not a broker that refuses the version
+        self.intake._paused_s += self.stalled_for()
+        self._reading.end()
+        self._shut = not self.reason and (exc is None or isinstance(exc, (ConnectionError, ssl.SSLEOFError)))
         if not self.reason:
             self.reason = explain(exc) if exc is not None else "the broker closed the connection"
-        if not self.ended.done():
-            self.ended.set_result(None)
+        self.ended.set_result(None)
         if not self._ready.done():
             self._ready.set_exception(exc if exc is not None else MqttError(self.reason))

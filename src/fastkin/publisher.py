@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 from fastkin import _mqtt
 from fastkin._mqtt import EVENTS, Connack, Disconnect, Ledger, Puback, Router, Session, reason_text
+from fastkin.dialect import Dialect
 from fastkin.errors import ClosedError, FastkinError, LibraryError, MqttError, RefusedError
-from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, renewed_tls
+from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, renewed_tls, silence, while_heard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,11 +36,15 @@ T = TypeVar("T")
 _MOST = 65_535  # packet identifiers
 _BATCH = 256 * 1024  # bytes that are written before the turn of the loop ends
 _CLOSE_S = 5.0
+_GONE_S = 1.0  # for an event loop to say that a connection is gone that we have aborted
 _VERSION_CODES = frozenset({0x01, 0x84})
 
 
 class Publisher:
-    """One connection. `protocol="auto"` tries 3.1.1 first, which has no window of the broker's."""
+    """One connection. `protocol="auto"` prefers 3.1.1, which has no window of the broker's.
+
+    Only a refusal in words makes it try 5.0: every broker of 5.0 that keeps silent to 3.1.1 would be the first.
+    """
 
     def __init__(self, broker: Broker, window: int = 1000) -> None:
         """`window`: QoS 1 messages without an acknowledgement; a 5.0 broker may lower it.
@@ -56,6 +61,7 @@ class Publisher:
         self.acked = 0
         self.refused = 0  # by a 5.0 broker's own reason code
         self._asked_window = window
+        self._dialect = Dialect(broker.protocol, prefer=4)
         self._tls = renewed_tls(broker)
         self._link: _Link | None = None
         self._refusal = 0
@@ -69,38 +75,38 @@ class Publisher:
 
     async def connect(self) -> None:
         """MqttError says in plain words why not; RefusedError when the broker said no."""
-        if self.broker.protocol == "auto":
-            try:
-                await self._connect(4)
-            except RefusedError as error:
-                if error.code not in _VERSION_CODES:
-                    raise
-                await self._connect(5)
-        else:
-            await self._connect(5 if self.broker.protocol == "5" else 4)
+        while not await self._connect(self._dialect.next(asyncio.get_running_loop().time())):
+            pass
 
-    async def _connect(self, version: int) -> None:
+    async def _connect(self, version: int) -> bool:
+        """False: to be tried with the other version."""
         link = _Link(self, version)
+        limit = self.broker.connect_timeout_s
         try:
-            async with asyncio.timeout(self.broker.connect_timeout_s):
+            async with asyncio.timeout(limit):
                 await open_wire(self.broker, link, self._tls)
-                connack = await link.ready
-        except RefusedError:
+            await while_heard(link.ready, limit, lambda: link.heard_at)
+            connack = link.ready.result()
+        except RefusedError as error:
             link.abort()
+            if error.code in _VERSION_CODES and self._dialect.refused(version, asyncio.get_running_loop().time()):
+                return False
             raise
         except (OSError, MqttError) as error:
             link.abort()
-            reason = explain(error)
-            if isinstance(error, TimeoutError) and error.errno is None:
-                reason = f"no answer within {self.broker.connect_timeout_s:g} s"
+            timed_out = isinstance(error, TimeoutError) and error.errno is None
+            reason = f"no answer within {limit:g} s" if timed_out else explain(error)
             raise MqttError(f"cannot connect to {self.broker.url}: {reason}") from None
         except BaseException:
             link.abort()
             raise
+        self._dialect.worked(version)
         granted = connack.properties.get("receive_maximum") if version == 5 else None
         self.window = min(self._asked_window, granted) if isinstance(granted, int) else self._asked_window
+        link.learn(connack.properties)
         self.version = version
         self._link = link
+        return True
 
     async def publish(self, topic: str, payload: Buffer, qos: int = 0) -> None:
         """Waits for room in the window (QoS 1) or in the socket (QoS 0), not for the acknowledgement."""
@@ -117,7 +123,14 @@ class Publisher:
             if qos != 1:
                 raise LibraryError(f"QoS {qos}: a publisher sends with QoS 0 or 1")
             packet_id = link.free_id()
+            if qos > link.most_qos:
+                raise MqttError(f"the broker takes QoS {link.most_qos} at most: publish with that")
         packet = _mqtt.publish(topic, payload, qos=qos, packet_id=packet_id, version=link.version)
+        if len(packet) > link.most_bytes:
+            raise MqttError(
+                f"topic={topic!a} a packet of {len(packet)} bytes is more than the broker takes, {link.most_bytes}:"
+                " raise its limit, or publish less at once"
+            )
         link.send(packet, packet_id)
         self.published += 1
         return True
@@ -173,7 +186,16 @@ class _Link(Receiver):
         self._last_id = 0
         self._room: asyncio.Future[None] | None = None
         self._ping: asyncio.TimerHandle | None = None
-        self._heard_at = 0.0
+        self.heard_at = 0.0
+        self.most_bytes = 1 << 29
+        self.most_qos = 2
+
+    def learn(self, properties: dict[str, object]) -> None:
+        """What the broker takes, from its CONNACK."""
+        if isinstance(most := properties.get("maximum_packet_size"), int) and most > 0:
+            self.most_bytes = most
+        if isinstance(most := properties.get("maximum_qos"), int):
+            self.most_qos = most
 
     # -- out ---------------------------------------------------------------------------------------
 
@@ -242,7 +264,7 @@ class _Link(Receiver):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._wire = cast("Wire", transport)
-        self._heard_at = self._loop.time()
+        self.heard_at = self._loop.time()
         broker = self._publisher.broker
         password = None if broker.password is None else broker.password.encode()
         user = broker.user or ("" if password is not None and self.version == 4 else None)
@@ -263,13 +285,13 @@ class _Link(Receiver):
     def buffer_updated(self, nbytes: int) -> None:
         self._feed(self._session.feed, nbytes)
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes | memoryview) -> None:
         self._feed(self._session.feed_data, data)
 
     def _feed(self, feed: Callable[[T], int], what: T) -> None:
         if self.error is not None:
             return
-        self._heard_at = self._loop.time()
+        self.heard_at = self._loop.time()
         with self._guarded():
             if feed(what) & EVENTS:
                 for event in self._session.take_events():
@@ -307,7 +329,8 @@ class _Link(Receiver):
     def _keep_alive(self, seconds: float) -> None:
         if self._wire is None or self.error is not None or self._leaving:
             return
-        if self._loop.time() - self._heard_at > 1.5 * seconds:
+        now = self._loop.time()
+        if now - max(self.heard_at, now - silence(self._wire)) > 1.5 * seconds:
             self._fail(MqttError("the broker has been silent for too long: it is taken for dead"))
             return
         self._wire.write(self._session.pingreq())
@@ -335,16 +358,20 @@ class _Link(Receiver):
             async with asyncio.timeout(_CLOSE_S):
                 await asyncio.shield(self._ended)
         self.abort()
-        await asyncio.wait([self._ended])
+        await asyncio.wait([self._ended])  # abort() sees to it
 
     def abort(self) -> None:
-        if self._wire is not None:
+        if self._wire is not None and not self._ended.done():
             self._wire.abort()
+            # No wait for the end may hang on an event loop that forgets to tell of it.
+            self._loop.call_later(_GONE_S, self.connection_lost, None)
 
     def eof_received(self) -> bool:
         return False  # close
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._ended.done():
+            return
         if self._ping is not None:
             self._ping.cancel()
         if self.error is None:
@@ -353,6 +380,5 @@ class _Link(Receiver):
         if not self.ready.done():
             # as it came: connect() adds the address
             self.ready.set_exception(exc or MqttError("the broker closed the connection"))
-        if not self._ended.done():
-            self._ended.set_result(None)
+        self._ended.set_result(None)
         self._wake()

@@ -7,6 +7,7 @@ framing and is imported only then.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import errno
 import logging
@@ -14,12 +15,16 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fastkin import tcp
 from fastkin._mqtt import reason_text
 from fastkin.dial import STAGGER_S, dial, look_up, new_socket
 from fastkin.errors import ConfigError, MqttError, ProtocolError, RefusedError, printable
+from fastkin.reasons import with_cure
 from fastkin.tls import Renewed, client_context, system_files, why_refused
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiohttp import ClientSession, ClientWebSocketResponse
     from aiohttp.abc import AbstractResolver, ResolveResult
 
@@ -31,6 +36,10 @@ _LOG = logging.getLogger("fastkin.intake")
 _WEBSOCKET_HIGH = 1 << 20  # bytes waiting to be written before the receiver is asked to wait
 _WEBSOCKET_LEAST = 16 << 20  # a message may hold many packets: never refuse one below this
 _WEBSOCKET_CLOSE_S = 2.0
+_WEBSOCKET_AHEAD = 1 << 20  # bytes read while reading is paused, to come to the pings among them
+_WEBSOCKET_FRAME = 128  # bytes that a frame costs besides its payload
+_WEBSOCKET_SLICE = 64 << 10
+_WEBSOCKET_PONG_S = 5.0  # between pongs that nobody asked for
 _SAID_MOST = 200  # characters of what a broker says for people: a reason may be 64 KiB
 
 
@@ -44,12 +53,13 @@ class Wire(Protocol):
     def is_closing(self) -> bool: ...
     def close(self) -> None: ...  # writes what waits, then closes
     def abort(self) -> None: ...
+    def get_extra_info(self, name: str, default: Any = None) -> Any: ...
 
 
 class Receiver(asyncio.BufferedProtocol):
     """What a wire calls. connection_made() comes before open_wire() returns, connection_lost() once at the end."""
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes | memoryview) -> None:
         """Bytes that did not come through get_buffer(): a WebSocket message."""
         raise NotImplementedError
 
@@ -66,6 +76,26 @@ async def open_wire(broker: Broker, receiver: Receiver, tls: Renewed | None) -> 
     except ssl.SSLCertVerificationError as error:
         why = why_refused(error, f"{broker.host}:{broker.port}", "ca", broker.tls.ca)
         raise MqttError(f"TLS failed: {why}") from None
+
+
+def silence(wire: Wire) -> float:
+    """Seconds since bytes came, whether anybody has read them or not; infinite where the system does not say."""
+    return tcp.silence(wire.get_extra_info("socket"))
+
+
+_HEARD_MOST = 6  # times the time-out: a peer that trickles is waited for, not for ever
+
+
+async def while_heard(waited: asyncio.Future[Any], silence_s: float, heard_at: Callable[[], float]) -> None:
+    """Wait for it as long as bytes come. TimeoutError when none came for `silence_s`."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + _HEARD_MOST * silence_s
+    while not waited.done():
+        left = min(heard_at() + silence_s, end) - loop.time()
+        if left <= 0:
+            raise TimeoutError
+        await asyncio.wait([waited], timeout=left)
+    waited.result()
 
 
 async def _open(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | None) -> None:
@@ -188,7 +218,7 @@ def refusal(connack: Connack, secret: str | None = None) -> RefusedError:
 
 def farewell(disconnect: Disconnect, secret: str | None = None) -> str:
     """A DISCONNECT of the broker, in words."""
-    why = reason_text(disconnect.code) if disconnect.code else "no reason given"
+    why = with_cure(disconnect.code) if disconnect.code else "no reason given"
     return f"the broker ended the connection: {why}{_told(disconnect.properties, secret)}"
 
 
@@ -214,7 +244,12 @@ def said(text: object, secret: str | None = None) -> str:
 
 
 class _WebSocketWire:
-    """A WebSocket with the face of a transport: write() never waits, one task reads, one writes."""
+    """A WebSocket with the face of a transport: write() never waits, one task reads, one writes.
+
+    Pings lie among the data, and aiohttp answers them as it reads. So pause_reading() only stops what is
+    handed on: frames are read ahead, within a bound, since the broker takes a client without pongs for
+    dead. Past the bound pongs go out unasked (RFC 6455, 5.5.3), which most brokers take as a sign of life.
+    """
 
     def __init__(self, session: ClientSession, websocket: ClientWebSocketResponse[Any], receiver: Receiver) -> None:
         self._session = session
@@ -226,8 +261,13 @@ class _WebSocketWire:
         self._closing = False
         self._lost = False
         self._kick = asyncio.Event()
-        self._reading = asyncio.Event()
-        self._reading.set()
+        self._paused = False
+        self._ahead: collections.deque[memoryview] = collections.deque()  # read, and not handed on
+        self._ahead_bytes = 0
+        self._room = asyncio.Event()  # to read ahead
+        self._room.set()
+        self._handing = False
+        self._scheduled = False
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -249,11 +289,17 @@ class _WebSocketWire:
     def get_write_buffer_size(self) -> int:
         return len(self._waiting) + self._sending
 
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._websocket.get_extra_info(name, default)
+
     def pause_reading(self) -> None:
-        self._reading.clear()
+        self._paused = True
 
     def resume_reading(self) -> None:
-        self._reading.set()
+        self._paused = False
+        if self._ahead and not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._hand_on)
 
     def is_closing(self) -> bool:
         return self._closing or self._lost
@@ -265,20 +311,59 @@ class _WebSocketWire:
     def abort(self) -> None:
         self._end(None)
 
+    def _hand_on(self) -> None:
+        """What was read, in slices: a pause in the middle of a large frame leaves the rest here."""
+        self._scheduled = False
+        if self._handing:
+            return
+        self._handing = True
+        try:
+            while self._ahead and not self._paused and not self._lost:
+                frame = self._ahead.popleft()
+                if len(frame) > _WEBSOCKET_SLICE:
+                    self._ahead.appendleft(frame[_WEBSOCKET_SLICE:])
+                    frame = frame[:_WEBSOCKET_SLICE]
+                else:
+                    self._ahead_bytes -= _WEBSOCKET_FRAME
+                self._ahead_bytes -= len(frame)
+                self._receiver.data_received(frame)
+        finally:
+            self._handing = False
+        if self._ahead_bytes <= _WEBSOCKET_AHEAD:
+            self._room.set()
+
     async def _read(self) -> None:
         from aiohttp import WSMsgType
 
         while True:
-            await self._reading.wait()
+            if self._ahead_bytes > _WEBSOCKET_AHEAD:
+                self._room.clear()
+                await self._wait_for_room()
             message = await self._websocket.receive()
             if message.type is WSMsgType.BINARY:
-                self._receiver.data_received(message.data)
+                self._ahead.append(memoryview(message.data))
+                self._ahead_bytes += len(message.data) + _WEBSOCKET_FRAME
+                if not self._scheduled:
+                    self._hand_on()
             elif message.type is WSMsgType.TEXT:
                 raise ProtocolError("a WebSocket text message, MQTT comes in binary ones", 0, 0x81)
             elif message.type is WSMsgType.ERROR:
                 raise self._websocket.exception() or ConnectionResetError(errno.ECONNRESET, "")
             else:
+                while self._ahead:  # the peer has closed; what it said before counts
+                    self._room.clear()
+                    await self._room.wait()
                 return
+
+    async def _wait_for_room(self) -> None:
+        while not self._room.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_WEBSOCKET_PONG_S):
+                    await self._room.wait()
+            if not self._room.is_set():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1.0):  # a broker that waits for us must not make us wait for it
+                        await self._websocket.pong()
 
     async def _write(self) -> None:
         while True:
