@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import servers
+import stalls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,3 +64,12 @@ def kinesis_mock_server() -> Iterator[servers.KinesisServer]:
     """One kinesis-mock for the whole run: use a stream name of your own."""
     with servers.kinesis_mock() as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def _no_stalls() -> Iterator[None]:
+    """What the watchdog finds is a bug of fastkin, whatever the test is about. A test that makes it find something
+    clears `stalls`."""
+    with stalls.watched() as found:
+        yield
+    assert found == []

@@ -321,9 +321,14 @@ def test_the_errors_of_the_service_model_are_all_here() -> None:
         ("InvalidArgumentException", Action.REJECTED),
         ("ValidationException", Action.REJECTED),
         ("ValidationError", Action.REJECTED),
-        ("AccessDeniedException", Action.RETRY),
-        ("Whatever", Action.RETRY),
-        ("", Action.RETRY),
+        ("AccessDeniedException", Action.OPERATOR),
+        ("ResourceNotFoundException", Action.OPERATOR),
+        ("ServiceUnavailable", Action.RETRY),
+        ("ExpiredTokenException", Action.CREDENTIALS),
+        ("KMSInvalidStateException", Action.OPERATOR),
+        ("RequestExpired", Action.CLOCK),
+        ("Whatever", Action.STRANGE),
+        ("", Action.STRANGE),
     ],
 )
 def test_per_record_codes(code: str, action: Action) -> None:

@@ -34,7 +34,7 @@ FLOORS = [
     },
     {"credentials", "endpoint", "transport", "wire", "dial", "tls", "emulator", "printing"},
     {"kinesis", "sdk", "publisher"},
-    {"intake", "sender", "flusher", "overflow"},
+    {"intake", "sender", "flusher", "overflow", "watchdog"},
     {"letterstream"},
     {"aside"},
     {"pipeline", "producer"},

@@ -16,7 +16,7 @@ SUMS = frozenset({
     "calls", "calls_failed", "retries", "throttled", "duplicates_possible", "redelivered", "connects", "paused_s",
     "flushes", "spooled_ever", "spool_damaged_rows", "dead_letters_deleted", "format_errors", "dead_lettered_by",
     "dropped_by", "retried_by_code", "throttled_by_shard", "calls_failed_by_code", "flushed_by_reason", "call_seconds",
-    "batch_fill",
+    "batch_fill", "stalls",
 })  # fmt: skip
 # of now: the present run's alone; of runs that are at work at once the other numbers add up
 _PRESENT = frozenset({"peak_bytes", "state", "last_error", "spooling", "spool_error"})

@@ -110,6 +110,7 @@ class Action(enum.Enum):
     CLOCK = "clock"  # correct the clock offset, sign again
     OPERATOR = "operator"  # somebody must act: slow retry, data kept
     REJECTED = "rejected"  # the request itself is bad: bisect to the one bad record
+    STRANGE = "strange"  # one record failed with a code that nobody documented: again, ever slower, for minutes
 
 
 class KinesisError(FastkinError):

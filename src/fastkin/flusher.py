@@ -58,9 +58,16 @@ class Flusher:
                 self._arm(self._loop.time())
         self._sender.pump()
 
+    @property
+    def armed(self) -> bool:
+        """A timer will look at the open batch."""
+        return self._timer is not None
+
     def close(self, reason: int) -> None:
         """Close the open batch now."""
-        if self._lane.seal(reason):
+        self._lane.seal(reason)
+        # Not what seal() says: ending the open aggregate may have filled and closed the batch before it looked.
+        if self._lane.ready:
             self._deadline = 0.0
             self._sender.pump()
 

@@ -204,6 +204,11 @@ class Intake:
         return self._link is not None and self._link.stalled
 
     @property
+    def stopping(self) -> bool:
+        """No more messages are taken."""
+        return self._stopping.is_set()
+
+    @property
     def paused_s(self) -> float:
         """How long reading was paused for want of room, in all."""
         return self._paused_s + (self._link.stalled_for() if self._link is not None else 0.0)

@@ -57,8 +57,8 @@ SKEW_S = 60.0  # a clock this far off explains a refused signature (the service 
 MESSAGE_CHARS = 500
 CODE_CHARS = 80
 
-# -- What to do about an error. The codes are those of the service model, of the common errors of AWS and
-# -- of the throttling list of the SDKs; every row is held by a test.
+# -- What to do about an error, of a call or of one record in an answer. The codes are those of the service model, of
+# -- the common errors of AWS and of the throttling list of the SDKs; every row is held by a test.
 _THROTTLE = """
 ProvisionedThroughputExceededException Throttling ThrottlingException ThrottledException RequestThrottled
 RequestThrottledException TooManyRequestsException RequestLimitExceeded BandwidthLimitExceeded
@@ -134,16 +134,14 @@ def classify_request(code: str | None, status: int) -> tuple[str, Action]:
 
 
 def classify_record(code: str) -> Action:
-    """What to do about one record's own ErrorCode in a 200 answer.
+    """What to do about one record's own ErrorCode in a 200 answer: what a call with that code would get.
 
-    Only two codes are documented there. What says that the record itself is bad is final, anything
-    else is tried again.
+    Only two codes are documented there, and emulators invent others. What says that the record itself is bad is final.
     """
-    if code == "ProvisionedThroughputExceededException":
-        return Action.THROTTLE
-    if "InvalidArgument" in code or "Validation" in code:
-        return Action.REJECTED
-    return Action.THROTTLE if REQUEST_ACTIONS.get(code) is Action.THROTTLE else Action.RETRY
+    known = REQUEST_ACTIONS.get(code)
+    if known is not None:
+        return known
+    return Action.REJECTED if "InvalidArgument" in code or "Validation" in code else Action.STRANGE
 
 
 def retry_after(headers: dict[str, str], now: float) -> float | None:

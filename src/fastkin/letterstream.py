@@ -22,6 +22,7 @@ from fastkin.errors import Action, ClosedError, ConfigError, KinesisError, Recor
 from fastkin.flusher import Flusher
 from fastkin.kinesis import make_client
 from fastkin.sender import Sender
+from fastkin.watchdog import Watchdog, unattended
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -70,6 +71,7 @@ class Post:
         self._lane: Lane | None = None
         self._sender: Sender | None = None
         self._flusher: Flusher | None = None
+        self._watchdog: Watchdog | None = None
         self._starting = asyncio.Lock()
 
     async def start(self, *, key: KeyPlan | None = None, max_record_bytes: int = RECORD_BYTES) -> None:
@@ -88,7 +90,21 @@ class Post:
                 set_aside=_refuse, on_settled=_nothing, max_batch_bytes=max(_BATCH_BYTES, max_record_bytes),
                 believe=self._believe,
             )  # fmt: skip
-            self._flusher = Flusher(self._lane, self._sender, 0.0, asyncio.get_running_loop())
+            loop = asyncio.get_running_loop()
+            self._flusher = Flusher(self._lane, self._sender, 0.0, loop)
+            self._watchdog = Watchdog(self._name, loop, self.stuck, self._wake)
+            self._watchdog.start()
+
+    def stuck(self) -> str | None:
+        """What waits and will be looked at by nobody: see `unattended`."""
+        if self._lane is None or self._sender is None or self._flusher is None:
+            return None
+        return unattended(self._lane, self._sender, self._flusher)
+
+    def _wake(self) -> None:
+        if self._flusher is not None and self._sender is not None:
+            self._flusher.close(DRAIN)
+            self._sender.pump()
 
     def put(self, data: bytes, key: str | None) -> Receipt:
         """RecordError: it can never be stored as it is."""
@@ -103,6 +119,8 @@ class Post:
         await self._sender.flush()
 
     async def close(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.stop()
         if self._flusher is not None:
             self._flusher.stop()
         if self._sender is not None and self._lane is not None:

@@ -47,6 +47,7 @@ _COUNTERS = (
     ("calls", "calls", "Calls made to Kinesis"),
     ("intake_connects", "connects", "Connections made to the broker"),
     ("intake_paused_seconds", "paused_s", "Time that reading was paused for want of room"),
+    ("stalls", "stalls", "Times that what waited had to be woken up because nobody would have looked at it: a bug"),
 )
 # and the label that tells them apart
 _LABELLED = (

@@ -207,6 +207,16 @@ class Overflow:
             self._drop()
 
     @property
+    def attended(self) -> bool:
+        """The spool's own turn will look at what waits in the sender and in here."""
+        return self._task is not None and not self._task.done() and self.spooling and self.broken is None
+
+    @property
+    def holds(self) -> bool:
+        """Batches are in here: taken from the sender and not on the disk yet, or read back and not taken yet."""
+        return bool(self._held or self._ready)
+
+    @property
     def safe(self) -> int:
         """Records in memory that are on the disk too."""
         return self._rows.budget.records if self.spool is not None else 0

@@ -28,6 +28,7 @@ from fastkin.overflow import Overflow, batch_limit, shares
 from fastkin.sender import Sender
 from fastkin.shards import ShardMap
 from fastkin.tallies import Tally
+from fastkin.watchdog import Watchdog, unattended
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -145,6 +146,7 @@ class PipelineRun:
             on_read=self._read,
             name=self.name,
         )
+        self.watchdog = Watchdog(self.name, self._loop, self.stuck, self._wake)
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress = asyncio.Event()
         self._lines = Repeats(_LOG, self._loop.call_later, most=5, per_s=60.0)
@@ -159,6 +161,7 @@ class PipelineRun:
 
     def start(self) -> None:
         self.aside.start()
+        self.watchdog.start()
         self._spawn(self._run(), "run")
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -262,6 +265,7 @@ class PipelineRun:
             pass
         self._drain = None
         self._lines.close()
+        self.watchdog.stop()
         self.flusher.stop()
         await self.sender.close()
         if self.overflow is not None:
@@ -474,6 +478,19 @@ class PipelineRun:
         if self._hook is not None:
             self._hook(self.name)
 
+    def stuck(self) -> str | None:
+        """What waits and will be looked at by nobody; None between any two callbacks, or there is a bug."""
+        found = unattended(self.lane, self.sender, self.flusher, self.overflow, aside=self.aside.waiting)
+        if found is None and self.intake.paused and not self.intake.stopping and not self.lane.in_flight:
+            found = f"reading is paused after {self.intake.messages} messages, and nothing is in flight"
+        return found
+
+    def _wake(self) -> None:
+        self._attend()
+        self.flusher.close(DRAIN)
+        self._settled()
+        self.sender.pump()
+
     # -- seen from outside ---------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
@@ -504,6 +521,7 @@ class PipelineRun:
             "connects": intake.connects,
             "state": intake.state,
             "flushes": lane.flushes,
+            "stalls": self.watchdog.stalls,
             "last_error": self.last_error,
             # by name; the first two sum up to their totals above
             "dead_lettered_by": self.aside.dead_lettered_by.summing_to(lane.dead_lettered),

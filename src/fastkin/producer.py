@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import logging
-from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fastkin._codec import DRAIN, FAILED, KeyPlan, Lane, ShardTable
@@ -16,8 +17,10 @@ from fastkin.kinesis import make_client
 from fastkin.overflow import Overflow, Policy, batch_limit, shares
 from fastkin.sender import Sender
 from fastkin.shards import ShardMap
+from fastkin.watchdog import Watchdog, unattended
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from typing_extensions import Buffer
@@ -29,6 +32,7 @@ _LOG = logging.getLogger("fastkin.producer")
 _FIRST_LOOK_S = 3.0  # for the stream's mode and shards before the first put
 _SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that the map does not have
 _SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
+_CALLED_AT_ONCE = 16  # of those who wait for room
 
 
 class Producer:
@@ -137,7 +141,11 @@ class Producer:
         self._overflow: Overflow | None = None
         self._sender: Sender | None = None
         self._flusher: Flusher | None = None
-        self._room: deque[asyncio.Future[None]] = deque()
+        self._watchdog: Watchdog | None = None
+        self._line: list[tuple[int, asyncio.Future[None]]] = []  # a heap: who waits for room, by when they came
+        self._tickets = itertools.count()
+        self._waiting = 0  # in the line, or called from it and not served yet
+        self._called: list[int] = []  # those who were, and have not run since
         self._closed = False
         self._closing: asyncio.Task[int] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -195,9 +203,12 @@ class Producer:
                 await overflow.close()
             await self._end_watch()
             raise self._not_open()
+        loop = asyncio.get_running_loop()
         self._overflow = overflow
-        self._flusher = Flusher(self._lane, overflow or sender, self._linger_s, asyncio.get_running_loop())
+        self._flusher = Flusher(self._lane, overflow or sender, self._linger_s, loop)
         self._sender = sender
+        self._watchdog = Watchdog(self._stream, loop, self.stuck, self._wake)
+        self._watchdog.start()
 
     async def _first_look(self, sender: Sender) -> None:
         """At the stream's mode and shards. Not needed to put, so not waited for long."""
@@ -298,8 +309,8 @@ class Producer:
         flusher = self._flusher
         if flusher is None or self._closed:
             raise self._not_open()
-        if self._budget.full:
-            await self._wait_for_room(flusher)
+        if self._budget.full or self._waiting:
+            return await self._in_turn(flusher, lambda: self._lane.put(data, partition_key, explicit_hash_key))
         receipt = self._lane.put(data, partition_key, explicit_hash_key)
         if self._lane.attention:
             flusher.attend()
@@ -310,8 +321,8 @@ class Producer:
         flusher = self._flusher
         if flusher is None or self._closed:
             raise self._not_open()
-        if self._budget.full:
-            await self._wait_for_room(flusher)
+        if self._budget.full or self._waiting:
+            return await self._in_turn(flusher, lambda: self._lane.put_frame(payload))
         receipt = self._lane.put_frame(payload)
         if self._lane.attention:
             flusher.attend()
@@ -346,10 +357,10 @@ class Producer:
 
     async def _close(self, timeout_s: float) -> int:
         error = ClosedError("the producer was closed before Kinesis stored the record")
-        while self._room:
-            waiter = self._room.popleft()
+        for _, waiter in self._line:
             if not waiter.done():
                 waiter.set_exception(error)
+        self._line.clear()
         sender, flusher = self._sender, self._flusher
         unsettled = 0
         await self._end_watch()
@@ -367,6 +378,8 @@ class Producer:
         finally:
             if sender is not None and flusher is not None:
                 self._flusher = None
+                if self._watchdog is not None:
+                    self._watchdog.stop()
                 flusher.stop()
                 await sender.close()
                 if self._overflow is not None:
@@ -399,6 +412,7 @@ class Producer:
             "throttled": sum(sender.throttled.values()) if sender else 0,
             "duplicates_possible": sender.duplicates_possible if sender else 0,
             "last_error": sender.last_error if sender else None,
+            "stalls": self._watchdog.stalls if self._watchdog else 0,
         } | (self._overflow.stats() if self._overflow is not None else {})
 
     def _not_open(self) -> ClosedError:
@@ -406,27 +420,78 @@ class Producer:
             return ClosedError("this producer is closed: make a new one")
         return ClosedError("this producer is not started: use `async with Producer(...)` or await start()")
 
-    async def _wait_for_room(self, flusher: Flusher) -> None:
-        while self._budget.full and not self._budget.low:
-            flusher.close(DRAIN)
-            if self._overflow is not None:
-                self._overflow.attend()
-                if not self._budget.full:
-                    return
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._room.append(waiter)
-            await waiter
-            if self._closed:  # it may have been closed since we were woken: nobody would send what we put
-                raise self._not_open()
+    async def _in_turn(self, flusher: Flusher, put: Callable[[], Receipt]) -> Receipt:
+        """First come, first served: who waits for room keeps the place, also when the room is gone when called."""
+        ticket = next(self._tickets)
+        self._waiting += 1
+        served = False
+        try:
+            while not self._is_turn(ticket):
+                flusher.close(DRAIN)
+                if self._overflow is not None:
+                    self._overflow.attend()
+                    if self._is_turn(ticket):
+                        break
+                waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                place = (ticket, waiter)
+                heapq.heappush(self._line, place)
+                try:
+                    await waiter
+                except asyncio.CancelledError:
+                    if place in self._line:
+                        self._line.remove(place)
+                        heapq.heapify(self._line)
+                    raise
+                finally:
+                    if ticket in self._called:
+                        self._called.remove(ticket)
+                if self._closed:  # it may have been closed since we were called: nobody would send what we put
+                    raise self._not_open()
+            receipt = put()
+            served = True
+        finally:
+            self._waiting -= 1
+            # The next one, whatever became of us. Not while closing: they were told.
+            self._call()
+        if served and self._lane.attention:
+            flusher.attend()
+        return receipt
+
+    def _is_turn(self, ticket: int) -> bool:
+        if self._budget.full or (self._called and self._called[0] < ticket):
+            return False
+        return not self._line or ticket < self._line[0][0]
+
+    def _call(self) -> None:
+        """Call who came first: a few at once, for each who is served calls the next."""
+        while self._line and len(self._called) < _CALLED_AT_ONCE and not self._budget.full:
+            ticket, waiter = heapq.heappop(self._line)
+            if not waiter.done():
+                waiter.set_result(None)
+                self._called.append(ticket)
 
     def _settled(self) -> None:
         if self._overflow is not None and self._budget.full:
             self._overflow.attend()
-        if self._room and self._budget.low:
-            while self._room:
-                waiter = self._room.popleft()
-                if not waiter.done():
-                    waiter.set_result(None)
+        self._call()
+
+    def stuck(self) -> str | None:
+        """What waits and will be looked at by nobody; None between any two callbacks, or there is a bug."""
+        if self._sender is None or self._flusher is None:
+            return None
+        found = unattended(self._lane, self._sender, self._flusher, self._overflow)
+        if found is None and self._line and not self._called and not self._budget.full:
+            found = f"{len(self._line)} who put wait for room and there is some"
+        if found is None and self._line and not self._lane.in_flight:
+            found = f"{len(self._line)} who put wait for room and nothing is in flight"
+        return found
+
+    def _wake(self) -> None:
+        if self._flusher is not None and self._sender is not None:
+            self._flusher.attend()
+            self._flusher.close(DRAIN)
+            self._sender.pump()
+            self._settled()
 
 
 def _refuse(batch: Batch, reason: str) -> None:

@@ -47,11 +47,15 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("fastkin.send")
 
-# Attempts for an entry whose error code nobody documented, before it is set aside.
-_UNKNOWN_CODE_ATTEMPTS = 10
+# Attempts for an entry whose error code nobody documented, before it is set aside: with the waits in between some ten
+# minutes, in which something else must have been stored. A destination in trouble of a new kind costs no data so, and
+# one bad record does not hold back for ever what comes after it.
+_STRANGE_ATTEMPTS = 36
+_STRANGE_CAP_S = 30.0
+_STORED_LATELY_S = 60.0
 _WARN_EVERY_S = 5.0
-# The codes AWS documents for a single entry besides throttling: tried for ever.
-_TRANSIENT = frozenset({"InternalFailure", "InternalFailureException", "ServiceUnavailableException"})
+# Nothing but a person, or new keys, helps: tried for ever, slowly, said as an ERROR, not ready.
+_HOPELESS = frozenset({Action.OPERATOR, Action.CREDENTIALS, Action.CLOCK})
 # The service gave up on a call that it may have carried out, whatever the status says.
 _OUTCOME_UNKNOWN = frozenset({"RequestTimeout", "RequestTimeoutException", "RequestAborted", "RequestAbortedException"})
 # So many single records refused in a row, none stored in between, and the fault is no longer looked for in the record.
@@ -93,12 +97,13 @@ class Client(Protocol):
 class _Queue:
     """What waits to go again for one shard (or for a reason that names none), oldest first."""
 
-    __slots__ = ("alone", "batches", "not_before")
+    __slots__ = ("alone", "batches", "not_before", "why")
 
     def __init__(self, *, alone: bool = False) -> None:
         self.batches: deque[Batch] = deque()
         self.not_before = 0.0
         self.alone = alone  # must not share a call: half of one that Kinesis refused
+        self.why: str | None = None  # what only an operator can mend, if that is what it waits for
 
 
 class Sender:
@@ -315,6 +320,11 @@ class Sender:
         """Something waits to be sent."""
         return bool(self._failed) or self._next is not None or self.lane.ready > 0
 
+    @property
+    def attended(self) -> bool:
+        """Somebody will pump: a call that ends, or the timer."""
+        return bool(self._tasks) or self._timer is not None
+
     def withdraw(self, *, called_before: float | None = None, alone: bool = True) -> list[Batch]:
         """Hand out the batches that wait, oldest first, but not what came back from the spool.
 
@@ -350,6 +360,7 @@ class Sender:
         self._withdrawn = []
         if batches:
             self._queue("").batches.extendleft(reversed(batches))
+        self.pump()
 
     def forget(self, epoch: int, count: int) -> None:
         """So many records of what was withdrawn have ended."""
@@ -568,7 +579,7 @@ class Sender:
         self._gate_backoff.reset()
         self._operator_backoff.reset()
         self._credentials_backoff.reset()
-        self.last_error = self.unwell = None
+        self.last_error = self.unwell = next((queue.why for queue in self._failed.values() if queue.why), None)
         self._hopeless = 0
         if len(failures) != 1 or len(failures[0].batch) < count:
             self._refused = 0
@@ -582,12 +593,18 @@ class Sender:
         if failed < count:
             self.pacer.stored(now, _less(load, failures))
         self._ended(epoch, count - failed)
+        waits = []
         for failure in failures:
             failure.batch.epoch = epoch
             failure.batch.attempts = attempts
-            self._entry_failed(failure, now)
+            waits.append(self._entry_failed(failure, now))
+        if failed == count and (delay := min(waits)) > 0.0:
+            # The same for every record: it is the destination's trouble, and what is new would only share it.
+            self._gate = max(self._gate, now + delay)
+            self._wake_at(self._gate)
 
-    def _entry_failed(self, failure: Failure, now: float) -> None:
+    def _entry_failed(self, failure: Failure, now: float) -> float:
+        """One kind of failure in an answer. Returns how long to wait when only an operator can mend it, else 0.0."""
         batch = failure.batch
         code, message = printable(failure.code, 128), printable(failure.message)
         self.failed_by_code.add(code, len(batch))
@@ -595,28 +612,61 @@ class Sender:
         if action is not Action.THROTTLE:
             batch.attempts += 1
         if action is Action.REJECTED or (
-            action is Action.RETRY and code not in _TRANSIENT and batch.attempts >= _UNKNOWN_CODE_ATTEMPTS
+            action is Action.STRANGE
+            and batch.attempts >= _STRANGE_ATTEMPTS
+            and now - self.answered_at <= _STORED_LATELY_S
         ):
             self._ended(batch.epoch, len(batch))
             self._set_aside(batch, f"{code}: {message}")
-            return
-        shard_id = shard_in_message(message) or ""
+            return 0.0
         self.retried += len(batch)
         self.retried_by_code.add(code, batch.user_records)
-        most = min(_ENTRY_CAP_S, _ENTRY_BASE_S * 2.0 ** min(batch.attempts, 10))
+        if action in _HOPELESS:
+            return self._entry_waits(batch, KinesisError(code, message, action=action), now)
+        shard_id = shard_in_message(message) or ""
+        least, most = _ENTRY_BASE_S, min(_ENTRY_CAP_S, _ENTRY_BASE_S * 2.0 ** min(batch.attempts, 10))
         if action is Action.THROTTLE:
             most = _ENTRY_BASE_S * 2 if self._throttled_since is None else _THROTTLE_CAP_S
             self.throttled.add(shard_id, batch.user_records)
             ordinal = self.shards.ordinal(shard_id) if self.shards is not None else None
             self.pacer.throttled(now, ordinal, even=-1 in batch.shard_load())
             self._say_throttled(now, shard_id, len(batch))
+        elif action is Action.STRANGE:
+            most = min(_STRANGE_CAP_S, _ENTRY_BASE_S * 2.0 ** min(batch.attempts, 20))
+            least = most / 2
+            shard_id = f"?{code}"  # who waits longer must not hold back who waits for a shard
+            self._errors.say(
+                logging.ERROR, code,
+                "pipeline=%s stage=send %d records failed with %s, which is no code of Kinesis: %s; they go again, and"
+                " after some ten minutes in which others are stored they become dead letters",
+                self.name, len(batch), code, message,
+            )  # fmt: skip
         else:
             self._warn("%d records failed with %s: %s; they go again", len(batch), code, message)
         queue = self._queue(shard_id)
         queue.batches.append(batch)
         if queue.not_before <= now:
-            queue.not_before = now + self._random.uniform(_ENTRY_BASE_S, most)
+            queue.not_before = now + self._random.uniform(least, most)
         self._wake_at(queue.not_before)
+        return 0.0
+
+    def _entry_waits(self, batch: Batch, error: KinesisError, now: float) -> float:
+        """An entry failed with what a call may fail with as well: it is kept and tried again as a call would be."""
+        queue = self._queue(f"!{error.code}")
+        queue.batches.append(batch)
+        if queue.not_before <= now:
+            keys = error.action is Action.CREDENTIALS
+            delay = (self._credentials_backoff if keys else self._operator_backoff).next()
+            queue.not_before = now + delay
+            self._errors.say(
+                logging.ERROR, error.code,
+                "pipeline=%s stage=send %d records failed with %s; the data is kept and tried again in %.0f s%s",
+                self.name, len(batch), error, delay, _cure(error),
+            )  # fmt: skip
+        queue.why = str(error)
+        self.last_error = self.unwell = queue.why
+        self._wake_at(queue.not_before)
+        return queue.not_before - now
 
     def _call_failed(self, batch: Batch, error: KinesisError) -> None:
         now = self._loop.time()
@@ -631,7 +681,7 @@ class Sender:
             # Nothing is taken, or nothing any more: the fault is not this record's but the destination's or ours.
             self._probe = True
             error = _as_operator(error)
-        if error.action in (Action.OPERATOR, Action.CREDENTIALS, Action.CLOCK):
+        if error.action in _HOPELESS:
             self._hopeless += 1
             # keys and clock may be right again with the next attempt
             if error.action is Action.OPERATOR or self._hopeless > _PATIENCE:
@@ -645,7 +695,7 @@ class Sender:
         self.retried_by_code.add(error.code, batch.user_records)
         self._queue("").batches.appendleft(batch)
         if self._gate <= now:
-            if error.action in (Action.OPERATOR, Action.CREDENTIALS, Action.CLOCK):
+            if error.action in _HOPELESS:
                 keys = error.action is Action.CREDENTIALS or error.code == "NoCredentials"
                 delay = (self._credentials_backoff if keys else self._operator_backoff).next()
                 self._errors.say(
