@@ -80,6 +80,10 @@ _ID_CODES = frozenset({0x02, 0x80, 0x85})  # mosquitto says 0x80
 _TAKEN_OVER = 0x8E
 
 
+# Broker and client id of each session that this process has had: a reload makes a new Intake for an old session.
+_SESSIONS: set[tuple[str, str]] = set()
+
+
 class Window:
     """How many unacknowledged messages the broker hands out: what was asked for, then what was seen.
 
@@ -184,7 +188,6 @@ class Intake:
         self._dialect = Dialect(broker.protocol)
         self._windows: dict[int, Window] = {}  # by version
         self._unavailable: dict[int, float] = {}  # reason codes that ended a connection, and until when they count
-        self._had_session = False
 
     # -- what is seen from outside ---------------------------------------------------------------
 
@@ -394,17 +397,27 @@ class Intake:
             logging.INFO, "connected",
             "%s broker=%s client=%s connected (MQTT %s, %s)",
             self._where, broker.url, said(client), "5.0" if link.version == 5 else "3.1.1",
-            "the broker has our session" if connack.session_present else "new session",
+            self._session_words(connack),
         )  # fmt: skip
+        if connack.properties.get("maximum_qos") == 0 and any(qos for _, qos in self.subscriptions):
+            self._lines.say(
+                logging.WARNING, "maximum qos",
+                "%s broker=%s takes and gives QoS 0 only (Maximum QoS): a message that is on its way when a connection"
+                " or fastkin ends is lost, whatever qos is set",
+                self._where, broker.url,
+            )  # fmt: skip
+        mine = (broker.url, self.client_id)
         if broker.clean_session:
+            _SESSIONS.discard(mine)
             return
-        if self._had_session and not connack.session_present:
+        if mine in _SESSIONS and not connack.session_present:
             self._lines.say(
                 logging.WARNING, "session lost",
-                "%s broker=%s client=%s the broker has lost our session: what was published meanwhile is lost",
+                "%s broker=%s client=%s the broker has lost our session: what was published meanwhile is lost. It does"
+                " not keep sessions over its restarts, they expire (session_expiry_s), or another client ended it",
                 self._where, broker.url, said(client),
             )  # fmt: skip
-        self._had_session = True
+        _SESSIONS.add(mine)
         expiry = connack.properties.get("session_expiry_interval")
         if isinstance(expiry, int) and expiry < broker.session_expiry_s:
             self._lines.say(
@@ -412,6 +425,17 @@ class Intake:
                 "%s broker=%s keeps our session for %d s only, %d were asked for",
                 self._where, broker.url, expiry, broker.session_expiry_s,
             )  # fmt: skip
+
+    def _session_words(self, connack: Connack) -> str:
+        if connack.session_present:
+            return "the broker has our session"
+        if self.broker.clean_session:
+            return "a clean session"
+        if (self.broker.url, self.client_id) in _SESSIONS:
+            return "a new session, ours is lost"
+        if not self.broker.client_id:
+            return "a new session"  # of a client id that is new as well
+        return "a new session: if this client id had one, the broker has lost it and what it held"
 
     def _subscribed(self, link: _Link) -> None:
         """Every filter that was asked for has its answer."""

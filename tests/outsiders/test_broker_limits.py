@@ -219,7 +219,9 @@ def test_a_suback_that_is_said_twice_ends_nothing() -> None:
         first, body = await peer.packet()
         assert first == 0x82
         suback = b"\x90\x04" + body[:2] + b"\0\1"
-        peer.send(suback, suback, publish("plant/1", b"behind", version=5))
+        peer.send(suback, suback)
+        await asyncio.sleep(0.1)
+        peer.send(publish("plant/1", b"behind", version=5))
         await peer.until_closed()
 
     async def main() -> None:
