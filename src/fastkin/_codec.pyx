@@ -68,6 +68,8 @@ cdef extern from "_random.h" nogil:
         FK_UUID_LENGTH
     int fk_random_init() noexcept
     int fk_random_ready() noexcept
+    void fk_random_fix(uint64_t seed) noexcept
+    void fk_random_forget() noexcept
     void fk_uuid4(char* out) noexcept
 
 cdef extern from "_md5.h" nogil:

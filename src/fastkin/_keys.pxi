@@ -149,6 +149,14 @@ def uuid_key() -> str:
     return PyUnicode_DecodeUTF8(text, FK_UUID_LENGTH, NULL)
 
 
+def _seed_keys(seed) -> None:
+    """For tests: keys drawn from a number, the same in every run; None: from the system again."""
+    if seed is None:
+        fk_random_forget()
+    else:
+        fk_random_fix(seed & 0xFFFFFFFFFFFFFFFF)
+
+
 cdef inline int random_ready() except -1:
     if fk_random_ready() != 0:
         raise OSError("the system gives no random numbers (getentropy)")

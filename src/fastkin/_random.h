@@ -58,6 +58,19 @@ static int fk_random_seed(void) {
     return 0;
 }
 
+/* For tests alone: the same keys for the same seed, until fk_random_forget(). */
+static void fk_random_fix(uint64_t seed) {
+    for (unsigned i = 0; i < 4; i++) { /* splitmix64, Vigna, public domain */
+        uint64_t z = (seed += UINT64_C(0x9e3779b97f4a7c15));
+        z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+        z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+        fk_state[i] = z ^ (z >> 31);
+    }
+    fk_state[0] |= 1;
+    fk_seeded = 1;
+    fk_left = UINT32_MAX; /* no seed from the system in between */
+}
+
 /* Call it before drawing: 0, or -1 with errno when the system gives no randomness. */
 static inline int fk_random_ready(void) {
     if (fk_left == 0) return fk_random_seed();
