@@ -55,7 +55,7 @@ LOOKS = 8
 # Progress must be worth waiting for: without this a peer that takes or sends a byte now and then would hold a call, and
 # what is in it, for ever. A line slower than this could not carry what even a small plant sends.
 LEAST_RATE = 1024.0  # bytes a second, over the whole call
-PATIENCE = 4.0  # timeouts, before the rate counts
+PATIENCE = 4.0  # timeouts, before the rate counts; and the longest pause of a call that has moved
 CLOSE_S = 5.0  # a transport that was aborted says so within this, or is forgotten
 IDLE_AWS_S = 12.0  # what aiobotocore keeps
 IDLE_FOREIGN_S = 4.0  # node closes an idle connection after 5 s
@@ -293,7 +293,7 @@ class _Connection(asyncio.Protocol):
         self._length = 0
         # when what was written, or read, last moved
         self._timeout_s = 0.0
-        self._began_at = self._moved_at = self._sending_until = 0.0
+        self._began_at = self._moved_at = 0.0
         self._seen = (0, 0)
         # what is being read
         self._reply: Reply | None = None
@@ -340,7 +340,7 @@ class _Connection(asyncio.Protocol):
             view = view.cast("B")
         self._length = len(view)
         self._timeout_s = timeout_s
-        self._began_at = self._moved_at = self._sending_until = loop.time()
+        self._began_at = self._moved_at = loop.time()
         self._seen = (0, 0)
         self._timer = loop.call_later(timeout_s / LOOKS, self._look)
         try:
@@ -415,6 +415,10 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._waiter is None or self._reply is not None:
             self.abort()  # bytes that nobody asked for
+            return
+        if not self._begun and data[0] != _H:
+            self._begun = True
+            self._fail("BadAnswer", "the answer is not HTTP/1.1")  # the parser passes over blank lines, and knows RTSP
             return
         self._begun = True
         try:
@@ -492,12 +496,9 @@ class _Connection(asyncio.Protocol):
             self._seen = seen
             self._moved_at = now
         where = f"{self._pool.host}:{self._pool.port}"
-        allowed = self._timeout_s
-        if unsent:
-            self._sending_until = now
-        else:
-            # Who took long to take the body may have as much of it in buffers that nobody here sees.
-            allowed += self._sending_until - self._began_at
+        # What has moved for long may pause for longer. A slow peer says only now and then that it has read more, and has
+        # what it took last in buffers that nobody here sees.
+        allowed = min(self._timeout_s + self._moved_at - self._began_at, PATIENCE * self._timeout_s)
         moved = max(self._length - unsent, 0) + self._wire_bytes
         took = now - self._began_at
         slack = self._timeout_s / LOOKS / 2  # timers may be early by a clock's tick
@@ -550,11 +551,15 @@ class _Connection(asyncio.Protocol):
         self._headers[key] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
-        self._status = self._parser.get_status_code()
-        self._head_done = self._status >= 200
-        if not self._head_done:
-            return
+        self._status = status = self._parser.get_status_code()
         headers = self._headers
+        if not 100 <= status < 600:
+            raise _RefusedError("BadAnswer", f"a status of {status}")
+        self._head_done = status >= 200
+        if not self._head_done:
+            if not _FRAMING.isdisjoint(headers):
+                raise _RefusedError("BadAnswer", f"an answer {status} with a body")
+            return
         version = self._parser.get_http_version()
         if version not in {"1.1", "1.0"}:
             raise _RefusedError("BadAnswer", f"the answer is HTTP/{version}")
@@ -576,7 +581,9 @@ class _Connection(asyncio.Protocol):
             if len(digits) > 18 or int(digits) > self._max_answer:
                 raise _RefusedError("AnswerTooLarge", f"an answer of {digits[:24]} bytes, more than {self._max_answer}")
         else:
-            self._until_close = self._status not in {204, 304}
+            self._until_close = status not in {204, 304}
+        if status in {204, 304} and (transfer is not None or (length or "0") != "0"):
+            self._last_of_all = True  # there is no body, whatever it says; some servers send it
 
     def on_body(self, data: bytes) -> None:
         self._received += len(data)
@@ -624,6 +631,7 @@ class _Connection(asyncio.Protocol):
         waiter.set_result(reply)
 
 
+_H = ord("H")
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
 
 
