@@ -102,7 +102,7 @@ async def test_a_peer_that_reads_nothing_ends_the_call_and_the_rest_is_counted()
         finally:
             await pool.close()
     assert caught.value.code == "RequestTimeout"
-    assert MIB < caught.value.unsent_bytes <= 4 * MIB
+    assert MIB < getattr(caught.value, "unsent_bytes", None) <= 4 * MIB
 
 
 @on_both_loops
@@ -129,7 +129,7 @@ async def test_a_peer_that_took_all_and_hangs_has_it_all(size: int, secure: bool
             await pool.close()
         assert len(server.requests[0].body) == size
     assert caught.value.code == "RequestTimeout"
-    assert caught.value.unsent_bytes == 0
+    assert getattr(caught.value, "unsent_bytes", None) == 0
 
 
 @on_both_loops
