@@ -8,6 +8,11 @@ way to it failed (`KinesisError`).
 from __future__ import annotations
 
 import enum
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def printable(text: str, most: int = 1000) -> str:
@@ -18,6 +23,31 @@ def printable(text: str, most: int = 1000) -> str:
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+def masked(text: str, secrets: Iterable[str | None]) -> str:
+    """The same text without our secrets, for what a peer says and may have repeated.
+
+    A secret of a sensible length is cut out wherever it stands. A short one only where it stands alone: a password
+    `any` is part of many words, and nobody learns it from these.
+    """
+    for secret in secrets:
+        if not secret or secret not in text:
+            continue
+        if len(secret) >= _SECRET_LEAST:
+            text = text.replace(secret, "***")
+        elif any(one.isalnum() for one in secret):
+            before = r"(?<!\w)" if _is_word(secret[0]) else ""
+            behind = r"(?!\w)" if _is_word(secret[-1]) else ""
+            text = re.sub(before + re.escape(secret) + behind, "***", text)
+    return text
+
+
+def _is_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
+_SECRET_LEAST = 8
 
 
 class FastkinError(Exception):

@@ -11,6 +11,7 @@ import contextlib
 import email.utils
 import logging
 import os
+import re
 import ssl
 import sys
 import threading
@@ -18,6 +19,7 @@ import time
 import urllib.request
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC
 from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,8 +28,8 @@ import orjson
 
 from fastkin.credentials import Provider, make_provider
 from fastkin.endpoint import Endpoint, light_endpoint, parse_arn, resolve_endpoint
-from fastkin.errors import Action, ConfigError, KinesisError, UnexpectedResponse, printable
-from fastkin.shards import Shard
+from fastkin.errors import Action, ConfigError, FastkinError, KinesisError, UnexpectedResponse, masked, printable
+from fastkin.shards import HASH_SPACE, Shard
 from fastkin.signing import Signer
 from fastkin.tls import Renewed, client_context, system_files
 from fastkin.transport import IDLE_AWS_S, IDLE_FOREIGN_S, MAX_ANSWER, PUT_ANSWER, HttpPool, Reply
@@ -115,6 +117,12 @@ STATUS_ACTIONS: dict[int, tuple[str, Action]] = {
     504: ("GatewayTimeout", Action.RETRY),
 }
 SIGN_AGAIN = frozenset({Action.CREDENTIALS, Action.CLOCK})
+RETRY_AFTER_S = 3600.0  # no longer, whoever asks
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
+_DATES = (0.0, 4_102_444_800.0)  # 1970 to 2100: what lies outside cannot be written into a signature
+# What an answer may make us keep or ask. A stream has at most some ten thousand shards, a page of DescribeStream 100.
+MOST_SHARDS = 50_000
+MOST_PAGES = 1_000
 DRY_RUN_PASSED = "DryRunOperationException"
 
 CONTROL = frozenset({"DescribeStreamSummary", "DescribeStream", "ListShards", "CreateStream"})
@@ -146,28 +154,29 @@ def classify_record(code: str) -> Action:
 
 def retry_after(headers: dict[str, str], now: float) -> float | None:
     """Seconds the server asks us to wait: Retry-After as a number or as a date."""
-    text = headers.get("retry-after")
-    if not text:
-        return None
-    if text.strip().isdigit():
-        return float(min(int(text), 3600))
+    text = headers.get("retry-after", "").strip()
+    if _SECONDS.fullmatch(text):
+        return min(float(text), RETRY_AFTER_S)
     at = _http_date(text)
-    return None if at is None else min(max(at - now, 0.0), 3600.0)
+    return None if at is None else min(max(at - now, 0.0), RETRY_AFTER_S)
 
 
 def _http_date(text: str | None) -> float | None:
-    if not text:
+    """A date of a header, in seconds; None for what is no date."""
+    if not text or len(text) > 64:
         return None
     try:
-        return email.utils.parsedate_to_datetime(text).timestamp()
-    except (ValueError, OverflowError):
+        told = email.utils.parsedate_to_datetime(text)
+        at = (told if told.tzinfo is not None else told.replace(tzinfo=UTC)).timestamp()
+    except Exception:  # noqa: BLE001 - a peer's text; what the parser makes of it has changed from version to version
         return None
+    return at if _DATES[0] <= at <= _DATES[1] else None
 
 
 def error_from(reply: Reply, now: float, secrets: tuple[str | None, ...] = ()) -> KinesisError:
     """The error an answer tells. Secrets are cut out of its text, should the server repeat them."""
-    code: str | None = None
-    message = ""
+    code: object = None
+    message: object = ""
     try:
         told = orjson.loads(reply.body)
     except orjson.JSONDecodeError:
@@ -180,22 +189,16 @@ def error_from(reply: Reply, now: float, secrets: tuple[str | None, ...] = ()) -
         message = told.get("message") or told.get("Message") or told.get("errorMessage") or ""
     if not isinstance(code, str) or not code:
         code = reply.headers.get("x-amzn-errortype")
-    if code:
-        # "com.amazonaws.kinesis.v20131202#Name", "Name:http://internal.amazon.com/..."
-        code = code.rpartition("#")[2].partition(":")[0].strip()
-    message = message if isinstance(message, str) else str(message)
+    name = code if isinstance(code, str) else ""
+    # "com.amazonaws.kinesis.v20131202#Name", "Name:http://internal.amazon.com/..."
+    name, action = classify_request(name.rpartition("#")[2].partition(":")[0].strip(), reply.status)
+    if name not in REQUEST_ACTIONS:  # what it is was decided before anything is cut out of it
+        name = masked(name, secrets)[:CODE_CHARS]
     # A refused signature comes with the canonical request, session token and all: first line only.
-    message = message.strip().partition("\n")[0]
-    for secret in secrets:  # before it is cut: half a secret is one too
-        if secret:
-            message = message.replace(secret, "***")
-            code = code.replace(secret, "***") if code else code
-    message = message[:MESSAGE_CHARS]
-    code = code[:CODE_CHARS] if code else code
-    code, action = classify_request(code, reply.status)
+    words = message.strip().partition("\n")[0] if isinstance(message, str) else ""
     return KinesisError(
-        code,
-        message,
+        name,
+        masked(words, secrets)[:MESSAGE_CHARS],  # cut when they are out of it: half a secret is one too
         action=action,
         http_status=reply.status,
         request_id=(reply.headers.get("x-amzn-requestid") or reply.headers.get("x-amz-request-id") or "")[:80] or None,
@@ -279,7 +282,13 @@ class Client(ABC):
         return await self._provider.get() != credentials
 
     async def _ask(self, target: str, request: dict[str, Any]) -> dict[str, Any]:
-        body = await self.call(target, orjson.dumps(request))
+        try:
+            body = await self.call(target, orjson.dumps(request))
+        except FastkinError:
+            raise
+        except Exception as error:
+            what = f"{target}: {type(error).__name__}: {str(error)[:200]}"
+            raise UnexpectedResponse("UnexpectedResponse", what) from error
         try:
             answer = orjson.loads(body)
         except orjson.JSONDecodeError:
@@ -299,16 +308,16 @@ class Client(ABC):
             shards = sum(not shard.closed for shard in all_shards)
         else:
             with _expecting("a description of the stream"):
-                told = answer["StreamDescriptionSummary"]
-                shards = int(told.get("OpenShardCount") or 0)
+                told = _table(answer, "StreamDescriptionSummary")
+                shards = _number(told, "OpenShardCount", 0, 10**9, 0)
         with _expecting("a description of the stream"):
             return StreamSummary(
-                name=printable(str(told.get("StreamName") or self.kinesis.stream or ""), 128),
-                arn=told.get("StreamARN") or self.kinesis.stream_arn or "",
-                status=told.get("StreamStatus") or "",
+                name=printable(_text(told, "StreamName") or self.kinesis.stream or "", 128),
+                arn=printable(_text(told, "StreamARN") or self.kinesis.stream_arn or ""),
+                status=printable(_text(told, "StreamStatus"), 128),
                 shard_count=shards,
-                max_record_bytes=int(told.get("MaxRecordSizeInKiB") or 1024) * 1024,
-                mode=(told.get("StreamModeDetails") or {}).get("StreamMode") or "PROVISIONED",
+                max_record_bytes=_number(told, "MaxRecordSizeInKiB", 1, 2**20, 1024) * 1024,
+                mode=printable(_text(_table(told, "StreamModeDetails", {}), "StreamMode") or "PROVISIONED", 128),
                 auto_keys=_is_auto(told.get("RecordDistributionStrategy")),
             )
 
@@ -316,6 +325,7 @@ class Client(ABC):
         """Every shard, closed ones included."""
         shards: list[Shard] = []
         request = self._target()
+        pages = _Pages("ListShards")
         while True:
             try:
                 answer = await self._ask("ListShards", request)
@@ -324,23 +334,25 @@ class Client(ABC):
                     raise
                 return (await self._describe_stream())[1]
             with _expecting("a list of shards"):
-                shards += map(_shard, answer.get("Shards") or ())
-            token = answer.get("NextToken")
-            if not token:
-                return shards
+                pages.add(shards, answer)
+                token = _text(answer, "NextToken", 2**20)
+                if not token:
+                    return shards
+                pages.turn(token)
             request = {"NextToken": token}  # with it the stream must not be named
 
     async def _describe_stream(self) -> tuple[dict[str, Any], list[Shard]]:
         shards: list[Shard] = []
         request = self._target()
+        pages = _Pages("DescribeStream")
         while True:
             answer = await self._ask("DescribeStream", request)
             with _expecting("a description of the stream"):
-                told = answer["StreamDescription"]
-                shards += map(_shard, told.get("Shards") or ())
-                more = told.get("HasMoreShards")
-            if not more or not shards:
-                return told, shards
+                told = _table(answer, "StreamDescription")
+                pages.add(shards, told)
+                if not told.get("HasMoreShards") or not shards:
+                    return told, shards
+                pages.turn(shards[-1].id)
             request["ExclusiveStartShardId"] = shards[-1].id
 
     async def dry_run(self) -> bool:
@@ -368,10 +380,73 @@ def _no_such_call(error: KinesisError) -> bool:
 
 @contextlib.contextmanager
 def _expecting(what: str) -> Iterator[None]:
+    """Whatever goes wrong in reading an answer ends the call that it belongs to, and nothing else."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UnexpectedResponse("UnexpectedResponse", f"expected {what}: {type(error).__name__} {error}") from None
+    except Exception as error:  # noqa: BLE001 - the text is a peer's: what it can bring about is not for us to list
+        raise UnexpectedResponse(
+            "UnexpectedResponse", f"expected {what}: {type(error).__name__} {str(error)[:200]}"
+        ) from None
+
+
+# Readers of an answer's members: they raise, inside _expecting(), for what the API does not promise.
+
+
+def _table(told: object, name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    value = told.get(name) if isinstance(told, dict) else None
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} is not an object")
+    return value
+
+
+def _text(told: dict[str, Any], name: str, most: int = 2048) -> str:
+    value = told.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str) or len(value) > most:
+        raise TypeError(f"{name} is not a text of at most {most} characters")
+    return value
+
+
+def _number(told: dict[str, Any], name: str, least: int, most: int, default: int | None = None) -> int:
+    """A whole number, as one or in decimal digits: hash keys come as text."""
+    value = told.get(name)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, str) and _DIGITS.fullmatch(value):
+        value = int(value)
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is not a number from {least} to {most}")
+    return value
+
+
+_DIGITS = re.compile(r"[0-9]{1,39}")  # 2**128 has 39
+
+
+class _Pages:
+    """Pages of shards, bounded: a peer may say for ever that there are more."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._seen: set[int] = set()  # hashes: a token may be a megabyte
+
+    def add(self, shards: list[Shard], page: dict[str, Any]) -> None:
+        told = page.get("Shards") or []
+        if not isinstance(told, list):
+            raise TypeError("Shards is not a list")
+        if len(shards) + len(told) > MOST_SHARDS:
+            raise ValueError(f"{self._target} tells of more than {MOST_SHARDS} shards")
+        shards += map(_shard, told)
+
+    def turn(self, token: str) -> None:
+        """`token` leads to the next page."""
+        if hash(token) in self._seen:
+            raise ValueError(f"{self._target} leads to a page that was read already")
+        if len(self._seen) >= MOST_PAGES:
+            raise ValueError(f"{self._target} has more than {MOST_PAGES} pages")
+        self._seen.add(hash(token))
 
 
 def _is_auto(strategy: object) -> bool:
@@ -380,14 +455,19 @@ def _is_auto(strategy: object) -> bool:
     return strategy == "AUTO"
 
 
-def _shard(told: dict[str, Any]) -> Shard:
-    keys = told["HashKeyRange"]
+def _shard(told: object) -> Shard:
+    keys = _table(told, "HashKeyRange")
+    assert isinstance(told, dict)  # a table with a table in it
+    name = printable(_text(told, "ShardId", 128), 128)
+    if not name:
+        raise ValueError("a shard without ShardId")
+    start = _number(keys, "StartingHashKey", 0, HASH_SPACE - 1)
     return Shard(
-        told["ShardId"],
-        int(keys["StartingHashKey"]),
-        int(keys["EndingHashKey"]),
-        told.get("ParentShardId"),
-        bool((told.get("SequenceNumberRange") or {}).get("EndingSequenceNumber")),
+        name,
+        start,
+        _number(keys, "EndingHashKey", start, HASH_SPACE - 1),
+        _text(told, "ParentShardId", 128) or None,
+        bool(_table(told, "SequenceNumberRange", {}).get("EndingSequenceNumber")),
     )
 
 

@@ -392,7 +392,13 @@ class PipelineRun:
     async def _read_shards(self) -> None:
         try:
             shards = ShardMap(await self.client.list_shards())
-        except (KinesisError, ValueError) as error:
+            current = self.sender.shards
+            if current is not None and current.ids == shards.ids:
+                self._shards_failed = False
+                return
+            self.lane.shards = ShardTable(shards.ends)
+            self.sender.set_shards(shards)
+        except Exception as error:  # noqa: BLE001 - records go out without a map: no answer may end what sends them
             level = logging.DEBUG if self._shards_failed else logging.WARNING  # asked again and again, said once
             _LOG.log(
                 level,
@@ -402,11 +408,6 @@ class PipelineRun:
             self._shards_failed = True
             return
         self._shards_failed = False
-        current = self.sender.shards
-        if current is not None and current.ids == shards.ids:
-            return
-        self.lane.shards = ShardTable(shards.ends)
-        self.sender.set_shards(shards)
         _LOG.info("pipeline=%s stage=send %d open shards", self.name, len(shards))
 
     async def _watch_stream(self) -> None:

@@ -259,11 +259,12 @@ class Producer:
     async def _read_shards(self, sender: Sender) -> None:
         try:
             shards = ShardMap(await self._client.list_shards())
-        except (KinesisError, ValueError):
-            return  # not allowed, or the stream is not there yet: throttles are learned from answers
-        if sender.shards is None or sender.shards.ids != shards.ids:
-            self._lane.shards = ShardTable(shards.ends)
-            sender.set_shards(shards)
+            if sender.shards is None or sender.shards.ids != shards.ids:
+                self._lane.shards = ShardTable(shards.ends)
+                sender.set_shards(shards)
+        except Exception as error:  # noqa: BLE001 - no answer may end what sends the records
+            # not allowed, or the stream is not there yet: throttles are learned from answers
+            _LOG.debug("pipeline=%s stage=send no shard map: %s", self._stream, error)
 
     async def _watch(self, sender: Sender, first: asyncio.Event) -> None:
         """Splits and merges: look again now and then, sooner when an answer names a shard that is not known."""

@@ -496,8 +496,8 @@ class _Connection(asyncio.Protocol):
             self._seen = seen
             self._moved_at = now
         where = f"{self._pool.host}:{self._pool.port}"
-        # What has moved for long may pause for longer. A slow peer says only now and then that it has read more, and has
-        # what it took last in buffers that nobody here sees.
+        # What has moved for long may pause for longer. A slow peer says only now and then that it has read more, and
+        # has what it took last in buffers that nobody here sees.
         allowed = min(self._timeout_s + self._moved_at - self._began_at, PATIENCE * self._timeout_s)
         moved = max(self._length - unsent, 0) + self._wire_bytes
         took = now - self._began_at

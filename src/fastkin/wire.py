@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastkin import tcp
 from fastkin._mqtt import reason_text
 from fastkin.dial import STAGGER_S, dial, look_up, new_socket
-from fastkin.errors import ConfigError, MqttError, ProtocolError, RefusedError, printable
+from fastkin.errors import ConfigError, MqttError, ProtocolError, RefusedError, masked, printable
 from fastkin.reasons import with_cure
 from fastkin.tls import Renewed, client_context, system_files, why_refused
 
@@ -234,9 +234,7 @@ def _told(properties: dict[str, object], secret: str | None) -> str:
 
 def said(text: object, secret: str | None = None) -> str:
     """A peer's words for a log line: quoted, escaped, not too long."""
-    words = str(text)
-    if secret:
-        words = words.replace(secret, "***")
+    words = masked(str(text), (secret,))
     return ascii(words) if len(words) <= _SAID_MOST else f"{words[:_SAID_MOST]!a} (and {len(words) - _SAID_MOST} more)"
 
 

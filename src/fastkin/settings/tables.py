@@ -114,7 +114,7 @@ KINESIS_KEYS = _table(
     ),
     _int("max_connections", 1, 256, "calls in flight at most"),
     _number("connect_timeout_s", 0.1, 600, ""),
-    _number("request_timeout_s", 0.1, 600, ""),
+    _number("request_timeout_s", 0.1, 600, "the longest time in which nothing of a call moves, out or in"),
     _text("ca_bundle", "PEM file of authorities to trust instead of the system's"),
 )  # fmt: skip
 
