@@ -118,7 +118,7 @@ STATUS_ACTIONS: dict[int, tuple[str, Action]] = {
 }
 SIGN_AGAIN = frozenset({Action.CREDENTIALS, Action.CLOCK})
 RETRY_AFTER_S = 3600.0  # no longer, whoever asks
-_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
+_SECONDS = re.compile(r"[0-9]{1,30}(\.[0-9]{0,9})?")
 _DATES = (0.0, 4_102_444_800.0)  # 1970 to 2100: what lies outside cannot be written into a signature
 # What an answer may make us keep or ask. A stream has at most some ten thousand shards, a page of DescribeStream 100.
 MOST_SHARDS = 50_000
