@@ -39,9 +39,30 @@ def refused(made: _mqtt.Session, data: bytes, words: str, code: int) -> None:
     assert caught.value.code == code
 
 
-def test_a_packet_above_max_packet_bytes_is_refused_from_its_header() -> None:
+def test_a_packet_above_max_packet_bytes_is_never_held() -> None:
     made = session(max_packet_bytes=70_000)
-    refused(made, b"\x30\xff\xff\xff\x7f", "larger than max_packet_bytes", 0x95)
+    flags = made.feed_data(b"\x30\xff\xff\xff\x7f\x00\x01t" + (b"" if made.version == 4 else b"\x00"))
+    assert not flags
+    left = 268_435_455 - 4
+    while left:
+        room = made.get_buffer(-1)
+        assert len(room) <= 1 << 19
+        got = min(left, len(room))
+        left -= got
+        flags = made.feed(got)
+        while flags & _mqtt.APART:
+            made.take_piece()
+            if not made.apart_left:
+                made.finish_apart()
+            flags = made.resume()
+        assert made.buffer_bytes <= 1 << 19
+    assert made.messages == 1
+    assert made.apart is None
+
+
+def test_a_control_packet_above_max_packet_bytes_is_refused_from_its_header() -> None:
+    made = session(max_packet_bytes=70_000)
+    refused(made, b"\x90\xff\xff\xff\x7f", "larger than max_packet_bytes", 0x95)
     assert made.buffer_bytes <= 70_000
 
 

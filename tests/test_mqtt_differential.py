@@ -263,7 +263,6 @@ def test_mqtt5_reads_what_we_write(data: st.DataObject) -> None:
         keep_alive=keep_alive,
         session_expiry_interval=expiry,
         receive_max=maximum,
-        max_packet_size=limit,
         topic_alias_max=aliases,
     )
     number = data.draw(packet_ids)

@@ -45,13 +45,13 @@ def test_connect_5() -> None:
     assert wire == packet(
         0x10,
         b"\x00\x04MQTT\x05\x00\x00\x3c"
-        + props(5, b"\x11\x00\x00\x0e\x10", b"\x21\x27\x10", b"\x27\x00\x01\x00\x00", b"\x22\x00\x07")
+        + props(5, b"\x11\x00\x00\x0e\x10", b"\x21\x27\x10", b"\x22\x00\x07")
         + text("ab"),
     )
     # Receive Maximum is said even when it is the default of the specification
     assert fresh(5).connect(client_id="") == packet(
         0x10,
-        b"\x00\x04MQTT\x05\x02\x00\x3c" + props(5, b"\x21\xff\xff", b"\x27\x00\x80\x00\x00") + text(""),
+        b"\x00\x04MQTT\x05\x02\x00\x3c" + props(5, b"\x21\xff\xff") + text(""),
     )
     # 5.0 takes a password without a user
     assert fresh(5).connect(client_id="", password=b"t")[9] == 0x42
@@ -375,8 +375,8 @@ BOTH = [
         bad("2.2.1-PUBREL-0", v, b"\x62\x02\x00\x00", "identifier 0", 0x82),
         bad("2.2.1-SUBACK-0", v, b"\x90\x04\x00\x00\x00\x00", "identifier 0", 0x82),
         bad("3.2.0-2-second-CONNACK", v, b"\x20\x02\x00\x00", "second CONNACK", 0x82),
-        bad("3.3.1-4-QoS-3", v, b"\x36", "QoS 3"),
-        bad("3.3.1-4-QoS-3-flags", v, b"\x3f\x05", "QoS 3"),
+        bad("3.3.1-4-QoS-3", v, b"\x36\x00", "QoS 3"),
+        bad("3.3.1-4-QoS-3-flags", v, b"\x3f\x05\x00\x01t\x00\x01", "QoS 3"),
         bad("3.3.2-empty", v, packet(0x30, b""), "ends before its topic"),
         bad("3.3.2-half-length", v, packet(0x30, b"\x00"), "ends before its topic"),
         bad("3.3.2-topic-over", v, packet(0x30, b"\x00\x03ab"), "topic runs over"),
@@ -544,7 +544,7 @@ def test_a_refusal_before_connack_is_heard() -> None:
 
 
 @pytest.mark.parametrize("limit", [64, 1000, 70_000])
-def test_too_large_is_refused_from_the_header(limit: int) -> None:
+def test_what_is_too_large_is_handed_out_and_not_held(limit: int) -> None:
     for version in (4, 5):
         head = len(packet(0x30, b"\0" * limit)) - limit
         fits = publish("t", b"", version=version)
@@ -558,9 +558,15 @@ def test_too_large_is_refused_from_the_header(limit: int) -> None:
         assert len(rig.seen) == 1
         over = publish("t", b"\0" * (size + 1), version=version)
         assert len(over) == limit + 1
-        with pytest.raises(ProtocolError, match="max_packet_bytes") as caught:
-            rig.feed(over[: head + 1])  # nothing of the body is needed
-        assert caught.value.code == 0x95
+        assert rig.feed(over) & _mqtt.APART
+        assert rig.session.apart is not None
+        assert rig.session.apart.topic == b"t"
+        assert rig.session.apart.nbytes == size + 1
+        assert rig.session.take_piece() == b"\0" * (size + 1)
+        rig.session.finish_apart()
+        assert rig.session.resume() == 0
+        assert len(rig.seen) == 1
+        assert rig.session.messages == 2
         assert rig.session.buffer_bytes <= limit + 65536
 
 

@@ -521,7 +521,7 @@ def test_nothing_but_a_result_or_a_protocol_error() -> None:
     """Events in the same read as STALLED and a later fault keep their order."""
     rig = Rig(4)
     rig.room = 0
-    flags = rig.feed(b"\xd0\x00" + publish("t", b"1") + b"\x90\x03\x00\x01\x00" + b"\x36")
+    flags = rig.feed(b"\xd0\x00" + publish("t", b"1") + b"\x90\x03\x00\x01\x00" + b"\x36\x00")
     assert flags == _mqtt.EVENTS | _mqtt.STALLED
     assert len(rig.session.take_events()) == 1
     rig.room = -1

@@ -641,6 +641,16 @@ cdef class Lane(Sink):
         self.rejects = []
         return rejects
 
+    def refuse(self, bytes topic not None, bytes payload not None, str kind not None, str reason not None,
+               Py_ssize_t offset, unsigned long long token) -> Reject:
+        """Something that was never offered, for it can be no record: received and set aside, whatever room there
+        is. Settle it with settle_reject."""
+        self.books.received += 1
+        self.set_aside(<const uint8_t*> PyBytes_AS_STRING(topic), <size_t> PyBytes_GET_SIZE(topic),
+                       <const uint8_t*> PyBytes_AS_STRING(payload), <size_t> PyBytes_GET_SIZE(payload),
+                       kind, reason, <size_t> offset, None, token)
+        return self.rejects.pop()
+
     def settle_reject(self, Reject reject not None, int outcome) -> None:
         check_outcome(outcome)
         if outcome == OUT_SPOOLED:

@@ -11,6 +11,7 @@ from fastkin._codec import Settler, Sink
 EVENTS: int  # bits of what feed() and resume() return: control packets wait in take_events()
 STALLED: int  # a sink has no room: stop reading, call resume() later
 OUTPUT: int  # take_output() has something to write
+APART: int  # a piece of what is to be set aside waits in take_piece(): stop reading
 
 # Which PUBLISH still waits for which records; gives out acknowledgements in PUBLISH order only. One
 # per subscription session, kept over reconnects: reset() at each new connection makes everything
@@ -69,6 +70,27 @@ class CountSink(Sink):
     def nbytes(self) -> int: ...
     def release(self) -> None: ...
 
+# Which ill-formed packets ended a connection already: one per subscription, given to each Session
+@final
+class Unfit:
+    def __new__(cls) -> Self: ...
+
+# A message that can never be a record: too large (`reason` is None) or ill-formed
+@final
+class Apart:
+    @property
+    def topic(self) -> bytes | None: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def token(self) -> int: ...
+    @property
+    def again(self) -> bool: ...
+
 # One connection's codec. Give it bytes through get_buffer()/feed(), write what take_output()
 # returns.
 @final
@@ -83,6 +105,7 @@ class Session:
         receive_maximum: int = 65535,
         max_packet_bytes: int = 8388608,
         topic_alias_maximum: int = 0,
+        unfit: Unfit | None = None,
     ) -> Self: ...
     @property
     def version(self) -> int: ...
@@ -105,6 +128,13 @@ class Session:
     # copy in, then feed: WebSocket frames, tests
     def feed_data(self, data: Buffer) -> int: ...  # ProtocolError
     def resume(self) -> int: ...  # ProtocolError
+    # the message that is being set aside; how many of its bytes are not handed out
+    @property
+    def apart(self) -> Apart | None: ...
+    @property
+    def apart_left(self) -> int: ...
+    def take_piece(self) -> bytes: ...
+    def finish_apart(self) -> None: ...
     def take_events(self) -> list[object]: ...
     def take_output(self) -> bytes: ...  # acks that are ready, PUBCOMPs
     def connect(

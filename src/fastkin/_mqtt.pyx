@@ -7,6 +7,7 @@ One module in parts, in the order a packet passes them:
   _mqtt_events.pxi   control packets as objects
   _mqtt_ledger.pxi   which PUBLISH still waits for which records; acknowledgements in order
   _mqtt_router.pxi   topic filters to sinks
+  _mqtt_large.pxi    messages that can never be a record: too large, ill-formed
   _mqtt_session.pxi  one connection: buffer, walk, stall and resume
 
 Rules: a length from the wire is unsigned and compared with what is left, never added to a pointer
@@ -28,6 +29,9 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
+import hashlib
+import os
+
 from fastkin._codec cimport OFFER_STALLED, OUT_FAILED, OUT_STORED, Settler, Sink
 
 from fastkin.errors import LibraryError, ProtocolError
@@ -36,15 +40,18 @@ cdef enum:
     FLAG_EVENTS = 1
     FLAG_STALLED = 2
     FLAG_OUTPUT = 4
+    FLAG_APART = 8
 
 # bits of what feed() and resume() return
 EVENTS = FLAG_EVENTS    # control packets wait in take_events()
 STALLED = FLAG_STALLED  # a sink has no room: stop reading, call resume() later
 OUTPUT = FLAG_OUTPUT    # take_output() has something to write
+APART = FLAG_APART      # a piece of what is to be set aside waits in take_piece(): stop reading
 
 include "_mqtt_leaf.pxi"
 include "_mqtt_encode.pxi"
 include "_mqtt_events.pxi"
 include "_mqtt_ledger.pxi"
 include "_mqtt_router.pxi"
+include "_mqtt_large.pxi"
 include "_mqtt_session.pxi"

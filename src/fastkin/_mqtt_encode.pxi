@@ -236,7 +236,7 @@ def publish(
 
 cdef bytes encode_connect(
     int version, str client_id, str user, bytes password, bint clean_start, int keep_alive,
-    int64_t session_expiry, int receive_maximum, size_t max_packet_bytes, int topic_alias_maximum
+    int64_t session_expiry, int receive_maximum, int topic_alias_maximum
 ):
     cdef int flags = 0x02 if clean_start else 0
     cdef bytes properties = b""
@@ -262,7 +262,6 @@ cdef bytes encode_connect(
             properties += b"\x11" + four(<uint32_t> session_expiry)
         # always said: mosquitto, whose own window is 20, grants what is asked for
         properties += b"\x21" + two(<unsigned int> receive_maximum)
-        properties += b"\x27" + four(<uint32_t> max_packet_bytes)
         if topic_alias_maximum:
             properties += b"\x22" + two(<unsigned int> topic_alias_maximum)
         properties = varint(len(properties)) + properties

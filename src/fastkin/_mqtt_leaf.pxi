@@ -315,12 +315,14 @@ cdef inline int parse_publish(
     const uint8_t* body, size_t left, size_t offset, uint8_t first, bint v5, Publish* out,
     Fault* fault
 ) noexcept nogil:
-    """A whole PUBLISH, QoS 3 ruled out: its first byte, and what follows its fixed header."""
+    """A PUBLISH, there to the end of its properties: its first byte, and what follows its fixed header."""
     cdef size_t head = 0
     cdef size_t length = 0
     out.qos = (first >> 1) & 3
     out.alias = 0
     out.packet_id = 0
+    if out.qos == 3:
+        return fail(fault, "PUBLISH with QoS 3", 0, CODE_MALFORMED)  # [MQTT-3.3.1-4]
     if first & 0x0E == 0x08 and v5:
         # 3.1.1 forbids it too, but nothing follows from it there and a broker may have sent it on
         return fail(fault, "DUP set on a QoS 0 PUBLISH", 0, CODE_MALFORMED)  # [MQTT-3.3.1-2]

@@ -4,7 +4,7 @@
 # whole; what is too long or of a wrong type is refused from its fixed header. When a sink has no
 # room the walk stops at that message (`_held`): `_read` stays at the packet, offsets into it are
 # kept, and resume() goes on with the sink whose turn it was. Nothing points into the buffer between
-# two calls.
+# two calls. What can never be a record leaves by another door: see _mqtt_large.pxi.
 
 cdef extern from *:
     # In the sanitizer build whatever follows the packet in hand is out of bounds: without this a
@@ -179,7 +179,7 @@ cdef class Session:
 
     cdef bint _walking
     cdef bint _connected     # CONNACK has come
-    cdef bint _is_held
+    cdef int _is_held        # HELD_...: why the walk stands; 0: it does not
     cdef Held _held
     cdef PyObject** _route   # the sinks of the message in hand
     cdef size_t _route_size
@@ -192,9 +192,14 @@ cdef class Session:
     cdef bint _broken        # _fault has ended the connection
     cdef Fault _fault
 
+    cdef Apart _apart        # the message in hand that is set aside; None with HELD_BYTES: it is skipped
+    cdef size_t _apart_left  # bytes of it that are not handed out
+    cdef Unfit _unfit
+
     def __cinit__(
         self, *, int version, Ledger ledger not None, Router router not None,
-        int receive_maximum=65535, Py_ssize_t max_packet_bytes=8388608, int topic_alias_maximum=0
+        int receive_maximum=65535, Py_ssize_t max_packet_bytes=8388608, int topic_alias_maximum=0,
+        Unfit unfit=None
     ):
         check_version(version)
         if not 1 <= receive_maximum <= 65535:
@@ -208,6 +213,7 @@ cdef class Session:
         self._v5 = version == 5
         self._ledger = ledger
         self._router = router
+        self._unfit = Unfit() if unfit is None else unfit
         self._receive_maximum = receive_maximum
         self._max_packet = <size_t> max_packet_bytes
         self._alias_maximum = topic_alias_maximum if version == 5 else 0
@@ -277,9 +283,9 @@ cdef class Session:
         """Room to receive into; valid until the next call. Then say with feed() how much came."""
         if self._walking:
             raise RuntimeError("get_buffer() is called from within feed()")
-        if self._is_held and self._written - self._read > self._max_packet + READ_LARGE:
+        if self._stands() and self._written - self._read > self._max_packet + READ_LARGE:
             raise BufferError("reading goes on although the session is stalled")
-        self._make_room(READ_LEAST if self._is_held else 0)
+        self._make_room(READ_LEAST if self._stands() else 0)
         self._chunk.offset = self._written
         self._offered = self._chunk.size - self._written
         return PyMemoryView_FromObject(self._chunk)
@@ -322,7 +328,7 @@ cdef class Session:
             left = <size_t> view.len
             while True:
                 # a stalled session keeps the rest whole: the caller has no other place for it
-                self._make_room(left if self._is_held else 0)
+                self._make_room(left if self._stands() else 0)
                 part = self._chunk.size - self._written
                 if part > left:
                     part = left
@@ -346,7 +352,7 @@ cdef class Session:
     @property
     def stalled(self) -> bool:
         """A sink has refused a message for want of room."""
-        return self._is_held
+        return self._is_held == HELD_OFFER
 
     @property
     def buffer_bytes(self) -> int:
@@ -367,7 +373,9 @@ cdef class Session:
         finally:
             fastkin_unfence(self._chunk.data, self._chunk.size)
             self._walking = False
-        return ((FLAG_EVENTS if self._events else 0) | (FLAG_STALLED if self._is_held else 0)
+        return ((FLAG_EVENTS if self._events else 0)
+                | (FLAG_STALLED if self._is_held == HELD_OFFER else 0)
+                | (FLAG_APART if self._is_held == HELD_PIECE else 0)
                 | (FLAG_OUTPUT if self._output or self._ledger._done != self._ledger._first else 0))
 
     cdef int _walk(self) except -2:
@@ -377,8 +385,9 @@ cdef class Session:
         cdef uint32_t rest = 0
         cdef int n
         if self._is_held:
-            if self._offer_held() == 0:
-                return 0
+            n = self._offer_held() if self._is_held == HELD_OFFER else self._carry_on()
+            if n <= 0:
+                return n
         while True:
             fastkin_unfence(self._chunk.data, self._chunk.size)
             left = self._written - self._read
@@ -395,8 +404,6 @@ cdef class Session:
                     return -1
             elif not self._connected:
                 return fail(&self._fault, "PUBLISH before CONNACK", 0, CODE_PROTOCOL)
-            elif p[0] & 0x06 == 0x06:
-                return fail(&self._fault, "PUBLISH with QoS 3", 0, CODE_MALFORMED)  # [MQTT-3.3.1-4]
             if n < 0:
                 if n == VARINT_BAD:
                     return fail(&self._fault, "the remaining length is not valid", 1,
@@ -404,8 +411,13 @@ cdef class Session:
                 return 0
             head = 1 + <size_t> n
             if rest > self._max_packet - head:
-                return fail(&self._fault, "the packet is larger than max_packet_bytes", 1,
-                            CODE_TOO_LARGE)
+                if p[0] & 0xF0 != TYPE_PUBLISH:
+                    return fail(&self._fault, "a control packet larger than max_packet_bytes", 1,
+                                CODE_TOO_LARGE)
+                n = self._take_large(p, left, head, rest)
+                if n <= 0:
+                    return n
+                continue
             if rest > CONTROL_MOST and p[0] & 0xF0 != TYPE_PUBLISH:
                 return fail(&self._fault, "a control packet of more than 131072 bytes", 1,
                             CODE_TOO_LARGE)
@@ -415,6 +427,10 @@ cdef class Session:
             fastkin_fence(p + head + rest, left - head - rest)
             if p[0] & 0xF0 == TYPE_PUBLISH:
                 n = self._take_publish(p, head, rest)
+                if n < 0:
+                    n = self._refuse(p, rest, head, rest)
+                    if n > 0:
+                        continue
             else:
                 n = self._take_control(p, head, rest)
             if n <= 0:
@@ -471,7 +487,7 @@ cdef class Session:
         self._held.payload_at = <size_t> (message.payload - p)
         self._held.payload_len = message.payload_len
         self._held.total = head + rest
-        self._is_held = True
+        self._is_held = HELD_OFFER
         return self._offer(message.topic, message.payload)
 
     cdef int _grow_route(self, size_t count) except -1:
@@ -498,7 +514,7 @@ cdef class Session:
                 self._ledger.repeated += count
         if token:
             self._ledger.close(token)
-        self._is_held = False
+        self._is_held = 0
         self.messages += 1
         return 1
 
@@ -537,6 +553,189 @@ cdef class Session:
         alias.length = message.topic_len
         message.alias = 0
         return 0
+
+    # -- what can never be a record
+
+    cdef inline bint _stands(self) noexcept:
+        """Nothing is walked until somebody calls resume()."""
+        return self._is_held == HELD_OFFER or self._is_held == HELD_PIECE
+
+    cdef int _take_large(self, const uint8_t* p, size_t left, size_t head, size_t rest) except -2:
+        """A PUBLISH above the limit. 1: it is behind us; 0: not yet; -1: malformed."""
+        cdef const uint8_t* body = p + head
+        cdef size_t have = least(left - head, rest)
+        cdef size_t need = least(rest, MARK_BYTES)
+        cdef Publish message
+        cdef PyObject** sinks = NULL
+        cdef Py_ssize_t count
+        cdef uint64_t token = 0
+        cdef Ledger ledger = self._ledger
+        cdef int new = 1
+        if have >= need:
+            need = publish_head(body, have, rest, p[0], self._v5)
+        if need > HEAD_MOST:
+            fail(&self._fault, "the properties of a PUBLISH above max_packet_bytes have more than 131072 bytes",
+                 head, CODE_TOO_LARGE)
+            return self._refuse(p, have, head, rest)
+        if need > have:
+            self._need = head + need
+            return 0
+        if parse_publish(body, rest, head, p[0], self._v5, &message, &self._fault) < 0:
+            return self._refuse(p, have, head, rest)
+        if message.alias:
+            if self._resolve_alias(&message, head) < 0:
+                return self._refuse(p, have, head, rest)
+        count = self._router.find(message.topic, message.topic_len, &sinks)
+        if count < 0:
+            topic_fault(<int> (-1 - count), head + 2, &self._fault)
+            return self._refuse(p, have, head, rest)
+        if message.qos:
+            new = self._token_of(message.packet_id, message.qos, p[0] & 0x08 != 0, &token)
+            if new < 0:
+                return -1
+        if count == 0:
+            self._router.unrouted += 1
+        self._apart = None
+        if new and count:
+            self._apart = Apart.__new__(Apart)
+            self._apart.topic = message.topic[:message.topic_len]
+            self._apart.nbytes = message.payload_len
+            self._apart.again = p[0] & 0x08 != 0
+            self._apart.token = token
+        elif token:
+            ledger.close(token)
+        self._apart_left = message.payload_len
+        self._read += head + (rest - message.payload_len)
+        return self._carry_on()
+
+    cdef int _token_of(self, uint16_t packet_id, int qos, bint again, uint64_t* token) except -2:
+        """1: a new message; 0: one that is known here, and seen to; -1: too many, see _fault."""
+        cdef Ledger ledger = self._ledger
+        cdef int new
+        if ledger.full():
+            return fail(&self._fault, "more than 65536 messages without acknowledgement", 0,
+                        CODE_RECEIVE_MAXIMUM)
+        if <int64_t> (ledger._next - ledger._first) >= self._receive_maximum:
+            self.overruns += 1
+        if qos == 1:
+            new = ledger.begin_qos1(packet_id, again, self.now, token)
+        else:
+            new = ledger.begin_qos2(packet_id, self.now, token)
+        if new == 0:
+            token[0] = 0
+            self.duplicates += 1
+        return new
+
+    cdef int _refuse(self, const uint8_t* p, size_t have, size_t head, size_t rest) except -2:
+        """A PUBLISH with _fault, of which `have` bytes after its fixed header are there.
+
+        1: it is behind us; 0: it is being set aside; -1: the connection ends.
+        """
+        cdef const uint8_t* body = p + head
+        cdef size_t topic_len = 0
+        cdef bint has_topic
+        cdef bint ends = False
+        cdef int qos = (p[0] >> 1) & 3
+        cdef uint16_t packet_id = 0
+        cdef uint64_t token = 0
+        cdef int new = 1
+        cdef bytearray mark
+        if self._fault.code == CODE_RECEIVE_MAXIMUM:
+            return -1  # of the connection, and not of this packet
+        if have >= 2:
+            topic_len = load_two(body)
+        has_topic = have >= 2 and topic_len <= have - 2
+        # what tells it from others: all but what changes when it comes again
+        mark = bytearray(body[:least(have, MARK_BYTES)])
+        if has_topic and qos and have - 2 - topic_len >= 2:
+            if qos != 3:
+                packet_id = <uint16_t> load_two(body + 2 + topic_len)
+            del mark[2 + topic_len:4 + topic_len]
+        mark += b"%d %d" % (p[0] & 0xF7, rest)
+        if qos or have >= rest:
+            ends = self._unfit.closes(bytes(mark), self.now)
+        if ends and qos:
+            return -1  # the broker sends it again
+        if packet_id:
+            new = self._token_of(packet_id, qos, p[0] & 0x08 != 0, &token)
+            if new < 0:
+                return -1
+        self._apart = None
+        if new:
+            self._apart = Apart.__new__(Apart)
+            if has_topic:
+                self._apart.topic = body[2:2 + topic_len]
+            self._apart.nbytes = rest
+            self._apart.reason = self._fault.reason.decode()
+            self._apart.offset = self._fault.offset - head if self._fault.offset > head else 0
+            self._apart.again = p[0] & 0x08 != 0
+            self._apart.token = token
+        self._apart_left = rest
+        self._read += head
+        new = self._carry_on()
+        return -1 if ends else new
+
+    cdef int _carry_on(self) except -2:
+        """The message in hand. 1: it is behind us; 0: not yet."""
+        cdef size_t have = self._written - self._read
+        if self._apart is None:
+            if have < self._apart_left:
+                self._apart_left -= have
+                self._read = self._written
+                self._is_held = HELD_BYTES
+                return 0
+            self._read += self._apart_left
+            self._apart_left = 0
+            self._is_held = 0
+            self.messages += 1
+            return 1
+        if have >= least(self._apart_left, PIECE_LEAST):
+            self._need = 0
+            self._is_held = HELD_PIECE
+        else:
+            self._need = least(self._apart_left, PIECE_LEAST)
+            self._is_held = HELD_BYTES
+        return 0
+
+    @property
+    def apart(self) -> Apart | None:
+        """The message that is being set aside: take_piece() gives its bytes as they come."""
+        return self._apart
+
+    @property
+    def apart_left(self) -> int:
+        """How many of its bytes take_piece() has not given yet."""
+        return self._apart_left
+
+    def take_piece(self) -> bytes:
+        """Bytes of `apart`: after APART, or after a ProtocolError, when all of them are there.
+
+        Then resume(), until apart_left is 0, and then finish_apart().
+        """
+        cdef size_t size
+        cdef bytes piece
+        if self._is_held != HELD_PIECE:
+            raise RuntimeError("there is no piece to take")
+        size = least(least(self._written - self._read, self._apart_left), PIECE_MOST)
+        piece = (self._chunk.data + self._read)[:size]
+        self._read += size
+        self._apart_left -= size
+        return piece
+
+    def finish_apart(self) -> None:
+        """Its token waits for one settlement from here on; then resume()."""
+        cdef uint64_t token
+        if self._apart is None or self._apart_left or self._is_held != HELD_PIECE:
+            raise RuntimeError("there is no message that was wholly taken")
+        token = self._apart.token
+        if token:
+            self._ledger.hold(token, 1)
+            self._ledger.close(token)
+            if self._apart.again:
+                self._ledger.repeated += 1
+        self.messages += 1
+        self._apart = None
+        self._is_held = 0
 
     # -- control packets
 
@@ -777,10 +976,12 @@ cdef class Session:
         self, *, str client_id not None, str user=None, bytes password=None, bint clean_start=True,
         int keep_alive=60, int64_t session_expiry=0
     ) -> bytes:
-        """CONNECT. Receive Maximum and the largest packet we take are announced in 5.0."""
+        """CONNECT. Receive Maximum is announced in 5.0.
+
+        The largest packet that we take is not: a broker would discard what is larger, and say nothing.
+        """
         return encode_connect(self.version, client_id, user, password, clean_start, keep_alive,
-                              session_expiry, self._receive_maximum, self._max_packet,
-                              self._alias_maximum)
+                              session_expiry, self._receive_maximum, self._alias_maximum)
 
     def subscribe(self, int packet_id, filters, int retain_handling=0) -> bytes:
         """SUBSCRIBE to (filter, QoS) pairs.

@@ -6,6 +6,10 @@ to the budget, so that reading pauses in the end.
 
 What Kinesis refused has no topic in its letter, unless the pipeline subscribes to a single topic: a batch holds
 finished records, and keeping the topic of each beside it would cost every record for the sake of these few.
+
+Messages that can be no records at all, too large or ill-formed, come in pieces (`Carrier`): a small one is kept in
+memory like other bad payloads, a larger one goes to a file without a name beside the dead letters as it comes. Where
+letters go to no file, only its beginning is kept, and the letter says so.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastkin._codec import DEAD, DROPPED
-from fastkin.deadletter import DeadLetterError, DeadLetters
+from fastkin.deadletter import DeadLetterError, DeadLetters, Spill
 from fastkin.letterplace import destination
 from fastkin.letterstream import LetterStream
 from fastkin.logs import Repeats
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from fastkin._codec import Batch, Lane, Reject
+    from fastkin._mqtt import Apart
     from fastkin.config import Pipeline
 
 _LOG = logging.getLogger("fastkin.pipeline")
@@ -39,6 +44,9 @@ _TOPIC_CHARS = 1024  # of a topic
 _LINES_PER_S = 10  # of bad payloads of one kind; what is more is counted
 _CHUNK_BYTES = 1 << 20  # of payload written at once, or one batch: bounds memory, and what a rotated file may exceed
 _CHUNK_GROUPS = 1000
+_MEMORY_BYTES = 1 << 20  # of a message that can be no record: more than that is not held in memory
+_CARRIED_COST = 2048  # of one besides its bytes
+_BEGINNING_BYTES = 1 << 16  # what is kept of it where letters go to no file
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,15 @@ class Store(Protocol):
 
     @property
     def deleted(self) -> int: ...  # letters that rotation deleted
+
+    @property
+    def place(self) -> str: ...  # for a log line
+
+    def spill(self) -> Spill | None:
+        """For a payload that memory shall not hold. None: this place takes none."""
+
+    async def collect(self, spill: Spill, piece: bytes) -> None:
+        """Return when the spill has the piece, however long that takes."""
 
     async def open(self) -> None:
         """Say as an ERROR what is wrong with the place; it may be mended later."""
@@ -97,6 +114,30 @@ class FileStore:
             await self._thread(self._file.open)
         except DeadLetterError as error:
             _LOG.error("pipeline=%s stage=settle %s", self._name, error)
+
+    @property
+    def place(self) -> str:
+        return f"file {self._file.path}"
+
+    def spill(self) -> Spill | None:
+        return Spill(self._file.path)
+
+    async def collect(self, spill: Spill, piece: bytes) -> None:
+        said: float | None = None
+        while True:
+            try:
+                await asyncio.to_thread(spill.write, piece)
+            except DeadLetterError as error:
+                now = time.monotonic()
+                if said is None or now - said >= _ERROR_EVERY_S:
+                    said = now
+                    _LOG.error(
+                        "pipeline=%s stage=settle %s; a message waits for it, and all that comes after that, trying"
+                        " again every %.0f s", self._name, error, _RETRY_S,
+                    )  # fmt: skip
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
 
     async def store(self, letters: Sequence[dict[str, Any]]) -> None:
         began = time.monotonic()
@@ -146,14 +187,17 @@ class Aside:
         topics: Sequence[str] = (),
         spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
         on_settled: Callable[[], None],
+        max_packet_bytes: int = 0,
     ) -> None:
         """`store` None: what is set aside is logged and counted as dropped. `topics`: what the pipeline subscribes to.
-        `spawn(coroutine, name)` runs a task of the pipeline; `on_settled()` runs after each group that ended."""
+        `spawn(coroutine, name)` runs a task of the pipeline; `on_settled()` runs after each group that ended.
+        `max_packet_bytes`: the intake's, for the log."""
         self._name = name
         self._lane = lane
         self._store = store
         self._spawn = spawn
         self._on_settled = on_settled
+        self._max_packet_bytes = max_packet_bytes
         self._topic = _only(topics)
         self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=_LINES_PER_S, per_s=1.0)
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
@@ -161,6 +205,7 @@ class Aside:
         self.dead_lettered_by = Tally()
         self.dropped = Tally()  # records that ended here without a letter, for there is no `dead_letter`
         self._deleted_said = 0
+        self._carried_cost = 0  # of messages that can be no record and are not stored yet
         self._waiting: list[_Group] = []
         self._writing: asyncio.Task[None] | None = None
 
@@ -222,6 +267,65 @@ class Aside:
         code = reason.partition(":")[0]
         self._lay(_Group(code, letters, batch.finish, batch.nbytes))
 
+    def carrier(self, message: Apart) -> Carrier:
+        """Takes a message of the broker that can be no record."""
+        return Carrier(self, message)
+
+    def _carried(self, message: Apart, payload: bytes | Spill) -> asyncio.Future[None] | None:
+        """All of it is here, or as much as is to be kept. What is returned is done when there is room for more."""
+        too_large = message.reason is None
+        kind = "too_large" if too_large else "ill_formed"
+        self.format_errors[kind] = self.format_errors.get(kind, 0) + 1
+        if too_large:
+            reason = f"a message of {message.nbytes} bytes, in a packet above max_packet_bytes"
+            if self._max_packet_bytes:
+                reason += f" ({self._max_packet_bytes})"
+        else:
+            reason = f"ill-formed PUBLISH: {message.reason}"
+        kept = len(payload)
+        letter = {
+            "time": time.time(),
+            "topic": message.topic,
+            "reason": reason,
+            "offset": message.offset,
+            "payload": payload,
+            "truncated": kept < message.nbytes,
+            "payload_bytes": message.nbytes if kept < message.nbytes else None,
+            "packet": not too_large,
+        }
+        held = payload if isinstance(payload, bytes) else b""
+        reject = self._lane.refuse(message.topic or b"", held, kind, reason, message.offset, message.token)
+        stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        cost = _MEMORY_BYTES if isinstance(payload, Spill) else kept + _CARRIED_COST
+
+        def settle(outcome: int) -> None:
+            self._carried_cost -= cost
+            self._lane.settle_reject(reject, outcome)
+            self._say_carried(message, kept, kind, reason)
+            if not stored.done():
+                stored.set_result(None)
+
+        self._carried_cost += cost
+        self._lay(_Group(kind, lambda: [letter], settle, kept))
+        return stored if self._carried_cost >= _MEMORY_BYTES else None
+
+    def _say_carried(self, message: Apart, kept: int, kind: str, reason: str) -> None:
+        if self._store is None:
+            fate = "acknowledged and dropped, for there is no dead_letter"
+        elif kept < message.nbytes:
+            fate = f"its first {kept} bytes are in dead letter {self._store.place}, the rest is gone"
+        else:
+            fate = f"it is in dead letter {self._store.place}"
+        topic = (message.topic or b"").decode("utf-8", "backslashreplace")
+        self._lines.say(
+            logging.ERROR, kind,
+            "pipeline=%s stage=intake topic=%s %s: %s%s",
+            self._name, ascii(topic[:_TOPIC_CHARS]), reason, fate,
+            f" ({message.nbytes} bytes, fault at byte {message.offset})" if message.reason
+            else "; raise max_packet_bytes to take such messages",
+        )  # fmt: skip
+
     async def close(self) -> None:
         """After the tasks of the pipeline have ended."""
         self._lines.close()
@@ -276,6 +380,37 @@ class Aside:
                 self._name, deleted - self._deleted_said, deleted,
             )  # fmt: skip
             self._deleted_said = deleted
+
+
+class Carrier:
+    """Takes one message that can be no record, piece by piece."""
+
+    def __init__(self, aside: Aside, message: Apart) -> None:
+        self._aside = aside
+        self._message = message
+        self._store = aside._store
+        self._kept = bytearray()
+        self._spill: Spill | None = None
+        self._most = message.nbytes
+        if message.nbytes > _MEMORY_BYTES:
+            self._spill = None if self._store is None else self._store.spill()
+            self._most = _BEGINNING_BYTES
+
+    async def take(self, piece: bytes) -> None:
+        """Return when there is room for the next."""
+        if self._spill is not None:
+            assert self._store is not None
+            await self._store.collect(self._spill, piece)
+        elif len(self._kept) < self._most:
+            self._kept += piece[: self._most - len(self._kept)]
+
+    async def whole(self) -> None:
+        """Return when there is room for the next message: a large one is stored by then."""
+        payload = bytes(self._kept) if self._spill is None else self._spill
+        self._kept.clear()
+        room = self._aside._carried(self._message, payload)
+        if room is not None:
+            await room
 
 
 def _only(topics: Sequence[str]) -> str | None:

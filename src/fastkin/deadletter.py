@@ -15,6 +15,10 @@ is null when the whole payload is set aside), `payload` is base64. Rules of the 
   FILE.`keep`; the oldest beyond that is deleted. Whoever holds the lock of FILE moves the files, from the
   oldest down and only onto names that are free, and FILE itself last: a crash in between leaves a gap, which
   the next rotation closes, and never one file on top of another.
+- A payload too large for memory is collected in a file without a name (`Spill`), and goes from there into its line
+  piece by piece, under the lock, once it is whole. What is cut off, for it comes with no place for all of it, has two
+  fields more: `truncated`, which is true, and `payload_bytes`, how long it was. `packet` is true when the payload is an
+  ill-formed MQTT packet, without its fixed header.
 - A letter that was replayed reads `done` where it read `time`: the mark is made in place (see letterfile.py).
 """
 
@@ -27,15 +31,19 @@ import fcntl
 import json
 import os
 import stat
+import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypedDict
 
 from fastkin.errors import FastkinError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+_HEAD = 4096
+_PIECE = 3 << 16  # bytes of payload: base64 of a multiple of three can be put together
 
 
 class DeadLetter(TypedDict, total=False):
@@ -48,7 +56,10 @@ class DeadLetter(TypedDict, total=False):
     offset: int | None
     index: int | None
     partition_key: str | None
-    payload: bytes
+    payload: bytes | Spill
+    truncated: bool  # only when it is so
+    payload_bytes: int
+    packet: bool
 
 
 class DeadLetterError(FastkinError):
@@ -78,6 +89,70 @@ def _cure(path: Path, error: OSError) -> str:
             return "raise the limit of file sizes (ulimit -f) or lower `dead_letter_max_bytes`; the data is kept"
         case _:
             return f"look after the file system of {folder}; the data is kept and retried"
+
+
+class Spill:
+    """A payload while it comes, in a file without a name: gone with whoever holds it, and with the process.
+
+    It blocks. Whoever lets it go need not wait for a thread that still writes: the thread holds it too.
+    """
+
+    def __init__(self, beside: Path) -> None:
+        self._beside = beside
+        self._fd = -1
+        self.size = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def write(self, piece: bytes) -> None:
+        """DeadLetterError: nothing of the piece counts as written, and it may be tried again."""
+        try:
+            if self._fd < 0:
+                self._fd = _nameless(self._beside)
+            at, left = self.size, memoryview(piece)
+            while left:
+                done = os.pwrite(self._fd, left, at)
+                at, left = at + done, left[done:]
+        except OSError as error:
+            raise DeadLetterError(self._beside, "collect a large payload beside it", error) from error
+        self.size = at
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        at = 0
+        while at < self.size:
+            piece = os.pread(self._fd, min(size, self.size - at), at)
+            if len(piece) != min(size, self.size - at):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            yield piece
+            at += len(piece)
+
+
+def _nameless(beside: Path) -> int:
+    """A new file of mode 0600 in the same directory, or where temporary files go if that takes none."""
+    folder: Path | str = beside.absolute().parent
+    while True:
+        try:
+            return _nameless_in(folder)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or folder == tempfile.gettempdir():
+                raise
+            folder = tempfile.gettempdir()
+
+
+def _nameless_in(folder: Path | str) -> int:
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    fd, name = tempfile.mkstemp(dir=folder)
+    Path(name).unlink()
+    return fd
 
 
 class DeadLetters:
@@ -112,13 +187,20 @@ class DeadLetters:
         """Append all of `letters`, durably, or raise DeadLetterError and keep none of them."""
         if not letters:
             return
-        data = b"".join(line_of(letter) for letter in letters)
+        lines: list[bytearray | _LongLine] = []
+        for letter in letters:
+            if isinstance(letter["payload"], Spill):
+                lines.append(_LongLine(letter))
+            elif lines and isinstance(lines[-1], bytearray):
+                lines[-1] += line_of(letter)
+            else:
+                lines.append(bytearray(line_of(letter)))
         self._lock()
         try:
             if self.max_bytes:
-                self._make_room(len(data))
+                self._make_room(sum(map(len, lines)))
             try:
-                append(self._fd, data)
+                append(self._fd, lines)
             except OSError as error:
                 raise DeadLetterError(self.path, "write to it", error) from error
         except DeadLetterError:
@@ -184,7 +266,7 @@ class DeadLetters:
     def _delete(self, path: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # somebody tidied up
             with path.open("rb") as file:
-                lost = sum(bool(line.strip()) and not line.startswith(DONE) for line in file)
+                lost = sum(bool(line.strip()) and not line.startswith(DONE) for line in line_heads(file))
             path.unlink()
             self.deleted += lost
 
@@ -197,21 +279,54 @@ DONE = b'{"done":'  # how a letter begins that was replayed; the others begin wi
 TIME = b'{"time":'
 
 
-def append(fd: int, data: bytes) -> None:
+class _LongLine:
+    """The line of a letter whose payload is a Spill."""
+
+    def __init__(self, letter: DeadLetter | Mapping[str, Any]) -> None:
+        self._payload: Spill = letter["payload"]  # type: ignore[assignment]
+        # no other field can hold these bytes: a quotation mark in a text is escaped
+        head, _, tail = line_of({**letter, "payload": b""}).partition(_EMPTY)
+        self._head = head + _EMPTY[:-1]
+        self._tail = _EMPTY[-1:] + tail
+
+    def __len__(self) -> int:
+        return len(self._head) + -(-len(self._payload) // 3) * 4 + len(self._tail)
+
+    def pieces(self) -> Iterator[bytes]:
+        yield self._head
+        for piece in self._payload.pieces(_PIECE):
+            yield base64.b64encode(piece)
+        yield self._tail
+
+
+_EMPTY = b',"payload":""'
+
+
+def append(fd: int, lines: Iterable[bytes | bytearray | _LongLine]) -> None:
     """Add whole lines to a locked file, durably. OSError: nothing was added."""
     end = os.fstat(fd).st_size
-    if end and os.pread(fd, 1, end - 1) != b"\n":
-        data = b"\n" + data
     try:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(fd, left) :]
+        if end and os.pread(fd, 1, end - 1) != b"\n":
+            os.write(fd, b"\n")
+        for line in lines:
+            for piece in line.pieces() if isinstance(line, _LongLine) else (line,):
+                left = memoryview(piece)
+                while left:
+                    left = left[os.write(fd, left) :]
         os.fsync(fd)
     except OSError:
         # what got through must not stay: the caller writes all of it again
         with contextlib.suppress(OSError):
             os.ftruncate(fd, end)
         raise
+
+
+def line_heads(file: BinaryIO) -> Iterator[bytes]:
+    """How each line begins: one may have hundreds of MiB."""
+    while head := file.readline(_HEAD):
+        yield head
+        while head and not head.endswith(b"\n"):
+            head = file.readline(_PIECE)
 
 
 def same(path: Path, fd: int) -> bool:
@@ -256,7 +371,7 @@ def fields_of(letter: DeadLetter | Mapping[str, Any]) -> dict[str, Any]:
     topic = letter.get("topic")
     if isinstance(topic, bytes):
         topic = topic.decode("utf-8", "backslashreplace")
-    return {
+    fields = {
         "time": rfc3339(letter.get("time", time.time())),
         "pipeline": letter["pipeline"],
         "topic": topic,
@@ -264,8 +379,13 @@ def fields_of(letter: DeadLetter | Mapping[str, Any]) -> dict[str, Any]:
         "offset": letter.get("offset"),
         "index": letter.get("index"),
         "partition_key": letter.get("partition_key"),
-        "payload": base64.b64encode(letter["payload"]).decode("ascii"),
+        "payload": base64.b64encode(letter["payload"]).decode("ascii"),  # type: ignore[arg-type]
     }
+    # only when they say something
+    return fields | {name: value for name, value in letter.items() if name in MARKS and value}
+
+
+MARKS = ("truncated", "payload_bytes", "packet")
 
 
 def line_of(letter: DeadLetter | Mapping[str, Any]) -> bytes:

@@ -17,9 +17,11 @@ import logging
 import os
 import random
 import ssl
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
+from fastkin._codec import DROPPED
 from fastkin._mqtt import (
+    APART,
     EVENTS,
     OUTPUT,
     STALLED,
@@ -28,6 +30,7 @@ from fastkin._mqtt import (
     Pingresp,
     Session,
     Suback,
+    Unfit,
     Unsuback,
 )
 from fastkin.dialect import Dialect
@@ -38,9 +41,9 @@ from fastkin.subscriptions import SHARED, Refusal, Subscriptions
 from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, renewed_tls, said, silence, while_heard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
-    from fastkin._mqtt import Ledger, Router
+    from fastkin._mqtt import Apart, Ledger, Router
     from fastkin.config import Broker
     from fastkin.wire import Wire
 
@@ -52,6 +55,7 @@ _FILTERS_SHOWN = 10
 _STALL = 1
 _COALESCE = 2
 _STOPPED = 4
+_APART = 8  # a piece of a message that is set aside is not taken yet
 
 # Reads are coalesced while messages come faster than this in reads smaller than that. Below 2,000/s a
 # pause costs latency and gains nothing, from 5,000/s on it saves four to seven of the wake-ups.
@@ -129,6 +133,29 @@ class Window:
             self.granted = probe
 
 
+class Carrier(Protocol):
+    """Takes one message aside. Whoever has it lets go of it when the connection ends before whole()."""
+
+    async def take(self, piece: bytes) -> None:
+        """Return when there is room for the next."""
+
+    async def whole(self) -> None:
+        """All of it was taken: settle its token once, when it is safe. Return when there is room for the next one."""
+
+
+class _Nowhere:
+    """Takes messages aside that nobody wants to have."""
+
+    def __init__(self, intake: Intake, message: Apart) -> None:
+        self._intake = intake
+        self._message = message
+
+    async def take(self, piece: bytes) -> None: ...
+
+    async def whole(self) -> None:
+        self._intake.ledger.settled(self._message.token, 1, DROPPED)
+
+
 class Intake:
     """One subscription: keeps a connection to the broker and feeds what comes to the router's sinks."""
 
@@ -141,9 +168,11 @@ class Intake:
         ledger: Ledger,
         on_read: Callable[[], None],
         on_state: Callable[[str], None] | None = None,
+        set_apart: Callable[[Apart], Carrier] | None = None,
         name: str | None = None,
     ) -> None:
-        """`on_read` runs once per read in which messages were taken or a sink stalled.
+        """`on_read` runs once per read in which messages were taken or a sink stalled; `set_apart` says where a message
+        goes that can never be a record, None: nowhere.
 
         ConfigError: certificate files that cannot be read.
         """
@@ -154,6 +183,9 @@ class Intake:
         self.ledger = ledger
         self.on_read = on_read
         self._on_state = on_state
+        self.set_apart: Callable[[Apart], Carrier] = set_apart or (lambda message: _Nowhere(self, message))
+        self._unfit = Unfit()
+        self._work: set[asyncio.Task[None]] = set()
         self._tls = renewed_tls(broker)
         self._where = f"pipeline={name} stage=intake" if name else "stage=intake"
         self.client_id = broker.client_id
@@ -359,7 +391,7 @@ class Intake:
         lived = link.loop.time() - link.began
         if lived >= _WORKED_S:
             self._attempts = self._early = 0
-        elif link.subscribing:
+        elif link.subscribing and not link.malformed:
             self._early += 1
         if link.code in UNAVAILABLE:
             self._unavailable[link.code] = link.loop.time() + _UNAVAILABLE_S
@@ -498,6 +530,17 @@ class Intake:
             self._where, self.broker.url, ascii(self.client_id), _SHARED_QUIET_S, ", ".join(map(ascii, filters)),
         )  # fmt: skip
 
+    def spawn(self, work: Coroutine[None, None, None]) -> None:
+        """What goes on when a connection has ended."""
+        task = asyncio.create_task(work, name="fastkin[intake].apart")
+        self._work.add(task)
+        task.add_done_callback(self._worked)
+
+    def _worked(self, task: asyncio.Task[None]) -> None:
+        self._work.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._failed(error)
+
     def _failed(self, error: Exception) -> None:
         """A bug of ours, or of what on_read() calls: run() raises it."""
         if self._bug is None:
@@ -512,6 +555,8 @@ class _Reading:
                                                  settled and the budget is low; a call that comes in the
                                                  middle of a feed is made up for after it (_Link._idle()).
     _COALESCE  the next read would be small      the timer that pause_for() arms
+    _APART     a piece of a message that is set  _Link._carry(), the task that takes it, when who sets it
+               aside is not taken                aside has room for the next
     _STOPPED   stop(): no more is wanted         leave()
     ========== ================================= ==========================================================
 
@@ -579,6 +624,7 @@ class _Link(Receiver):
             receive_maximum=broker.receive_maximum,
             max_packet_bytes=broker.max_packet_bytes,
             topic_alias_maximum=broker.topic_alias_maximum,
+            unfit=intake._unfit,
         )
         self.wire: Wire | None = None
         self.ended: asyncio.Future[None] = self.loop.create_future()
@@ -587,6 +633,7 @@ class _Link(Receiver):
         self.subscribing = False
         self.coalescing = False
         self.reason = ""  # why it ended
+        self.malformed = False  # it ended for what the broker sent
         self.code = 0
         self._ready: asyncio.Future[None] = self.loop.create_future()  # CONNACK, or why there is none
         self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # nobody may be waiting
@@ -600,6 +647,8 @@ class _Link(Receiver):
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
         self._reading = _Reading(self.loop)
+        self._carrying: asyncio.Task[None] | None = None
+        self._piece = asyncio.Event()  # one waits in the session
         self._alive_at = 0.0  # the broker was heard, or could not be because we did not listen
         self._keep_alive = float(broker.keep_alive_s)
 
@@ -728,6 +777,8 @@ class _Link(Receiver):
                     self._events()
                 if flags & OUTPUT:
                     self.flush()
+                if flags & APART:
+                    self._apart()
             if taken or flags & STALLED:
                 intake.on_read()
         except Exception as error:  # noqa: BLE001
@@ -772,6 +823,62 @@ class _Link(Receiver):
             and self.intake.ledger.unacked < self.intake.window.granted
         ):
             self._reading.pause_for(self._pause_s)
+
+    # -- what can never be a record ------------------------------------------------------------------
+
+    def _apart(self) -> None:
+        """A piece waits. Nothing is read until it is taken."""
+        self.pause(_APART)
+        self._piece.set()
+        if self._carrying is None and not self._deaf:
+            self._carrying = self.loop.create_task(self._carry(), name="fastkin[intake].apart")
+            self._carrying.add_done_callback(self._carried)
+
+    async def _carry(self) -> None:
+        session = self.session
+        while (message := session.apart) is not None:
+            carrier = self.intake.set_apart(message)
+            while True:
+                await self._piece.wait()
+                self._piece.clear()
+                await carrier.take(session.take_piece())
+                if not session.apart_left:
+                    break
+                self._walk_on(0)
+            if self._reading.paused & _STOPPED:
+                return
+            session.finish_apart()
+            await carrier.whole()
+            self._walk_on(1)
+
+    def _walk_on(self, taken: int) -> None:
+        """Behind a piece that was taken."""
+        if self._deaf or self._reading.paused & _STOPPED:
+            return
+        session = self.session
+        now = session.now = self.loop.time()
+        before = session.messages
+        self._busy = True
+        try:
+            flags = session.resume()
+        except Exception as error:  # noqa: BLE001
+            self._broken(error, taken + session.messages - before)
+            return
+        if not flags & APART:
+            self._go_on(_APART)
+        self._took(flags, taken + session.messages - before, 0, now)
+
+    async def _rescue(self, message: Apart, pieces: list[bytes]) -> None:
+        """The connection ends for a message that nobody will send again."""
+        carrier = self.intake.set_apart(message)
+        for piece in pieces:
+            await carrier.take(piece)
+        await carrier.whole()
+
+    def _carried(self, task: asyncio.Task[None]) -> None:
+        self._carrying = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._bug(error if isinstance(error, Exception) else RuntimeError(str(error)))
 
     # -- pausing -----------------------------------------------------------------------------------
 
@@ -858,7 +965,7 @@ class _Link(Receiver):
         """Gives up a broker that is silent. One that talks may have much to say before it comes to SUBACK."""
         limit = self.intake.broker.connect_timeout_s
         now = self.loop.time()
-        if self._reading.paused & (_STALL | _STOPPED):  # it may be behind what we do not read
+        if self._reading.paused & (_STALL | _STOPPED | _APART):  # it may be behind what we do not read
             self._await_subacks(limit)
             return
         left = limit - (now - max(self._heard_at(), self._asked_at))
@@ -914,7 +1021,7 @@ class _Link(Receiver):
         """Twice per keep-alive, whether we read or not. Silence is death only while we listen."""
         assert self.wire is not None
         now = self.loop.time()
-        if self._reading.paused & (_STALL | _STOPPED):
+        if self._reading.paused & (_STALL | _STOPPED | _APART):
             self._alive_at = now
         else:
             self._alive_at = self._heard_at()
@@ -936,7 +1043,7 @@ class _Link(Receiver):
         unacked = intake.ledger.unacked
         output = self.session.take_output()
         if output:
-            if not self._reading.paused & (_STALL | _STOPPED):
+            if not self._reading.paused & (_STALL | _STOPPED | _APART):
                 intake.window.acknowledging(unacked, self.loop.time(), intake.last_read)
             self.wire.write(output)
             if self.wire.get_write_buffer_size() > _UNREAD_MOST:
@@ -954,7 +1061,14 @@ class _Link(Receiver):
         if not isinstance(error, ProtocolError):
             self._bug(error)
             return
+        self.malformed = True
         self._took(EVENTS, taken, 0, self.loop.time())  # what came before: a DISCONNECT says more
+        if (message := self.session.apart) is not None:
+            pieces = []
+            while self.session.apart_left:
+                pieces.append(self.session.take_piece())
+            self.session.finish_apart()
+            self.intake.spawn(self._rescue(message, pieces))
         if not self._deaf:
             self._give_up(str(error), error.code, error)
 
@@ -992,7 +1106,7 @@ class _Link(Receiver):
         self.reason = "we left"
         self._deaf = True
         self.wire.write(self.session.disconnect(0))
-        for why in (_STALL, _STOPPED, _COALESCE):
+        for why in (_STALL, _STOPPED, _COALESCE, _APART):
             if self._reading.paused & why:
                 self._go_on(why)
         await self._end_within(_LEAVE_S)
@@ -1023,6 +1137,8 @@ class _Link(Receiver):
         self._deaf = True
         for timer in self._timers.values():
             timer.cancel()
+        if self._carrying is not None:
+            self._carrying.cancel()
         self.intake._paused_s += self.stalled_for()
         self._reading.end()
         self._shut = not self.reason and (exc is None or isinstance(exc, (ConnectionError, ssl.SSLEOFError)))

@@ -124,7 +124,7 @@ class LetterFile:
             # our descriptor is not O_APPEND, for the marks' sake
             with _locked(self.fd):
                 os.lseek(self.fd, 0, os.SEEK_END)
-                append(self.fd, data)
+                append(self.fd, (data,))
         except OSError as error:
             raise _failed(self.path, "write to it", error) from error
 

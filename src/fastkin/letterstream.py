@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from fastkin._codec import Batch, Receipt
     from fastkin.config import Kinesis
+    from fastkin.deadletter import Spill
 
 _LOG = logging.getLogger("fastkin.pipeline")
 
@@ -140,6 +141,16 @@ class LetterStream:
     def __init__(self, pipeline: str, kinesis: Kinesis) -> None:
         self._pipeline = pipeline
         self._post = Post(f"{pipeline}:dead-letters", kinesis)
+
+    @property
+    def place(self) -> str:
+        return f"stream {self._post.stream}"
+
+    def spill(self) -> None:
+        """A stream takes no payload that memory shall not hold."""
+
+    async def collect(self, spill: Spill, piece: bytes) -> None:
+        raise NotImplementedError
 
     async def open(self) -> None:
         """Say at once what is wrong with the stream."""

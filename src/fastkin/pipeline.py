@@ -104,6 +104,7 @@ class PipelineRun:
             topics=pipeline.topics,
             spawn=self._spawn,
             on_settled=self._settled,
+            max_packet_bytes=broker.max_packet_bytes,
         )
         self.sender = Sender(
             self.lane,
@@ -144,6 +145,7 @@ class PipelineRun:
             router=router,
             ledger=self.ledger,
             on_read=self._read,
+            set_apart=self.aside.carrier,
             name=self.name,
         )
         self.watchdog = Watchdog(self.name, self._loop, self.stuck, self._wake)

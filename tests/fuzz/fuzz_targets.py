@@ -360,7 +360,9 @@ def _finish(session: _mqtt.Session, ledger: _mqtt.Ledger, kept: _Kept) -> tuple[
     """What must hold whatever came, and what came of it."""
     for token in kept.tokens:
         ledger.settled(token, 2)
-    assert ledger.ready == ledger.unacked, "not ready although all is settled"
+    # a message whose bytes have not all come waits, and nothing was walked behind it
+    coming = session.apart is not None and session.apart.token != 0
+    assert ledger.ready + coming == ledger.unacked, "not ready although all is settled"
     ready = ledger.ready
     output = session.take_output()
     assert len(output) >= 4 * ready
@@ -368,6 +370,21 @@ def _finish(session: _mqtt.Session, ledger: _mqtt.Ledger, kept: _Kept) -> tuple[
     for event in events:
         assert isinstance(event, _EVENTS), repr(event)
     return session.messages, [repr(event) for event in events], output
+
+
+def _walk_on(session: _mqtt.Session, ledger: _mqtt.Ledger, flags: int) -> None:
+    """Until it waits for bytes, with what is set aside let go."""
+    while flags & (_mqtt.STALLED | _mqtt.APART):
+        if flags & _mqtt.APART:
+            apart = session.apart
+            assert apart is not None
+            size = len(session.take_piece())
+            assert size or not session.apart_left
+            if not session.apart_left:
+                session.finish_apart()
+                if apart.token:
+                    ledger.settled(apart.token)
+        flags = session.resume()
 
 
 def mqtt(data: memoryview) -> None:
@@ -379,9 +396,7 @@ def mqtt(data: memoryview) -> None:
     session, ledger, kept, held = _session(flags)
     whole: tuple[str, int] | None = None
     try:
-        session.feed_data(stream)
-        while session.stalled:
-            session.resume()
+        _walk_on(session, ledger, session.feed_data(stream))
     except ProtocolError as error:
         whole = (error.reason, error.offset)
         assert error.offset <= len(stream) + 5
@@ -402,11 +417,10 @@ def mqtt(data: memoryview) -> None:
             room = session.get_buffer(-1)
             taken = min(len(part), len(room))
             room[:taken] = part[:taken]
-            session.feed(taken)
+            flags = session.feed(taken)
             if taken < len(part):
-                session.feed_data(part[taken:])
-            while session.stalled:
-                session.resume()
+                flags = session.feed_data(part[taken:])
+            _walk_on(session, ledger, flags)
     except ProtocolError as error:
         pieces = (error.reason, error.offset)
     second = _finish(session, ledger, kept)

@@ -67,7 +67,7 @@ BROKER_KEYS = _table(
     _int("keep_alive_s", 0, 65_535, "0: none; TCP's own finds a dead peer within a minute all the same"),
     _int("receive_maximum", 1, 65_535, "unacknowledged messages a 5.0 broker may send us"),
     _int("inflight", 1, 65_535, "the same, as guessed for a 3.1.1 broker until it is learned"),
-    _int("max_packet_bytes", 1024, 268_435_460, "larger packets end the connection"),
+    _int("max_packet_bytes", 1024, 268_435_460, "larger messages are set aside, not held in memory"),
     _int("topic_alias_maximum", 0, 65_535, "topic aliases a 5.0 broker may use"),
     _number(
         "connect_timeout_s",
