@@ -235,6 +235,7 @@ def demo(seconds: float, rate: float, kill: bool, keep: bool, verbose: bool, qui
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with key and shard.")
 @click.option("--raw", is_flag=True, help="Nothing but the data, a line break after each record.")
+@click.option("--as-stored", is_flag=True, help="Do not take KPL aggregates apart.")
 @click.option("--limit", type=click.IntRange(1), help="Stop after so many records.")
 @click.option("--region", help="Region; else AWS_REGION or the AWS configuration.")
 @click.option("--endpoint-url", help="Another endpoint; else AWS_ENDPOINT_URL_KINESIS.")
@@ -245,6 +246,7 @@ def tail(
     start: str,
     as_json: bool,
     raw: bool,
+    as_stored: bool,
     limit: int | None,
     region: str | None,
     endpoint_url: str | None,
@@ -252,7 +254,10 @@ def tail(
     verbose: bool,
     quiet: bool,
 ) -> int:
-    """Print the records of STREAM (a name or an ARN), all shards, until Ctrl-C."""
+    """Print the records of STREAM (a name or an ARN), all shards, until Ctrl-C.
+
+    KPL aggregates are taken apart, as KCL does it; what does not print is written as an escape.
+    """
     _set_up_logs(verbose, quiet)
     if as_json and raw:
         raise click.UsageError("--json and --raw are both given")
@@ -270,6 +275,7 @@ def tail(
         region=region,
         endpoint_url=endpoint_url,
         profile=profile,
+        as_stored=as_stored,
     )
 
 
@@ -286,7 +292,7 @@ def _letters(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which files, and which of their letters."""
     for option in (
         click.option("--since", metavar="TIME", help="Not older than this: 90s, 30m, 2h, 7d, or 2026-11-21T04:00:00Z."),
-        click.option("--topic", metavar="FILTER", help="Of topics that match; + and # as in MQTT."),
+        click.option("--topic", metavar="FILTER", help="Of topics that match, by MQTT's rules of +, #, $ and $share/."),
         click.option("--reason", metavar="TEXT", help="Whose reason has this in it."),
         click.option("--pipeline", metavar="ID", help="Of this pipeline."),
     ):
@@ -310,6 +316,14 @@ def _letter_filter(pipeline: str | None, reason: str | None, topic: str | None, 
         begin = None if since is None else parse_since(since)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--since") from None
+    if topic is not None:
+        from fastkin._mqtt import matches
+        from fastkin.errors import LibraryError
+
+        try:
+            matches(topic, "t")
+        except LibraryError as error:
+            raise click.BadParameter(str(error), param_hint="--topic") from None
     return Filter(pipeline=pipeline, reason=reason, topic=topic, since=begin)
 
 

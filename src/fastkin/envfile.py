@@ -1,8 +1,9 @@
 """Reads a .env file: KEY=VALUE lines, strictly, so that a slip is an error and not a wrong setting.
 
-A line is empty, a comment (#), or `[export ]KEY=VALUE`. VALUE is bare (it ends before ` #`), in
-'single quotes' (taken as it stands) or in "double quotes" (with \\n \\r \\t \\\\ \\" and \\$).
-There is no `$NAME` expansion, and a value cannot go on over the end of its line.
+A line is empty, a comment (#), or `[export ]KEY=VALUE`. VALUE is bare, in 'single quotes' (taken as it stands)
+or in "double quotes" (with \\n \\r \\t \\\\ \\" and \\$). A bare value ends where white space and a # follow: a # that
+follows anything else belongs to it, also as its first character (`TOPIC=#`, `PASS=#secret`), as python-dotenv and
+godotenv have it. There is no `$NAME` or `${NAME}` expansion, and a value cannot go on over the end of its line.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def read(path: Path) -> dict[str, tuple[str, int]]:
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
     found: dict[str, tuple[str, int]] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    # not splitlines(): U+2028 and the like end no line here, and may stand in a password
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):
         place = f"{path} line {number}"
         pair = _line(line.strip(), place)
         if pair is None:
@@ -55,13 +57,14 @@ def _line(line: str, place: str) -> tuple[str, str] | None:
         raise ConfigError(place, "is not KEY=VALUE", "write KEY=VALUE, or # before a comment")
     if not _NAME.fullmatch(name):
         raise ConfigError(place, f"{name[:40]!r} is not a name", "names are letters, digits and _, no digit first")
-    return name, _value(rest.strip(), place, name)
+    return name, _value(rest, place, name)
 
 
-def _value(text: str, place: str, name: str) -> str:
+def _value(rest: str, place: str, name: str) -> str:
+    text = rest.strip()
     quote = text[:1]
     if quote not in ("'", '"') or not quote:
-        return re.split(r"(?:^|\s)#", text, maxsplit=1)[0].rstrip()
+        return re.split(r"\s#", rest, maxsplit=1)[0].strip()
     pattern = r"'([^']*)'(.*)" if quote == "'" else r'"((?:[^"\\]|\\.)*)"(.*)'
     match = re.fullmatch(pattern, text)
     if match is None:

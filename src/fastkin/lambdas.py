@@ -23,7 +23,15 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-__all__ = ["BatchItemFailures", "Record", "Transformed", "batch_item_failures", "iter_records", "transform"]
+__all__ = [
+    "BatchItemFailures",
+    "Record",
+    "Transformed",
+    "batch_item_failures",
+    "deaggregate",
+    "iter_records",
+    "transform",
+]
 
 _LOG = logging.getLogger("fastkin.lambdas")
 
@@ -228,7 +236,7 @@ def _read(raw: Mapping[str, Any]) -> list[Record]:
             subsequence_number=n,
             arrival=kinesis.get("approximateArrivalTimestamp"),
         )
-        for n, (inner_key, inner) in enumerate(_deaggregate(data))
+        for n, (inner_key, inner) in enumerate(deaggregate(data))
     ]
 
 
@@ -246,7 +254,7 @@ def _of_firehose(raw: Mapping[str, Any]) -> Record:
     )
 
 
-def _deaggregate(data: bytes) -> list[tuple[str | None, bytes]]:
+def deaggregate(data: bytes) -> list[tuple[str | None, bytes]]:
     """Keys and data of a KPL aggregate; what is none (as KCL sees it: magic, MD5, message) stays as it is."""
     plain: list[tuple[str | None, bytes]] = [(None, data)]
     message = data[len(_KPL_MAGIC) : -_DIGEST_BYTES]
@@ -266,7 +274,7 @@ def _deaggregate(data: bytes) -> list[tuple[str | None, bytes]]:
                 if not isinstance(index, int) or not isinstance(content, bytes):
                     return plain
                 inner.append((index, content))
-        return [(keys[index], content) for index, content in inner]
+        return [(keys[index], content) for index, content in inner] or plain
     except (ValueError, LookupError):
         return plain
 

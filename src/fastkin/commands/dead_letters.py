@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 import click
 
 from fastkin._codec import KeyPlan, decode_frame
+from fastkin._mqtt import matches
 from fastkin.config import MIB, Kinesis
-from fastkin.errors import Action, DataFormatError, FastkinError, KinesisError, RecordError
+from fastkin.errors import Action, DataFormatError, FastkinError, KinesisError, LibraryError, RecordError, printable
 from fastkin.keys import key_plan
 from fastkin.letterfile import Damaged, Letter, LetterFiles, since
 from fastkin.letterplace import PREFIX
@@ -57,20 +58,19 @@ class Filter:
             return False
         if self.reason is not None and self.reason.casefold() not in letter.reason.casefold():
             return False
-        if self.topic is not None and (letter.topic is None or not matches(self.topic, letter.topic)):
+        if self.topic is not None and (letter.topic is None or not _takes(self.topic, letter.topic)):
             return False
         return self.since is None or since(letter.time) >= self.since
 
 
-def matches(topic_filter: str, topic: str) -> bool:
-    """MQTT's rule of `+` and `#`."""
-    wanted, levels = topic_filter.split("/"), topic.split("/")
-    for at, level in enumerate(wanted):
-        if level == "#":
-            return True
-        if at >= len(levels) or level not in ("+", levels[at]):
-            return False
-    return len(wanted) == len(levels)
+def _takes(topic_filter: str, topic: str) -> bool:
+    """By MQTT's rules. A letter may hold what is no topic, and a filter can only mean that literally."""
+    if topic_filter == topic:
+        return True
+    try:
+        return matches(topic_filter, topic)
+    except LibraryError:
+        return False
 
 
 def parse_since(text: str) -> float:
@@ -193,7 +193,7 @@ def _payload(data: bytes) -> Iterator[str]:
 
 def plain(text: str) -> str:
     """Text of strangers, with what could steer a terminal or turn its direction written as escapes."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    return printable(text, len(text))
 
 
 # --- replay ---

@@ -12,7 +12,6 @@ import base64
 import json
 import os
 import random
-import re
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -20,7 +19,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from fastkin.errors import ConfigError, FastkinError
+import click
+
+from fastkin.errors import ConfigError, FastkinError, printable
+from fastkin.lambdas import deaggregate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -41,7 +43,6 @@ _THROTTLES = frozenset(
     }
 )
 _EXPIRED = frozenset({"ExpiredIteratorException", "ExpiredNextTokenException"})
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class TailError(FastkinError):
@@ -106,6 +107,8 @@ def render(record: Mapping[str, Any], shard: str, form: Form) -> bytes:
             "sequence_number": record["SequenceNumber"],
             "partition_key": key,
         }
+        if (place := record.get("SubSequenceNumber")) is not None:
+            line["subsequence_number"] = place
         if text is None:
             line["data_base64"] = base64.b64encode(data).decode("ascii")
         else:
@@ -118,7 +121,18 @@ def render(record: Mapping[str, Any], shard: str, form: Form) -> bytes:
 
 
 def _plain(text: str) -> str:
-    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
+    return printable(text, len(text))
+
+
+def apart(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The records of a KPL aggregate, each with its own key and `SubSequenceNumber`; what is none is itself."""
+    inner = deaggregate(record["Data"])
+    if len(inner) == 1 and inner[0][0] is None:
+        return [record]
+    return [
+        {**record, "Data": data, "PartitionKey": key, "SubSequenceNumber": place}
+        for place, (key, data) in enumerate(inner)
+    ]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,6 +144,7 @@ class Tail:
     start: Start
     take: Callable[[Mapping[str, Any], str], None]
     limit: int | None = None
+    as_stored: bool = False  # KPL aggregates are not taken apart
     poll_s: float = POLL_S
     count: int = 0
     _shards: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -209,11 +224,12 @@ class Tail:
                 if self._done.is_set():
                     return
                 last = record["SequenceNumber"]
-                self.take(record, shard)
-                self.count += 1
-                if self.limit is not None and self.count >= self.limit:
-                    self._done.set()
-                    return
+                for one in (record,) if self.as_stored else apart(record):
+                    self.take(one, shard)
+                    self.count += 1
+                    if self.limit is not None and self.count >= self.limit:
+                        self._done.set()
+                        return
             iterator = answer.get("NextShardIterator")
             if iterator is not None:
                 await asyncio.sleep(self.poll_s)
@@ -279,14 +295,17 @@ def tail(
     region: str | None,
     endpoint_url: str | None,
     profile: str | None,
+    as_stored: bool = False,
 ) -> int:
+    if form == "raw" and sys.stdout.isatty():
+        raise click.UsageError("--raw writes the bytes as they are: not to a terminal; send it into a file or a pipe")
     out = sys.stdout.buffer
 
     def take(record: Mapping[str, Any], shard: str) -> None:
         out.write(render(record, shard, form))
         out.flush()
 
-    asyncio.run(_tail(stream, start, limit, region, endpoint_url, profile, take))
+    asyncio.run(_tail(stream, start, limit, region, endpoint_url, profile, take, as_stored=as_stored))
     return 0
 
 
@@ -298,6 +317,8 @@ async def _tail(
     endpoint_url: str | None,
     profile: str | None,
     take: Callable[[Mapping[str, Any], str], None],
+    *,
+    as_stored: bool,
 ) -> None:
     from aiobotocore.config import AioConfig
     from aiobotocore.session import AioSession
@@ -332,4 +353,4 @@ async def _tail(
             raise ConfigError("region", "is missing", "give --region, or set AWS_REGION") from None
         except BotoCoreError as error:
             raise TailError(str(error)) from None
-        await Tail(client=client, stream=where, start=start, take=take, limit=limit).run()
+        await Tail(client=client, stream=where, start=start, take=take, limit=limit, as_stored=as_stored).run()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastkin.config import Pipeline, Settings, Status, Tls
 from fastkin.settings.tables import BROKER_KEYS, KINESIS_KEYS, PIPELINE_KEYS, STATUS_KEYS, TLS_KEYS
+from fastkin.settings.values import HIDDEN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def effective(settings: Settings) -> str:
-    """All settings as TOML, secrets as "***"; what is not set is left out."""
+    """All settings as TOML; what is not set is left out. Secrets are "***", which no reading of them takes."""
     lines = ["[broker]"]
     lines += _shown_table(settings.broker, BROKER_KEYS)
     if settings.broker.tls != Tls():
@@ -41,7 +42,7 @@ def _shown_table(table: object, names: Mapping[str, Key]) -> list[str]:
             value = tuple(t for t in value if t != f"/devices/+/bulkData/{table.bulk_label}")
             if not value:
                 continue
-        lines.append(f"{name} = {_toml_value('***' if key.secret else value)}")
+        lines.append(f"{name} = {_toml_value(HIDDEN if key.secret else value)}")
     return lines
 
 

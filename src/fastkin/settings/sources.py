@@ -153,7 +153,7 @@ class Sources:
     def _fastkin_names(self) -> None:
         tables = {"broker": self.broker, "broker.tls": self.tls, "kinesis": self.kinesis, "status": self.status}
         for name, value in self.vars.items():
-            if not name.startswith("FASTKIN_") or name in NOT_SETTINGS:
+            if not name.startswith("FASTKIN_") or name in NOT_SETTINGS or _is_service_link(name, str(value.raw)):
                 continue
             if name not in ENV:
                 self.report.problem(value.place, "is not a setting", nearest(name, ENV))
@@ -275,6 +275,28 @@ class Sources:
 
     def _either(self, first: str, second: str) -> Value | None:
         return self.vars.get(first) or self.vars.get(second)
+
+
+# What Kubernetes puts into every pod's environment for each service of the namespace, here for one called `fastkin` or
+# `fastkin-something`: names and values as its kubelet makes them (and Docker's links before it).
+_LINK_PORT = r"(?:tcp|udp|sctp)://\S+:\d+"
+_LINKS = tuple(
+    (re.compile(rf"FASTKIN(?:_[A-Z0-9_]+)?_{name}"), re.compile(value))
+    for name, value in (
+        ("SERVICE_HOST", r"[0-9.]+|[0-9a-fA-F:]*:[0-9a-fA-F:.]*"),
+        (r"SERVICE_PORT(?:_[A-Z0-9_]+)?", r"\d+"),
+        ("PORT", _LINK_PORT),
+        (r"PORT_\d+_(?:TCP|UDP|SCTP)", _LINK_PORT),
+        (r"PORT_\d+_(?:TCP|UDP|SCTP)_PROTO", "tcp|udp|sctp"),
+        (r"PORT_\d+_(?:TCP|UDP|SCTP)_PORT", r"\d+"),
+        (r"PORT_\d+_(?:TCP|UDP|SCTP)_ADDR", r"[0-9.]+|[0-9a-fA-F:]*:[0-9a-fA-F:.]*"),
+    )
+)
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """By its value too: a service called fastkin-status sets FASTKIN_STATUS_PORT, which is a name of ours."""
+    return any(known.fullmatch(name) and looks.fullmatch(value) for known, looks in _LINKS)
 
 
 _MOST_BYTES = 1 << 20  # a settings file is a few kilobytes

@@ -85,6 +85,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known are {', '.join(known)}" if len(known) < 8 else "see the settings table of the README"
 
 
+HIDDEN = "***"  # printed in place of a secret; never taken for one
+
 _TRUE = frozenset({"true", "1", "yes", "on", "t", "y"})
 _FALSE = frozenset({"false", "0", "no", "off", "f", "n"})
 
@@ -116,6 +118,12 @@ def _parse_text(key: Key, value: Value) -> str:
         raise _wrong(key, value, "text in quotes")
     if re.search(r"[\x00-\x1f\x7f]", text):
         raise ConfigError(value.place, "has a control character in it", "remove it")
+    if key.secret and text == HIDDEN:
+        raise ConfigError(
+            value.place,
+            f'is "{HIDDEN}", which stands for a secret that `fastkin check` did not show',
+            "write the secret itself, or remove the key and give the secret in the environment",
+        )
     if key.choices and text not in key.choices:
         near = close(text, key.choices)
         cure = f"{near} is meant?" if near else f"use {', '.join(key.choices)}"
