@@ -32,7 +32,7 @@ FLOORS = [
         "subscriptions",
         "tcp",
     },
-    {"credentials", "endpoint", "transport", "wire", "dial", "tls", "emulator", "printing"},
+    {"credentials", "deadline", "endpoint", "transport", "wire", "worker", "dial", "tls", "emulator", "printing"},
     {"kinesis", "sdk", "publisher"},
     {"intake", "sender", "flusher", "overflow", "watchdog"},
     {"letterstream"},

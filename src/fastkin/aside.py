@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +26,7 @@ from fastkin.letterplace import destination
 from fastkin.letterstream import LetterStream
 from fastkin.logs import Repeats
 from fastkin.tallies import Tally
+from fastkin.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -102,8 +102,8 @@ class FileStore:
     def __init__(self, name: str, dead_letters: DeadLetters) -> None:
         self._name = name
         self._file = dead_letters
-        # held by the thread itself: who awaits it may be cancelled while it goes on
-        self._in_use = threading.Lock()
+        # one thread, so that calls come one after the other: who awaits one may be cancelled while it goes on
+        self._worker = Worker(f"fastkin[{name}].dead-letters")
 
     @property
     def deleted(self) -> int:
@@ -126,7 +126,7 @@ class FileStore:
         said: float | None = None
         while True:
             try:
-                await asyncio.to_thread(spill.write, piece)
+                await self._thread(spill.write, piece)
             except DeadLetterError as error:
                 now = time.monotonic()
                 if said is None or now - said >= _ERROR_EVERY_S:
@@ -164,15 +164,12 @@ class FileStore:
             )  # fmt: skip
 
     async def close(self) -> None:
-        if self._in_use.acquire(blocking=False):  # else a thread still has the file
-            self._file.close()
+        self._file.give_up()
+        self._worker.leave(self._file.close)  # after a call that the disk still has
+        self._worker.close()
 
     async def _thread(self, call: Callable[..., object], *args: object) -> None:
-        def alone() -> None:
-            with self._in_use:
-                call(*args)
-
-        await asyncio.to_thread(alone)
+        await self._worker.run(call, *args)
 
 
 class Aside:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -430,7 +430,22 @@ def replay_dead_letters(
 
 def main(args: Sequence[str] | None = None) -> None:
     """The entry point: turns every ending into an exit code."""
-    sys.exit(_main(args))
+    code = _main(args)
+    if args is None:
+        _leave(code)
+    sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without the interpreter's clean-up, which waits for threads of libraries: a name server or
+    a disk that does not answer would keep us here."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it
+            code = code or 1
+    os._exit(code)
 
 
 def _main(args: Sequence[str] | None) -> int:

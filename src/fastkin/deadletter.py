@@ -32,6 +32,7 @@ import json
 import os
 import stat
 import tempfile
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 
 _HEAD = 4096
 _PIECE = 3 << 16  # bytes of payload: base64 of a multiple of three can be put together
+
+
+LOCK_S = 5.0  # for another process to write its lines; whoever holds the lock longer is told of
 
 
 class DeadLetter(TypedDict, total=False):
@@ -70,8 +74,61 @@ class DeadLetterError(FastkinError):
     def __init__(self, path: Path, doing: str, error: OSError) -> None:
         self.path = path
         self.errno = error.errno
+        if isinstance(error, LockedError):
+            super().__init__(f"dead letter file {path}: {error}")
+            return
         cause = error.strerror or str(error)
         super().__init__(f"dead letter file {path}: cannot {doing}: {cause}; {_cure(path, error)}")
+
+
+class LockedError(OSError):
+    """Another process holds the lock of a file."""
+
+    def __init__(self, fd: int) -> None:
+        holder = _holder(fd)
+        super().__init__(
+            errno.EWOULDBLOCK,
+            f"another process{f' (id {holder})' if holder else ''} holds its lock; end that process, or wait until"
+            " it is done (fuser names who has the file open)",
+        )
+
+    def __str__(self) -> str:
+        return self.strerror or ""
+
+
+def lock(
+    fd: int, how: int = fcntl.LOCK_EX, *, within_s: float = LOCK_S, given_up: threading.Event | None = None
+) -> None:
+    """flock() that neither the holder's nor a dead disk's whim can make last: LockedError when it took too long, or
+    when the waiting was given up."""
+    ends = time.monotonic() + within_s
+    pause = 0.001
+    while True:
+        try:
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            left = ends - time.monotonic()
+            if left <= 0 or (given_up is not None and given_up.is_set()):
+                raise LockedError(fd) from None
+            # short at first: the usual holder writes a line and is done
+            time.sleep(min(pause, left))
+            pause = min(0.1, pause * 2)
+        else:
+            return
+
+
+def _holder(fd: int) -> int:
+    """The process that holds a lock on the file, as far as the kernel tells us; 0: it does not."""
+    try:
+        told = os.fstat(fd)
+        where = f"{os.major(told.st_dev):02x}:{os.minor(told.st_dev):02x}:{told.st_ino}"
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if len(fields) > 5 and fields[1] == "FLOCK" and fields[5] == where:
+                return int(fields[4])
+    except (OSError, ValueError):
+        pass
+    return 0
 
 
 def _cure(path: Path, error: OSError) -> str:
@@ -166,6 +223,7 @@ class DeadLetters:
         self.keep = keep
         self.written = 0
         self.deleted = 0  # letters that went with the oldest file, by the policy of max_bytes and keep
+        self._given_up = threading.Event()
         self._fd = -1
 
     def open(self) -> Self:
@@ -209,6 +267,10 @@ class DeadLetters:
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         self.written += len(letters)
 
+    def give_up(self) -> None:
+        """From any thread: a write that waits for the lock fails now, and so does any that comes later."""
+        self._given_up.set()
+
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -225,7 +287,7 @@ class DeadLetters:
         while True:
             self.open()
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX)
+                lock(self._fd, given_up=self._given_up)
             except OSError as error:
                 self.close()
                 raise DeadLetterError(self.path, "lock it", error) from error

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from fastkin.carry import Carry, merged
+from fastkin.deadline import Deadline
 from fastkin.errors import ClosedError, ConfigError, LibraryError
-from fastkin.pipeline import PipelineRun
+from fastkin.pipeline import CLOSE_S, PipelineRun
 from fastkin.wire import tls_context
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("fastkin.engine")
 
+_STOP_S = CLOSE_S + 0.2  # after the longest shutdown timeout: for all of stop()
 # what a run needs not be replaced for
 _LIVE: dict[str, Any] = {"description": "", "shutdown_timeout_s": 0.0, "stdout": False}
 # parts of the settings that only a new process takes up
@@ -435,17 +437,25 @@ class Engine:
         for run in self.leaving:
             run.hurry()
         runs = [*self.pipelines.values(), *self.leaving]
-        results = await asyncio.gather(*(self._halt(run) for run in runs), return_exceptions=True)
-        async with self._turn:  # a reload that was at it sees that we stop, and starts nothing
-            pass
+        limit = Deadline(max((run.pipeline.shutdown_timeout_s for run in runs), default=0.0) + _STOP_S, "-")
+        halts = {run: self._halt(run) for run in runs}
+        if halts:
+            await asyncio.wait(halts.values(), timeout=limit.left)
+        await limit.wait(self._reload_is_over(), "a reload")
         if self.status is not None:
-            await self.status.close()  # last: a drain can be watched
+            await limit.wait(self.status.close(), "closing the status port")  # last: a drain can be watched
         unsettled = 0
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-            unsettled += result
+        for run, halt in halts.items():
+            if halt.done():
+                unsettled += halt.result()
+            else:
+                _LOG.error("pipeline=%s stage=engine did not stop in time and is left behind", run.name)
+                unsettled += run.lane.in_flight
         return unsettled
+
+    async def _reload_is_over(self) -> None:
+        async with self._turn:  # one that was at it sees that we stop, and starts nothing
+            pass
 
     def metrics(self) -> EngineCollector:
         """What the host's Prometheus registry takes: `registry.register(engine.metrics())`."""

@@ -18,7 +18,19 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 
-from fastkin.deadletter import DONE, TIME, append, as_json, numbered, real, rotated, same, sync_folder
+from fastkin.deadletter import (
+    DONE,
+    TIME,
+    LockedError,
+    append,
+    as_json,
+    lock,
+    numbered,
+    real,
+    rotated,
+    same,
+    sync_folder,
+)
 from fastkin.errors import FastkinError
 
 if TYPE_CHECKING:
@@ -285,7 +297,7 @@ def _rewrite(path: Path, fd: int, *, live: bool) -> None:
 
 @contextlib.contextmanager
 def _locked(fd: int, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    fcntl.flock(fd, how)
+    lock(fd, how)
     try:
         yield
     finally:
@@ -308,6 +320,8 @@ def _lock_of(base: Path, *, change: bool) -> Iterator[None]:
                 if same(base, fd):
                     yield
                     return
+        except LockedError as error:
+            raise _failed(base, "lock it", error) from error
         finally:
             os.close(fd)
 
@@ -364,6 +378,8 @@ def since(text: str) -> float:
 
 
 def _failed(path: Path, doing: str, error: OSError) -> LetterFileError:
+    if isinstance(error, LockedError):
+        return LetterFileError(f"dead letter file {path}: {error}")
     match error.errno:
         case errno.ENOENT | errno.ENOTDIR:
             cure = "check the path"

@@ -23,12 +23,14 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastkin._codec import DEAD, DRAIN, DROPPED, SPOOLED, Budget, CallbackSettler
+from fastkin.deadline import Deadline
 from fastkin.errors import DataFormatError, LibraryError, RecordDropped, SpoolError
 from fastkin.spool import ENTRY_BYTES, Found, Put, Spool, row_size
+from fastkin.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +52,7 @@ _GROUP_BATCHES = 64
 _RETRY_S = 2.0  # between attempts at a disk that takes nothing
 _SAY_AGAIN_S = 300.0
 _WARN_EVERY_S = 5.0
+_CLOSE_S = 30.0  # for a close() that was given no deadline
 _SHARE = 4  # the part of the budget that is kept for what comes back from the disk
 _MOST_OF_BUDGET = 16  # a batch is at most this part of the budget
 
@@ -165,7 +168,7 @@ class Overflow:
         self._after_s = after_s
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
-        self._thread: ThreadPoolExecutor | None = None
+        self._worker: Worker | None = None
         self._task: asyncio.Task[None] | None = None
         self._opened = False
         self._opening = asyncio.Lock()
@@ -238,7 +241,7 @@ class Overflow:
         """Open the spool, if there is one; trouble with it is logged and tried again."""
         if self.spool is None:
             return
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"fastkin[{self._name}].spool")
+        self._worker = Worker(f"fastkin[{self._name}].spool")
         try:
             await self._open()
         except SpoolError as error:
@@ -256,14 +259,20 @@ class Overflow:
         if self.spooling:
             self._go_direct()
 
-    async def close(self) -> None:
-        """After the sender was closed: everything that did not end goes to the disk."""
+    async def close(self, limit: Deadline | None = None) -> None:
+        """After the sender was closed: everything that did not end goes to the disk, as far as it takes it by then."""
+        if limit is None:
+            limit = Deadline(_CLOSE_S, self._name)
         self._stopping = True
         self._wake.set()
-        while self._task is not None and not self._task.done():
-            with contextlib.suppress(asyncio.CancelledError):
+        stuck = False
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=limit.left)
+            if stuck := not self._task.done():
+                # It waits for the disk, and only for that: what it was about to do did not happen.
+                self._task.cancel()
                 await asyncio.wait([self._task])
-        if self.spool is None or self._thread is None:
+        if self.spool is None or self._worker is None:
             return
         self._lane.seal(DRAIN)
         waiting = [*self._held, *self._sender.unsent(), *self._ready]
@@ -272,25 +281,43 @@ class Overflow:
         waiting += self._sender.withdraw()
         waiting.sort(key=lambda batch: batch.born or self._loop.time())
         self._leave(waiting)
-        try:
-            if not self._opened:
-                await self._open()
-            if self.broken is not None:
-                await self._in_thread(self.spool.open)
-            while self._held:
-                await self._write(bounded=False)
-            while self._rows.ended:
-                await self._write()
-        except SpoolError as error:
-            _LOG.error("pipeline=%s stage=spool %s", self._name, error)
+        if not stuck:
+            try:
+                async with asyncio.timeout_at(limit.at):
+                    await self._write_rest(self.spool)
+            except TimeoutError:
+                stuck = True
+            except SpoolError as error:
+                _LOG.error("pipeline=%s stage=spool %s", self._name, error)
         self._rows.closed = True
         for batch in [batch for batch in self._held if batch.restored]:
             self._held.remove(batch)
             batch.finish(SPOOLED)  # its row stays
-        clean = not self._rows.loaded and not self._rows.ended
-        await self._loop.run_in_executor(self._thread, lambda: self.spool.close(clean=clean))  # type: ignore[union-attr]
-        self._thread.shutdown(wait=False)
+        if stuck:
+            _LOG.error(
+                "pipeline=%s stage=spool spool %s takes too long: %d records did not reach it in time and are not"
+                " acknowledged; look after the disk, or raise shutdown_timeout_s",
+                self._name, self.spool.path, sum(batch.user_records for batch in self._held),
+            )  # fmt: skip
+        clean = not stuck and not self._rows.loaded and not self._rows.ended
+        self._worker.leave(partial(self.spool.close, clean=clean))
+        try:
+            async with asyncio.timeout_at(limit.at):
+                await self._worker.run(_nothing)  # it was closed, unless the disk hangs
+        except TimeoutError:
+            pass  # then the thread does it whenever the disk answers, or the end of the process does
+        self._worker.close()
         self._on_settled()
+
+    async def _write_rest(self, spool: Spool) -> None:
+        if not self._opened:
+            await self._open()
+        if self.broken is not None:
+            await self._in_thread(spool.open)
+        while self._held:
+            await self._write(bounded=False)
+        while self._rows.ended:
+            await self._write()
 
     def unsaved(self) -> list[Batch]:
         """After close(): what the disk did not take, for the owner to fail or forget."""
@@ -329,8 +356,8 @@ class Overflow:
     # -- the disk's side -------------------------------------------------------------------------
 
     async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        assert self._thread is not None
-        return await self._loop.run_in_executor(self._thread, lambda: work(*args))
+        assert self._worker is not None
+        return await self._worker.run(work, *args)
 
     async def _open(self) -> None:
         assert self.spool is not None

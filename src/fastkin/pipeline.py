@@ -18,6 +18,7 @@ import orjson
 from fastkin._codec import DRAIN, DROPPED, WINDOW, Budget, KeyPlan, Lane, ShardTable
 from fastkin._mqtt import CallbackSink, Ledger, Router
 from fastkin.aside import Aside, make_store
+from fastkin.deadline import Deadline
 from fastkin.errors import Action, ConfigError, KinesisError
 from fastkin.flusher import Flusher
 from fastkin.intake import Intake
@@ -31,7 +32,7 @@ from fastkin.tallies import Tally
 from fastkin.watchdog import Watchdog, unattended
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from fastkin._codec import Sink
     from fastkin.config import Broker, Pipeline
@@ -46,6 +47,10 @@ _SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that t
 _SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
 # KPL's AggregationMaxSize: a record costs a few bytes of overhead, and a retry stays cheap
 _AGGREGATE_BYTES = 51_200
+CLOSE_S = 1.0  # after the shutdown timeout: for the last acknowledgements and goodbyes
+_LAST_ACKS_S = 0.6  # of that, what is kept from the spool
+_SPOOL_S = 5.0  # of the shutdown timeout, or a quarter of it: for what the spool has to take
+_LEAVE_S = 5.0  # for a run that lingers to leave the broker
 _FLUSH_REASONS = ("full_count", "full_bytes", "linger", "window", "idle", "drain")  # as in Lane.flushes
 
 
@@ -156,6 +161,7 @@ class PipelineRun:
         self._flowing = False  # the broker is being connected, or was
         self.start_error: str | None = None  # why it was not yet
         self._hurried = False
+        self._stopping = False
         self.left = asyncio.Event()  # the broker was left, by a run that lingers
         self._drain: asyncio.Timeout | None = None
 
@@ -242,22 +248,30 @@ class PipelineRun:
         """A stop() that lingers has a deadline from now on."""
         self._hurried = True
         if self._drain is not None and self._drain.when() is None:
-            self._drain.reschedule(self._loop.time() + self.pipeline.shutdown_timeout_s)
+            self._drain.reschedule(self._loop.time() + self._drain_s)
+
+    @property
+    def _drain_s(self) -> float:
+        """How long Kinesis may take what is held: a part of the time belongs to the spool, which gets the rest."""
+        limit = self.pipeline.shutdown_timeout_s
+        return limit - min(limit / 4, _SPOOL_S) if self.pipeline.on_full == "spool" else limit
 
     async def stop(self, *, linger: bool = False) -> int:
         """Drain within the shutdown timeout; returns how many records did not end.
 
         `linger`: leave the broker first, for another run to take our place, and drain until hurry() is called.
+        Whatever a disk, the broker or Kinesis does, this returns `CLOSE_S` after the shutdown timeout at the latest.
         """
+        self._stopping = True
         await self.intake.stop()
         if linger:
-            await self.intake.close()
+            await Deadline(_LEAVE_S, self.name).wait(self.intake.close(), "leaving the broker")
             self.left.set()
         self.flusher.close(DRAIN)
         if self.overflow is not None:
             self.overflow.drain()
         try:
-            self._drain = asyncio.timeout(None if linger and not self._hurried else self.pipeline.shutdown_timeout_s)
+            self._drain = asyncio.timeout(None if linger and not self._hurried else self._drain_s)
             async with self._drain:
                 while self._to_drain():
                     self._progress.clear()
@@ -266,18 +280,7 @@ class PipelineRun:
         except TimeoutError:
             pass
         self._drain = None
-        self._lines.close()
-        self.watchdog.stop()
-        self.flusher.stop()
-        await self.sender.close()
-        if self.overflow is not None:
-            await self.overflow.close()
-        await self.intake.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.client.close()
-        await self.aside.close()
+        await self._close(Deadline(self.pipeline.shutdown_timeout_s - self._drain_s + CLOSE_S, self.name))
         unsettled = self.lane.in_flight
         say = _LOG.info if unsettled == 0 else _LOG.error
         say(
@@ -288,6 +291,28 @@ class PipelineRun:
             "" if unsettled == 0 else " (not acknowledged: the broker keeps QoS 1 and 2 of a persistent session)",
         )  # fmt: skip
         return unsettled
+
+    async def _close(self, limit: Deadline) -> None:
+        """Close every stage. One that hangs or fails does not keep the others from it."""
+        self._lines.close()
+        self.watchdog.stop()
+        self.flusher.stop()
+        await self._end(limit, self.sender.close(), "ending the calls")
+        if self.overflow is not None:
+            # what is on the disk by then is acknowledged by what comes next
+            await self._end(limit, self.overflow.close(limit.until(before=_LAST_ACKS_S)), "closing the spool")
+        await self._end(limit.until(before=_LAST_ACKS_S / 2), self.intake.close(), "leaving the broker")
+        for task in self._tasks:
+            task.cancel()
+        await self._end(limit, asyncio.gather(*self._tasks, return_exceptions=True), "ending the tasks")
+        await self._end(limit, self.client.close(), "closing the connections to Kinesis")
+        await self._end(limit, self.aside.close(), "closing the dead letters")
+
+    async def _end(self, limit: Deadline, work: Awaitable[object], what: str) -> None:
+        try:
+            await limit.wait(work, what)
+        except Exception:  # noqa: BLE001 - whatever it is, the others are closed all the same
+            _LOG.exception("pipeline=%s stage=engine %s failed", self.name, what)
 
     def _to_drain(self) -> bool:
         """Is there something that waiting for Kinesis may still settle?"""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fastkin._codec import DRAIN, FAILED, KeyPlan, Lane, ShardTable
 from fastkin.config import MIB, Kinesis
+from fastkin.deadline import Deadline
 from fastkin.errors import ClosedError, ConfigError, KinesisError, LibraryError, RecordFailed
 from fastkin.flusher import Flusher
 from fastkin.keys import KeySpecError, key_plan
@@ -31,6 +32,8 @@ _LOG = logging.getLogger("fastkin.producer")
 
 _FIRST_LOOK_S = 3.0  # for the stream's mode and shards before the first put
 _SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that the map does not have
+_SPOOL_S = 5.0  # of the time that close() has, or a quarter of it: for what the spool has to take
+_CLOSE_S = 1.0  # after that time: for what close() does besides
 _SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
 _CALLED_AT_ONCE = 16  # of those who wait for room
 
@@ -364,6 +367,7 @@ class Producer:
         self._line.clear()
         sender, flusher = self._sender, self._flusher
         unsettled = 0
+        limit = Deadline(timeout_s + _CLOSE_S, self._stream)
         await self._end_watch()
         try:
             if sender is not None and flusher is not None:
@@ -372,7 +376,9 @@ class Producer:
                     self._overflow.drain()
                 flushed = asyncio.create_task(sender.flush())
                 hurried = asyncio.create_task(self._hurry.wait())
-                await asyncio.wait([flushed, hurried], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                # with a spool, a part of the time is for what it has to take
+                share = timeout_s - min(timeout_s / 4, _SPOOL_S) if self._on_full == "spool" else timeout_s
+                await asyncio.wait([flushed, hurried], timeout=share, return_when=asyncio.FIRST_COMPLETED)
                 for task in (flushed, hurried):
                     task.cancel()
                 await asyncio.gather(flushed, hurried, return_exceptions=True)
@@ -382,15 +388,15 @@ class Producer:
                 if self._watchdog is not None:
                     self._watchdog.stop()
                 flusher.stop()
-                await sender.close()
+                await limit.wait(sender.close(), "ending the calls")
                 if self._overflow is not None:
-                    await self._overflow.close()
+                    await self._overflow.close(limit.until(before=_CLOSE_S / 2))
                 unsettled = self._lane.in_flight
                 unsaved = self._overflow.unsaved() if self._overflow is not None else []
                 for batch in (*sender.unsent(), *unsaved):
                     batch.finish(FAILED, error)
                 self._lane.abandon(error)
-            await self._client.close()
+            await limit.wait(self._client.close(), "closing the connections")
         return unsettled
 
     def stats(self) -> dict[str, Any]:

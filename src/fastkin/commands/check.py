@@ -19,6 +19,7 @@ from fastkin.letterplace import PREFIX, destination
 from fastkin.settings import SettingsError
 from fastkin.settings.show import effective
 from fastkin.wire import tls_context
+from fastkin.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -66,7 +67,8 @@ async def _connect(settings: Settings) -> int:
 
 
 async def _writable(path: str, key: str) -> str:
-    return await asyncio.to_thread(_try_to_write, Path(path), key)
+    # not asyncio's own threads: a disk that hangs would keep the process from ending
+    return await Worker("fastkin check").run(_try_to_write, Path(path), key)
 
 
 def _try_to_write(path: Path, key: str) -> str:

@@ -9,12 +9,13 @@ import gc
 import logging
 import os
 import signal
-import sys
 import time
 from typing import TYPE_CHECKING
 
+from fastkin.commands.watch import Watch
 from fastkin.errors import ClosedError, ConfigError
 from fastkin.notify import notify
+from fastkin.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,8 +41,11 @@ def run(settings: Settings, read_again: Callable[[], tuple[Settings, bool]] | No
     # what was made so far lives as long as the process: no collection needs to look at it again
     gc.collect()
     gc.freeze()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(settings, read_again))
+    with Watch() as watch, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        try:
+            return runner.run(_serve(settings, read_again, watch))
+        finally:
+            watch.stop_within(0.0)  # to close the loop, which waits for threads
 
 
 def _return_memory() -> None:
@@ -62,13 +66,13 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-async def _serve(settings: Settings, read_again: Callable[[], tuple[Settings, bool]] | None) -> int:
+async def _serve(settings: Settings, read_again: Callable[[], tuple[Settings, bool]] | None, watch: Watch) -> int:
     if not any(pipeline.stdout for pipeline in settings.pipelines):
-        return await _Service(settings, read_again).run()
+        return await _Service(settings, read_again, watch).run()
     from fastkin.printing import Printer
 
     printer = Printer()
-    service = _Service(settings, read_again, printer)
+    service = _Service(settings, read_again, watch, printer)
     try:
         return await service.run()
     finally:
@@ -82,11 +86,14 @@ class _Service:
         self,
         settings: Settings,
         read_again: Callable[[], tuple[Settings, bool]] | None,
+        watch: Watch,
         printer: Printer | None = None,
     ) -> None:
         from fastkin.engine import Engine
 
         self._read_again = read_again
+        self._reader = Worker("fastkin settings")
+        self._watch = watch
         self._printer = printer
         self._printed: set[str] = set()
         self._print(settings)
@@ -105,8 +112,9 @@ class _Service:
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._signals.put_nowait, number)
+        self._watch.start(
+            lambda number: loop.call_soon_threadsafe(self._signals.put_nowait, number), self._limit, self._at_once
+        )  # fmt: skip
         async with self._engine as engine:
             settings = engine.settings
             log.info(
@@ -122,7 +130,7 @@ class _Service:
                 if ended.done():
                     asked.cancel()
                     ended.result()  # raises what ended it
-                    return _last_line(engine, await engine.stop())
+                    return self._finished(await engine.stop())
                 if asked.result() is not signal.SIGHUP or self._terminal_gone():
                     break
                 self._hangup()
@@ -131,7 +139,8 @@ class _Service:
 
     async def _stop(self, first: signal.Signals) -> int:
         engine = self._engine
-        limit = max((p.shutdown_timeout_s for p in engine.settings.pipelines), default=0.0)
+        limit = self._limit()
+        self._watch.stop_within(limit)
         notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int((limit + _LEAVE_S) * 1e6)}")
         log.info(
             "%s: takes no more and stores what is held, %g s at most; once more to stop at once", first.name, limit
@@ -142,18 +151,27 @@ class _Service:
             await asyncio.wait({stopping, again}, return_when=asyncio.FIRST_COMPLETED)
             if stopping.done():
                 again.cancel()
-                return _last_line(engine, stopping.result())
+                return self._finished(stopping.result())
             if again.result() is signal.SIGHUP:
                 log.info("SIGHUP: the settings are not read again, we are stopping")
                 continue
-            log.warning("%s: stops at once", again.result().name)
-            code = _last_line(engine, None)
             # no more clean-up: somebody is waiting, and what is unacknowledged is safe by protocol
-            if self._printer is not None:
-                self._printer.flush()
-            logging.shutdown()
-            sys.stdout.flush()
-            os._exit(code)
+            self._watch.end(f"{again.result().name}: stops at once")
+
+    def _limit(self) -> float:
+        return max((p.shutdown_timeout_s for p in self._engine.settings.pipelines), default=0.0)
+
+    def _at_once(self) -> int:
+        """The last words when nothing is waited for any more; from any thread."""
+        code = _last_line(self._engine, None)
+        if self._printer is not None:
+            self._printer.flush()
+        return code
+
+    def _finished(self, unsettled: int) -> int:
+        code = _last_line(self._engine, unsettled)
+        self._watch.finished(code)
+        return code
 
     def _terminal_gone(self) -> bool:
         """We ran in a terminal, and it was closed: that is meant by this SIGHUP."""
@@ -187,7 +205,7 @@ class _Service:
         log.info("SIGHUP: reading the settings again")
         wrong: ConfigError | None = None
         try:
-            settings, everything = await asyncio.to_thread(self._read_again)
+            settings, everything = await self._reader.run(self._read_again)
             changes = await self._engine.reload(settings, everything=everything)
         except ConfigError as error:
             wrong = error

@@ -1,0 +1,89 @@
+"""A thread for calls that may never return: what a disk or a lock of somebody else's makes us wait for.
+
+asyncio's executors and those of concurrent.futures will not do, for the interpreter waits for their threads when it
+exits. This one is a daemon, and whoever awaits a call may leave it behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import weakref
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+
+class Worker:
+    """One thread, one call after the other. It starts with the first call, and ends after close() or with its owner."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._started = False
+        self._end = weakref.finalize(self, self._jobs.put, None)
+
+    async def run(self, work: Callable[..., T], *args: Any) -> T:
+        """What `work(*args)` returns or raises. Cancelled: a call that has not begun is not made."""
+        job = _Job(work, args, asyncio.get_running_loop())
+        assert job.future is not None
+        self._put(job)
+        result: T = await job.future
+        return result
+
+    def leave(self, work: Callable[..., object], *args: Any) -> None:
+        """Make the call when its turn comes; nobody hears how it ended."""
+        self._put(_Job(work, args, None))
+
+    def close(self) -> None:
+        """End the thread after the calls that it has; never waits."""
+        self._end()
+
+    def _put(self, job: _Job) -> None:
+        if not self._started:
+            self._started = True
+            threading.Thread(target=_work, args=(self._jobs,), name=self._name, daemon=True).start()
+        self._jobs.put(job)
+
+
+class _Job:
+    __slots__ = ("args", "future", "loop", "work")
+
+    def __init__(self, work: Callable[..., Any], args: tuple[Any, ...], loop: asyncio.AbstractEventLoop | None) -> None:
+        self.work = work
+        self.args = args
+        self.loop = loop
+        self.future: asyncio.Future[Any] | None = None if loop is None else loop.create_future()
+
+    def __call__(self) -> None:
+        if self.future is not None and self.future.cancelled():
+            return
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            result = self.work(*self.args)
+        except BaseException as raised:  # noqa: BLE001 - it belongs to whoever awaits the call
+            error = raised
+        if self.loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody awaits any more
+                self.loop.call_soon_threadsafe(self._tell, result, error)
+
+    def _tell(self, result: Any, error: BaseException | None) -> None:
+        assert self.future is not None
+        if self.future.done():
+            return
+        if error is not None:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+
+def _work(jobs: SimpleQueue[_Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # what it returned is not kept until the next one comes
