@@ -79,6 +79,7 @@ _AUTH_CODES = frozenset({0x04, 0x05, 0x86, 0x87, 0x8A, 0x8C})
 _VERSION_CODES = frozenset({0x01, 0x84})
 _UNAVAILABLE_S = 600.0  # how long we do not ask for what ended a connection
 _SHARED_QUIET_S = 60.0  # a shared subscription over 3.1.1 that brought nothing for so long is spoken of
+_TRICKLE_MOST = 5  # times a time-out: bytes that make no packet stand for a broker that lives
 _GONE_S = 1.0  # for an event loop to say that a connection is gone that we have aborted
 _ID_CODES = frozenset({0x02, 0x80, 0x85})  # mosquitto says 0x80
 _TAKEN_OVER = 0x8E
@@ -513,6 +514,14 @@ class Intake:
             refusal.why, refusal.cure and f"; {refusal.cure}", again,
         )  # fmt: skip
 
+    def _kept(self, topic_filter: str, why: str) -> None:
+        self._lines.say(
+            logging.WARNING, "kept",
+            "%s broker=%s client=%s filter=%s cannot be unsubscribed: %s. The broker goes on sending what it matches,"
+            " and it is thrown away; asked again at the next connection",
+            self._where, self.broker.url, ascii(self.client_id), ascii(topic_filter), why,
+        )  # fmt: skip
+
     def _late_suback(self, waited_s: float) -> None:
         self._lines.say(
             logging.WARNING, "late",
@@ -917,6 +926,8 @@ class _Link(Receiver):
                 self._give_up(farewell(event, self.intake.broker.password), None)
             elif isinstance(event, Unsuback):
                 self._write(self.subscriptions.unsuback(event))
+                for topic_filter, why in self.subscriptions.kept():
+                    self.intake._kept(topic_filter, why)
             elif not isinstance(event, Pingresp):
                 self._give_up(f"malformed MQTT from the broker: {type(event).__name__} for nothing we sent", 0x82)
 
@@ -968,7 +979,7 @@ class _Link(Receiver):
         if self._reading.paused & (_STALL | _STOPPED | _APART):  # it may be behind what we do not read
             self._await_subacks(limit)
             return
-        left = limit - (now - max(self._heard_at(), self._asked_at))
+        left = limit - (now - self._heard_at(now, limit))
         if left <= 0:
             self._give_up(f"no SUBACK within {limit:g} s", 0x83)
             return
@@ -977,10 +988,15 @@ class _Link(Receiver):
             self.intake._late_suback(now - self._asked_at)
         self._await_subacks(max(left, 0.01))
 
-    def _heard_at(self) -> float:
-        """When bytes came last, or when we listened again."""
+    def _heard_at(self, now: float, patience_s: float) -> float:
+        """When the broker was heard last, or when we began to ask or to listen again.
+
+        A WebSocket message is seen when it is whole. While bytes come a large one is on its way, or it is the
+        pings of a proxy in front of a broker that is dead: they count for a while only.
+        """
         assert self.wire is not None
-        return max(self._alive_at, self.intake.last_read, self.loop.time() - silence(self.wire))
+        heard = max(self._alive_at, self._asked_at, self.intake.last_read)
+        return max(heard, min(now - silence(self.wire), heard + _TRICKLE_MOST * patience_s))
 
     def _suback(self, suback: Suback) -> None:
         if not self.subscriptions.waiting:
@@ -1024,11 +1040,9 @@ class _Link(Receiver):
         if self._reading.paused & (_STALL | _STOPPED | _APART):
             self._alive_at = now
         else:
-            self._alive_at = self._heard_at()
-            if now - self._alive_at > 1.5 * self._keep_alive:
-                self._give_up(
-                    f"the broker has been silent for {now - self._alive_at:.0f} s: it is taken for dead", None
-                )
+            silent = now - self._heard_at(now, 1.5 * self._keep_alive)
+            if silent > 1.5 * self._keep_alive:
+                self._give_up(f"the broker has been silent for {silent:.0f} s: it is taken for dead", None)
                 return
         self.wire.write(self.session.pingreq())
         self._timers["ping"] = self.loop.call_later(self._keep_alive / 2, self._ping)

@@ -62,6 +62,7 @@ class Subscriptions:
         self._tries: dict[str, int] = {}
         self._granted: list[tuple[str, int]] = []
         self._refused: list[Refusal] = []
+        self._kept: list[tuple[str, str]] = []
         self.missing: dict[str, Refusal] = {}
 
     def learn(self, properties: Mapping[str, object]) -> None:
@@ -136,9 +137,16 @@ class Subscriptions:
             if code == _ID_IN_USE and self._tries.get(topic_filter, 0) < _ID_TRIES:
                 self._tries[topic_filter] = self._tries.get(topic_filter, 0) + 1
                 again.append(topic_filter)
+            elif code >= 0x80:
+                self._kept.append((topic_filter, reason_text(code)))
         if again:
             self._last_id = random.randrange(_MOST_ID)  # noqa: S311
         return self.unsubscribe(again)
+
+    def kept(self) -> list[tuple[str, str]]:
+        """Filters that the broker did not unsubscribe since the last time, and why."""
+        kept, self._kept = self._kept, []
+        return kept
 
     def outcome(self) -> tuple[list[tuple[str, int]], list[Refusal]]:
         """Granted and refused since the last time."""

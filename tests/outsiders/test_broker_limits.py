@@ -232,6 +232,54 @@ def test_a_suback_that_is_said_twice_ends_nothing() -> None:
     asyncio.run(main())
 
 
+def test_a_filter_that_cannot_be_unsubscribed_is_told(caplog: Any) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.connect()
+        await peer.subscribe()
+        first, body = await peer.packet()
+        assert first == 0xA2
+        peer.send(b"\xb0\x04", body[:2], b"\0\x87")
+        await peer.until_closed()
+
+    async def main() -> None:
+        async with FakeBroker(script) as broker:
+            rig = Rig(broker, protocol="5")
+            rig.intake.unsubscribe = ["former/#"]
+            async with rig:
+                await until(lambda: lines(caplog, logging.WARNING))
+                assert rig.intake.disconnects == 0
+
+    asyncio.run(main())
+    (told,) = lines(caplog, logging.WARNING)
+    assert "'former/#'" in told
+    assert "not authorised" in told
+
+
+def test_packet_identifiers_of_what_is_in_flight_differ() -> None:
+    ids: list[bytes] = []
+
+    async def script(peer: Peer) -> None:
+        await peer.connect()
+        bodies = []
+        for _ in range(6):
+            first, body = await peer.packet()
+            ids.append(body[:2])
+            if first == 0x82:
+                bodies.append(body[:2])
+        peer.send(*(b"\x90\x0b" + packet_id + b"\0" + b"\1" * 8 for packet_id in bodies))
+        await peer.until_closed()  # no UNSUBACK ever: nothing waits for one
+
+    async def main() -> None:
+        async with FakeBroker(script) as broker:
+            rig = Rig(broker, [(f"plant/{n}", 1) for n in range(24)], protocol="5")
+            rig.intake.unsubscribe = [f"former/{n}" for n in range(24)]
+            async with rig:
+                assert rig.intake.connects == 1
+
+    asyncio.run(main())
+    assert len(set(ids)) == 6
+
+
 def test_a_shared_subscription_over_3_1_1_that_brings_nothing_is_told(
     caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

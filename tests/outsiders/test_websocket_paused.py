@@ -32,6 +32,7 @@ class Broker:
         self.options = options
         self.pongs: list[bytes] = []
         self.acked = 0
+        self.answers_pings = True
         self.connections = 0
         self.host = "127.0.0.1"
         self.port = 0
@@ -63,7 +64,7 @@ class Broker:
                 task = asyncio.create_task(self._run(websocket))
             elif message.type is WSMsgType.BINARY and message.data[0] == 0x40:
                 self.acked += len(message.data) // 4
-            elif message.type is WSMsgType.BINARY and message.data[0] == 0xC0:
+            elif message.type is WSMsgType.BINARY and message.data[0] == 0xC0 and self.answers_pings:
                 await websocket.send_bytes(b"\xd0\x00")
         if task is not None:
             task.cancel()
@@ -125,8 +126,10 @@ def test_a_broker_with_heartbeats_keeps_a_client_that_has_no_room(run: Any) -> N
             rig.room = True
             rig.intake.resume()
             await until(lambda: len(rig.got) == 50)
-            assert broker.connections == 1
             rig.settle_all()
+            rig.intake.flush_acks()
+            await until(lambda: broker.acked == 50)
+            assert broker.connections == 1
             await rig.intake.close()
 
     run(main())
@@ -208,6 +211,52 @@ def test_a_large_frame_is_paused_in_its_middle(run: Any) -> None:
             await until(lambda: len(rig.got) == 2000)
             assert [payload.split()[0] for payload in rig.payloads] == [b"%d" % n for n in range(1, 2001)]
             rig.settle_all()
+            await rig.intake.close()
+
+    run(main())
+
+
+def test_the_pings_of_a_proxy_do_not_stand_for_a_broker_that_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkin.intake._TRICKLE_MOST", 1, raising=False)
+
+    async def script(websocket: web.WebSocketResponse) -> None:
+        while True:
+            await websocket.ping(b"alive")
+            await asyncio.sleep(0.1)
+
+    async def main() -> None:
+        async with Broker(script) as broker:
+            broker.answers_pings = False
+            rig = Rig(broker, scheme="ws", protocol="3.1.1", keep_alive_s=1)
+            rig.start()
+            await rig.connected()
+            await until(lambda: rig.intake.disconnects, 10)
+            assert "taken for dead" in (rig.intake.last_error or "")
+            await rig.intake.close()
+
+    asyncio.run(main())
+
+
+def test_a_large_frame_that_trickles_in_is_a_broker_that_lives(run: Any) -> None:
+    """One WebSocket message is seen when it is whole; the bytes before that count."""
+
+    async def script(websocket: web.WebSocketResponse) -> None:
+        packet = publish("plant/1", bytes(3000), version=4)
+        head = b"\x82\x7e" + len(packet).to_bytes(2, "big")
+        transport = websocket._req.transport  # type: ignore[union-attr]
+        data = head + packet
+        for at in range(0, len(data), 100):
+            transport.write(data[at : at + 100])
+            await asyncio.sleep(0.1)
+
+    async def main() -> None:
+        async with Broker(script) as broker:
+            broker.answers_pings = False
+            rig = Rig(broker, scheme="ws", protocol="3.1.1", keep_alive_s=1)
+            rig.start()
+            await rig.connected()
+            await until(lambda: rig.got, 10)
+            assert rig.intake.disconnects == 0
             await rig.intake.close()
 
     run(main())
