@@ -378,6 +378,9 @@ class Intake:
             return True
         if timed_out:
             reason = f"no answer within {self.broker.connect_timeout_s:g} s"
+        elif self._tls is not None and link.unanswered(timed_out=False):
+            # TLS 1.3: the broker judges our certificate when we are through, and its alert may be lost in the reset.
+            reason += "; this soon after the TLS handshake it may want a client certificate, or another one"
         if code in _AUTH_CODES:
             reason += "; check user, password and client id, and what the broker's policy allows them"
         self.last_error = reason
