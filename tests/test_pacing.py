@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from fastkin.pacing import Backoff, Concurrency, Pacer, Rate
+from fastkin.pacing import Backoff, CallSize, Concurrency, Pacer, Rate
 
 
 def test_backoff_stays_within_base_and_cap_and_starts_again() -> None:
@@ -139,11 +139,10 @@ def test_a_hot_shard_waits_alone() -> None:
     pacer = Pacer(0.0)
     pacer.set_shards(0.0, [0.5, 0.5])
     load = {0: (500, 50_000), 1: (10, 1000)}
-    delay, held = pacer.admit(0.0, load)
-    assert (delay, held) == (0.0, [])
+    assert pacer.wait(0.0, load) == 0.0
     pacer.sent(load)
-    delay, held = pacer.admit(0.0, load)
-    assert (delay, held) == (0.0, [0])
+    assert pacer.shard_wait(0.0, 1, 10, 1000) == 0.0
+    assert pacer.wait(0.0, load) > 0.3
     assert pacer.shard_wait(0.0, 0, 500, 50_000) > 0.3
 
 
@@ -158,8 +157,10 @@ def test_a_shard_of_a_former_map_counts_as_spread() -> None:
     pacer = Pacer(0.0)
     pacer.set_shards(0.0, [0.25] * 4)
     pacer.set_shards(0.0, [1.0])
-    delay, held = pacer.admit(0.0, {3: (500, 1000)})
-    assert (delay, held) == (0.0, [])
+    assert not pacer.knows(3)
+    assert pacer.wait(0.0, {3: (500, 1000)}) == 0.0
+    pacer.sent({3: (500, 1000)})
+    assert pacer.wait(0.0, {-1: (500, 1000)}) > 0.3
 
 
 def test_a_throttle_is_charged_where_it_belongs() -> None:
@@ -186,3 +187,27 @@ def test_a_large_call_passes_a_bucket_that_throttling_has_made_smaller() -> None
         now += 0.1
         rate.throttled(now)
     assert now < 10.0
+
+
+def test_a_call_size_is_found_and_forgotten() -> None:
+    size = CallSize()
+    assert size.allows(1 << 40)
+    size.taken(5_000_000)
+    assert size.late(4_000_000)
+    assert size.late(4_000_000)  # of a call that was open beside it
+    assert size.allows(2_000_000)
+    assert not size.allows(2_000_001)
+    size.taken(1000)
+    assert not size.allows(2_000_001), "a small call says nothing"
+    calls = 0
+    while not size.allows(3_000_000):
+        size.taken(int(size.limit))
+        calls += 1
+    assert calls <= 3
+    while size.allows(1 << 40) is False:
+        size.taken(int(size.limit))
+        calls += 1
+    assert calls < 40
+    while size.late(int(min(size.limit, 1e6))):
+        pass
+    assert size.limit == CallSize.FLOOR

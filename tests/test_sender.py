@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 from collections import Counter
 from random import Random
@@ -627,3 +628,138 @@ async def test_what_goes_again_is_gathered_up_to_a_bound(monkeypatch: pytest.Mon
     await rig.send([b"%05d" % n + b"." * 20_000 for n in range(800)])
     assert len({data for data, _ in rig.client.stored}) == 800
     assert max(gathered) < 1.6 * 2**20
+
+
+async def test_many_hot_shards_at_once_are_sorted_quickly() -> None:
+    """Splitting off shard by shard would copy a batch as often as there are shards."""
+    count = 256
+    step = HASH_SPACE // count
+    shards = ShardMap([
+        Shard(f"shardId-{n:012d}", n * step, HASH_SPACE - 1 if n == count - 1 else (n + 1) * step - 1)
+        for n in range(count)
+    ])  # fmt: skip
+    table = ShardTable(shards.ends)
+    rig = Rig(Scripted(all_stored), max_calls=1)
+    rig.lane.shards = table
+    rig.sender.set_shards(shards)
+    keys: dict[int, str] = {}
+    n = 0
+    while len(keys) < count:
+        keys.setdefault(table.find(f"k{n}"), f"k{n}")
+        n += 1
+    for load in range(count):
+        rig.sender.pacer.sent({load: (1000, 0)})  # no shard has room
+    for n in range(2000):
+        rig.lane.add(b"%d" % n, key=keys[n % count])
+    rig.lane.seal(DRAIN)
+    async with asyncio.timeout(30):
+        await rig.sender.flush()
+    rig.check()
+    await rig.sender.close()
+    stored: dict[str, list[int]] = {}
+    for data, key in rig.client.stored:
+        stored.setdefault(key, []).append(int(data))
+    assert Counter(len(numbers) for numbers in stored.values()).keys() <= {7, 8}
+    assert all(numbers == sorted(numbers) for numbers in stored.values())
+
+
+async def refused_by_all(rig: Rig, seconds: float) -> None:
+    """Four records, every call refused for so long, then all are taken."""
+    for record in numbered(4):
+        rig.lane.add(record)
+        rig.lane.seal(DRAIN)
+    rig.sender.pump()
+    await asyncio.sleep(seconds)
+
+
+@pytest.mark.parametrize("known", [None, False])
+async def test_wrong_settings_cost_no_record(monkeypatch: pytest.MonkeyPatch, known: bool | None) -> None:
+    """Nothing was ever stored, and a harmless record is refused as well, or that cannot be known: all is kept."""
+    monkeypatch.setattr("fastkin.sender._REFUSED_FOR_S", 0.05)
+    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.02)
+
+    async def harmless() -> bool | None:
+        return known
+
+    broken = True
+    rig = Rig(
+        Scripted(lambda call, records: refuses(call, records) if broken else [None] * len(records)), harmless=harmless
+    )
+    await refused_by_all(rig, 1.0)
+    assert rig.client.calls > 10
+    assert rig.aside == []
+    assert rig.sender.unwell is not None
+    broken = False
+    async with asyncio.timeout(10):
+        await rig.sender.flush()
+    assert sorted(data for data, _ in rig.client.stored) == numbered(4)
+    rig.check()
+    await rig.sender.close()
+
+
+async def test_one_record_in_a_minute_at_most_is_given_up_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A harmless record would be taken, yet every one of ours is refused: perhaps a limit of the whole stream."""
+    monkeypatch.setattr("fastkin.sender._REFUSED_FOR_S", 0.4)
+    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.02)
+
+    async def harmless() -> bool:
+        return True
+
+    broken = True
+    rig = Rig(
+        Scripted(lambda call, records: refuses(call, records) if broken else [None] * len(records)), harmless=harmless
+    )
+    loop = asyncio.get_running_loop()
+    given_up: list[float] = []
+    monkeypatch.setattr(
+        rig.sender, "_set_aside", lambda batch, reason: (given_up.append(loop.time()), batch.finish(DROPPED))
+    )
+    began = loop.time()
+    await refused_by_all(rig, 1.0)
+    broken = False
+    async with asyncio.timeout(10):
+        await rig.sender.flush()
+    assert 1 <= len(given_up) <= 3
+    assert given_up[0] - began >= 0.4
+    assert all(later - one >= 0.4 for one, later in itertools.pairwise(given_up))
+    rig.check()
+    await rig.sender.close()
+
+
+async def test_an_endpoint_that_takes_all_and_hangs_is_not_asked_in_small_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fastkin.sender._CALL_CAP_S", 0.05)
+    sizes: list[int] = []
+
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
+        sizes.append(len(records))
+        if call > 30:
+            return [None] * len(records)
+        error = TransportError("RequestTimeout", "nothing came")
+        error.unsent_bytes = 0
+        return error
+
+    rig = Rig(Scripted(script))
+    await rig.send(numbered(1000))
+    assert set(sizes) == {500}
+
+
+async def test_calls_get_no_smaller_than_some_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the line takes nothing at all."""
+    monkeypatch.setattr("fastkin.sender._CALL_CAP_S", 0.02)
+    sizes: list[int] = []
+
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
+        sizes.append(len(records))
+        if call > 60:
+            return [None] * len(records)
+        error = TransportError("RequestTimeout", "nothing left")
+        error.unsent_bytes = 1000
+        return error
+
+    rig = Rig(Scripted(script))
+    await rig.send([number.ljust(100, b".") for number in numbered(1000)], timeout=60)
+    assert min(sizes) > 20

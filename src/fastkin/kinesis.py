@@ -229,6 +229,9 @@ class Client(ABC):
         self.kinesis = kinesis
         # told each body that the transport sends a second time by itself
         self.on_resend: Callable[[Buffer], None] | None = None
+        self.at_aws = False  # the endpoint is one of AWS's own
+        self.dry_runs: bool | None = None  # the server knows DryRun; None: it was not asked
+        self.took = False  # it has stored a record of ours that was only meant to try
         self._clock = clock
         self.clock_offset = 0.0  # seconds to add for the service's time
         self._provider: Provider | None = None
@@ -366,9 +369,25 @@ class Client(ABC):
             await self.call("PutRecords", orjson.dumps(request))
         except KinesisError as error:
             if error.code == DRY_RUN_PASSED:
+                self.dry_runs = True
                 return True
             raise
+        self.dry_runs = False
+        self.took = True
         return False
+
+    async def harmless(self) -> bool | None:
+        """Does the stream take a record that nobody can object to? None: that cannot be known without storing one.
+
+        Only AWS, and who has answered a DryRun before, are known not to store what they are asked about.
+        """
+        if not self.dry_runs and (self.took or not self.at_aws):
+            return True if self.took else None
+        try:
+            await self.dry_run()
+        except KinesisError:
+            return False
+        return True
 
 
 _NO_SUCH_CALL = frozenset({"UnknownOperationException", "InvalidAction", "NotImplemented"})
@@ -495,6 +514,7 @@ class KinesisClient(Client):
             bundle = _bundle(self.kinesis)
             self._tls = Renewed(partial(tls_context, self.kinesis), (bundle,) if bundle else system_files(), log)
         self._endpoint = endpoint
+        self.at_aws = is_aws(endpoint.data.base)
 
     async def close(self) -> None:
         """Close connections and threads. The client can be started again."""
@@ -592,7 +612,7 @@ class KinesisClient(Client):
             request_timeout_s=kinesis.request_timeout_s,
             ssl_context=self._tls.context if self._tls is not None else None,
             ca_bundle=_bundle(kinesis),
-            idle_s=IDLE_AWS_S if _is_aws(base) else IDLE_FOREIGN_S,
+            idle_s=IDLE_AWS_S if is_aws(base) else IDLE_FOREIGN_S,
             on_resend=self._resent,
         )
         return pool
@@ -609,7 +629,7 @@ def _sha256(body: Buffer) -> str:
     return sha256(body).hexdigest()
 
 
-def _is_aws(base: str) -> bool:
+def is_aws(base: str) -> bool:
     return base.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
 

@@ -89,7 +89,7 @@ class Post:
             self._sender = Sender(
                 self._lane, self.client, name=self._name, stream=self.stream, max_calls=self._max_calls,
                 set_aside=_refuse, on_settled=_nothing, max_batch_bytes=max(_BATCH_BYTES, max_record_bytes),
-                believe=self._believe,
+                believe=self._believe, harmless=self.client.harmless,
             )  # fmt: skip
             loop = asyncio.get_running_loop()
             self._flusher = Flusher(self._lane, self._sender, 0.0, loop)

@@ -33,6 +33,7 @@ _WINDOW_S = 0.25  # over which the stored rate is measured
 _BURST_S = 0.25  # what a bucket holds when full, in seconds of its rate
 _CALL_RECORDS = 500.0  # a bucket must be able to hold one full call
 _HEAT_S = 10.0  # the heat of a bucket is an average over about this long
+_LARGEST_CALL = 16 * 1024 * 1024  # Kinesis takes 10 MiB, 13.3 in base64
 _DUST = 1e-6  # of a token: rounding must not turn into a wait too short to pass
 
 
@@ -76,6 +77,44 @@ class Concurrency:
 
     def failed(self) -> None:
         self._limit = max(1.0, self._limit / 2)
+
+
+class CallSize:
+    """How many bytes the body of a call may have: halved when one was not taken in time or was too large, and grown
+    again by each one that was. On a slow line this ends with calls that leave within the timeout.
+
+    The floor is no record but some: an endpoint in trouble must not be asked a thousand times for what one call holds.
+    """
+
+    __slots__ = ("_late", "limit")
+
+    FLOOR = 16 * 1024
+
+    def __init__(self) -> None:
+        self.limit = math.inf
+        self._late = math.inf  # what was too large, until as much was taken
+
+    def allows(self, nbytes: int) -> bool:
+        return nbytes <= self.limit
+
+    def late(self, nbytes: int) -> bool:
+        """So many were not taken. True: smaller calls are made from now on."""
+        if nbytes <= self.FLOOR:
+            return False
+        self._late = nbytes
+        # by its own size: of calls that were open together each one says the same
+        self.limit = min(self.limit, max(nbytes / 2, self.FLOOR))
+        return True
+
+    def taken(self, nbytes: int) -> None:
+        if self.limit == math.inf or nbytes * 2 < self.limit:
+            return  # so small a call says nothing
+        if nbytes >= self._late:
+            self._late = math.inf
+        # quickly up to what was too large, then slowly: each attempt that is too large costs its own time
+        self.limit *= 1.25 if self.limit < 0.75 * self._late else 1.03
+        if self.limit > _LARGEST_CALL:
+            self.limit = math.inf
 
 
 class Rate:
@@ -238,19 +277,13 @@ class Pacer:
         # A batch that was encoded under a former map may name a shard that is gone: then it counts as spread.
         return self._shards[shard] if 0 <= shard < len(self._shards) else self.even
 
-    def admit(self, now: float, load: Mapping[int, tuple[int, int]]) -> tuple[float, list[int]]:
-        """(seconds the evenly spread part must wait, shards of the load that have no room now)."""
-        delay = 0.0
-        held: list[int] = []
-        for shard, (records, nbytes) in load.items():
-            rate = self._rate(shard)
-            wait = rate.wait(now, records, nbytes)
-            if wait > 0.0:
-                if rate is self.even:
-                    delay = max(delay, wait)
-                else:
-                    held.append(shard)
-        return delay, held
+    def knows(self, shard: int) -> bool:
+        """Whether it has a bucket of its own."""
+        return 0 <= shard < len(self._shards)
+
+    def wait(self, now: float, load: Mapping[int, tuple[int, int]]) -> float:
+        """Seconds until all of the load may go, or is worth asking for again."""
+        return max(self.shard_wait(now, shard, *part) for shard, part in load.items())
 
     def shard_wait(self, now: float, shard: int, records: int, nbytes: int) -> float:
         return self._rate(shard).wait(now, records, nbytes)

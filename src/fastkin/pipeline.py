@@ -122,6 +122,7 @@ class PipelineRun:
             max_records=pipeline.max_records,
             max_batch_bytes=max_batch_bytes,
             throttle_error_after_s=pipeline.throttle_error_after_s,
+            harmless=self.client.harmless,
         )
         # Nothing is aggregated before it is known that the stream does not choose shards itself.
         self._aggregate_bytes = self.lane.aggregate_bytes
@@ -218,6 +219,7 @@ class PipelineRun:
                 await self.client.dry_run()
             elif check == "put":
                 await self._put_connection_test()
+                self.client.took = True
             elif check == "describe":
                 await self._look_at_stream()
         except KinesisError as error:
@@ -388,6 +390,7 @@ class PipelineRun:
                 f"'none' needs a stream with RecordDistributionStrategy AUTO, {summary.name} is not one",
                 "use uuid",
             )
+        self.sender.takes = summary.max_record_bytes
         if self.pipeline.max_record_bytes > summary.max_record_bytes:
             _LOG.warning(
                 "pipeline=%s stage=send max_record_bytes %d is above what stream %s takes (%d): larger records"

@@ -191,6 +191,7 @@ class Producer:
             on_settled=self._settled,
             max_records=self._max_records,
             max_batch_bytes=self._max_batch_bytes,
+            harmless=self._client.harmless,
         )
         if self._wants_shards or self._aggregate_bytes:
             await self._first_look(sender)

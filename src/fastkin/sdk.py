@@ -35,7 +35,7 @@ from botocore.exceptions import ConnectionError as SdkConnectionError
 from fastkin.credentials import make_provider
 from fastkin.endpoint import find_region, split_url
 from fastkin.errors import Action, ConfigError, KinesisError, NotSent, TransportError
-from fastkin.kinesis import RESIGNS, SIGN_AGAIN, Client, error_from, tls_context
+from fastkin.kinesis import RESIGNS, SIGN_AGAIN, Client, error_from, is_aws, tls_context
 from fastkin.transport import IDLE_AWS_S, IDLE_FOREIGN_S, Reply
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ class SdkClient(Client):
             session.register_component("credential_provider", _Resolver(bridge))
             session.register_component("response_parser_factory", _RawParserFactory())
             foreign = kinesis.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
+            self.at_aws = not foreign or is_aws(foreign)
             context = session.create_client(
                 "kinesis",
                 region_name=region,

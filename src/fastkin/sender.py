@@ -1,13 +1,18 @@
 """Calls in flight: takes closed batches, applies pacing, sends, settles entry by entry, sends again what failed.
 
-The order of what goes next: what failed before (the oldest data; its acknowledgements hold back all that
-came later), then the lane's closed batches. A failed entry goes again as the same bytes with the same key,
-so a duplicate can be recognised. Nothing is dropped here: an entry leaves by being stored, or through
-`set_aside` when Kinesis says it can never be stored.
+The order of what goes next is that in which the batches were taken, per shard. What failed before has kept its
+place, so it goes first (its acknowledgements hold back all that came later), then the lane's closed batches. A shard
+without room has a line: what waits in it goes in its turn, and everything that comes for this shard later stands behind
+it, also what is small enough to have passed. So the tokens that a large record needs add up, however busy its shard
+is. Other shards do not wait for it: their records are split off and go on.
 
-Two kinds of failure are kept apart. An entry that failed says something about its shard: it waits in that
-shard's queue while the others go on. A call that failed says something about the way to Kinesis: the gate
-closes for a while that grows with each failure, and fewer calls are kept open.
+A failed entry goes again as the same bytes with the same key, so a duplicate can be recognised. Nothing is dropped
+here: an entry leaves by being stored, or through `set_aside` when Kinesis says it can never be stored.
+
+Three kinds of failure are kept apart. An entry that was throttled says something about its shard: it goes back to the
+head of the shard's line. One that failed for another reason waits for its time and holds back nobody. A call that
+failed says something about the way to Kinesis: the gate closes for a while that grows with each failure, and fewer
+calls are kept open.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 from collections import deque
 from random import Random
 from typing import TYPE_CHECKING, Protocol
@@ -33,12 +39,12 @@ from fastkin.errors import (
 )
 from fastkin.kinesis import classify_record
 from fastkin.logs import Repeats
-from fastkin.pacing import Backoff, Concurrency, Pacer
+from fastkin.pacing import Backoff, CallSize, Concurrency, Pacer
 from fastkin.shards import shard_in_message
 from fastkin.tallies import Histogram, Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from typing_extensions import Buffer
 
@@ -60,6 +66,9 @@ _HOPELESS = frozenset({Action.OPERATOR, Action.CREDENTIALS, Action.CLOCK})
 _OUTCOME_UNKNOWN = frozenset({"RequestTimeout", "RequestTimeoutException", "RequestAborted", "RequestAbortedException"})
 # So many single records refused in a row, none stored in between, and the fault is no longer looked for in the record.
 _REFUSED_IN_A_ROW = 10
+# Nor is a record that comes first, or alone, held for ever: refused again and again for so long, it is given up once it
+# is known that the destination takes others. One in such a time: what is wrong may be the destination all the same.
+_REFUSED_FOR_S = 60.0
 # When somebody must act, ask again slowly and keep the data.
 _OPERATOR_BASE_S = 5.0
 _OPERATOR_CAP_S = 30.0
@@ -74,6 +83,7 @@ _ENTRY_CAP_S = 5.0
 _CALL_BASE_S = 0.05
 _CALL_CAP_S = 5.0
 _NO_EPOCH = -1  # of what came back from the spool: no flush waits for it
+_FARTHEST_S = 60.0  # no wait of the sender's own is as long
 _LEAST_WAIT_S = 0.001  # a shorter one may vanish in the clock's rounding, and the pump would go round for ever
 
 # upper bounds: seconds of one call, and how full a batch is of what it may hold (records or bytes, the fuller)
@@ -82,6 +92,12 @@ _FILL_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _SHARDS_COUNTED = 256  # shards with a throttle counter of their own
 # Gathered into one call at most: source and copy are both there for a moment, and a call of this size is full enough.
 _GATHER_BYTES = 1 << 20
+_EVEN = -1  # the line of keys that are spread evenly, or whose shard is not known
+# A throttled record whose shard is not known cannot stand in a line of its shard. When it is this old, all that is
+# spread evenly stands behind it for a moment, in which a shard's bucket fills; not again for a while, for the others.
+_CLAIM_AFTER_S = 3.0
+_CLAIM_S = 1.0
+_CLAIM_EVERY_S = 5.0
 
 Load = dict[int, tuple[int, int]]
 
@@ -95,15 +111,31 @@ class Client(Protocol):
 
 
 class _Queue:
-    """What waits to go again for one shard (or for a reason that names none), oldest first."""
+    """What waits for one reason, oldest first."""
 
-    __slots__ = ("alone", "batches", "not_before", "why")
+    __slots__ = ("alone", "batches", "doubted", "key", "line", "not_before", "why")
 
-    def __init__(self, *, alone: bool = False) -> None:
+    def __init__(self, key: int | str, *, alone: bool = False) -> None:
+        self.key = key  # of a line: the ordinal of its shard
+        self.line = isinstance(key, int)  # whatever comes for this shard stands behind it
         self.batches: deque[Batch] = deque()
         self.not_before = 0.0
         self.alone = alone  # must not share a call: half of one that Kinesis refused
+        self.doubted = False  # a single record that was refused, perhaps through no fault of its own
         self.why: str | None = None  # what only an operator can mend, if that is what it waits for
+
+    def put(self, batch: Batch) -> None:
+        """Where its age belongs, behind those of the same age."""
+        batches = self.batches
+        if not batches or batches[-1].born <= batch.born:
+            batches.append(batch)
+        elif batch.born < batches[0].born:
+            batches.appendleft(batch)
+        else:
+            at = len(batches)
+            while at and batches[at - 1].born > batch.born:
+                at -= 1
+            batches.insert(at, batch)
 
 
 class Sender:
@@ -124,11 +156,13 @@ class Sender:
         max_batch_bytes: int = 5 * 1024 * 1024,
         throttle_error_after_s: float = 60.0,
         believe: bool = False,
+        harmless: Callable[[], Awaitable[bool | None]] | None = None,
         random: Random | None = None,
     ) -> None:
         """`set_aside(batch, reason)` takes over what can never be stored; `on_settled()` runs after each answer.
 
         `believe`: a single record that its call is refused for is always at fault itself, also when all are refused.
+        `harmless()`: would the stream take a record that nobody can object to? None: that cannot be known.
         """
         self.lane = lane
         self.name = name
@@ -151,8 +185,11 @@ class Sender:
         self._operator_backoff = Backoff(_OPERATOR_BASE_S, _OPERATOR_CAP_S, self._random)
         self._credentials_backoff = Backoff(_CREDENTIALS_BASE_S, _CREDENTIALS_CAP_S, self._random)
         self._gate = 0.0  # no call before this time
-        self._failed: dict[str, _Queue] = {}
-        self._next: Batch | None = None  # taken from its queue, waiting for tokens
+        self._queues: dict[int | str, _Queue] = {}
+        self._due = math.inf  # before this nothing in the queues can go
+        self._even_waits = False  # a whole batch from the lane stands in the line of even keys, so may the next
+        self._claim_at = 0.0  # not before this one more for whose shard is not known
+        self._size = CallSize()
         self._tasks: dict[asyncio.Task[None], Batch] = {}  # calls in flight
         self._began: dict[asyncio.Task[None], float] = {}  # when each was made
         self._cut: set[asyncio.Task[None]] = set()  # those that withdraw() cut short
@@ -166,6 +203,13 @@ class Sender:
         self._serial = itertools.count()
         self._refused = _REFUSED_IN_A_ROW  # single records refused since one was stored; before the first: no trust
         self._believe = believe
+        self._harmless = harmless
+        self._harmless_said: bool | None = None
+        self._asking: asyncio.Task[None] | None = None
+        self.takes: int | None = None  # the stream's own limit of a record, when it is known
+        self._stored_ever = False
+        self._doubted: dict[Batch, float] = {}  # single records in doubt -> since when
+        self._gave_up_at = -math.inf  # the last of them
         self._probe = False  # in doubt about the destination: something new goes before what was refused
         self._outstanding: dict[int, int] = {0: 0}  # epoch -> records taken from the lane and not ended
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
@@ -201,7 +245,7 @@ class Sender:
 
     @property
     def idle(self) -> bool:
-        return not self._tasks and self._next is None and not self._failed and not self.lane.ready
+        return not self._tasks and not self._queues and not self.lane.ready
 
     def heat(self) -> dict[str, float]:
         """Shard id to the share of its limit that was used lately; empty while the shards are not known."""
@@ -217,6 +261,15 @@ class Sender:
             self.pacer.clear_shards(self._loop.time())
         else:
             self.pacer.set_shards(self._loop.time(), [shard.share for shard in shards.shards])
+        # The lines are those of the former map's shards.
+        lines = [queue for queue in self._queues.values() if queue.line]
+        if not lines:
+            return
+        for queue in lines:
+            del self._queues[queue.key]
+        for batch in sorted((batch for queue in lines for batch in queue.batches), key=_age):
+            self._again(batch)
+        self.pump()
 
     def pump(self) -> None:
         """Start as many calls as may go now; arm a timer for the rest. Cheap when there is nothing to do."""
@@ -227,21 +280,12 @@ class Sender:
             if now < self._gate:
                 self._wake_at(self._gate)
                 return
-            batch = self._next or self._probed() or self._retry(now) or self._fresh()
-            self._next = None
+            batch = self._probed(now) or self._waited(now) or self._taken(now)
             if batch is None:
+                if self._queues:  # the one place where the timer is set for what waits
+                    self._wake_at(max(self._due, now + _LEAST_WAIT_S))
                 return
             load = batch.shard_load()
-            delay, held = self.pacer.admit(now, load)
-            if held:
-                batch, load = self._hold(batch, held, now)
-                if batch is None:
-                    continue
-            if delay > 0.0:
-                self._next = batch
-                self._wake_at(now + delay)
-                return
-            self.pacer.sent(load)
             task = self._loop.create_task(self._call(batch, load), name=f"fastkin[{self.name}].call")
             self._tasks[task] = batch
             self._began[task] = now
@@ -279,10 +323,13 @@ class Sender:
         self._errors.close()
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._tasks:
+        tasks: list[asyncio.Task[None]] = [*self._tasks]
+        if self._asking is not None:
+            tasks.append(self._asking)
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.gather(*tasks, return_exceptions=True)
         for _, waiter in self._waiters:
             if not waiter.done():
                 waiter.set_exception(_closed())
@@ -290,13 +337,10 @@ class Sender:
 
     def unsent(self) -> list[Batch]:
         """After close(): the batches that never ended, for the owner to fail or forget."""
-        batches = [batch for queue in self._failed.values() for batch in queue.batches]
+        batches = [batch for queue in self._queues.values() for batch in queue.batches]
         batches += self._withdrawn
         self._withdrawn = []
-        if self._next is not None:
-            batches.append(self._next)
-        self._failed.clear()
-        self._next = None
+        self._queues.clear()
         return batches
 
     @property
@@ -309,21 +353,21 @@ class Sender:
     @property
     def oldest(self) -> float | None:
         """When the oldest batch that has not ended was taken (loop time); None without one."""
-        born = [batch.born for queue in self._failed.values() for batch in queue.batches]
+        born = [queue.batches[0].born for queue in self._queues.values()]  # each is in the order of age
         born += [batch.born for batch in (*self._tasks.values(), *self._withdrawn)]
-        if self._next is not None:
-            born.append(self._next.born)
         return min(born, default=None)
 
     @property
     def waiting(self) -> bool:
         """Something waits to be sent."""
-        return bool(self._failed) or self._next is not None or self.lane.ready > 0
+        return bool(self._queues) or self.lane.ready > 0
 
     @property
     def attended(self) -> bool:
         """Somebody will pump: a call that ends, or the timer."""
-        return bool(self._tasks) or self._timer is not None
+        if self._tasks:
+            return True
+        return self._timer is not None and self._timer_at <= self._loop.time() + _FARTHEST_S
 
     def withdraw(self, *, called_before: float | None = None, alone: bool = True) -> list[Batch]:
         """Hand out the batches that wait, oldest first, but not what came back from the spool.
@@ -338,17 +382,16 @@ class Sender:
                     self._cut.add(task)
                     task.cancel()
         out, self._withdrawn = self._withdrawn, []
-        if self._next is not None and not self._next.restored:
-            out.append(self._next)
-            self._next = None
-        for key, queue in list(self._failed.items()):
+        for key, queue in list(self._queues.items()):
             if queue.alone and not alone:
                 continue
+            if queue.doubted:
+                self._doubted.pop(queue.batches[0], None)
             out += [batch for batch in queue.batches if not batch.restored]
             queue.batches = deque(batch for batch in queue.batches if batch.restored)
             if not queue.batches:
-                del self._failed[key]
-        out.sort(key=lambda batch: batch.born)
+                del self._queues[key]
+        out.sort(key=_age)
         while (fresh := self.lane.take()) is not None:
             self._adopt(fresh)
             out.append(fresh)
@@ -356,10 +399,10 @@ class Sender:
 
     def give_back(self, batches: list[Batch]) -> None:
         """What was withdrawn shall be sent after all, before everything else; also what waits for withdraw()."""
-        batches = sorted([*self._withdrawn, *batches], key=lambda batch: batch.born)
+        batches = sorted([*self._withdrawn, *batches], key=_age)
         self._withdrawn = []
-        if batches:
-            self._queue("").batches.extendleft(reversed(batches))
+        for batch in batches:
+            self._again(batch)
         self.pump()
 
     def forget(self, epoch: int, count: int) -> None:
@@ -368,7 +411,7 @@ class Sender:
 
     # -- what goes next ------------------------------------------------------------------------
 
-    def _probed(self) -> Batch | None:
+    def _probed(self, now: float) -> Batch | None:
         """One new batch for each time the gate was closed in doubt.
 
         If it is stored, it was the records that were refused, and not the destination that refuses everything.
@@ -376,7 +419,21 @@ class Sender:
         if not self._probe:
             return None
         self._probe = False
-        return self._fresh()
+        return self._taken(now)
+
+    def _taken(self, now: float) -> Batch | None:
+        """What is new, as far as its shards have room and nothing stands in their lines."""
+        while not (self._even_waits and _EVEN in self._queues):
+            batch = self._fresh()
+            if batch is None:
+                return None
+            batch = self._trim(batch)
+            part = self._admit(batch, now)
+            if part is not None:
+                return part
+            # What waits for a shard gives way to other shards, so more is taken from the lane. What is spread evenly
+            # waits for all of them: no more than one such batch leaves the lane before its turn.
+        return None
 
     def _fresh(self) -> Batch | None:
         batch = self.source()
@@ -397,51 +454,139 @@ class Sender:
     def _queue_fresh(self, batch: Batch) -> None:
         self._adopt(batch)
         if self.direct():
-            self._queue("fresh").batches.append(batch)
+            self._again(batch)
         else:
             self._withdrawn.append(batch)  # not past what is in the spool
 
-    def _queue(self, key: str) -> _Queue:
-        queue = self._failed.get(key)
+    def _queue(self, key: int | str) -> _Queue:
+        queue = self._queues.get(key)
         if queue is None:
-            queue = self._failed[key] = _Queue()
+            queue = self._queues[key] = _Queue(key)
         return queue
 
-    def _retry(self, now: float) -> Batch | None:
-        """Gather what is due, over all shards, into one call."""
+    def _again(self, batch: Batch) -> None:
+        """It may go as soon as the gate is open, in its turn."""
+        self._queue("").put(batch)
+        self._due = 0.0
+
+    def _wait(self, queue: _Queue, until: float) -> None:
+        queue.not_before = until
+        self._due = min(self._due, until)
+
+    def _waited(self, now: float) -> Batch | None:
+        """What waited and may go now, oldest first, gathered over the queues into one call. Its tokens are taken."""
+        if now < self._due:
+            return None
+        self._due = math.inf
         picked: list[Batch] = []
         records = size = 0
-        soonest = 0.0
-        for key, queue in list(self._failed.items()):
-            if not queue.batches:
-                del self._failed[key]
+        queues = list(self._queues.values())
+        if len(queues) > 1:
+            queues.sort(key=self._order)
+        for queue in queues:
+            if queue.not_before > now:
+                self._due = min(self._due, queue.not_before)
                 continue
             if queue.alone:
                 if picked:
+                    self._due = now
                     continue
-                del self._failed[key]
-                return queue.batches.popleft()
-            if queue.not_before > now:
-                soonest = min(soonest or queue.not_before, queue.not_before)
-                continue
+                del self._queues[queue.key]
+                self._due = now
+                batch = queue.batches.popleft()
+                if len(batch) == 1 or self._size.allows(batch.nbytes):
+                    return batch
+                self._again(batch)
+                return self._waited(now)
             while queue.batches:
-                head = queue.batches[0]
+                head = self._trim(queue.batches.popleft(), queue)
                 if picked and (
                     records + len(head) > self._max_records
                     or size + head.size > self._gather_bytes
                     or not self._alike(picked[0], head)
+                    or not self._size.allows(sum(batch.nbytes for batch in picked) + head.nbytes)
                 ):
+                    queue.batches.appendleft(head)
+                    self._due = now
                     break
-                picked.append(queue.batches.popleft())
-                records += len(head)
-                size += head.size
-        if soonest:
-            self._wake_at(soonest)
+                part = self._stand(queue, head, now) if queue.line else self._admit(head, now)
+                if part is None:
+                    if queue.line:
+                        break
+                    continue
+                picked.append(part)
+                records += len(part)
+                size += part.size
+            if not queue.batches and self._queues.get(queue.key) is queue:
+                del self._queues[queue.key]
         if not picked:
             return None
-        if len(picked) == 1:
-            return picked[0]
-        return self._gather(picked)
+        return picked[0] if len(picked) == 1 else self._gather(picked)
+
+    def _order(self, queue: _Queue) -> tuple[bool, float]:
+        """By age. In doubt what was refused goes after all else: what else is stored ends the doubt."""
+        return queue.doubted and self._refused >= _REFUSED_IN_A_ROW, queue.batches[0].born
+
+    def _stand(self, queue: _Queue, head: Batch, now: float) -> Batch | None:
+        """The head of a line goes when there is room for it. Until then it stays, and the tokens add up."""
+        load = head.shard_load()
+        delay = self.pacer.wait(now, load)
+        if delay > 0.0:
+            queue.batches.appendleft(head)
+            self._wait(queue, now + max(delay, _LEAST_WAIT_S))
+            return None
+        if queue.key == _EVEN:
+            self._even_waits = False
+        self.pacer.sent(load)
+        return head
+
+    def _admit(self, batch: Batch, now: float) -> Batch | None:
+        """What of it may go now; its tokens are taken. The records of shards without room, or with a line, stand in
+        line; the others need not wait for them."""
+        load = batch.shard_load()
+        held: dict[int, int] = {}  # shard as the batch says -> its line
+        for shard, (records, nbytes) in load.items():
+            line = shard if self.pacer.knows(shard) else _EVEN
+            if line in self._queues:
+                held[shard] = line
+            elif (delay := self.pacer.shard_wait(now, shard, records, nbytes)) > 0.0:
+                held[shard] = line
+                self._wait(self._queue(line), now + max(delay, _LEAST_WAIT_S))
+        if not held:
+            self.pacer.sent(load)
+            return batch
+        waits, others = batch.split(held)
+        if others is None and set(held.values()) == {_EVEN}:
+            self._even_waits = True
+        if waits is not None:
+            for shard, part in _apart(waits, list(held)):
+                self._line_up(self._queues[held[shard]], part)
+        if others is not None:
+            self.pacer.sent({shard: load[shard] for shard in load if shard not in held})
+        return others
+
+    def _line_up(self, queue: _Queue, part: Batch) -> None:
+        """Small parts are gathered while they wait, those of like size: each record is copied a few times at most."""
+        while (
+            queue.batches
+            and (last := queue.batches[-1]).born <= part.born
+            and len(last) <= len(part)
+            and len(last) + len(part) <= self._max_records
+            and last.size + part.size <= self._gather_bytes
+            and self._alike(last, part)
+        ):
+            part = self._gather([queue.batches.pop(), part])
+        queue.put(part)
+
+    def _trim(self, batch: Batch, queue: _Queue | None = None) -> Batch:
+        """As much of it as a call may carry now; the rest keeps its place."""
+        while len(batch) > 1 and not self._size.allows(batch.nbytes):
+            batch, rest = batch.halves()
+            if queue is not None:
+                queue.batches.appendleft(rest)
+            else:
+                self._again(rest)
+        return batch
 
     def _alike(self, one: Batch, other: Batch) -> bool:
         """May these share a call?
@@ -470,30 +615,8 @@ class Sender:
             batch.attempts = attempts
         for batch in reversed(rest):
             self._queue("").batches.appendleft(batch)
+            self._due = 0.0
         return first
-
-    def _hold(self, batch: Batch, held: list[int], now: float) -> tuple[Batch | None, Load]:
-        """Take the records of shards without room out of the call; the others need not wait for them."""
-        epoch, attempts = batch.epoch, batch.attempts
-        for shard in held:
-            part, others = batch.split([shard])
-            if part is not None:
-                part.epoch, part.attempts = epoch, attempts
-                queue = self._queue(self._shard_key(shard))
-                queue.batches.append(part)
-                wait = self.pacer.shard_wait(now, shard, len(part), part.size)
-                queue.not_before = max(queue.not_before, now + max(wait, _LEAST_WAIT_S))
-                self._wake_at(queue.not_before)
-            if others is None:
-                return None, {}
-            batch = others
-            batch.epoch, batch.attempts = epoch, attempts
-        return batch, batch.shard_load()
-
-    def _shard_key(self, shard: int) -> str:
-        if self.shards is not None and 0 <= shard < len(self.shards):
-            return self.shards.shards[shard].id
-        return ""
 
     def _wake_at(self, when: float) -> None:
         if self._closing:
@@ -518,6 +641,7 @@ class Sender:
         began = self._loop.time()
         count = len(batch)
         epoch, attempts = batch.epoch, batch.attempts
+        nbytes = batch.nbytes
         try:
             try:
                 answer = await self._client.call(self._target, batch)
@@ -534,6 +658,7 @@ class Sender:
             self._on_settled()
             raise
         else:
+            self._size.taken(nbytes)
             self._answered(epoch, attempts, count, load, failures)
         self._on_settled()
 
@@ -544,7 +669,7 @@ class Sender:
             self._withdrawn.append(batch)  # not for the pump to send again at once
         elif task.cancelled():
             # Perhaps before its first step, so this cannot be left to the task itself.
-            self._queue("").batches.appendleft(batch)
+            self._again(batch)
         elif (error := task.exception()) is not None:
             # Nothing may fail here: what does is a bug, and hiding it would lose data quietly.
             self._loop.call_exception_handler(
@@ -579,11 +704,13 @@ class Sender:
         self._gate_backoff.reset()
         self._operator_backoff.reset()
         self._credentials_backoff.reset()
-        self.last_error = self.unwell = next((queue.why for queue in self._failed.values() if queue.why), None)
+        self.last_error = self.unwell = next((queue.why for queue in self._queues.values() if queue.why), None)
         self._hopeless = 0
         if len(failures) != 1 or len(failures[0].batch) < count:
             self._refused = 0
             self._probe = False
+            self._stored_ever = True
+            self._doubted.clear()
         if not failures:
             self.pacer.stored(now, load)
             self._throttled_since = None
@@ -634,7 +761,7 @@ class Sender:
         elif action is Action.STRANGE:
             most = min(_STRANGE_CAP_S, _ENTRY_BASE_S * 2.0 ** min(batch.attempts, 20))
             least = most / 2
-            shard_id = f"?{code}"  # who waits longer must not hold back who waits for a shard
+            shard_id = code
             self._errors.say(
                 logging.ERROR, code,
                 "pipeline=%s stage=send %d records failed with %s, which is no code of Kinesis: %s; they go again, and"
@@ -643,21 +770,35 @@ class Sender:
             )  # fmt: skip
         else:
             self._warn("%d records failed with %s: %s; they go again", len(batch), code, message)
-        queue = self._queue(shard_id)
-        queue.batches.append(batch)
-        if queue.not_before <= now:
-            queue.not_before = now + self._random.uniform(least, most)
-        self._wake_at(queue.not_before)
+        until = now + self._random.uniform(least, most)
+        if action is not Action.THROTTLE:
+            self._put_by(f"{action.value} {shard_id}", batch, now, until)
+            return 0.0
+        load = batch.shard_load()
+        for shard, part in _apart(batch, list(load)):
+            if self.pacer.knows(shard):
+                self._put_by(shard, part, now, until)
+            elif now - batch.born > _CLAIM_AFTER_S and now >= self._claim_at:
+                self._claim_at = now + _CLAIM_EVERY_S
+                self._put_by(_EVEN, part, now, now + _CLAIM_S)
+            else:
+                self._put_by(f"throttled {shard_id}", part, now, until)
         return 0.0
+
+    def _put_by(self, key: int | str, batch: Batch, now: float, until: float) -> None:
+        queue = self._queue(key)
+        queue.put(batch)
+        if queue.not_before <= now:
+            self._wait(queue, until)
 
     def _entry_waits(self, batch: Batch, error: KinesisError, now: float) -> float:
         """An entry failed with what a call may fail with as well: it is kept and tried again as a call would be."""
-        queue = self._queue(f"!{error.code}")
-        queue.batches.append(batch)
+        queue = self._queue(f"operator {error.code}")
+        queue.put(batch)
         if queue.not_before <= now:
             keys = error.action is Action.CREDENTIALS
             delay = (self._credentials_backoff if keys else self._operator_backoff).next()
-            queue.not_before = now + delay
+            self._wait(queue, now + delay)
             self._errors.say(
                 logging.ERROR, error.code,
                 "pipeline=%s stage=send %d records failed with %s; the data is kept and tried again in %.0f s%s",
@@ -665,7 +806,6 @@ class Sender:
             )  # fmt: skip
         queue.why = str(error)
         self.last_error = self.unwell = queue.why
-        self._wake_at(queue.not_before)
         return queue.not_before - now
 
     def _call_failed(self, batch: Batch, error: KinesisError) -> None:
@@ -674,13 +814,21 @@ class Sender:
         self.last_error = str(error)
         self.failed_by_code.add(error.code, len(batch))
         self.calls_failed_by_code.add(error.code, 1)
+        doubted = False
         if error.action is Action.REJECTED:
-            if len(batch) > 1 or self._believe or self._refused < _REFUSED_IN_A_ROW:
-                self._bisect(batch, error)
+            if len(batch) > 1:
+                self._refused_call(batch, error)
                 return
-            # Nothing is taken, or nothing any more: the fault is not this record's but the destination's or ours.
-            self._probe = True
-            error = _as_operator(error)
+            if self._at_fault(batch, now):
+                self._doubted.pop(batch, None)
+                self._ended(batch.epoch, 1)
+                self._set_aside(batch, f"{error.code}: {error.message}")
+                return
+            # Nothing is taken, or nothing any more: the fault may be not this record's but the destination's or ours.
+            self._probe = doubted = True
+            error = _as_operator(error, untold=self._harmless_said is None and not self._stored_ever)
+        elif len(batch) > 1 and _not_taken(error):
+            self._size.late(batch.nbytes)
         if error.action in _HOPELESS:
             self._hopeless += 1
             # keys and clock may be right again with the next attempt
@@ -693,7 +841,10 @@ class Sender:
             self.duplicates_possible += batch.user_records
         self.retried += len(batch)
         self.retried_by_code.add(error.code, batch.user_records)
-        self._queue("").batches.appendleft(batch)
+        if doubted:
+            self._alone(batch).doubted = True
+        else:
+            self._again(batch)
         if self._gate <= now:
             if error.action in _HOPELESS:
                 keys = error.action is Action.CREDENTIALS or error.code == "NoCredentials"
@@ -710,18 +861,49 @@ class Sender:
             self._gate = now + max(delay, min(error.retry_after or 0.0, _OPERATOR_CAP_S))
         self._wake_at(self._gate)
 
-    def _bisect(self, batch: Batch, error: KinesisError) -> None:
+    def _refused_call(self, batch: Batch, error: KinesisError) -> None:
         """Kinesis refuses a whole call for one bad record: halve it until the bad one stands alone."""
-        if len(batch) == 1:
-            self._refused += 1
-            self._ended(batch.epoch, 1)
-            self._set_aside(batch, f"{error.code}: {error.message}")
+        if _too_large(error) and self._size.late(batch.nbytes):
+            self.retried += len(batch)
+            self.retried_by_code.add(error.code, batch.user_records)
+            self._again(batch)  # it is cut on its way, and so are the next ones
             return
-        epoch, attempts = batch.epoch, batch.attempts
         for half in batch.halves():
-            half.epoch, half.attempts = epoch, attempts
-            queue = self._failed[f"half-{next(self._serial)}"] = _Queue(alone=True)
-            queue.batches.append(half)
+            self._alone(half)
+
+    def _alone(self, batch: Batch) -> _Queue:
+        """To be sent in a call of its own. No tokens are taken for it again: its call has stored nothing."""
+        key = f"alone-{next(self._serial)}"
+        queue = self._queues[key] = _Queue(key, alone=True)
+        queue.put(batch)
+        self._due = 0.0
+        return queue
+
+    def _at_fault(self, batch: Batch, now: float) -> bool:
+        """A single record was refused: by its own fault, or by that of the destination or of our settings?"""
+        if self._believe or (self.takes is not None and batch.size > self.takes):
+            return True
+        if self._refused < _REFUSED_IN_A_ROW:
+            self._refused += 1
+            return True
+        since = self._doubted.setdefault(batch, now)
+        if self._harmless is not None and self._asking is None:
+            self._asking = self._loop.create_task(self._ask(self._harmless), name=f"fastkin[{self.name}].harmless")
+        if now - max(since, self._gave_up_at) < _REFUSED_FOR_S:
+            return False
+        # The harmless record was asked about with the refusals before this one.
+        if not (self._stored_ever if self._harmless_said is None else self._harmless_said):
+            return False
+        self._gave_up_at = now
+        return True
+
+    async def _ask(self, harmless: Callable[[], Awaitable[bool | None]]) -> None:
+        try:
+            self._harmless_said = await harmless()
+        except KinesisError:
+            self._harmless_said = False
+        finally:
+            self._asking = None
 
     # -- bookkeeping ---------------------------------------------------------------------------
 
@@ -778,6 +960,33 @@ def _less(load: Load, failures: list[Failure]) -> Load:
     return rest
 
 
+def _age(batch: Batch) -> float:
+    return batch.born
+
+
+def _apart(batch: Batch, shards: list[int]) -> Iterator[tuple[int, Batch]]:
+    """The records of each of these shards by themselves; the batch has no others."""
+    if len(shards) == 1:
+        yield shards[0], batch
+        return
+    # by halves: each record is copied as often as the number of shards can be halved
+    middle = len(shards) // 2
+    one, other = batch.split(shards[:middle])
+    if one is not None:
+        yield from _apart(one, shards[:middle])
+    if other is not None:
+        yield from _apart(other, shards[middle:])
+
+
+def _too_large(error: KinesisError) -> bool:
+    return error.http_status == 413 or "EntityTooLarge" in error.code
+
+
+def _not_taken(error: KinesisError) -> bool:
+    """The body of the call had not wholly left when it ended for want of time: a smaller one may."""
+    return bool(isinstance(error, TransportError) and error.unsent_bytes) or error.http_status == 408
+
+
 def _always() -> bool:
     return True
 
@@ -793,10 +1002,13 @@ def _maybe_stored(error: KinesisError) -> bool:
     return error.code in _OUTCOME_UNKNOWN or (error.http_status is not None and error.http_status >= 500)
 
 
-def _as_operator(error: KinesisError) -> KinesisError:
+def _as_operator(error: KinesisError, *, untold: bool) -> KinesisError:
+    """`untold`: it cannot be known either whether a harmless record would be taken."""
+    cure = ', or set startup_check = "put": then a test record tells whose fault it is' if untold else ""
     return KinesisError(
         error.code,
-        f"{error.message}; even single records are refused and none is stored: check the destination and its limits",
+        f"{error.message}; even single records are refused and none is stored: check the destination and its"
+        f" limits{cure}",
         action=Action.OPERATOR,
         http_status=error.http_status,
         request_id=error.request_id,

@@ -1,0 +1,178 @@
+"""First come, first served, per shard: a place is never lost by waiting, and nobody else pays for it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import TYPE_CHECKING
+
+from fastkin._codec import DRAIN, ShardTable
+from fastkin.errors import KinesisError
+from fastkin.shards import HASH_SPACE, Shard, ShardMap
+from test_sender import TEXT, THROTTLED, Rig, Scripted, Verdict, all_stored, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LARGE = b"large".ljust(900_000, b".")
+
+
+def two_shards() -> tuple[ShardMap, str, str]:
+    """The map, a key of the first shard, one of the second."""
+    half = HASH_SPACE // 2
+    shards = ShardMap([Shard("shardId-000000000000", 0, half - 1), Shard("shardId-000000000001", half, HASH_SPACE - 1)])
+    table = ShardTable(shards.ends)
+    one, other = (next(f"k{n}" for n in range(100) if table.find(f"k{n}") == shard) for shard in (0, 1))
+    return shards, one, other
+
+
+def shared(rig: Rig) -> tuple[str, str]:
+    shards, one, other = two_shards()
+    rig.lane.shards = ShardTable(shards.ends)
+    rig.sender.set_shards(shards)
+    return one, other
+
+
+def put(rig: Rig, data: bytes, key: str) -> None:
+    rig.lane.add(data, key=key)
+    rig.lane.seal(DRAIN)
+    rig.sender.pump()
+
+
+def order(rig: Rig, key: str) -> list[bytes]:
+    return [data[:12].rstrip(b".") for data, its in rig.client.stored if its == key]
+
+
+async def end(rig: Rig) -> None:
+    async with asyncio.timeout(30):
+        await rig.sender.flush()
+    rig.check()
+    await rig.sender.close()
+
+
+async def test_a_large_record_on_a_busy_shard_is_not_overtaken() -> None:
+    """Small ones would always fit before it: the shard's bucket never holds enough while they go on."""
+    rig = Rig(Scripted(all_stored), max_calls=1)
+    hot, _ = shared(rig)
+    for n in range(60):  # 1.5 MB a second for a shard that takes 1 MiB
+        if n == 20:
+            put(rig, LARGE, hot)
+        for part in range(10):
+            rig.lane.add(b"%d-%d" % (n, part) + b"." * 2_500, key=hot)
+        rig.lane.seal(DRAIN)
+        rig.sender.pump()
+        await asyncio.sleep(1 / 60)
+    await end(rig)
+    stored = order(rig, hot)
+    assert len(stored) == 601
+    assert stored.index(b"large") == 200, "who came later was sent before it"
+    assert [data for data in stored if data != b"large"] == [b"%d-%d" % (n, p) for n in range(60) for p in range(10)]
+
+
+async def test_the_shard_beside_it_does_not_wait() -> None:
+    rig = Rig(Scripted(all_stored))
+    hot, cold = shared(rig)
+    for _ in range(3):
+        put(rig, LARGE, hot)  # three seconds of the shard
+    for n in range(200):
+        rig.lane.add(b"%d" % n, key=(hot, cold)[n % 2])
+    rig.lane.seal(DRAIN)
+    rig.sender.pump()
+    await until(lambda: len(order(rig, cold)) == 100, 1.0)
+    assert order(rig, hot).count(b"large") < 3
+    await end(rig)
+    assert order(rig, hot)[:3] == [b"large"] * 3
+
+
+async def test_what_was_throttled_goes_before_what_came_later() -> None:
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict]:
+        return [(THROTTLED, TEXT.format(0)) if call in (2, 5, 6) else None] * len(records)
+
+    rig = Rig(Scripted(script), max_calls=1)
+    hot, _ = shared(rig)
+    for n in range(100):
+        put(rig, b"%d" % n, hot)
+        await asyncio.sleep(0.002)
+    await end(rig)
+    assert order(rig, hot) == [b"%d" % n for n in range(100)]
+
+
+async def test_order_is_kept_when_a_call_fails_that_is_older_than_what_waits() -> None:
+    """Calls are open side by side: the older one fails as a whole after the younger one was throttled."""
+    release = asyncio.Event()
+
+    class Slow(Scripted):
+        async def call(self, target: str, body: object) -> bytes:
+            if self.calls == 0 and not release.is_set():
+                self.calls += 1
+                await release.wait()
+                raise KinesisError("ServiceUnavailable", "later", http_status=503)
+            return await super().call(target, body)  # type: ignore[arg-type]
+
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict]:
+        if not release.is_set():
+            return [(THROTTLED, TEXT.format(0))] * len(records)
+        return [None] * len(records)
+
+    rig = Rig(Slow(script), max_calls=2)
+    hot, _ = shared(rig)
+    put(rig, b"first", hot)
+    await asyncio.sleep(0)
+    put(rig, b"second", hot)
+    await until(lambda: sum(rig.sender.throttled.values()) > 0 and rig.sender.in_flight == 1)
+    release.set()
+    put(rig, b"third", hot)
+    await end(rig)
+    assert order(rig, hot) == [b"first", b"second", b"third"]
+
+
+class Bucket:
+    """A shard of 1 MiB/s that other producers use as well, as Kinesis would throttle it."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+        self.tokens = 2.0**20
+        self.at = now()
+
+    def __call__(self, call: int, records: list[dict[str, str]]) -> list[Verdict]:
+        now = self.now()
+        self.tokens = min(2.0**20, self.tokens + (now - self.at) * 2.0**20)
+        self.at = now
+        out: list[Verdict] = []
+        for record in records:
+            size = len(base64.b64decode(record["Data"])) + len(record["PartitionKey"])
+            if size <= self.tokens:
+                self.tokens -= size
+                out.append(None)
+            else:
+                out.append((THROTTLED, TEXT.format(0)))
+        return out
+
+
+async def test_a_large_record_gets_its_turn_when_kinesis_throttles() -> None:
+    rig = Rig(Scripted(Bucket(asyncio.get_running_loop().time)))
+    hot, _ = shared(rig)
+    began = asyncio.get_running_loop().time()
+    took = 0.0
+    n = 0
+
+    async def plant() -> None:
+        nonlocal n
+        while True:
+            for _ in range(10):
+                rig.lane.add(b"%d" % n + b"." * 3_000, key=hot)
+                n += 1
+            rig.lane.seal(DRAIN)
+            rig.sender.pump()
+            await asyncio.sleep(0.02)
+
+    planting = asyncio.create_task(plant())
+    await asyncio.sleep(0.5)
+    put(rig, LARGE, hot)
+    try:
+        await until(lambda: b"large" in order(rig, hot), 20.0)
+    finally:
+        planting.cancel()
+        took = asyncio.get_running_loop().time() - began
+    assert took < 12.0
+    await end(rig)

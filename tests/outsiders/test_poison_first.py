@@ -1,0 +1,88 @@
+"""A record that Kinesis refuses for good, before anything was stored or when nothing else may come: it blocks what is
+behind it for a minute, and not for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fastkin._codec import DRAIN
+from servers import mosquitto
+from test_pipeline import rig
+from test_sender import Rig, Scripted, Verdict, refuses
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from fastkin.emulator import Emulator
+    from servers import Server
+
+ONE = {"receive_maximum": 1, "protocol": "5"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with mosquitto("max_queued_messages 0\n") as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkin.sender._REFUSED_FOR_S", 0.5, raising=False)
+    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.05)
+    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.1)
+
+
+def poisoned(emulator: Emulator) -> None:
+    emulator.faults.call("ValidationException", contains=b"poison")
+
+
+def letters(path: Path) -> list[bytes]:
+    return [base64.b64decode(json.loads(line)["payload"]) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("check", ["dry_run", "put"])
+async def test_first_after_the_start_at_window_one(server: Server, tmp_path: Path, check: str) -> None:
+    """A DryRun of a harmless record passes, or a test record was stored at the start: so it is the record's fault."""
+    place = tmp_path / "letters"
+    async with rig(server, prepare=poisoned, startup_check=check, broker=ONE, dead_letter=str(place)) as r:
+        await r.publish(b"poison 1", b"good 1", b"poison 2", b"good 2")
+        await r.settled(4)
+        assert letters(place) == [b"poison 1", b"poison 2"]
+        assert [record.data for record in r.stored() if record.data.startswith(b"good")] == [b"good 1", b"good 2"]
+
+
+async def test_larger_than_the_stream_takes_first_after_the_start(server: Server, tmp_path: Path) -> None:
+    """The stream has told its limit: what is above it and refused is refused for that."""
+    place = tmp_path / "letters"
+    large = b"large".ljust(1_500_000, b".")
+    async with rig(server, broker=ONE, dead_letter=str(place), max_record_bytes=2 * 2**20, shards=1) as r:
+        await r.publish(large, b"good")
+        await r.settled(2)
+        assert letters(place) == [large]
+        assert [record.data for record in r.stored()] == [b"good"]
+
+
+async def test_alone_and_many_in_a_row() -> None:
+    """The eleventh in a row: something was stored in this run, and nothing else may come before it has ended."""
+
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
+        if any(base64.b64decode(record["Data"]).startswith(b"bad") for record in records):
+            return refuses(call, records)
+        return [None] * len(records)
+
+    one = Rig(Scripted(script), max_calls=1)
+    for data in (b"good", *[b"bad %d" % n for n in range(12)], b"also good"):
+        one.lane.add(data)
+        one.lane.seal(DRAIN)
+        async with asyncio.timeout(10):
+            await one.sender.flush()
+    assert [data for data, _ in one.aside] == [b"bad %d" % n for n in range(12)]
+    assert [data for data, _ in one.client.stored] == [b"good", b"also good"]
+    one.check()
+    await one.sender.close()
