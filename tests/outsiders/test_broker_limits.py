@@ -11,6 +11,9 @@ import pytest
 import fastkin.intake
 from fake_broker import FakeBroker, Peer, Rig, lines, until
 from fastkin._mqtt import publish
+from fastkin.config import Broker
+from fastkin.errors import MqttError
+from fastkin.publisher import Publisher
 
 
 def connack(*properties: bytes) -> bytes:
@@ -228,6 +231,56 @@ def test_a_suback_that_is_said_twice_ends_nothing() -> None:
         async with FakeBroker(script) as broker, Rig(broker, protocol="5") as rig:
             await until(lambda: rig.got)
             assert rig.intake.disconnects == 0
+
+    asyncio.run(main())
+
+
+def test_a_broker_that_answers_once_per_packet_is_asked_filter_by_filter() -> None:
+    """Some small brokers say one code, whatever the SUBSCRIBE holds."""
+
+    async def script(peer: Peer) -> None:
+        await peer.connect()
+        while True:
+            first, body = await peer.packet()
+            if first != 0x82:
+                return
+            peer.send(b"\x90\x03", body[:2], b"\1")
+
+    async def main() -> None:
+        filters = [(f"plant/{n}", 1) for n in range(3)]
+        async with FakeBroker(script) as broker, Rig(broker, filters, protocol="3.1.1") as rig:
+            assert rig.intake.connects == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("property_", "qos", "words"),
+    [(maximum_packet_size(128), 0, "more than the broker takes, 128"), (b"\x24\x00", 1, "QoS 0 at most")],
+    ids=["Maximum Packet Size", "Maximum QoS"],
+)
+def test_a_publisher_does_not_send_what_would_end_its_connection(property_: bytes, qos: int, words: str) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.connect(connack(property_))
+        while True:
+            first, body = await peer.packet()
+            if first == 0xE0:
+                return
+            if len(body) + 2 > 128 or (property_[0] == 0x24 and first & 6):
+                peer.send(b"\xe0\x02\x95\x00")
+                return
+
+    async def main() -> None:
+        async with FakeBroker(script) as broker:
+            publisher = Publisher(Broker(host=broker.host, port=broker.port, protocol="5"))
+            await publisher.connect()
+            with pytest.raises(MqttError, match=words):
+                await publisher.publish("plant/1", bytes(200 if property_[0] == 0x27 else 1), qos)
+            await publisher.publish("plant/1", b"small", 0)  # the connection stands
+            await publisher.drain()
+            await asyncio.sleep(0.05)
+            await publisher.publish("plant/1", b"small", 0)
+            await publisher.close()
 
     asyncio.run(main())
 
