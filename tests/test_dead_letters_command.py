@@ -560,3 +560,28 @@ async def test_a_replay_that_is_killed_for_real_is_finished_by_the_next(
     assert set(got) == {b"%05d" % n for n in range(count)}
     assert len(got) <= count + command.GROUP_LETTERS
     assert path.read_bytes() == b""
+
+
+# --- long lines ---
+
+
+@pytest.mark.parametrize("at", [0, 100, 2 << 20, -3, -1])
+def test_a_long_line_that_is_damaged_is_told_and_kept(path: Path, at: int, capfdbinary: Any) -> None:
+    text = bytearray(base64.b64encode(bytes(range(256)) * (3 << 12) + b"x"))
+    text[at] = ord("!")
+    write(path, refused(b""), refused(b"good"))
+    path.write_bytes(path.read_bytes().replace(b'"payload":""', b'"payload":"' + text + b'"'))
+    assert _main(["dead-letters", "list", str(path)]) == 0
+    out, err = capfdbinary.readouterr()
+    assert len(out.splitlines()) == 1
+    assert len(out) < 10_000
+    assert b"dead.jsonl:1: `payload` is not base64" in err
+
+
+async def test_a_large_frame_goes_record_by_record_and_leaves(emulator: Emulator, path: Path) -> None:
+    emulator.set_limits(False)
+    records = [b"%06d" % n + bytes(60_000) for n in range(200)]
+    write(path, frame(fastkin.encode_frame(records)))
+    assert await run("replay", path, "--stream", "welders", "--endpoint-url", emulator.url, "--format", "bulk") == 0
+    assert sorted(record.data for record in emulator.stored("welders")) == records
+    assert path.read_bytes() == b""

@@ -36,7 +36,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self, TypedDict
 
 from fastkin.errors import FastkinError
 
@@ -245,10 +245,10 @@ class DeadLetters:
         """Append all of `letters`, durably, or raise DeadLetterError and keep none of them."""
         if not letters:
             return
-        lines: list[bytearray | _LongLine] = []
+        lines: list[bytearray | LongLine] = []
         for letter in letters:
             if isinstance(letter["payload"], Spill):
-                lines.append(_LongLine(letter))
+                lines.append(LongLine(line_of({**letter, "payload": b""}), letter["payload"]))
             elif lines and isinstance(lines[-1], bytearray):
                 lines[-1] += line_of(letter)
             else:
@@ -341,13 +341,21 @@ DONE = b'{"done":'  # how a letter begins that was replayed; the others begin wi
 TIME = b'{"time":'
 
 
-class _LongLine:
-    """The line of a letter whose payload is a Spill."""
+class Pieces(Protocol):
+    """A payload that is not in memory."""
 
-    def __init__(self, letter: DeadLetter | Mapping[str, Any]) -> None:
-        self._payload: Spill = letter["payload"]  # type: ignore[assignment]
+    def __len__(self) -> int: ...
+
+    def pieces(self, size: int) -> Iterator[bytes]: ...
+
+
+class LongLine:
+    """The line of a letter whose payload is not in memory, made of the same without a payload."""
+
+    def __init__(self, empty: bytes, payload: Pieces) -> None:
+        self._payload = payload
         # no other field can hold these bytes: a quotation mark in a text is escaped
-        head, _, tail = line_of({**letter, "payload": b""}).partition(_EMPTY)
+        head, _, tail = empty.partition(_EMPTY)
         self._head = head + _EMPTY[:-1]
         self._tail = _EMPTY[-1:] + tail
 
@@ -364,14 +372,14 @@ class _LongLine:
 _EMPTY = b',"payload":""'
 
 
-def append(fd: int, lines: Iterable[bytes | bytearray | _LongLine]) -> None:
+def append(fd: int, lines: Iterable[bytes | bytearray | LongLine]) -> None:
     """Add whole lines to a locked file, durably. OSError: nothing was added."""
     end = os.fstat(fd).st_size
     try:
         if end and os.pread(fd, 1, end - 1) != b"\n":
             os.write(fd, b"\n")
         for line in lines:
-            for piece in line.pieces() if isinstance(line, _LongLine) else (line,):
+            for piece in line.pieces() if isinstance(line, LongLine) else (line,):
                 left = memoryview(piece)
                 while left:
                     left = left[os.write(fd, left) :]

@@ -16,14 +16,17 @@ import os
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from fastkin.deadletter import (
     DONE,
+    MARKS,
     TIME,
     LockedError,
+    LongLine,
     append,
     as_json,
+    line_heads,
     lock,
     numbered,
     real,
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _PIECE = 1 << 20
+_LONG = 1 << 20  # a longer line is not held: what it says is, and where its payload lies
+_TAIL = 1024  # more than can stand behind a payload
+_BASE64 = bytes(range(0x30, 0x3A)) + bytes(range(0x41, 0x5B)) + bytes(range(0x61, 0x7B)) + b"+/"
 _MARK = DONE[2:6]
 _SURE = 40  # bytes of a line that are looked at before it is marked: the time, and the pipeline's first letters
 _NUMBERED = re.compile(r"(.+)\.([1-9][0-9]{0,5})")
@@ -48,13 +54,43 @@ class LetterFileError(FastkinError):
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """The payload of a long line, where it lies."""
+
+    file: LetterFile
+    at: int  # of its base64
+    length: int  # of that
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def pieces(self, size: int = _PIECE) -> Iterator[bytes]:
+        step = size // 3 * 4
+        try:
+            for at in range(0, self.length, step):
+                piece = os.pread(self.file.fd, min(step, self.length - at), self.at + at)
+                yield base64.b64decode(piece, validate=True)
+        except ValueError:
+            raise LetterFileError(f"dead letter file {self.file.path}: it was changed while it was read") from None
+        except OSError as error:
+            raise _failed(self.file.path, "read it", error) from error
+
+    def read(self) -> bytes:
+        whole = bytearray()
+        for piece in self.pieces():
+            whole += piece
+        return bytes(whole)
+
+
+@dataclass(frozen=True, slots=True)
 class Letter:
     """One line of a file that has not been replayed."""
 
     file: LetterFile
     line: int  # from 1
     at: int  # byte of the file where the line begins
-    raw: bytes  # without its line break
+    raw: bytes  # without its line break; of a long one only the beginning
 
     time: str
     pipeline: str
@@ -63,10 +99,19 @@ class Letter:
     offset: int | None
     index: int | None
     partition_key: str | None
-    payload: bytes
+    payload: bytes | Stored
+    truncated: bool = False  # the payload is the beginning of one of `payload_bytes`
+    payload_bytes: int | None = None
+    packet: bool = False  # the payload is an ill-formed MQTT packet
+
+    def content(self) -> bytes:
+        """The payload, in memory."""
+        return self.payload.read() if isinstance(self.payload, Stored) else self.payload
 
     def fields(self) -> dict[str, Any]:
-        return {
+        """What its line says; a payload that is not in memory is left out, and its length is said."""
+        stored = isinstance(self.payload, Stored)
+        fields = {
             "time": self.time,
             "pipeline": self.pipeline,
             "topic": self.topic,
@@ -74,8 +119,17 @@ class Letter:
             "offset": self.offset,
             "index": self.index,
             "partition_key": self.partition_key,
-            "payload": base64.b64encode(self.payload).decode("ascii"),
+            "payload": None if isinstance(self.payload, Stored) else base64.b64encode(self.payload).decode("ascii"),
         }
+        if stored:
+            fields["payload_bytes"] = len(self.payload)
+        return fields | {name: value for name in MARKS if (value := getattr(self, name))}
+
+    def written(self) -> bytes | LongLine:
+        """Its line."""
+        if isinstance(self.payload, Stored):
+            return LongLine(as_json(replace(self, payload=b"").fields()) + b"\n", self.payload)
+        return as_json(self.fields()) + b"\n"
 
     def again(self, reason: str, **changes: Any) -> Self:
         """The same letter after it failed once more."""
@@ -110,11 +164,14 @@ class LetterFile:
 
     def letters(self) -> Iterator[Letter | Damaged]:
         """What the file held when it was opened, but for what was replayed."""
-        for number, (at, raw) in enumerate(self._lines(), 1):
+        for number, (at, raw, length) in enumerate(self._lines(), 1):
             if not raw.strip() or raw.startswith(DONE):
                 continue
             try:
-                yield Letter(self, number, at, raw, **_parse(raw))
+                if length > _LONG:
+                    yield Letter(self, number, at, raw[:_SURE], **self._parse_long(at, raw, length))
+                else:
+                    yield Letter(self, number, at, raw, **_parse(raw))
             except ValueError as error:
                 yield Damaged(self, number, str(error))
 
@@ -131,17 +188,41 @@ class LetterFile:
 
     def add(self, letters: Iterable[Letter]) -> None:
         """Append what takes the place of others, durably, before those are marked."""
-        data = b"".join(as_json(letter.fields()) + b"\n" for letter in letters)
         try:
             # our descriptor is not O_APPEND, for the marks' sake
             with _locked(self.fd):
                 os.lseek(self.fd, 0, os.SEEK_END)
-                append(self.fd, (data,))
+                append(self.fd, [letter.written() for letter in letters])
         except OSError as error:
             raise _failed(self.path, "write to it", error) from error
 
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        begin = at = 0
+    def _parse_long(self, at: int, head: bytes, length: int) -> dict[str, Any]:
+        """As _parse(), of a line that is not held: its payload is looked through where it lies."""
+        begin = head.find(_PAYLOAD)
+        if begin < 0:
+            raise ValueError("not a whole JSON line")
+        begin += len(_PAYLOAD)
+        behind = min(_TAIL, length - begin)
+        tail = os.pread(self.fd, behind, at + length - behind)
+        if (end := tail.find(b'"')) < 0:
+            raise ValueError("not a whole JSON line")
+        told = _parse(head[:begin] + tail[end:])
+        size = length - len(tail) + end - begin
+        last = b""
+        for done in range(0, size, _PIECE):
+            piece = os.pread(self.fd, min(_PIECE, size - done), at + begin + done)
+            last = (last + piece)[-4:]
+            strange = piece.translate(None, _BASE64)
+            if strange and (done + len(piece) < size or not last.endswith(strange) or strange.strip(b"=")):
+                raise ValueError("`payload` is not base64")
+        padding = last.count(b"=")
+        if size % 4 or padding > 2:
+            raise ValueError("`payload` is not base64")
+        return told | {"payload": Stored(self, at + begin, size, size // 4 * 3 - padding)}
+
+    def _lines(self) -> Iterator[tuple[int, bytes, int]]:
+        """Where each begins, what it says (of a long one the beginning), how long it is."""
+        begin = at = length = 0
         rest: list[bytes] = []
         while at < self.size:
             try:
@@ -153,14 +234,18 @@ class LetterFile:
             at += len(piece)
             *whole, last = piece.split(b"\n")
             for line in whole:
-                rest.append(line)
-                raw = b"".join(rest)
-                yield begin, raw
-                begin += len(raw) + 1
+                if length <= _LONG:
+                    rest.append(line)
+                length += len(line)
+                yield begin, b"".join(rest), length
+                begin += length + 1
+                length = 0
                 rest.clear()
-            rest.append(last)
-        if raw := b"".join(rest):
-            yield begin, raw
+            if length <= _LONG:
+                rest.append(last)
+            length += len(last)
+        if length:
+            yield begin, b"".join(rest), length
 
 
 class LetterFiles:
@@ -260,7 +345,7 @@ def _rewrite(path: Path, fd: int, *, live: bool) -> None:
     """A file without its marked lines, in its place in one step. Its lock, or that of the live file, is held."""
     done = kept = False
     with path.open("rb") as old:
-        for line in old:
+        for line in line_heads(old):
             if line.startswith(DONE):
                 done = True
             elif line.strip():
@@ -283,9 +368,7 @@ def _rewrite(path: Path, fd: int, *, live: bool) -> None:
             with contextlib.suppress(PermissionError):  # the service must be able to go on writing
                 os.fchown(out_fd, told.st_uid, told.st_gid)
             os.fchmod(out_fd, told.st_mode & 0o777)
-            for line in old:
-                if not line.startswith(DONE):
-                    out.write(line)
+            _copy_kept(old, out)
             out.flush()
             os.fsync(out_fd)
         new.rename(path)
@@ -293,6 +376,15 @@ def _rewrite(path: Path, fd: int, *, live: bool) -> None:
     finally:
         with contextlib.suppress(OSError):
             new.unlink()
+
+
+def _copy_kept(old: BinaryIO, new: BinaryIO) -> None:
+    while piece := old.readline(_PIECE):
+        keep = not piece.startswith(DONE)
+        while piece:
+            if keep:
+                new.write(piece)
+            piece = b"" if piece.endswith(b"\n") else old.readline(_PIECE)
 
 
 @contextlib.contextmanager
@@ -350,9 +442,14 @@ def _parse(raw: bytes) -> dict[str, Any]:
     except ValueError:
         raise ValueError("`payload` is not base64") from None
     since(told["time"])
-    return {name: told.get(name) for name in _KINDS} | {"payload": payload}
+    for name, kind in (("truncated", bool), ("payload_bytes", int), ("packet", bool)):
+        if type(told.get(name, kind())) is not kind:
+            raise ValueError(f"`{name}` is not what it should be")
+    marks = {name: told[name] for name in MARKS if name in told}
+    return {name: told.get(name) for name in _KINDS} | marks | {"payload": payload}
 
 
+_PAYLOAD = b',"payload":"'
 _NONE = type(None)
 _KINDS: dict[str, tuple[type, ...]] = {
     "time": (str,),

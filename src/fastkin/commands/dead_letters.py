@@ -26,7 +26,7 @@ from fastkin._mqtt import matches
 from fastkin.config import MIB, Kinesis
 from fastkin.errors import Action, DataFormatError, FastkinError, KinesisError, LibraryError, RecordError, printable
 from fastkin.keys import key_plan
-from fastkin.letterfile import Damaged, Letter, LetterFiles, since
+from fastkin.letterfile import Damaged, Letter, LetterFiles, Stored, since
 from fastkin.letterplace import PREFIX
 from fastkin.letterstream import RECORD_BYTES, Post
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 # Sent and not yet marked as replayed: what a crash may send twice.
 GROUP_LETTERS = 500
 GROUP_BYTES = 4 * MIB
+_SHOWN_BYTES = 64 * 1024  # of a payload, by `show` without --raw
 _AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -162,25 +163,35 @@ def show(paths: Sequence[Path], number: int, *, raw: bool) -> int:
         one = next((letter for n, letter in numbered_letters(files) if n == number), None)
         if one is None:
             raise FastkinError(f"there is no dead letter {number}: see fastkin dead-letters list")
+        return _show(one, raw=raw)
+
+
+def _show(one: Letter, *, raw: bool) -> int:
     if raw:
-        sys.stdout.buffer.write(one.payload)
+        for piece in one.payload.pieces() if isinstance(one.payload, Stored) else (one.payload,):
+            sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
         return 0
     click.echo(f"file: {plain(str(one.file.path))}:{one.line}")
     for name, value in one.fields().items():
         if name != "payload" and value is not None:
             click.echo(f"{name}: {plain(str(value))}")
-    for line in _payload(one.payload):
+    click.echo(f"payload: {len(one.payload):,} bytes")
+    begin = next(one.payload.pieces(_SHOWN_BYTES)) if isinstance(one.payload, Stored) else one.payload[:_SHOWN_BYTES]
+    for line in _payload(begin, whole=len(begin) == len(one.payload)):
         click.echo(line)
+    if len(begin) < len(one.payload):
+        click.echo(f"  and {len(one.payload) - len(begin):,} bytes more: --raw writes all of them")
     return 0
 
 
-def _payload(data: bytes) -> Iterator[str]:
-    yield f"payload: {len(data):,} bytes"
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        text = None
+def _payload(data: bytes, *, whole: bool) -> Iterator[str]:
+    text = None
+    # what was cut off may end within a character
+    for end in range(len(data), len(data) - (1 if whole else 4), -1):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = data[:end].decode("utf-8")
+            break
     if text is not None and not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", text):
         for line in text.split("\n"):
             yield "  " + plain(line)
@@ -286,10 +297,27 @@ def _groups(files: LetterFiles, wanted: Filter, tally: Tally) -> Iterator[list[L
             yield group
             group, size = [], 0
         tally.found += 1
+        if reason := _never(one):
+            tally.failed += 1
+            _say_kept(one, reason)
+            continue
         group.append(one)
         size += len(one.payload)
     if group:
         yield group
+
+
+def _never(one: Letter) -> str | None:
+    """Why it is not sent again, whatever the stream takes."""
+    if one.truncated:
+        return f"its payload is only the beginning of {one.payload_bytes or 'more'} bytes"
+    if one.packet:
+        return "its payload is an ill-formed MQTT packet and no record"
+    return None
+
+
+def _say_kept(one: Letter, reason: str) -> None:
+    click.echo(f"kept: {plain(str(one.file.path))}:{one.line}: {reason}", err=True)
 
 
 async def _replay_group(
@@ -304,7 +332,7 @@ async def _replay_group(
             if again is None:
                 tally.unknown += 1
             else:
-                sent.append((letter, again.put(letter)))
+                sent.append((letter, await again.put(letter)))
                 used[id(again)] = again
         for again in used.values():
             await again.post.flush()
@@ -321,7 +349,7 @@ def _settle(file: LetterFile, sent: list[tuple[Letter, list[Letter | tuple[Lette
         if parts and all(isinstance(part, tuple) and not part[1].done() for part in parts):
             continue  # not tried, as far as we know
         left = [failed for part in parts if (failed := _left(part)) is not None]
-        if len(left) == 1 and left[0].fields() == letter.fields():
+        if len(left) == 1 and (left[0] is letter or left[0].fields() == letter.fields()):
             tally.failed += 1  # for the same reason: it stands there already
             continue
         instead += left
@@ -356,29 +384,52 @@ def _reason(error: BaseException) -> str:
 class Again:
     """One destination, open."""
 
-    def __init__(self, route: Route, post: Post) -> None:
+    def __init__(self, route: Route, post: Post, largest: int) -> None:
         self.route = route
         self.post = post
+        self.largest = largest  # record
 
-    def put(self, letter: Letter) -> list[Letter | tuple[Letter, Receipt]]:
-        """Its records, each with its receipt, or as the letter that stays when it cannot even be put."""
+    async def put(self, letter: Letter) -> list[Letter | tuple[Letter, Receipt]]:
+        """Its records, each with its receipt, or as the letter that stays when it cannot even be put.
+
+        Of a frame larger than a group, those that are stored when this returns are left out. Broken off before that,
+        all of it goes again.
+        """
         if letter.offset is None or letter.index is not None or self.route.format == "raw":
             return [self._put(letter)]
         if self.route.format is None:
             return [letter.again("its format is not known: give --config, or --format raw or bulk")]
         try:
-            records = decode_frame(letter.payload)
+            records = decode_frame(letter.content())
         except DataFormatError as error:
+            if isinstance(letter.payload, Stored):  # not written once more for another reason
+                _say_kept(letter, f"byte {error.offset}: {error.reason}")
+                return [letter]
             return [letter.again(error.reason, offset=error.offset)]
         # each alone: when some fail again, the others must not be sent once more
-        return [self._put(letter.again("", index=n, payload=data)) for n, data in enumerate(records)]
+        parts: list[Letter | tuple[Letter, Receipt]] = []
+        nbytes = 0
+        for n, data in enumerate(records):
+            parts.append(self._put(letter.again("", index=n, payload=data)))
+            nbytes += len(data)
+            if nbytes >= GROUP_BYTES:
+                nbytes = 0
+                await self.post.flush()
+                parts = [part for part in parts if _left(part) is not None]
+        return parts
 
     def _put(self, letter: Letter) -> Letter | tuple[Letter, Receipt]:
+        if isinstance(letter.payload, Stored) and len(letter.payload) > self.largest:
+            _say_kept(
+                letter, f"a record of {len(letter.payload)} bytes; the largest that may be sent has {self.largest}"
+            )
+            return letter
+        payload = letter.content()
         try:
             key = letter.partition_key
             if key is None and not self.route.drawn:
-                key = self.route.key.render((letter.topic or "").encode(), letter.payload)
-            return letter, self.post.put(letter.payload, key)
+                key = self.route.key.render((letter.topic or "").encode(), payload)
+            return letter, self.post.put(payload, key)
         except (RecordError, ValueError) as error:
             return letter.again(str(error))
 
@@ -407,7 +458,7 @@ async def _open(
     await post.client.start()
     largest = await _largest(post)
     await post.start(key=route.key, max_record_bytes=route.max_record_bytes or largest)
-    return Again(route, post)
+    return Again(route, post, route.max_record_bytes or largest)
 
 
 async def _largest(post: Post) -> int:
