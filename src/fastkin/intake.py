@@ -399,6 +399,8 @@ class Intake:
             self._early += 1
         if link.code in UNAVAILABLE:
             self._unavailable[link.code] = link.loop.time() + _UNAVAILABLE_S
+        else:
+            self._unavailable.clear()  # the broker may be another one now
         if self._stopping.is_set():
             _LOG.info("%s broker=%s disconnected: %s", self._where, self.broker.url, link.reason)
             return
@@ -1025,7 +1027,7 @@ class _Link(Receiver):
         """Say it when they bring nothing."""
 
         def look() -> None:
-            if not self.session.messages:
+            if not self.session.messages and not self._reading.paused & _STOPPED:
                 self.intake._quiet_shared(filters)
 
         self._timers["shared"] = self.loop.call_later(_SHARED_QUIET_S, look)

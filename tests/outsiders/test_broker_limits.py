@@ -168,6 +168,30 @@ def test_a_filter_that_ended_the_connection_is_not_asked_for_again(code: int, cu
     assert any(cure in line and impossible in line for line in lines(caplog, logging.ERROR))
 
 
+def test_a_broker_that_comes_back_able_is_asked_again() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.connect()
+        first, body = await peer.packet()
+        assert first == 0x82
+        shared = b"$share" in body
+        if shared and peer.number == 1:
+            peer.send(b"\xe0\x02\x9e\x00")
+        elif not shared:  # without it; then the broker restarts, with another configuration
+            assert peer.number == 2
+            peer.send(b"\x90\x04", body[:2], b"\0\1")
+            await asyncio.sleep(0.1)
+        else:
+            peer.send(b"\x90\x05", body[:2], b"\0\1\1")
+            await peer.until_closed()
+
+    async def main() -> None:
+        filters = [("plant/a", 1), ("$share/g/plant/b", 1)]
+        async with FakeBroker(script) as broker, Rig(broker, filters, protocol="5") as rig:
+            assert rig.intake.connects == 3
+
+    asyncio.run(main())
+
+
 def test_a_packet_identifier_in_use_is_answered_with_another_at_once(caplog: Any) -> None:
     ids: list[int] = []
 
