@@ -352,7 +352,6 @@ async def test_hostile_names_do_not_break_the_page() -> None:
         overflow=None,
         oldest_s=lambda: 0.0,
         intake=SimpleNamespace(granted_window=1, connected=asyncio.Event()),
-        unready=lambda: "x",
         sender=SimpleNamespace(heat=lambda: {f"shardId-{n:012}": n / 1000 for n in range(1000)}),
     )
     names = {'x"} 1\nforged_total 2': 3, "\\": 1, "": 2}
@@ -361,7 +360,7 @@ async def test_hostile_names_do_not_break_the_page() -> None:
         "dead_lettered_by": names, "dropped_by": names, "flushed_by_reason": names, "calls_failed_by_code": names,
         "call_seconds": Histogram((1.0,)).told(), "batch_fill": Histogram((1.0,)).told(),
     }  # fmt: skip
-    engine: Any = SimpleNamespace(pipelines={"p": run}, stats=lambda: {"p": stats})
+    engine: Any = SimpleNamespace(pipelines={"p": run}, stats=lambda: {"p": stats}, unready=lambda: {"p": "x"})
     registry = CollectorRegistry()
     registry.register(EngineCollector(engine))
     text = generate_latest(registry).decode()

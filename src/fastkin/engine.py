@@ -23,7 +23,6 @@ from fastkin.carry import Carry, merged
 from fastkin.deadline import Deadline
 from fastkin.errors import ClosedError, ConfigError, LibraryError
 from fastkin.pipeline import CLOSE_S, PipelineRun
-from fastkin.wire import tls_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,6 +48,7 @@ class Changes:
     restarted: tuple[str, ...] = ()
     stopped: tuple[str, ...] = ()  # removed from the settings, or disabled
     unchanged: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()  # could not be started: the former run goes on, if there was one
     needs_restart: tuple[str, ...] = ()  # tables whose change only a new process takes up
     unsettled: int = 0  # records that did not end in time: the broker sends them again
 
@@ -60,6 +60,7 @@ class Changes:
                 ("restarted", self.restarted),
                 ("stopped", self.stopped),
                 ("unchanged", self.unchanged),
+                ("failed", self.failed),
             )
             if names
         ]
@@ -97,6 +98,9 @@ class Engine:
         self._plain: dict[str, str] = {}  # client id as it stands -> the pipeline that has it
         self._filters: dict[tuple[str, str], set[str]] = {}  # session (broker, client id) -> what it subscribed
         self._reloading = False  # the first start() is over
+        self._former: dict[PipelineRun, tuple[_Wanted, Pipeline, Broker]] = {}  # of a run that replaced another
+        self._troubles: dict[str, str] = {}  # pipeline -> why it is not what the settings say
+        self._returning: set[asyncio.Task[None]] = set()
         self._replaced = 0
         self._turn = asyncio.Lock()
         self._stopped: asyncio.Event | None = None
@@ -124,7 +128,7 @@ class Engine:
         wanted = self._plan(self.settings)
         for pipeline in self.settings.pipelines:
             if pipeline.enabled:
-                self._make(pipeline, wanted[pipeline.id])
+                self._place(self._build(pipeline, wanted[pipeline.id].broker), wanted[pipeline.id])
         if self.settings.status.port:
             # imported here: prometheus_client is only for who wants it
             from fastkin.status import StatusServer
@@ -176,10 +180,15 @@ class Engine:
             return broker
         return dataclasses.replace(broker, client_id=f"{broker.client_id}-{name}")
 
-    def _make(self, pipeline: Pipeline, wanted: _Wanted, broker: Broker | None = None) -> PipelineRun:
-        """A run, not started, in the place of the one before it. ConfigError."""
-        broker = broker or wanted.broker
+    def _build(self, pipeline: Pipeline, broker: Broker) -> PipelineRun:
+        """A run, with all that can fail done: it opens nothing, and has no place yet. ConfigError."""
         run = PipelineRun(pipeline, broker, on_settled=self._on_settled, on_message=self._on_message)
+        run.read_files()
+        return run
+
+    def _place(self, run: PipelineRun, wanted: _Wanted) -> None:
+        """Put a run, not started, in the place of the one before it."""
+        pipeline, broker = run.pipeline, run.intake.broker
         if not broker.clean_session:
             subscribed = self._filters.setdefault((broker.url, broker.client_id), set())
             run.intake.unsubscribe = sorted(subscribed - set(pipeline.topics))
@@ -188,7 +197,6 @@ class Engine:
         run.failure.add_done_callback(lambda _: self._failed(run, reloaded))
         self.pipelines[pipeline.id] = run
         self._wanted[pipeline.id] = wanted
-        return run
 
     def _failed(self, run: PipelineRun, reloaded: bool) -> None:
         assert self._failure is not None
@@ -197,16 +205,51 @@ class Engine:
         error = run.failure.exception()
         if error is None:
             return
-        if reloaded and isinstance(error, ConfigError) and self._stopping is None:
-            # The other pipelines do well: a wrong new one must not take them along.
+        # The other pipelines do well: a wrong one must not take them along. Without others, nobody would see it.
+        others = any(each.failed() is None for each in self.pipelines.values())
+        if (reloaded or others) and isinstance(error, ConfigError) and self._stopping is None:
             _LOG.error("pipeline=%s stage=engine cannot go on: %s; correct it and reload", run.name, error)
             replaced = self.pipelines.get(run.name) is not run
             if not replaced:
                 self._wanted.pop(run.name, None)
-            self._halt(run, linger=replaced and _volatile(run) and not run.pipeline.spool)
+            halt = self._halt(run, linger=replaced and _volatile(run) and not run.pipeline.spool)
+            former = self._former.pop(run, None)
+            if not replaced and former is not None and not run.ready:
+                task = asyncio.create_task(self._go_back(run, former, halt, str(error)))
+                self._returning.add(task)
+                task.add_done_callback(self._returning.discard)
         elif not self._failure.done():
             self._failure.set_exception(error)
             self._failure.add_done_callback(lambda failure: failure.exception())  # nobody may be waiting
+
+    async def _go_back(
+        self, run: PipelineRun, former: tuple[_Wanted, Pipeline, Broker], halt: asyncio.Task[int], why: str
+    ) -> None:
+        """What a reload brought never worked: the run before it is made anew."""
+        await asyncio.wait([halt])
+        async with self._turn:
+            if self._stopping is not None or self.pipelines.get(run.name) is not run:
+                return
+            self._start_again(run.name, former, why, run)
+
+    def _start_again(
+        self, name: str, former: tuple[_Wanted, Pipeline, Broker], why: str, instead_of: PipelineRun | None
+    ) -> None:
+        wanted, pipeline, broker = former
+        self._troubles[name] = f"the settings of the last reload do not work ({why}): going on with the former ones"
+        try:
+            again = self._build(pipeline, broker)
+        except Exception as error:  # noqa: BLE001 - then it is red, and the settings can be mended
+            self._troubles[name] = f"failed: {why}; and the former settings do not work any more: {error}"
+            _LOG.error("pipeline=%s stage=engine %s; correct it and reload", name, self._troubles[name])
+            return
+        if instead_of is not None:
+            self._leave(instead_of)
+            self._halt(instead_of)
+        self._place(again, wanted)
+        self._wanted.pop(name, None)  # the next reload tries what the settings say then
+        again.start()
+        _LOG.error("pipeline=%s stage=engine %s", name, self._troubles[name])
 
     # -- reload ----------------------------------------------------------------------------------
 
@@ -242,10 +285,15 @@ class Engine:
                 for name in wanted
                 if name in self.pipelines and (everything or wanted[name] != self._wanted.get(name))
             ]
+            # All that can fail is done before what runs is touched, and it is these very objects that are used.
+            made: dict[str, PipelineRun] = {}
             try:
                 for name in (*new, *changed):
-                    tls_context(wanted[name].broker)
-                    PipelineRun(by_id[name], wanted[name].broker)  # opens nothing
+                    broker = wanted[name].broker
+                    if name in changed and broker.client_id_drawn:
+                        self._replaced += 1
+                        broker = dataclasses.replace(broker, client_id=f"{broker.client_id}-{self._replaced}")
+                    made[name] = self._build(by_id[name], broker)
             except ConfigError:
                 self._plain = plain
                 raise
@@ -258,12 +306,15 @@ class Engine:
                 if name in wanted and name not in changed:
                     run.pipeline = by_id[name]
 
-            unsettled = await self._replace(by_id, wanted, gone, new, changed)
+            self._troubles = {name: why for name, why in self._troubles.items() if name in wanted and name not in made}
+            unsettled = await self._replace(made, wanted, gone, changed)
             self._go_on()
+            failed = [name for name in made if name in self._troubles]
             changes = Changes(
-                started=tuple(new),
-                restarted=tuple(changed),
+                started=tuple(name for name in new if name not in failed),
+                restarted=tuple(name for name in changed if name not in failed),
                 stopped=tuple(gone),
+                failed=tuple(failed),
                 unchanged=tuple(name for name in wanted if name not in {*new, *changed}),
                 needs_restart=tuple(
                     name for name in _FIXED if getattr(before, name, None) != getattr(settings, name, None)
@@ -274,34 +325,36 @@ class Engine:
             return changes
 
     async def _replace(
-        self,
-        by_id: dict[str, Pipeline],
-        wanted: dict[str, _Wanted],
-        gone: list[str],
-        new: list[str],
-        changed: list[str],
+        self, made: dict[str, PipelineRun], wanted: dict[str, _Wanted], gone: list[str], changed: list[str]
     ) -> int:
-        """Returns how many records of old runs did not end."""
+        """Put the runs that were made in their places. Returns how many records of old runs did not end."""
         old = {name: self.pipelines[name] for name in (*changed, *gone)}
+        formers = {
+            name: (self._wanted.get(name, wanted[name]), old[name].pipeline, old[name].intake.broker)
+            for name in changed
+        }
         taken = {(run.intake.broker.url, run.intake.client_id) for run in (*self.pipelines.values(), *self.leaving)}
         spools = {spool for run in old.values() if (spool := run.pipeline.spool)}
 
         # First those that can stand beside what they replace.
         early: list[PipelineRun] = []
         late: list[str] = []
-        for name in (*new, *changed):
-            broker = wanted[name].broker
-            if name in old and broker.client_id_drawn:
-                self._replaced += 1
-                broker = dataclasses.replace(broker, client_id=f"{broker.client_id}-{self._replaced}")
+        kept: set[str] = set()  # of the old ones
+        for name, run in made.items():
+            broker = run.intake.broker
             session_free = not broker.client_id or (broker.url, broker.client_id) not in taken
-            if session_free and by_id[name].spool not in spools:
-                if name in old:
-                    self._leave(old[name])
-                early.append(self._make(by_id[name], wanted[name], broker))
-                early[-1].start()
-            else:
+            if not session_free or run.pipeline.spool in spools:
                 late.append(name)
+                continue
+            if name in old:
+                self._leave(old[name])
+            if self._started(run, wanted[name], formers.get(name)):
+                early.append(run)
+            elif name in old:
+                kept.add(name)
+                self.leaving.remove(old[name])
+                self.pipelines[name] = old[name]
+        old = {name: run for name, run in old.items() if name not in kept}
         if early and old:
             await self._subscribed(early)
             self._go_on()
@@ -327,8 +380,24 @@ class Engine:
 
         # Then those that take a place up.
         for name in late:
-            self._make(by_id[name], wanted[name]).start()
+            if not self._started(made[name], wanted[name], formers.get(name)) and name in formers:
+                self._start_again(name, formers[name], self._troubles[name].removeprefix("failed: "), None)
         return unsettled
+
+    def _started(self, run: PipelineRun, wanted: _Wanted, former: tuple[_Wanted, Pipeline, Broker] | None) -> bool:
+        """Place and start a run. If that fails it has no place, which is told and shown."""
+        try:
+            self._place(run, wanted)
+            run.start()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others are not touched
+            self.pipelines.pop(run.name, None)
+            self._wanted.pop(run.name, None)
+            self._troubles[run.name] = f"failed: {type(error).__name__}: {error}"
+            _LOG.exception("pipeline=%s stage=engine cannot be started", run.name)
+            return False
+        if former is not None:
+            self._former[run] = former
+        return True
 
     async def _subscribed(self, runs: list[PipelineRun]) -> None:
         """Wait until the new ones receive, as long as a connection may take."""
@@ -357,6 +426,7 @@ class Engine:
         """Take a run out of its place; its numbers stay in stats()."""
         if self.pipelines.get(run.name) is run:
             del self.pipelines[run.name]
+            self._former.pop(run, None)
             self._wanted.pop(run.name, None)
             self.leaving.append(run)
 
@@ -464,6 +534,24 @@ class Engine:
         return EngineCollector(self)
 
     # -- seen from outside -----------------------------------------------------------------------
+
+    def failed(self) -> dict[str, str | None]:
+        """Of every pipeline that there is or should be: why it does nothing any more, None when it works."""
+        found: dict[str, str | None] = {name: run.failed() for name, run in self.pipelines.items()}
+        for name in self._missing():
+            why = self._troubles.get(name)
+            found[name] = why if why is not None and why.startswith("failed: ") else None
+        return found
+
+    def unready(self) -> dict[str, str | None]:
+        """Of every pipeline that there is or should be: why it does not do what the settings say, or None."""
+        found = {name: run.unready() or self._troubles.get(name) for name, run in self.pipelines.items()}
+        for name in self._missing():
+            found[name] = self._troubles.get(name, "it is not running: a reload, a start or a stop is at work")
+        return found
+
+    def _missing(self) -> list[str]:
+        return [each.id for each in self.settings.pipelines if each.enabled and each.id not in self.pipelines]
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Counters by pipeline id, over all reloads; `in_flight` and the like are those of now.

@@ -238,6 +238,9 @@ class Client(ABC):
         self.calls = 0
         self.resigned = 0
 
+    def read_files(self) -> None:  # noqa: B027 - not every client reads some
+        """Read the files that the settings name, now; start() uses what was read. ConfigError names the file."""
+
     @abstractmethod
     async def start(self) -> None:
         """Find keys and endpoint. No call to Kinesis is made. Raises ConfigError, KinesisError."""
@@ -501,6 +504,11 @@ class KinesisClient(Client):
         self._pools: dict[str, HttpPool] = {}
         self._tls: Renewed | None = None
         self._threads: ThreadPoolExecutor | None = None
+
+    def read_files(self) -> None:
+        bundle = _bundle(self.kinesis)
+        if self._tls is None and bundle and not (self.kinesis.endpoint_url or "").startswith("http:"):
+            self._tls = Renewed(partial(tls_context, self.kinesis), (bundle,), log)
 
     async def start(self) -> None:
         """Find keys and endpoint. No call to Kinesis is made. Raises ConfigError, KinesisError."""

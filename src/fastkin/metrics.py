@@ -87,6 +87,8 @@ class Engine(Protocol):
     def pipelines(self) -> Mapping[str, PipelineRun]: ...
 
     def stats(self) -> dict[str, dict[str, Any]]: ...
+    def failed(self) -> dict[str, str | None]: ...
+    def unready(self) -> dict[str, str | None]: ...
 
 
 class EngineCollector(Collector):
@@ -175,10 +177,11 @@ class EngineCollector(Collector):
             oldest.add_metric((pipeline,), run.oldest_s())
             window.add_metric((pipeline,), run.intake.granted_window)
             connected.add_metric((pipeline,), run.intake.connected.is_set())
-            ready.add_metric((pipeline,), run.unready() is None)
             hottest = sorted(run.sender.heat().items(), key=lambda item: item[1], reverse=True)
             for shard, share in hottest[:_SHARDS_SHOWN]:
                 heat.add_metric((pipeline, shard), share)
+        for pipeline, why in self._engine.unready().items():
+            ready.add_metric((pipeline,), why is None)
         return [spool_bytes, spool_limit, spool_broken, limit, oldest, window, connected, ready, heat]
 
 

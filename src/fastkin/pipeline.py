@@ -19,7 +19,7 @@ from fastkin._codec import DRAIN, DROPPED, WINDOW, Budget, KeyPlan, Lane, ShardT
 from fastkin._mqtt import CallbackSink, Ledger, Router
 from fastkin.aside import Aside, make_store
 from fastkin.deadline import Deadline
-from fastkin.errors import Action, ConfigError, KinesisError
+from fastkin.errors import Action, ConfigError, FastkinError, KinesisError
 from fastkin.flusher import Flusher
 from fastkin.intake import Intake
 from fastkin.keys import key_plan
@@ -163,15 +163,23 @@ class PipelineRun:
         self.start_error: str | None = None  # why it was not yet
         self._hurried = False
         self._stopping = False
+        self._first_failed = False
         self.left = asyncio.Event()  # the broker was left, by a run that lingers
         self._drain: asyncio.Timeout | None = None
 
     # -- life ----------------------------------------------------------------------------------
 
+    def read_files(self) -> None:
+        """Read the files that the settings name (the broker's were, when this was made), and open nothing.
+
+        start() uses what was read, whatever becomes of the files until then. ConfigError names the file.
+        """
+        self.client.read_files()
+
     def start(self) -> None:
         self.aside.start()
         self.watchdog.start()
-        self._spawn(self._run(), "run")
+        self._spawn(self._run(), "run").add_done_callback(self._run_over)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = self._loop.create_task(coroutine, name=f"fastkin[{self.name}].{name}")
@@ -186,6 +194,13 @@ class PipelineRun:
         # What gets here is a bug or a wrong setting: the engine must not look alive while a stage is dead.
         self.failure.set_exception(error)
 
+    def _run_over(self, task: asyncio.Task[None]) -> None:
+        """Nothing but stop() may end it: a pipeline that takes no more must not look alive."""
+        if self._stopping or self.failure.done() or self._first_failed:
+            return
+        how = "was cancelled" if task.cancelled() else "ended by itself"
+        self.failure.set_exception(FastkinError(f"pipeline {self.name!r}: its work {how}: this is a bug, report it"))
+
     async def _run(self) -> None:
         if self.overflow is not None:
             await self.overflow.start()
@@ -195,7 +210,8 @@ class PipelineRun:
         # up to the budget all the same, else the broker would not even know our session yet and drop them.
         first = self._spawn(self._prepare_first(), "prepare")
         await asyncio.wait([first], timeout=_FIRST_LOOK_S)
-        if first.done() and (first.cancelled() or first.exception() is not None):
+        if first.done() and not first.cancelled() and first.exception() is not None:
+            self._first_failed = True
             return  # _task_done has it
         self._flowing = True
         if self._aggregate_bytes and not self._described:

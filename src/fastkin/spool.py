@@ -23,6 +23,7 @@ import errno
 import os
 import secrets
 import sqlite3
+import stat
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -140,7 +141,7 @@ class Spool:
                 raise self._error("open it", error) from error
             raise
         self.rows, self.records, self.bytes = found.rows, found.records, found.bytes
-        self._reserved = self._reserve_path.exists()  # left by a crash, or by a disk that was full
+        self._reserved = self._found_reserve(needed=found.rows > 0)
         return found
 
     def _connect(self) -> Found:
@@ -277,6 +278,27 @@ class Spool:
             self._drop_reserve()
             return False
         self._reserved = True
+        return True
+
+    def _found_reserve(self, *, needed: bool) -> bool:
+        """Is there a reserve that a crash or a full disk left? One that holds nothing is none: it is made again when
+        rows are kept that it is for, at the latest by the next write. One that holds less is filled up if that goes."""
+        try:
+            told = self._reserve_path.lstat()
+        except OSError:
+            return False
+        # what it holds on the disk, not its length: a file may be nothing but holes
+        held = told.st_blocks * 512 if stat.S_ISREG(told.st_mode) else 0
+        if not held:
+            self._drop_reserve()
+            return needed and self._take_reserve(1)
+        if held < self._reserve_bytes:
+            with contextlib.suppress(OSError):
+                fd = os.open(self._reserve_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    os.posix_fallocate(fd, 0, max(1, self._reserve_bytes))
+                finally:
+                    os.close(fd)
         return True
 
     def _drop_reserve(self) -> bool:

@@ -4,7 +4,12 @@
     GET /healthz   200 while the process can do its work, 503 when a pipeline failed for good
     GET /readyz    200 when every pipeline is connected, subscribed and has reached its stream, else 503 and why
 
-Strangers may reach the port: one request a connection, and its size, time and number are bounded. What it says
+A pipeline that the settings want and that does not run is not ready, and not healthy once it failed for good. When
+all are disabled on purpose nothing is wrong with the process, so it is healthy, but there is nothing to be ready.
+
+Strangers may reach the port: one request a connection, and its size, time and number are bounded; when there are too
+many, the one that has been silent for longest makes room, so that a probe always gets in. A port that is taken stops
+no pipeline: it is an ERROR, and tried again until it is free. What it says
 holds no secret of the settings, but it does tell names of pipelines, shards and error codes.
 """
 
@@ -28,8 +33,10 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("fastkin.status")
 
 _HEAD_BYTES = 8 * 1024  # of a request
-_CONNECTIONS = 32  # at once; more are closed without a word
+_CONNECTIONS = 32  # at once
 _TIME_S = 10.0  # for one connection, from its first byte to the last of the answer
+_BIND_S = 2.0  # between attempts at a port that is taken
+_BIND_SAY_S = 60.0
 
 _REASONS = {
     200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
@@ -52,24 +59,54 @@ class StatusServer:
         self._registry.register(EngineCollector(engine))
         ProcessCollector(registry=self._registry)
         self._server: asyncio.Server | None = None
-        self._open: set[asyncio.Task[None]] = set()
+        self._open: dict[asyncio.Task[None], asyncio.Transport] = {}  # the oldest first
+        self._silent: dict[asyncio.Task[None], None] = {}  # those that have asked for nothing yet
+        self._binding: asyncio.Task[None] | None = None
         self.port = 0
 
     async def start(self, settings: Status) -> None:
-        """Listen. ConfigError when the address cannot be had."""
-        host, port = settings.host, settings.port
+        """Listen. An address that is taken is tried again in the background. ConfigError when it can never be had."""
         try:
-            self._server = await asyncio.start_server(self._connected, host, port, limit=_HEAD_BYTES)
-        except (OSError, UnicodeError) as error:
+            await self._bind(settings)
+        except (PermissionError, UnicodeError) as error:
             raise ConfigError(
                 "[status]",
-                f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}",
+                f"cannot listen on {settings.host} port {settings.port}:"
+                f" {getattr(error, 'strerror', None) or error}",
                 "choose another port or host, or leave port out",
             ) from None  # fmt: skip
+        except OSError as error:
+            self._binding = asyncio.create_task(self._bind_later(settings, error), name="fastkin status bind")
+
+    async def _bind(self, settings: Status) -> None:
+        host, port = settings.host, settings.port
+        self._server = await asyncio.start_server(self._connected, host, port, limit=_HEAD_BYTES)
         self.port = self._server.sockets[0].getsockname()[1]
         _LOG.info("stage=status http://%s:%d/metrics", f"[{host}]" if ":" in host else host, self.port)
 
+    async def _bind_later(self, settings: Status, error: Exception) -> None:
+        loop = asyncio.get_running_loop()
+        said: float | None = None
+        while True:
+            if said is None or loop.time() - said >= _BIND_SAY_S:
+                said = loop.time()
+                _LOG.error(
+                    "stage=status cannot listen on %s port %d: %s; the pipelines work without it, /metrics and the"
+                    " probes do not; end what has the port, or choose another in [status]; trying again every %.0f s",
+                    settings.host, settings.port, getattr(error, "strerror", None) or error, _BIND_S,
+                )  # fmt: skip
+            await asyncio.sleep(_BIND_S)
+            try:
+                await self._bind(settings)
+            except (OSError, UnicodeError) as again:
+                error = again
+            else:
+                return
+
     async def close(self) -> None:
+        if self._binding is not None:
+            self._binding.cancel()
+            await asyncio.gather(self._binding, return_exceptions=True)
         if self._server is not None:
             self._server.close()
             for task in self._open:
@@ -78,16 +115,25 @@ class StatusServer:
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._open) >= _CONNECTIONS:
-            writer.transport.abort()
-            return
+            # whoever has asked is answered within a moment; the one who has been silent for longest is no probe
+            oldest = next(iter(self._silent or self._open))
+            self._open.pop(oldest).abort()
+            self._silent.pop(oldest, None)
+            oldest.cancel()
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer), name="fastkin status")
-        self._open.add(task)
-        task.add_done_callback(self._open.discard)
+        self._open[task] = writer.transport  # type: ignore[assignment]
+        self._silent[task] = None
+        task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._open.pop(task, None)
+        self._silent.pop(task, None)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(_TIME_S):
                 head, answer = await self._exchange(reader)
+                self._silent.pop(asyncio.current_task(), None)  # type: ignore[arg-type]
                 lines = [
                     f"HTTP/1.1 {answer.code} {_REASONS[answer.code]}",
                     f"Content-Type: {answer.kind}",
@@ -142,18 +188,19 @@ class StatusServer:
                 encode, kind = choose_encoder("")
             return _Answer(200, encode(self._registry), kind)
         if path == "/healthz":
-            return self._told({name: run.failed() for name, run in self._engine.pipelines.items()}, "alive")
+            return self._told(self._engine.failed(), "alive")
         if path == "/readyz":
-            return self._told({name: run.unready() for name, run in self._engine.pipelines.items()}, "ready")
+            reasons = self._engine.unready()
+            return self._told(reasons, "ready", None if reasons else "no pipeline is enabled")
         return _Answer(404, b"/metrics, /healthz or /readyz\n")
 
-    def _told(self, reasons: dict[str, str | None], word: str) -> _Answer:
-        """`reasons`: pipeline to what is wrong with it."""
-        good = not any(reasons.values())
+    def _told(self, reasons: dict[str, str | None], word: str, wrong: str | None = None) -> _Answer:
+        """`reasons`: pipeline to what is wrong with it; `wrong`: with all of it."""
+        good = not wrong and not any(reasons.values())
+        runs = self._engine.pipelines
         pipelines = {
-            name: {"ok": not reason, "reason": reason, "last_error": self._engine.pipelines[name].last_error}
+            name: {"ok": not reason, "reason": reason, "last_error": runs[name].last_error if name in runs else None}
             for name, reason in reasons.items()
         }
-        return _Answer(
-            200 if good else 503, (json.dumps({word: good, "pipelines": pipelines}) + "\n").encode(), "application/json"
-        )
+        told = {word: good, **({"reason": wrong} if wrong else {}), "pipelines": pipelines}
+        return _Answer(200 if good else 503, (json.dumps(told) + "\n").encode(), "application/json")
