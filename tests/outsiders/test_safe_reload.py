@@ -60,6 +60,8 @@ async def probe(settings: Settings, path: str) -> tuple[int, dict[str, Any]]:
     writer.write(f"GET {path} HTTP/1.1\r\n\r\n".encode())
     head, _, body = (await asyncio.wait_for(reader.read(), 20)).partition(b"\r\n\r\n")
     writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
     return int(head.split()[1]), json.loads(body)
 
 
@@ -298,3 +300,5 @@ async def test_a_probe_gets_in_beside_any_number_of_silent_connections(server: S
             assert not held[-1][0].at_eof()
             for _, writer in held:
                 writer.transport.abort()
+                with contextlib.suppress(ConnectionError):
+                    await writer.wait_closed()
