@@ -821,9 +821,11 @@ def test_check_connect_tries_broker_and_stream(broker: servers.Server, tmp_path:
         path.write_text(text.replace("client_id", address) + keys)
         done = fastkin("check", "--quiet", "--connect", str(path))
         assert done.returncode == 0, done.stderr
-        first, second = done.stdout.splitlines()
-        assert first.startswith(f"ok: broker mqtt://{broker.host}:{broker.port}: connected as ")
-        assert second.startswith("ok: stream s: ACTIVE, 3 shards")
+        first, *filters, last = done.stdout.splitlines()
+        assert first.startswith(f"ok: broker mqtt://{broker.host}:{broker.port}: connected as fastkin-check-")
+        assert filters
+        assert all(": granted with QoS 1 (code 0x01) to fastkin-check-" in line for line in filters)
+        assert last.startswith("ok: stream s: ACTIVE, 3 shards")
         path.write_text(path.read_text().replace('stream = "s"', 'stream = "nope"'))
         done = fastkin("check", "--quiet", "--connect", str(path))
         assert done.returncode == 1

@@ -132,18 +132,28 @@ def run(config: str | None, env_file: str | None, verbose: bool, quiet: bool, lo
 
 @cli.command()
 @settings_from
-@click.option("--connect", is_flag=True, help="Also try the broker, the credentials and the stream.")
+@click.option("--connect", is_flag=True, help="Also try the broker, every filter, the credentials and the stream.")
+@click.option(
+    "--own-id",
+    is_flag=True,
+    help="Connect with the service's own client id: it pushes a service that runs off the broker.",
+)
 @common
-def check(config: str | None, env_file: str | None, connect: bool, verbose: bool, quiet: bool) -> int:
+def check(config: str | None, env_file: str | None, connect: bool, own_id: bool, verbose: bool, quiet: bool) -> int:
     """Check the settings and print what is in effect, secrets hidden.
+
+    --connect subscribes each pipeline's filters, under a client id of its own and shared ones under a
+    group of its own, so that no message is taken from a service that runs.
 
     Every wrong setting is named with its file, its key and the cure; the exit code is 2 then.
     """
     _set_up_logs(verbose, quiet)
+    if own_id and not connect:
+        raise click.UsageError("--own-id goes with --connect")
     loaded = _load(config, env_file)
     from fastkin.commands.check import check
 
-    return check(loaded, connect=connect, quiet=quiet)
+    return check(loaded, connect=connect, quiet=quiet, own_id=own_id)
 
 
 @cli.command()

@@ -137,3 +137,12 @@ def load_settings(
     from fastkin.settings import load
 
     return load(path, env=env, env_file=env_file)
+
+
+def client_id_of(settings: Settings, pipeline_id: str, owner: str | None = None) -> str:
+    """The client id of a pipeline: `owner`, or else the first one, has the id of [broker] as it stands, so that adding
+    one does not orphan its session; the others append their names. "": each connection draws one."""
+    client_id = settings.broker.client_id
+    if not client_id or pipeline_id == (owner or settings.pipelines[0].id):
+        return client_id
+    return f"{client_id}-{pipeline_id}"

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from fastkin.carry import Carry, merged
+from fastkin.config import client_id_of
 from fastkin.deadline import Deadline
 from fastkin.errors import ClosedError, ConfigError, LibraryError
 from fastkin.pipeline import CLOSE_S, PipelineRun
@@ -176,9 +177,7 @@ class Engine:
         if not broker.client_id:
             return broker
         owner = self._plain.setdefault(broker.client_id, settings.pipelines[0].id)
-        if owner == name:
-            return broker
-        return dataclasses.replace(broker, client_id=f"{broker.client_id}-{name}")
+        return dataclasses.replace(broker, client_id=client_id_of(settings, name, owner))
 
     def _build(self, pipeline: Pipeline, broker: Broker) -> PipelineRun:
         """A run, with all that can fail done: it opens nothing, and has no place yet. ConfigError."""

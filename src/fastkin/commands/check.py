@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import errno
 import functools
 import os
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fastkin.config import client_id_of
 from fastkin.endpoint import region_of
-from fastkin.errors import ConfigError, FastkinError
+from fastkin.errors import ConfigError, FastkinError, printable
 from fastkin.letterplace import PREFIX, destination
 from fastkin.settings import SettingsError
 from fastkin.settings.show import effective
@@ -24,10 +24,10 @@ from fastkin.worker import Worker
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from fastkin.config import Broker, Kinesis, Settings
+    from fastkin.config import Kinesis, Pipeline, Settings
 
 
-def check(settings: Settings, *, connect: bool, quiet: bool) -> int:
+def check(settings: Settings, *, connect: bool, quiet: bool, own_id: bool = False) -> int:
     if not quiet:
         click.echo(effective(settings), nl=False)
     for warning in settings.warnings:
@@ -45,11 +45,14 @@ def check(settings: Settings, *, connect: bool, quiet: bool) -> int:
         raise SettingsError(tuple(problems.values()))
     if not connect:
         return 0
-    return asyncio.run(_connect(settings))
+    return asyncio.run(_connect(settings, own_id=own_id))
 
 
-async def _connect(settings: Settings) -> int:
-    good = await _try(f"broker {settings.broker.url}", functools.partial(_broker, settings.broker))
+async def _connect(settings: Settings, *, own_id: bool) -> int:
+    good = True
+    for pipeline in settings.pipelines:
+        if pipeline.enabled:
+            good &= await _filters(settings, pipeline, own_id=own_id)
     seen: set[Kinesis] = set()
     for pipeline in settings.pipelines:
         for kinesis in (pipeline.kinesis, destination(pipeline)):
@@ -96,17 +99,36 @@ async def _try(what: str, attempt: Callable[[], Awaitable[str]]) -> bool:
     return True
 
 
-async def _broker(broker: Broker) -> str:
-    from fastkin.publisher import Publisher
+async def _filters(settings: Settings, pipeline: Pipeline, *, own_id: bool) -> bool:
+    """Connect as the pipeline would, and subscribe its filters."""
+    from fastkin.commands import trial
 
-    # under the service's own client id we would push a running service off the broker
-    name = f"fastkin-check-{os.urandom(4).hex()}"
-    publisher = Publisher(dataclasses.replace(broker, client_id=name, clean_session=True))
-    try:
-        await asyncio.wait_for(publisher.connect(), broker.connect_timeout_s)
-    finally:
-        await publisher.close()
-    return f"connected as {name}"
+    broker = settings.broker
+    # under the service's own client id a running service would be pushed off the broker
+    own = client_id_of(settings, pipeline.id) or None if own_id else None
+    if own:
+        click.echo(
+            f"warning: connecting as {printable(own)}: a service that runs with this id is pushed off the broker, and"
+            " what the broker hands out meanwhile comes again, but for QoS 0",
+            err=True,
+        )
+    tried: trial.Tried | None = None
+
+    async def connect() -> str:
+        nonlocal tried
+        tried = await trial.subscribe(broker, pipeline, own_id=own)
+        version = "5.0" if tried.version == 5 else "3.1.1"
+        return f"connected as {printable(tried.client_id)} for pipeline {pipeline.id} (MQTT {version})"
+
+    if not await _try(f"broker {broker.url}", connect) or tried is None:
+        return False
+    good = True
+    for topic in pipeline.topics:
+        fine, says = trial.words(tried, topic, pipeline.qos)
+        line = printable(f"filter {topic!a} of pipeline {pipeline.id}: {says}")
+        click.echo(f"ok: {line}" if fine else f"failed: {line}", err=not fine)
+        good &= fine
+    return good
 
 
 async def _stream(kinesis: Kinesis) -> str:
