@@ -1,4 +1,8 @@
-"""Where the keys come from: settings or environment as they stand, or the SDK's whole chain."""
+"""Where the keys come from: settings or environment as they stand, or the SDK's whole chain.
+
+What goes wrong is told here, in one line with the pipeline, the role, what was said and the cure. The SDK tells the
+same in tracebacks of a hundred lines, each time it tries: those are kept back while it works for us.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,15 @@ import asyncio
 import logging
 import math
 import os
+import re
 import time
+from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastkin.endpoint import find_region
-from fastkin.errors import Action, ConfigError, KinesisError, printable
+from fastkin.errors import Action, ConfigError, KinesisError, masked, printable
+from fastkin.logs import Repeats
 from fastkin.signing import Credentials
 
 if TYPE_CHECKING:
@@ -26,7 +33,15 @@ ADVISORY_S = 900.0  # the SDK begins to refresh this long before the end
 BACKOFF_S = 30.0
 WAITING_S = 10.0  # without valid keys what is held waits: no longer than this when they come back
 REFUSED_EVERY_S = 5.0  # refused keys are fetched anew at most this often: STS throttles too
+REFRESH_S = 90.0  # one look at all of the chain: it may ask several services, each with its own timeouts
+# Of one request to STS or SSO. Trying again is ours, so that each try can be told: the SDK would try five times, a
+# minute each, in silence.
+STS_CONNECT_S = 5.0
+STS_READ_S = 10.0
+_TROUBLE_LINES = 5  # of a kind per _TROUBLE_S, then the number of the others
+_TROUBLE_S = 60.0
 _FAR_S = 400 * 86_400.0
+_ACCOUNT = re.compile(r"[0-9]{12}")
 
 
 class Provider(Protocol):
@@ -56,6 +71,13 @@ def checked(credentials: Credentials, place: str) -> Credentials:
             )
     if credentials.secret_key != credentials.secret_key.strip():
         raise ConfigError(place, "the secret key begins or ends with a blank", "copy it again")
+    try:
+        credentials.secret_key.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(place, "the secret key is not text", "copy it again") from None
+    if credentials.account_id is not None and not _ACCOUNT.fullmatch(credentials.account_id):
+        # it becomes a part of the host's name
+        raise ConfigError(place, "the account id is not a number of 12 digits", "correct it, or leave it out")
     return credentials
 
 
@@ -110,8 +132,13 @@ class ChainCredentials:
     as long as they are valid.
     """
 
-    def __init__(self, kinesis: Kinesis, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, kinesis: Kinesis, *, name: str | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`name` of the pipeline, for log lines."""
         self._kinesis = kinesis
+        self._where = f"pipeline={name} stage=credentials" if name else "stage=credentials"
+        self._lines: Repeats | None = None
         self._clock = clock
         self._source: Any = None
         self._current: Credentials | None = None
@@ -152,17 +179,22 @@ class ChainCredentials:
     async def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
-            await asyncio.wait([self._task])
+            await asyncio.wait([self._task], timeout=1.0)
             self._task = None
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
 
     async def _refresh(self) -> Credentials:
         before = self._current
         forced = self._refused
+        _quietly()
         try:
-            if self._source is None or forced:
-                # keys that were refused before their time: find new ones from the start of the chain
-                self._source = await _load_source(self._kinesis)
-            frozen = await self._source.get_frozen_credentials()
+            async with asyncio.timeout(REFRESH_S):
+                if self._source is None or forced:
+                    # keys that were refused before their time: find new ones from the start of the chain
+                    self._source = await _load_source(self._kinesis)
+                frozen = await self._source.get_frozen_credentials()
             current = checked(
                 Credentials(
                     frozen.access_key,
@@ -172,33 +204,33 @@ class ChainCredentials:
                 ),
                 "credentials",
             )
+            left = _seconds_left(self._source)
         except asyncio.CancelledError:
             raise
         except ConfigError as error:
             if self._source is None:
                 raise  # never worked: the user hears of it at the start
-            return self._failed(str(error))
+            return self._failed(str(error), _cure(self._kinesis, error))
         except Exception as error:  # noqa: BLE001 - every provider has exceptions of its own
-            return self._failed(self._told(error))
+            return self._failed(self._told(error), _cure(self._kinesis, error))
         finally:
             self._task = None
             if forced:
                 self._refused = False
         now = self._clock()
-        left = _seconds_left(self._source)
         self._current = current
         self._expires = now + left
         if current == before and left < ADVISORY_S:
             # the SDK tried and kept the old ones
-            return self._failed("the refresh brought no newer keys")
+            return self._failed("the refresh brought no newer keys", _cure(self._kinesis, None))
         if self._failures:
-            log.info("credentials are fresh again")
+            log.info("%s credentials are fresh again", self._where)
         self._failures = 0
         self._why = ""
         self._due = now + min(max(left / 4, 1.0), POLL_S) if left < math.inf else math.inf
         return current
 
-    def _failed(self, why: str) -> Credentials:
+    def _failed(self, why: str, cure: str) -> Credentials:
         why = printable(why)
         now = self._clock()
         current = self._current if now < self._expires else None
@@ -206,14 +238,21 @@ class ChainCredentials:
         self._failures += 1
         self._due = now + wait
         self._why = why
+        if self._lines is None:
+            self._lines = Repeats(log, asyncio.get_running_loop().call_later, most=_TROUBLE_LINES, per_s=_TROUBLE_S)
+        why = self._why = f"{why}; {cure}"
         if current is None:
             self._current = None
-            why = self._why = f"{why}; {_cure(self._kinesis)}"
-            log.error("no valid credentials, next try in %.0f s: %s", wait, why)
+            self._lines.say(
+                logging.ERROR, "none", "%s no valid credentials, next try in %.0f s: %s", self._where, wait, why
+            )
             raise KinesisError("NoCredentials", why, action=Action.OPERATOR)
         left = self._expires - now
-        log.error(
-            "credentials could not be refreshed, next try in %.0f s, the present ones are used%s: %s",
+        self._lines.say(
+            logging.ERROR,
+            "old",
+            "%s credentials could not be refreshed, next try in %.0f s, the present ones are used%s: %s",
+            self._where,
             wait,
             "" if left == math.inf else f" for {left:.0f} s more",
             why,
@@ -221,23 +260,84 @@ class ChainCredentials:
         return current
 
     def _told(self, error: Exception) -> str:
-        text = f"{type(error).__name__}: {error}".partition("\n")[0][:500]
         kinesis = self._kinesis
-        for secret in (kinesis.secret_key, kinesis.session_token, kinesis.external_id):
-            if secret:
-                text = text.replace(secret, "***")
-        return text
+        secrets = (kinesis.secret_key, kinesis.session_token, kinesis.external_id)
+        text = masked(f"{type(error).__name__}: {error}".partition("\n")[0], secrets)[:500]
+        if isinstance(error, TimeoutError):
+            text = f"whoever gives them has not answered within {REFRESH_S:g} s"
+        return f"role {kinesis.role_arn}: {text}" if kinesis.role_arn else text
 
 
-def _cure(kinesis: Kinesis) -> str:
-    if kinesis.role_arn:
-        return "check that these keys may assume role_arn and that external_id is right"
+# What services say to a request for keys, and what to do then. The second one is about the keys that ask.
+_REFUSED = frozenset({"AccessDenied", "AccessDeniedException", "UnauthorizedException", "ForbiddenException"})
+_WRONG_KEYS = frozenset(
+    {
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "InvalidClientTokenId",
+        "UnrecognizedClientException",
+        "SignatureDoesNotMatch",
+        "IncompleteSignature",
+        "InvalidAccessKeyId",
+        "MissingAuthenticationToken",
+    }
+)
+
+
+def _cure(kinesis: Kinesis, error: Exception | None) -> str:
+    from botocore import exceptions as sdk
+
+    role = kinesis.role_arn
+    if isinstance(error, sdk.ClientError):
+        code = str(error.response.get("Error", {}).get("Code"))
+        if code in _REFUSED and error.operation_name == "AssumeRole":
+            return (
+                "allow these keys sts:AssumeRole on the role, and see that its trust policy names them and that"
+                " external_id is the one it asks for"
+            )
+        if code in _REFUSED and error.operation_name == "AssumeRoleWithWebIdentity":
+            return "see that the role's trust policy names this identity provider and this service account"
+        if code in _WRONG_KEYS:
+            return "the keys that ask are expired or wrong: set others" + (", or set this clock right" if role else "")
+        if code == "RegionDisabledException":
+            return "activate STS for this region in the account's settings, or set another region"
+        if code in {"ValidationError", "MalformedPolicyDocument"}:
+            return "check role_arn, session_name and external_id"
+    if isinstance(error, (sdk.HTTPClientError, sdk.ConnectionError, TimeoutError)):
+        what = "STS" if role else "what gives the keys"
+        return (
+            f"{what} cannot be reached: check network, name resolution, proxy and region (AWS_ENDPOINT_URL_STS names"
+            " another endpoint of STS)"
+        )
+    if role and not isinstance(error, sdk.NoCredentialsError):
+        return "check role_arn, external_id, and the keys that assume the role"
     if kinesis.profile:
         return f"sign in again or mend profile {kinesis.profile!r} in ~/.aws"
     return (
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or profile, or give this machine a role"
         " that allows kinesis:PutRecords"
     )
+
+
+_OURS: ContextVar[bool] = ContextVar("fastkin credentials", default=False)
+
+
+class _KeepBack(logging.Filter):
+    """Warnings and tracebacks of the SDK that come of our own asking."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING or not _OURS.get()
+
+
+_KEEP_BACK = _KeepBack()
+
+
+def _quietly() -> None:
+    """From here on this task's SDK says nothing by itself. Who uses the SDK beside us hears all that it says to him."""
+    _OURS.set(True)
+    for package in ("aiobotocore", "botocore"):
+        for module in ("credentials", "tokens", "utils", "httpchecksum", "endpoint", "httpsession"):
+            logging.getLogger(f"{package}.{module}").addFilter(_KEEP_BACK)
 
 
 def _consume(task: asyncio.Task[Credentials]) -> None:
@@ -263,6 +363,7 @@ def _seconds_left(source: Any) -> float:
 async def _load_source(kinesis: Kinesis) -> Any:
     """The SDK's credentials object: whole chain, then the role on top. Raises ConfigError."""
     # imported here: the SDK costs 30 MB and half a second, and static keys never need it
+    from aiobotocore.config import AioConfig
     from aiobotocore.credentials import (
         AioAssumeRoleCredentialFetcher,
         AioCredentials,
@@ -276,6 +377,9 @@ async def _load_source(kinesis: Kinesis) -> Any:
     )
 
     session = AioSession(profile=kinesis.profile)
+    session.set_default_client_config(
+        AioConfig(retries={"total_max_attempts": 1}, connect_timeout=STS_CONNECT_S, read_timeout=STS_READ_S)
+    )
     try:
         region = find_region(kinesis) or session.get_config_variable("region")
         keys = static_credentials(kinesis)
@@ -300,9 +404,9 @@ async def _load_source(kinesis: Kinesis) -> Any:
     return AioDeferredRefreshableCredentials(fetcher.fetch_credentials, "assume-role")
 
 
-async def make_provider(kinesis: Kinesis) -> Provider:
-    """Where this destination's keys come from."""
+async def make_provider(kinesis: Kinesis, name: str | None = None) -> Provider:
+    """Where this destination's keys come from. `name` of the pipeline, for log lines."""
     keys = static_credentials(kinesis)
     if keys is not None and not kinesis.role_arn:
         return StaticCredentials(keys)
-    return ChainCredentials(kinesis)
+    return ChainCredentials(kinesis, name=name)

@@ -221,12 +221,14 @@ class StreamSummary(NamedTuple):
 class Client(ABC):
     """What the sender and the engine use. The same for every way: questions about a stream, keys, the clock."""
 
-    def __init__(self, kinesis: Kinesis, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, kinesis: Kinesis, *, name: str | None = None, clock: Callable[[], float] = time.time) -> None:
+        """`name` of the pipeline, for log lines."""
         if not (kinesis.stream or kinesis.stream_arn):
             raise ConfigError("kinesis.stream", "is missing", "name the stream, or give stream_arn")
         if kinesis.stream_arn:
             parse_arn(kinesis.stream_arn)
         self.kinesis = kinesis
+        self.name = name
         # told each body that the transport sends a second time by itself
         self.on_resend: Callable[[Buffer], None] | None = None
         self.at_aws = False  # the endpoint is one of AWS's own
@@ -276,7 +278,8 @@ class Client(ABC):
             if abs(at - (now + self.clock_offset)) > SKEW_S:
                 self.clock_offset = at - now
                 log.warning(
-                    "the clock of this machine is %.0f s off the service's: signing with its time",
+                    "%s the clock of this machine is %.0f s off the service's: signing with its time",
+                    f"pipeline={self.name} stage=send" if self.name else "stage=send",
                     -self.clock_offset,
                 )
             return True
@@ -496,8 +499,8 @@ def _shard(told: object) -> Shard:
 class KinesisClient(Client):
     """The native way: own signature, own connections, nothing of the SDK on the path of a call."""
 
-    def __init__(self, kinesis: Kinesis, *, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(kinesis, clock=clock)
+    def __init__(self, kinesis: Kinesis, *, name: str | None = None, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(kinesis, name=name, clock=clock)
         self._endpoint: Endpoint | None = None
         self._account: str | None = None
         self._signer: Signer | None = None
@@ -512,7 +515,7 @@ class KinesisClient(Client):
 
     async def start(self) -> None:
         """Find keys and endpoint. No call to Kinesis is made. Raises ConfigError, KinesisError."""
-        self._provider = self._provider or await make_provider(self.kinesis)
+        self._provider = self._provider or await make_provider(self.kinesis, self.name)
         credentials = await self._provider.get()
         self._account = credentials.account_id
         endpoint = await resolve_endpoint(self.kinesis, credentials)
@@ -669,10 +672,10 @@ def proxy_applies(kinesis: Kinesis) -> bool:
     return not urllib.request.proxy_bypass(endpoint.data.host)
 
 
-def make_client(kinesis: Kinesis) -> Client:
-    """The client that the settings and the environment ask for."""
+def make_client(kinesis: Kinesis, name: str | None = None) -> Client:
+    """The client that the settings and the environment ask for. `name` of the pipeline, for log lines."""
     if kinesis.transport == "sdk" or (kinesis.transport == "auto" and proxy_applies(kinesis)):
         from fastkin.sdk import SdkClient  # the SDK costs 30 MB
 
-        return SdkClient(kinesis)
-    return KinesisClient(kinesis)
+        return SdkClient(kinesis, name=name)
+    return KinesisClient(kinesis, name=name)

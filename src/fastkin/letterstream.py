@@ -65,7 +65,7 @@ class Post:
     def __init__(self, name: str, kinesis: Kinesis, *, max_calls: int = 1, believe: bool = False) -> None:
         """`name` is that of the log lines, `believe` is the Sender's. Nothing is opened here."""
         self.stream = kinesis.stream_arn or kinesis.stream or ""
-        self.client = make_client(kinesis)
+        self.client = make_client(kinesis, name)
         self._name = name
         self._max_calls = max_calls
         self._believe = believe

@@ -72,7 +72,7 @@ class PipelineRun:
         self._hook = on_settled
         self._on_message = on_message
         self.failure: asyncio.Future[None] = self._loop.create_future()
-        self.client: Client = make_client(pipeline.kinesis)
+        self.client: Client = make_client(pipeline.kinesis, pipeline.id)
         # An eighth is left for what is not charged record by record: ledger, receive buffer, answers, allocator.
         self.budget, rows = shares(
             pipeline.budget_bytes - pipeline.budget_bytes // 8, pipeline.budget_records, pipeline.on_full
@@ -241,10 +241,11 @@ class PipelineRun:
         except KinesisError as error:
             if not self.ready:  # else records are stored: it is only the question that was not answered
                 self.start_error = str(error)
-                self._lines.say(
-                    logging.ERROR, "not ready",
-                    "pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S,
-                )  # fmt: skip
+                if error.code != "NoCredentials":  # who looks for them has told it
+                    self._lines.say(
+                        logging.ERROR, "not ready",
+                        "pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S,
+                    )  # fmt: skip
                 return False
         self._reached()
         # What is asked from here on makes us better and is not needed: nothing waits for it but the first connect.

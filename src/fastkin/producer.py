@@ -116,7 +116,7 @@ class Producer:
                 profile=profile, role_arn=role_arn, external_id=external_id, session_name=session_name,
                 transport=transport, max_connections=max_connections, request_timeout_s=request_timeout_s,
             )  # fmt: skip
-            self._client = make_client(self._settings)
+            self._client = make_client(self._settings, stream or stream_arn)
             self._budget, self._rows = shares(budget_bytes, budget_records, on_full)
             self._lane = Lane(
                 settler=None, budget=self._budget, frame="raw", key=KeyPlan(kind, parts),

@@ -8,6 +8,7 @@ proxy; tests and benches compare the native way with it. Importing this module l
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import time
@@ -36,7 +37,7 @@ from fastkin.credentials import make_provider
 from fastkin.endpoint import find_region, split_url
 from fastkin.errors import Action, ConfigError, KinesisError, NotSent, TransportError
 from fastkin.kinesis import RESIGNS, SIGN_AGAIN, Client, error_from, is_aws, tls_context
-from fastkin.transport import IDLE_AWS_S, IDLE_FOREIGN_S, Reply
+from fastkin.transport import IDLE_AWS_S, IDLE_FOREIGN_S, PATIENCE, Reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from fastkin.config import Kinesis
     from fastkin.credentials import Provider
 
+_SLOW_RATE = 16 * 1024  # bytes a second that any line carries
 _METHODS = {
     "DescribeStreamSummary": "describe_stream_summary",
     "DescribeStream": "describe_stream",
@@ -114,15 +116,15 @@ class _SignAt(SigV4Auth):  # type: ignore[misc]  # the SDK has no types
 class SdkClient(Client):
     """Calls through aiobotocore, with the native client's errors and answers."""
 
-    def __init__(self, kinesis: Kinesis, *, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(kinesis, clock=clock)
+    def __init__(self, kinesis: Kinesis, *, name: str | None = None, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(kinesis, name=name, clock=clock)
         self._client: Any = None
         self._context: AbstractAsyncContextManager[Any] | None = None
 
     async def start(self) -> None:
         """Find keys and make the SDK's client. No call to Kinesis is made."""
         kinesis = self.kinesis
-        self._provider = self._provider or await make_provider(kinesis)
+        self._provider = self._provider or await make_provider(kinesis, self.name)
         credentials = await self._provider.get()
         try:
             session = AioSession(profile=kinesis.profile)
@@ -205,10 +207,17 @@ class SdkClient(Client):
         else:
             arguments = orjson.loads(bytes(body))
             method = getattr(self._client, _METHODS[target])
+        # The SDK's read timeout begins when the body is written: a peer that stops reading would hold the call for
+        # ever. Only the SDK's connection knows how much has left: this way has one deadline, wide enough for a slow
+        # line.
+        most = PATIENCE * self.kinesis.request_timeout_s + memoryview(body).nbytes / _SLOW_RATE
         try:
-            answer = await method(**arguments)
+            async with asyncio.timeout(self.kinesis.connect_timeout_s + most):
+                answer = await method(**arguments)
         except ClientError:
             raise  # an answer of the service
+        except TimeoutError:
+            raise TransportError("RequestTimeout", f"no whole answer within {most:.3g} s") from None
         except (ConnectTimeoutError, ReadTimeoutError) as error:
             if isinstance(error, ConnectTimeoutError):
                 raise NotSent("ConnectTimeout", str(error)) from None

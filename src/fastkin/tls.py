@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 Stamp = tuple[tuple[str, int, int, int] | tuple[str], ...]
 
 # X509_V_ERR_...: the numbers of OpenSSL's x509_vfy.h, which are part of its interface
-_NO_ISSUER = frozenset({2, 20, 21, 27})  # no issuer found, none for the server's own, chain of one, not trusted
+# no issuer found, one of that name with another key, none for the server's own, chain of one, not trusted
+_NO_ISSUER = frozenset({2, 7, 20, 21, 27})
 _SELF_SIGNED = frozenset({18, 19})
 _NOT_YET, _EXPIRED = 9, 10
 _PURPOSE = 26
