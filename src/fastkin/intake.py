@@ -38,7 +38,7 @@ from fastkin.errors import MqttError, ProtocolError, RefusedError
 from fastkin.logs import Repeats
 from fastkin.reasons import UNAVAILABLE
 from fastkin.subscriptions import SHARED, Refusal, Subscriptions
-from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, renewed_tls, said, silence, while_heard
+from fastkin.wire import Receiver, blame, explain, farewell, open_wire, refusal, renewed_tls, said, silence, while_heard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -340,7 +340,8 @@ class Intake:
             if self._stopping.is_set():
                 link.pause(_STOPPED)
                 self._set_state("draining")
-            await link.ended
+            # not the future itself: cancelled with us it would pass for an end, and the connection would stay
+            await asyncio.shield(link.ended)
             self._disconnected(link)
             return False
         finally:
@@ -689,7 +690,9 @@ class _Link(Receiver):
             async with asyncio.timeout(limit):
                 await open_wire(self.intake.broker, self, self.intake._tls)
             await while_heard(self._ready, limit, lambda: max(self._sent_at, self.intake.last_read))
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, TimeoutError) and self.wire is not None:
+                blame(self.wire)
             self.abort()
             raise
 
@@ -1132,7 +1135,7 @@ class _Link(Receiver):
         self.wire.close()
         await self._end_within(_LINGER_S)
         self.abort()
-        await asyncio.wait([self.ended])  # abort() sees to it
+        await self._end_within(_LINGER_S)  # abort() sees to it
 
     async def _end_within(self, seconds: float) -> None:
         if not self.ended.done():

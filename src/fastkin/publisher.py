@@ -21,7 +21,7 @@ from fastkin import _mqtt
 from fastkin._mqtt import EVENTS, Connack, Disconnect, Ledger, Puback, Router, Session, reason_text
 from fastkin.dialect import Dialect
 from fastkin.errors import ClosedError, FastkinError, LibraryError, MqttError, RefusedError
-from fastkin.wire import Receiver, explain, farewell, open_wire, refusal, renewed_tls, silence, while_heard
+from fastkin.wire import Receiver, blame, explain, farewell, open_wire, refusal, renewed_tls, silence, while_heard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,6 +95,8 @@ class Publisher:
         except (OSError, MqttError) as error:
             link.abort()
             timed_out = isinstance(error, TimeoutError) and error.errno is None
+            if timed_out and link._wire is not None:
+                blame(link._wire)
             reason = f"no answer within {limit:g} s" if timed_out else explain(error)
             raise MqttError(f"cannot connect to {self.broker.url}: {reason}") from None
         except BaseException:
@@ -358,7 +360,7 @@ class _Link(Receiver):
             async with asyncio.timeout(_CLOSE_S):
                 await asyncio.shield(self._ended)
         self.abort()
-        await asyncio.wait([self._ended])  # abort() sees to it
+        await asyncio.wait([self._ended], timeout=_CLOSE_S)  # abort() sees to it
 
     def abort(self) -> None:
         if self._wire is not None and not self._ended.done():

@@ -364,9 +364,11 @@ class _Connection(asyncio.Protocol):
             if self._transport is not None and transport.get_write_buffer_size():
                 self.abort()
             if transport.is_closing():
-                if not self.lost.done():
-                    await asyncio.wait([self.lost], timeout=CLOSE_S)
-                self._pool.forget(self)
+                try:
+                    if not self.lost.done():
+                        await asyncio.wait([self.lost], timeout=CLOSE_S)
+                finally:
+                    self._pool.forget(self)
             with contextlib.suppress(BufferError):
                 view.release()  # a traceback that keeps this frame must not keep the body
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastkin import tcp
 from fastkin._mqtt import reason_text
-from fastkin.dial import STAGGER_S, dial, look_up, new_socket
+from fastkin.dial import STAGGER_S, avoid, dial, look_up, new_socket
 from fastkin.errors import ConfigError, MqttError, ProtocolError, RefusedError, masked, printable
 from fastkin.reasons import with_cure
 from fastkin.tls import Renewed, client_context, system_files, why_refused
@@ -76,6 +76,12 @@ async def open_wire(broker: Broker, receiver: Receiver, tls: Renewed | None) -> 
     except ssl.SSLCertVerificationError as error:
         why = why_refused(error, f"{broker.host}:{broker.port}", "ca", broker.tls.ca)
         raise MqttError(f"TLS failed: {why}") from None
+
+
+def blame(wire: Wire) -> None:
+    """The peer took the connection and never answered: other addresses of its name are tried before it for a while."""
+    if (address := wire.get_extra_info("peername")) is not None:
+        avoid(address)
 
 
 def silence(wire: Wire) -> float:

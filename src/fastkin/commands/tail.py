@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import click
 
 from fastkin.errors import ConfigError, FastkinError, printable
+from fastkin.kinesis import MOST_PAGES, MOST_SHARDS
 from fastkin.lambdas import deaggregate
 
 if TYPE_CHECKING:
@@ -200,14 +201,20 @@ class Tail:
     async def _list(self) -> list[dict[str, Any]]:
         shards: list[dict[str, Any]] = []
         arguments: dict[str, Any] = dict(self.stream)
+        seen: set[int] = set()  # pages: a peer may lead round in a circle, or on for ever
         while True:
             answer = await self._call("list_shards", **arguments)
             if answer is None:  # a token lives for five minutes, and a throttle may have been waited out for longer
                 shards, arguments = [], dict(self.stream)
+                seen.clear()
                 continue
             shards += answer["Shards"]
             if not answer.get("NextToken"):
                 return shards
+            page = hash(answer["NextToken"])
+            if page in seen or len(seen) >= MOST_PAGES or len(shards) > MOST_SHARDS:
+                raise TailError("the endpoint lists shards without end: is it Kinesis?")
+            seen.add(page)
             arguments = {"NextToken": answer["NextToken"]}
 
     async def _read(self, shard: str, start: Start) -> None:
