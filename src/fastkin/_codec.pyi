@@ -139,6 +139,18 @@ class Receipt:
     def add_done_callback(self, fn: Callable[[Receipt], object], /) -> None: ...
     def __await__(self) -> Generator[Any, None, PutResult | FrameResult]: ...
 
+# The way into a lane for payloads of one format, whatever the lane's own is.
+@final
+class FormatSink(Sink):
+    def __new__(cls, lane: Lane, frame: Literal["raw", "bulk"]) -> Self: ...
+    def offer(self, topic: bytes, payload: Buffer, token: int) -> int: ...  # as the C sink
+
+# Sets aside whole what matches none of `filters` (told in the reason).
+@final
+class StraySink(Sink):
+    def __new__(cls, lane: Lane, filters: str) -> Self: ...
+    def offer(self, topic: bytes, payload: Buffer, token: int) -> int: ...  # as the C sink
+
 # Builds batches for one destination. One settler; records are encoded once, straight into the open body.
 @final
 class Lane(Sink):

@@ -10,6 +10,7 @@ One module in parts, in the order a record passes them:
   _batch.pxi     the budget, and one PutRecords body with what it must settle
   _restore.pxi   a body that comes back from the disk, read as if a stranger had written it
   _lane.pxi      payloads in, closed batches out
+  _formats.pxi   more than one payload format into one lane
   _aggregate.pxi several records in one Kinesis record, as the KPL does it
 
 Rules: an untrusted length is unsigned and compared with what is left, never added to a pointer first;
@@ -236,6 +237,7 @@ include "_batch.pxi"
 include "_restore.pxi"
 include "_aggregate.pxi"
 include "_lane.pxi"
+include "_formats.pxi"
 
 
 def simd() -> str:

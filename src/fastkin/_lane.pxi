@@ -352,13 +352,27 @@ cdef class Lane(Sink):
                        f"{frame.count} records in one frame: more than the budget can hold", 0, None, token)
         return 1
 
+    cdef Py_ssize_t refuse_whole(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
+                                 size_t length, str kind, str reason, uint64_t token) except -2:
+        """A whole payload that is set aside unread."""
+        if self.no_room(length + topic_len + REJECT_BYTES, 1):
+            return OFFER_STALLED
+        self.books.received += 1
+        self.set_aside(topic, topic_len, data if length else <const uint8_t*> b"", length, kind,
+                       reason, 0, None, token)
+        return 1
+
     cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
                             size_t length, uint64_t token) except -2:
+        return self.offer_as(self.bulk, topic, topic_len, data, length, token)
+
+    cdef Py_ssize_t offer_as(self, bint bulk, const uint8_t* topic, size_t topic_len,
+                             const uint8_t* data, size_t length, uint64_t token) except -2:
         cdef Frame frame
         cdef FrameStatus status
         if length == 0:
             data = <const uint8_t*> b""  # a pointer to nothing may be NULL: never hand that on
-        if self.bulk:
+        if bulk:
             status = frame_scan(data, length, &frame)
             if status != FRAME_OK:
                 if self.no_room(length + topic_len + REJECT_BYTES, 1):
@@ -369,7 +383,7 @@ cdef class Lane(Sink):
                 return 1
         else:
             frame_one(&frame, length)
-        return self.take_records(topic, topic_len, data, &frame, self.bulk, token, ENTRY_TOKEN, False)
+        return self.take_records(topic, topic_len, data, &frame, bulk, token, ENTRY_TOKEN, False)
 
     cdef Py_ssize_t take_records(self, const uint8_t* topic, size_t topic_length, const uint8_t* data,
                                  const Frame* frame, bint bulk, uint64_t token, uint32_t kind,
@@ -489,13 +503,7 @@ cdef class Lane(Sink):
 
     def offer(self, bytes topic not None, payload, unsigned long long token) -> int:
         """As the C sink: how many settlements the token will see, -1 when there is no room."""
-        cdef Bytes source
-        bytes_open(payload, &source, "a payload")
-        try:
-            return self.offer_c(<const uint8_t*> PyBytes_AS_STRING(topic), <size_t> PyBytes_GET_SIZE(topic),
-                                source.p, source.length, token)
-        finally:
-            bytes_close(&source)
+        return offer_bytes(self, topic, payload, token)
 
     # -- one record, with its own key perhaps
 

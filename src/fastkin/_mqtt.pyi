@@ -9,13 +9,14 @@ from typing_extensions import Buffer
 from fastkin._codec import Settler, Sink
 
 EVENTS: int  # bits of what feed() and resume() return: control packets wait in take_events()
-STALLED: int  # a sink has no room: stop reading, call resume() later
+STALLED: int  # there is no room, in a sink or for unacknowledged messages: stop reading, resume() later
 OUTPUT: int  # take_output() has something to write
 APART: int  # a piece of what is to be set aside waits in take_piece(): stop reading
 
 # Which PUBLISH still waits for which records; gives out acknowledgements in PUBLISH order only. One
-# per subscription session, kept over reconnects: reset() at each new connection makes everything
-# that was begun before stale, so that a late settlement of it acknowledges nothing.
+# per subscription session, kept over reconnects: after reset() at each new connection nothing of before
+# is acknowledged until the broker sends it again, in a session that it kept; then it is known by its
+# packet identifier, its DUP flag and a digest of topic and payload, and not offered again.
 @final
 class Ledger(Settler):
     # QoS 1 and 2 messages received on this connection, not acknowledged
@@ -24,7 +25,10 @@ class Ledger(Settler):
     # of these, how many take() would acknowledge now
     @property
     def ready(self) -> int: ...
-    # records of messages that the broker sent again (DUP), ever
+    # messages remembered: unacknowledged, of a former connection, or waiting for their PUBREL
+    @property
+    def known(self) -> int: ...
+    # records of messages with the DUP flag that were not known here, ever
     @property
     def repeated(self) -> int: ...
     # messages of this connection that can never be acknowledged, because a record of theirs ended
@@ -39,15 +43,30 @@ class Ledger(Settler):
     # settles from Python: what a CallbackSink's messages need
     def settled(self, token: int, count: int = 1, outcome: int = 0) -> None: ...
 
-# Topic filters to sinks; remembers topics it has seen, within a bound.
+# Which sink takes a message: the only one there is, whatever the topic; of several the one that the
+# Subscription Identifier says, else the first whose filter matches, else `otherwise`. Remembers topics
+# it has matched, within a bound.
 @final
 class Router:
     def __new__(cls, max_topics: int = 8192) -> Self: ...
-    def add(self, topic_filter: str, sink: Sink) -> None: ...  # LibraryError
-    def match(self, topic: str) -> list[Sink]: ...
-    # messages that no filter took: acknowledged and counted
+    # the broker says `identifier` (not 0) with messages for this sink
+    def add(self, topic_filter: str, sink: Sink, identifier: int = 0) -> None: ...  # LibraryError
+    # what matches it and no other filter is discarded, in a session that the broker kept
+    def remove(self, topic_filter: str) -> None: ...  # LibraryError
+    # takes what nothing tells; None: the first sink does
+    @property
+    def otherwise(self) -> Sink | None: ...
+    @otherwise.setter
+    def otherwise(self, sink: Sink | None) -> None: ...
+    @property
+    def former(self) -> list[str]: ...  # what was removed
+    # as Session asks: the sink, or none
+    def match(self, topic: str, identifiers: Sequence[int] = (), resumed: bool = False) -> list[Sink]: ...
+    # messages that nobody took: acknowledged and counted; and the topic of the last one, cut
     @property
     def unrouted(self) -> int: ...
+    @property
+    def stray(self) -> bytes: ...
     # topics remembered, and the bytes that takes
     @property
     def cached(self) -> int: ...
@@ -120,6 +139,9 @@ class Session:
     def overruns(self) -> int: ...
     @property
     def stalled(self) -> bool: ...
+    # stalled because as many messages are unacknowledged as there may be
+    @property
+    def crowded(self) -> bool: ...
     # of the receive buffer now
     @property
     def buffer_bytes(self) -> int: ...
@@ -147,7 +169,9 @@ class Session:
         keep_alive: int = 60,
         session_expiry: int = 0,
     ) -> bytes: ...
-    def subscribe(self, packet_id: int, filters: Sequence[tuple[str, int]], retain_handling: int = 0) -> bytes: ...
+    def subscribe(
+        self, packet_id: int, filters: Sequence[tuple[str, int]], retain_handling: int = 0, identifier: int = 0
+    ) -> bytes: ...
     def unsubscribe(self, packet_id: int, filters: Sequence[str]) -> bytes: ...
     def pingreq(self) -> bytes: ...
     def disconnect(self, code: int = 0) -> bytes: ...

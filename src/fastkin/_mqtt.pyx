@@ -5,8 +5,8 @@ One module in parts, in the order a packet passes them:
   _mqtt_leaf.pxi     leaf functions on pointers: UTF-8, lengths, properties, matching, PUBLISH
   _mqtt_encode.pxi   what we send, and the texts of reason codes
   _mqtt_events.pxi   control packets as objects
-  _mqtt_ledger.pxi   which PUBLISH still waits for which records; acknowledgements in order
-  _mqtt_router.pxi   topic filters to sinks
+  _mqtt_ledger.pxi   which PUBLISH still waits for which records; acknowledgements in order; what comes again
+  _mqtt_router.pxi   which sink a message goes to
   _mqtt_large.pxi    messages that can never be a record: too large, ill-formed
   _mqtt_session.pxi  one connection: buffer, walk, stall and resume
 
@@ -44,7 +44,7 @@ cdef enum:
 
 # bits of what feed() and resume() return
 EVENTS = FLAG_EVENTS    # control packets wait in take_events()
-STALLED = FLAG_STALLED  # a sink has no room: stop reading, call resume() later
+STALLED = FLAG_STALLED  # there is no room, in a sink or for unacknowledged messages: stop reading, resume() later
 OUTPUT = FLAG_OUTPUT    # take_output() has something to write
 APART = FLAG_APART      # a piece of what is to be set aside waits in take_piece(): stop reading
 

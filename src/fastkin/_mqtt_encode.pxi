@@ -269,9 +269,14 @@ cdef bytes encode_connect(
                   + properties + tail)
 
 
-cdef bytes encode_subscribe(int version, int packet_id, object filters, int retain_handling):
-    cdef bytes body = two(<unsigned int> packet_id) + (b"\0" if version == 5 else b"")
+cdef bytes encode_subscribe(
+    int version, int packet_id, object filters, int retain_handling, uint32_t identifier
+):
+    cdef bytes properties = b"\x0b" + varint(identifier) if identifier else b""
+    cdef bytes body = two(<unsigned int> packet_id)
     cdef bint some = False
+    if version == 5:
+        body += varint(<size_t> len(properties)) + properties
     if not 0 <= retain_handling <= 2:
         raise LibraryError(f"retain handling {retain_handling} is not 0, 1 or 2")
     for topic_filter, qos in filters:

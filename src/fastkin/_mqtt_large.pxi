@@ -13,6 +13,7 @@ cdef enum:
     HELD_OFFER = 1  # a sink has no room
     HELD_PIECE = 2  # a piece of the message in hand waits to be taken
     HELD_BYTES = 3  # nothing stands: more bytes of the message in hand are to come
+    HELD_CROWD = 4  # as many messages are unacknowledged as there may be: the next is not begun
 
 cdef enum:
     PIECE_LEAST = 131072   # a piece is at least so much, or the rest

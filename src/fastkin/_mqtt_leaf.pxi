@@ -10,6 +10,7 @@ cdef enum:
     CODE_TOPIC_ALIAS = 0x94
     CODE_TOO_LARGE = 0x95
     CODE_RATE = 0x96
+    CODE_QUOTA = 0x97
 
 cdef enum:
     PACKET_IDS = 65535  # how many there are
@@ -53,6 +54,8 @@ cdef struct Publish:
     size_t topic_len
     const uint8_t* payload
     size_t payload_len
+    const uint8_t* properties  # checked
+    size_t properties_len
     uint16_t packet_id
     uint16_t alias
     uint8_t qos
@@ -294,6 +297,34 @@ cdef int check_properties(
     return 0
 
 
+cdef uint32_t only_identifier(const uint8_t* p, size_t left) noexcept nogil:
+    """The Subscription Identifier among properties that were checked; 0 for none, and for several."""
+    cdef uint32_t found = 0
+    cdef uint32_t value = 0
+    cdef size_t used
+    cdef int kind
+    while left > 0:
+        kind = property_kind(p[0])
+        if p[0] == PROP_SUBSCRIPTION_ID:
+            used = 1 + <size_t> read_varint(p + 1, left - 1, True, &value)
+            if found and found != value:
+                return 0
+            found = value
+        elif kind == KIND_FLAG:
+            used = 2
+        elif kind == KIND_TWO:
+            used = 3
+        elif kind == KIND_FOUR:
+            used = 5
+        else:
+            used = 3 + load_two(p + 1)
+            if kind == KIND_PAIR:
+                used += 2 + load_two(p + used)
+        p += used
+        left -= used
+    return found
+
+
 cdef int enter_properties(
     const uint8_t* p, size_t left, size_t offset, size_t* head, size_t* length, Fault* fault
 ) noexcept nogil:
@@ -321,6 +352,7 @@ cdef inline int parse_publish(
     out.qos = (first >> 1) & 3
     out.alias = 0
     out.packet_id = 0
+    out.properties_len = 0
     if out.qos == 3:
         return fail(fault, "PUBLISH with QoS 3", 0, CODE_MALFORMED)  # [MQTT-3.3.1-4]
     if first & 0x0E == 0x08 and v5:
@@ -357,6 +389,8 @@ cdef inline int parse_publish(
             if check_properties(body, length, offset + head, allowed_in_publish(), True,
                                 &out.alias, fault) < 0:
                 return -1
+            out.properties = body
+            out.properties_len = length
             body += length
             left -= length
     if out.topic_len == 0 and out.alias == 0:

@@ -1,10 +1,11 @@
 # One connection: bytes in, payloads to sinks, control packets to events, acknowledgements out.
 #
 # The buffer holds [read, written). A packet is parsed where it was received, once it is there
-# whole; what is too long or of a wrong type is refused from its fixed header. When a sink has no
-# room the walk stops at that message (`_held`): `_read` stays at the packet, offsets into it are
-# kept, and resume() goes on with the sink whose turn it was. Nothing points into the buffer between
-# two calls. What can never be a record leaves by another door: see _mqtt_large.pxi.
+# whole; what is too long or of a wrong type is refused from its fixed header. When its sink has no
+# room, or as many messages are unacknowledged as there may be, the walk stops at that message
+# (`_held`): `_read` stays at the packet, offsets into it are kept, and resume() goes on there.
+# Nothing points into the buffer between two calls. What can never be a record leaves by another
+# door: see _mqtt_large.pxi.
 
 cdef extern from *:
     # In the sanitizer build whatever follows the packet in hand is out of bounds: without this a
@@ -45,9 +46,11 @@ cdef enum:
     CONTROL_MOST = 131072  # bytes of a packet that is no PUBLISH: a reason of 64 KiB, and as much again
     EVENTS_MOST = 1024    # control packets in one read; runs of PUBACK and of PINGRESP count once
     OUTPUT_MOST = 1048576  # bytes of PUBCOMPs that nobody has taken
+    ALIAS_MOST = 1048576  # bytes of topics that aliases stand for
 
 cdef struct Held:
     # the PUBLISH whose offer is not finished; offsets from the start of its packet
+    PyObject* sink
     size_t topic_at
     size_t topic_len
     size_t payload_at
@@ -118,11 +121,15 @@ cdef class CountSink(Sink):
     cdef readonly Py_ssize_t messages
     cdef readonly Py_ssize_t nbytes
     cdef Ledger _ledger
-    cdef uint64_t _from
-    cdef uint64_t _to
+    cdef uint64_t* _tokens
+    cdef size_t _count
+    cdef size_t _room
 
     def __cinit__(self, Ledger ledger=None):
         self._ledger = ledger
+
+    def __dealloc__(self):
+        free(self._tokens)
 
     cdef Py_ssize_t offer_c(
         self, const uint8_t* topic, size_t topic_len, const uint8_t* data, size_t length,
@@ -132,22 +139,31 @@ cdef class CountSink(Sink):
         self.nbytes += <Py_ssize_t> length
         if token == 0 or self._ledger is None:
             return 0
-        if self._from == 0:
-            self._from = token
-        self._to = token
+        if self._count == self._room:
+            self._more()
+        self._tokens[self._count] = token
+        self._count += 1
         return 1
+
+    cdef int _more(self) except -1:
+        cdef size_t room = self._room * 2 + 64
+        cdef uint64_t* tokens = <uint64_t*> realloc(self._tokens, room * sizeof(uint64_t))
+        if tokens == NULL:
+            raise MemoryError
+        self._tokens = tokens
+        self._room = room
+        return 0
 
     def release(self) -> None:
         """Settles every message taken since the last time, one by one and in order."""
-        cdef uint64_t token
-        if self._from:
-            for token in range(self._from, self._to + 1):
-                self._ledger.settle(token, 1, OUT_STORED, None, -1)
-        self._from = 0
+        cdef size_t i
+        for i in range(self._count):
+            self._ledger.settle(self._tokens[i], 1, OUT_STORED, None, -1)
+        self._count = 0
 
 
 @cython.final
-@cython.no_gc_clear  # _route points at sinks that the router keeps alive
+@cython.no_gc_clear  # _held points at a sink that the router keeps alive
 cdef class Session:
     """One connection: get_buffer() and feed() take bytes, take_output() gives what to write."""
 
@@ -179,13 +195,11 @@ cdef class Session:
 
     cdef bint _walking
     cdef bint _connected     # CONNACK has come
+    cdef bint _resumed       # and it says that the broker kept the session
     cdef int _is_held        # HELD_...: why the walk stands; 0: it does not
     cdef Held _held
-    cdef PyObject** _route   # the sinks of the message in hand
-    cdef size_t _route_size
-    cdef size_t _route_len
-    cdef size_t _route_next
     cdef Alias* _aliases
+    cdef size_t _alias_bytes
 
     cdef list _events
     cdef bytearray _output   # PUBCOMPs
@@ -228,7 +242,6 @@ cdef class Session:
 
     def __dealloc__(self):
         cdef int i
-        free(self._route)
         if self._aliases != NULL:
             for i in range(self._alias_maximum + 1):
                 free(self._aliases[i].topic)
@@ -351,8 +364,14 @@ cdef class Session:
 
     @property
     def stalled(self) -> bool:
-        """A sink has refused a message for want of room."""
-        return self._is_held == HELD_OFFER
+        """A message waits: its sink has no room, or too many are unacknowledged."""
+        return self._is_held == HELD_OFFER or self._is_held == HELD_CROWD
+
+    @property
+    def crowded(self) -> bool:
+        """A message waits because as many are unacknowledged as there may be: acknowledgements that leave
+        make room."""
+        return self._is_held == HELD_CROWD
 
     @property
     def buffer_bytes(self) -> int:
@@ -374,7 +393,7 @@ cdef class Session:
             fastkin_unfence(self._chunk.data, self._chunk.size)
             self._walking = False
         return ((FLAG_EVENTS if self._events else 0)
-                | (FLAG_STALLED if self._is_held == HELD_OFFER else 0)
+                | (FLAG_STALLED if self.stalled else 0)
                 | (FLAG_APART if self._is_held == HELD_PIECE else 0)
                 | (FLAG_OUTPUT if self._output or self._ledger._done != self._ledger._first else 0))
 
@@ -385,9 +404,12 @@ cdef class Session:
         cdef uint32_t rest = 0
         cdef int n
         if self._is_held:
-            n = self._offer_held() if self._is_held == HELD_OFFER else self._carry_on()
-            if n <= 0:
-                return n
+            if self._is_held == HELD_CROWD:
+                self._is_held = 0  # begun anew
+            else:
+                n = self._offer_held() if self._is_held == HELD_OFFER else self._carry_on()
+                if n <= 0:
+                    return n
         while True:
             fastkin_unfence(self._chunk.data, self._chunk.size)
             left = self._written - self._read
@@ -404,6 +426,9 @@ cdef class Session:
                     return -1
             elif not self._connected:
                 return fail(&self._fault, "PUBLISH before CONNACK", 0, CODE_PROTOCOL)
+            elif p[0] & 0x06 and self._ledger.full():
+                self._is_held = HELD_CROWD
+                return 0
             if n < 0:
                 if n == VARINT_BAD:
                     return fail(&self._fault, "the remaining length is not valid", 1,
@@ -438,50 +463,38 @@ cdef class Session:
             self._read += head + rest
 
     cdef int _take_publish(self, const uint8_t* p, size_t head, size_t rest) except -2:
-        """1: taken; 0: held, a sink has no room; -1: malformed."""
+        """1: taken; 0: held, there is no room; -1: malformed."""
         cdef Publish message
-        cdef PyObject** sinks = NULL
-        cdef Py_ssize_t count
+        cdef PyObject* sink
+        cdef uint32_t identifier = 0
         cdef uint64_t token = 0
+        cdef bint again = p[0] & 0x08 != 0
         cdef Ledger ledger = self._ledger
-        cdef int new
+        cdef Router router = self._router
         if parse_publish(p + head, rest, head, p[0], self._v5, &message, &self._fault) < 0:
             return -1
-        if message.alias:
-            if self._resolve_alias(&message, head) < 0:
-                return -1
-        count = self._router.find(message.topic, message.topic_len, &sinks)
-        if count < 0:
-            return topic_fault(<int> (-1 - count), head + 2, &self._fault)
+        if self._find_topic(&message, head) < 0:
+            return -1
         if message.qos:
-            if ledger.full():
-                return fail(&self._fault, "more than 65536 messages without acknowledgement", 0,
-                            CODE_RECEIVE_MAXIMUM)
             if <int64_t> (ledger._next - ledger._first) >= self._receive_maximum:
                 self.overruns += 1
-            if message.qos == 1:
-                new = ledger.begin_qos1(message.packet_id, p[0] & 0x08 != 0, self.now, &token)
-            else:
-                new = ledger.begin_qos2(message.packet_id, self.now, &token)
-            if new == 0:
+            if ledger.begin(&message, again, self.now, &token) == BEGUN_KNOWN:
                 self.messages += 1
                 self.duplicates += 1
                 return 1
-        if count == 0:
-            self._router.unrouted += 1
+        if message.properties_len and router.wants_identifiers():
+            identifier = only_identifier(message.properties, message.properties_len)
+        sink = router.find(message.topic, message.topic_len, identifier, self._resumed)
+        if sink == NULL:
+            router.nobody(message.topic, message.topic_len)
             if token:
                 ledger.close(token)
             self.messages += 1
             return 1
-        # the route is copied: a sink may be Python code that adds to the router
-        if <size_t> count > self._route_size:
-            self._grow_route(<size_t> count)
-        memcpy(self._route, sinks, <size_t> count * sizeof(PyObject*))
-        self._route_len = <size_t> count
-        self._route_next = 0
+        self._held.sink = sink
         self._held.token = token
         self._held.alias = message.alias
-        self._held.again = token != 0 and p[0] & 0x08 != 0
+        self._held.again = token != 0 and again
         self._held.topic_at = 0 if message.alias else <size_t> (message.topic - p)
         self._held.topic_len = message.topic_len
         self._held.payload_at = <size_t> (message.payload - p)
@@ -490,30 +503,18 @@ cdef class Session:
         self._is_held = HELD_OFFER
         return self._offer(message.topic, message.payload)
 
-    cdef int _grow_route(self, size_t count) except -1:
-        cdef PyObject** route = <PyObject**> realloc(self._route, count * sizeof(PyObject*))
-        if route == NULL:
-            raise MemoryError
-        self._route = route
-        self._route_size = count
-        return 0
-
     cdef inline int _offer(self, const uint8_t* topic, const uint8_t* payload) except -2:
-        """Offers the message in hand to the sinks that are left. 1: taken; 0: one has no room."""
-        cdef Py_ssize_t count
+        """Offers the message in hand to its sink. 1: taken; 0: it has no room."""
         cdef uint64_t token = self._held.token
-        while self._route_next < self._route_len:
-            count = (<Sink> self._route[self._route_next]).offer_c(
-                topic, self._held.topic_len, payload, self._held.payload_len, token)
-            if count < 0:
-                return 0
-            self._route_next += 1
-            if token:
-                self._ledger.hold(token, count)
+        cdef Py_ssize_t count = (<Sink> self._held.sink).offer_c(
+            topic, self._held.topic_len, payload, self._held.payload_len, token)
+        if count < 0:
+            return 0
+        if token:
+            self._ledger.hold(token, count)
+            self._ledger.close(token)
             if self._held.again:
                 self._ledger.repeated += count
-        if token:
-            self._ledger.close(token)
         self._is_held = 0
         self.messages += 1
         return 1
@@ -528,27 +529,44 @@ cdef class Session:
         self._read += self._held.total
         return 1
 
-    cdef int _resolve_alias(self, Publish* message, size_t head) except -2:
-        """Sets a topic alias and clears message.alias, or gives the topic it stands for."""
-        cdef Alias* alias
-        cdef uint8_t* copy
+    cdef inline int _find_topic(self, Publish* message, size_t head) except -2:
+        """Checks the topic, or gives the one that an alias stands for. -1: there is none, see _fault."""
         cdef int status
-        if message.alias > self._alias_maximum:
-            return fail(&self._fault, "topic alias above what we allow", head, CODE_TOPIC_ALIAS)
-        alias = &self._aliases[message.alias]
-        if message.topic_len == 0:
-            if alias.topic == NULL:
-                return fail(&self._fault, "topic alias that was never set", head, CODE_TOPIC_ALIAS)
-            message.topic = alias.topic
-            message.topic_len = alias.length
-            return 0
+        if message.alias and message.topic_len == 0:
+            return self._resolve_alias(message, head)
         status = check_text(message.topic, message.topic_len, True)
         if status != TEXT_OK:
             return topic_fault(status, head + 2, &self._fault)
+        return self._set_alias(message, head) if message.alias else 0
+
+    cdef int _resolve_alias(self, Publish* message, size_t head) noexcept:
+        """The topic that an alias stands for."""
+        cdef Alias* alias
+        if message.alias > self._alias_maximum:
+            return fail(&self._fault, "topic alias above what we allow", head, CODE_TOPIC_ALIAS)
+        alias = &self._aliases[message.alias]
+        if alias.topic == NULL:
+            return fail(&self._fault, "topic alias that was never set", head, CODE_TOPIC_ALIAS)
+        message.topic = alias.topic
+        message.topic_len = alias.length
+        return 0
+
+    cdef int _set_alias(self, Publish* message, size_t head) except -2:
+        """Keeps the topic of an alias and clears message.alias."""
+        cdef Alias* alias
+        cdef uint8_t* copy
+        if message.alias > self._alias_maximum:
+            return fail(&self._fault, "topic alias above what we allow", head, CODE_TOPIC_ALIAS)
+        alias = &self._aliases[message.alias]
+        if message.topic_len > alias.length:
+            if message.topic_len - alias.length > ALIAS_MOST - self._alias_bytes:
+                return fail(&self._fault, "the topics of all aliases are more than 1 MiB", head,
+                            CODE_QUOTA)
         copy = <uint8_t*> realloc(alias.topic, message.topic_len)
         if copy == NULL:
             raise MemoryError
         memcpy(copy, message.topic, message.topic_len)
+        self._alias_bytes += message.topic_len - alias.length
         alias.topic = copy
         alias.length = message.topic_len
         message.alias = 0
@@ -558,7 +576,7 @@ cdef class Session:
 
     cdef inline bint _stands(self) noexcept:
         """Nothing is walked until somebody calls resume()."""
-        return self._is_held == HELD_OFFER or self._is_held == HELD_PIECE
+        return self._is_held != 0 and self._is_held != HELD_BYTES
 
     cdef int _take_large(self, const uint8_t* p, size_t left, size_t head, size_t rest) except -2:
         """A PUBLISH above the limit. 1: it is behind us; 0: not yet; -1: malformed."""
@@ -566,11 +584,9 @@ cdef class Session:
         cdef size_t have = least(left - head, rest)
         cdef size_t need = least(rest, MARK_BYTES)
         cdef Publish message
-        cdef PyObject** sinks = NULL
-        cdef Py_ssize_t count
+        cdef PyObject* sink
         cdef uint64_t token = 0
-        cdef Ledger ledger = self._ledger
-        cdef int new = 1
+        cdef int new = BEGUN_NEW
         if have >= need:
             need = publish_head(body, have, rest, p[0], self._v5)
         if need > HEAD_MOST:
@@ -582,49 +598,41 @@ cdef class Session:
             return 0
         if parse_publish(body, rest, head, p[0], self._v5, &message, &self._fault) < 0:
             return self._refuse(p, have, head, rest)
-        if message.alias:
-            if self._resolve_alias(&message, head) < 0:
-                return self._refuse(p, have, head, rest)
-        count = self._router.find(message.topic, message.topic_len, &sinks)
-        if count < 0:
-            topic_fault(<int> (-1 - count), head + 2, &self._fault)
+        if self._find_topic(&message, head) < 0:
             return self._refuse(p, have, head, rest)
         if message.qos:
-            new = self._token_of(message.packet_id, message.qos, p[0] & 0x08 != 0, &token)
-            if new < 0:
-                return -1
-        if count == 0:
-            self._router.unrouted += 1
+            new = self._token_of(body, have, rest, message.packet_id, message.qos, p[0] & 0x08 != 0,
+                                 &token)
+        sink = self._router.find(message.topic, message.topic_len, 0, self._resumed)
+        if sink == NULL:
+            self._router.nobody(message.topic, message.topic_len)
         self._apart = None
-        if new and count:
+        if new == BEGUN_NEW and sink != NULL:
             self._apart = Apart.__new__(Apart)
             self._apart.topic = message.topic[:message.topic_len]
             self._apart.nbytes = message.payload_len
             self._apart.again = p[0] & 0x08 != 0
             self._apart.token = token
         elif token:
-            ledger.close(token)
+            self._ledger.close(token)
         self._apart_left = message.payload_len
         self._read += head + (rest - message.payload_len)
         return self._carry_on()
 
-    cdef int _token_of(self, uint16_t packet_id, int qos, bint again, uint64_t* token) except -2:
-        """1: a new message; 0: one that is known here, and seen to; -1: too many, see _fault."""
+    cdef int _token_of(
+        self, const uint8_t* body, size_t have, size_t rest, uint16_t packet_id, int qos, bint again,
+        uint64_t* token
+    ) except -1:
+        """BEGUN_NEW, or BEGUN_KNOWN for one that is known here, and seen to."""
         cdef Ledger ledger = self._ledger
-        cdef int new
-        if ledger.full():
-            return fail(&self._fault, "more than 65536 messages without acknowledgement", 0,
-                        CODE_RECEIVE_MAXIMUM)
+        # of a packet above the limit all that is sure to be here however it is cut
+        cdef size_t part = rest if rest <= self._max_packet else least(rest, MARK_BYTES)
         if <int64_t> (ledger._next - ledger._first) >= self._receive_maximum:
             self.overruns += 1
-        if qos == 1:
-            new = ledger.begin_qos1(packet_id, again, self.now, token)
-        else:
-            new = ledger.begin_qos2(packet_id, self.now, token)
-        if new == 0:
-            token[0] = 0
+        if ledger.begin_apart(body, part, rest, packet_id, qos, again, self.now, token) == BEGUN_KNOWN:
             self.duplicates += 1
-        return new
+            return BEGUN_KNOWN
+        return BEGUN_NEW
 
     cdef int _refuse(self, const uint8_t* p, size_t have, size_t head, size_t rest) except -2:
         """A PUBLISH with _fault, of which `have` bytes after its fixed header are there.
@@ -638,10 +646,8 @@ cdef class Session:
         cdef int qos = (p[0] >> 1) & 3
         cdef uint16_t packet_id = 0
         cdef uint64_t token = 0
-        cdef int new = 1
+        cdef int new = BEGUN_NEW
         cdef bytearray mark
-        if self._fault.code == CODE_RECEIVE_MAXIMUM:
-            return -1  # of the connection, and not of this packet
         if have >= 2:
             topic_len = load_two(body)
         has_topic = have >= 2 and topic_len <= have - 2
@@ -657,11 +663,9 @@ cdef class Session:
         if ends and qos:
             return -1  # the broker sends it again
         if packet_id:
-            new = self._token_of(packet_id, qos, p[0] & 0x08 != 0, &token)
-            if new < 0:
-                return -1
+            new = self._token_of(body, have, rest, packet_id, qos, p[0] & 0x08 != 0, &token)
         self._apart = None
-        if new:
+        if new == BEGUN_NEW:
             self._apart = Apart.__new__(Apart)
             if has_topic:
                 self._apart.topic = body[2:2 + topic_len]
@@ -814,8 +818,9 @@ cdef class Session:
         event.properties = properties_dict(body + 2 + head, length)
         if body[1] == 0:
             self._connected = True
-            if body[0] == 0:
-                self._ledger.forget_received()
+            self._resumed = body[0] == 1
+            if not self._resumed:
+                self._ledger.forget_session()
         self._events.append(event)
         return 1
 
@@ -983,13 +988,16 @@ cdef class Session:
         return encode_connect(self.version, client_id, user, password, clean_start, keep_alive,
                               session_expiry, self._receive_maximum, self._alias_maximum)
 
-    def subscribe(self, int packet_id, filters, int retain_handling=0) -> bytes:
+    def subscribe(
+        self, int packet_id, filters, int retain_handling=0, uint32_t identifier=0
+    ) -> bytes:
         """SUBSCRIBE to (filter, QoS) pairs.
 
-        retain_handling, 5.0 only: retained messages come with each SUBSCRIBE (0), a new one (1), never (2).
+        5.0 only: retained messages come with each SUBSCRIBE (retain_handling 0), a new one (1), never (2);
+        messages carry the Subscription Identifier, when it is not 0.
         """
         check_packet_id(packet_id)
-        return encode_subscribe(self.version, packet_id, filters, retain_handling)
+        return encode_subscribe(self.version, packet_id, filters, retain_handling, identifier)
 
     def unsubscribe(self, int packet_id, filters) -> bytes:
         """UNSUBSCRIBE from filters."""

@@ -79,6 +79,18 @@ class Kinesis:
     ca_bundle: str | None = None
 
 
+Format = Literal["raw", "bulk"]
+
+# The Subscription Identifier of each format. Brokers keep them in sessions and beside queued messages: a
+# number is never given to another format.
+FORMAT_IDS: dict[Format, int] = {"raw": 1, "bulk": 2}
+
+
+def label_filter(label: str) -> str:
+    """The topic filter that a bulk_label stands for."""
+    return f"/devices/+/bulkData/{label}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
     id: str
@@ -88,7 +100,7 @@ class Pipeline:
     topics: tuple[str, ...] = ()  # what is subscribed: the filter of bulk_label is among them
     bulk_label: str | None = None
     qos: int = 1
-    format: Literal["raw", "bulk"] = "raw"
+    format: Format = "raw"  # of what comes by topics; what comes by a bulk_label beside them is bulk
     partition_key: str = "uuid"
     aggregation: Literal["none", "kpl"] = "none"
     linger_ms: float = 50.0
@@ -108,6 +120,15 @@ class Pipeline:
     startup_check: Literal["none", "describe", "dry_run", "put"] = "describe"
     shutdown_timeout_s: float = 30.0
     stdout: bool = False
+
+    @property
+    def formats(self) -> tuple[tuple[str, Format], ...]:
+        """Each filter with the format of its payloads; where several match a topic, the first decides."""
+        label = None if self.bulk_label is None else label_filter(self.bulk_label)
+        others: tuple[tuple[str, Format], ...] = tuple((t, self.format) for t in self.topics if t != label)
+        if label is None or label not in self.topics:
+            return others
+        return ((label, "bulk" if others else self.format), *others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

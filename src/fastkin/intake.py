@@ -41,7 +41,7 @@ from fastkin.subscriptions import SHARED, Refusal, Subscriptions
 from fastkin.wire import Receiver, blame, explain, farewell, open_wire, refusal, renewed_tls, said, silence, while_heard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from fastkin._mqtt import Apart, Ledger, Router
     from fastkin.config import Broker
@@ -83,6 +83,7 @@ _TRICKLE_MOST = 5  # times a time-out: bytes that make no packet stand for a bro
 _GONE_S = 1.0  # for an event loop to say that a connection is gone that we have aborted
 _ID_CODES = frozenset({0x02, 0x80, 0x85})  # mosquitto says 0x80
 _TAKEN_OVER = 0x8E
+_QUOTA = 0x97
 
 
 # Broker and client id of each session that this process has had: a reload makes a new Intake for an old session.
@@ -171,16 +172,19 @@ class Intake:
         on_state: Callable[[str], None] | None = None,
         set_apart: Callable[[Apart], Carrier] | None = None,
         name: str | None = None,
+        identifiers: Mapping[str, int] | None = None,
     ) -> None:
         """`on_read` runs once per read in which messages were taken or a sink stalled; `set_apart` says where a message
-        goes that can never be a record, None: nowhere.
+        goes that can never be a record, None: nowhere. `identifiers`: the Subscription Identifier of each filter, which
+        a 5.0 broker says with the messages.
 
         ConfigError: certificate files that cannot be read.
         """
         self.broker = broker
         self.subscriptions = list(subscriptions)
-        self.unsubscribe: Sequence[str] = ()  # what the session may know from before and is not wanted any more
+        self.identifiers = identifiers or {}
         self.router = router
+        self._unwanted: tuple[str, ...] = ()
         self.ledger = ledger
         self.on_read = on_read
         self._on_state = on_state
@@ -221,6 +225,7 @@ class Intake:
         self._dialect = Dialect(broker.protocol)
         self._windows: dict[int, Window] = {}  # by version
         self._unavailable: dict[int, float] = {}  # reason codes that ended a connection, and until when they count
+        self._aliases = broker.topic_alias_maximum
 
     # -- what is seen from outside ---------------------------------------------------------------
 
@@ -228,6 +233,18 @@ class Intake:
     def granted_window(self) -> int:
         """Unacknowledged messages the broker lets us hold, as far as is known."""
         return self.window.granted
+
+    @property
+    def unsubscribe(self) -> Sequence[str]:
+        """Filters that the session may have from before and that are not wanted any more."""
+        return self._unwanted
+
+    @unsubscribe.setter
+    def unsubscribe(self, filters: Sequence[str]) -> None:
+        for topic_filter in filters:
+            if topic_filter not in self._unwanted:
+                self.router.remove(topic_filter)
+        self._unwanted = tuple(filters)
 
     @property
     def coalescing(self) -> bool:
@@ -638,7 +655,7 @@ class _Link(Receiver):
             router=intake.router,
             receive_maximum=broker.receive_maximum,
             max_packet_bytes=broker.max_packet_bytes,
-            topic_alias_maximum=broker.topic_alias_maximum,
+            topic_alias_maximum=intake._aliases,
             unfit=intake._unfit,
         )
         self.wire: Wire | None = None
@@ -667,7 +684,9 @@ class _Link(Receiver):
         self._alive_at = 0.0  # the broker was heard, or could not be because we did not listen
         self._keep_alive = float(broker.keep_alive_s)
 
-        self.subscriptions = Subscriptions(self.session, _RETAIN[broker.retain_handling], intake.unavailable())
+        self.subscriptions = Subscriptions(
+            self.session, _RETAIN[broker.retain_handling], intake.unavailable(), intake.identifiers
+        )
         self._asked_at = 0.0
         self._late = False  # and it was said
 
@@ -1071,6 +1090,8 @@ class _Link(Receiver):
             if self.wire.get_write_buffer_size() > _UNREAD_MOST:
                 self._give_up("the broker does not read our acknowledgements", None)
                 return
+            if self.session.crowded:  # room for as many as were acknowledged
+                self.resume()
         if intake.ledger.failed and not intake._stopping.is_set():
             self._give_up("a record can neither be stored nor set aside: the broker shall send it again", None)
 
@@ -1085,6 +1106,8 @@ class _Link(Receiver):
             return
         self.malformed = True
         self._took(EVENTS, taken, 0, self.loop.time())  # what came before: a DISCONNECT says more
+        if error.code == _QUOTA:  # what its topics take is bounded, and the broker would do it again
+            self.intake._aliases = 0
         if (message := self.session.apart) is not None:
             pieces = []
             while self.session.apart_left:

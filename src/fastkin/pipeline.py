@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from fastkin._codec import DRAIN, DROPPED, WINDOW, Budget, KeyPlan, Lane, ShardTable
+from fastkin._codec import DRAIN, DROPPED, WINDOW, Budget, FormatSink, KeyPlan, Lane, ShardTable, StraySink
 from fastkin._mqtt import CallbackSink, Ledger, Router
 from fastkin.aside import Aside, make_store
+from fastkin.config import FORMAT_IDS
 from fastkin.deadline import Deadline
 from fastkin.errors import Action, ConfigError, FastkinError, KinesisError
 from fastkin.flusher import Flusher
@@ -43,6 +44,7 @@ _LOG = logging.getLogger("fastkin.pipeline")
 _FIRST_LOOK_S = 3.0  # for credentials and the stream before the broker is connected
 _RETRY_S = 5.0  # between attempts at what an operator must mend
 _UNROUTED_EVERY_S = 60.0  # how often to say that messages came which nobody wants
+_FILTERS_SHOWN = 10
 _SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that the map does not have
 _SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
 # KPL's AggregationMaxSize: a record costs a few bytes of overhead, and a retry stays cheap
@@ -96,12 +98,9 @@ class PipelineRun:
             replay=None if rows is None else rows.budget,
         )
         self._static_key = kind == "parts" and all(part[0] == "text" for part in parts)
-        self._router = router = Router()
+        self._router, several = self._routes()
         self._unrouted = 0  # of the router, when it was last looked at
         self._unrouted_at = -_UNROUTED_EVERY_S
-        sink: Sink = self.lane if on_message is None else CallbackSink(self._tap)
-        for topic in pipeline.topics:
-            router.add(topic, sink)
         self.aside = Aside(
             self.name,
             self.lane,
@@ -148,11 +147,12 @@ class PipelineRun:
         self.intake = Intake(
             broker,
             [(topic, pipeline.qos) for topic in pipeline.topics],
-            router=router,
+            router=self._router,
             ledger=self.ledger,
             on_read=self._read,
             set_apart=self.aside.carrier,
             name=self.name,
+            identifiers={topic: FORMAT_IDS[kind] for topic, kind in pipeline.formats} if several else {},
         )
         self.watchdog = Watchdog(self.name, self._loop, self.stuck, self._wake)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -480,22 +480,46 @@ class PipelineRun:
 
     # -- what the stages call ------------------------------------------------------------------
 
-    def _tap(self, topic: bytes, payload: bytes, token: int) -> int:
-        taken = self.lane.offer(topic, payload, token)
-        if taken >= 0 and self._on_message is not None:
-            self._on_message(self.name, topic, payload)
-        return taken
+    def _routes(self) -> tuple[Router, bool]:
+        """One sink for each payload format, and whether there are several."""
+        router = Router()
+        kinds = dict.fromkeys(kind for _, kind in self.pipeline.formats)
+        if len(kinds) == 1:
+            sinks = {kind: self._tapped(self.lane) for kind in kinds}
+        else:
+            sinks = {kind: self._tapped(FormatSink(self.lane, kind)) for kind in kinds}
+            filters = ", ".join(f"{topic!a} ({kind})" for topic, kind in self.pipeline.formats[:_FILTERS_SHOWN])
+            router.otherwise = self._tapped(StraySink(self.lane, filters))
+        for topic, kind in self.pipeline.formats:
+            router.add(topic, sinks[kind], FORMAT_IDS[kind])
+        return router, len(kinds) > 1
+
+    def _tapped(self, sink: Lane | FormatSink | StraySink) -> Sink:
+        on_message = self._on_message
+        if on_message is None:
+            return sink
+
+        def tap(topic: bytes, payload: bytes, token: int) -> int:
+            taken = sink.offer(topic, payload, token)
+            if taken >= 0:
+                on_message(self.name, topic, payload)
+            return taken
+
+        return CallbackSink(tap)
 
     def _say_unrouted(self) -> None:
         self._unrouted = self._router.unrouted
         if (now := self._loop.time()) - self._unrouted_at < _UNROUTED_EVERY_S:
             return
         self._unrouted_at = now
+        former = self._router.former
         _LOG.warning(
-            "pipeline=%s stage=intake messages come that no topic of this pipeline wants: acknowledged and thrown away,"
-            " %d so far. The broker's session of client %s has subscriptions of a former run: to keep them set the"
-            " former topics again, to end them connect once with this client id and a clean session",
-            self.name, self._unrouted, ascii(self.intake.client_id),
+            "pipeline=%s stage=intake topic=%s matches a filter that was removed (%s%s) and none that is set:"
+            " acknowledged and discarded, %d messages so far. The broker's session of client %s had them queued; to"
+            " keep such messages set the filter again",
+            self.name, ascii(self._router.stray.decode("utf-8", "replace")),
+            ", ".join(map(ascii, former[:_FILTERS_SHOWN])), ", ..." if len(former) > _FILTERS_SHOWN else "",
+            self._unrouted, ascii(self.intake.client_id),
         )  # fmt: skip
 
     def _read(self) -> None:

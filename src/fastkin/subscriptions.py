@@ -30,6 +30,7 @@ _MOST_ID = 65_535
 _ID_IN_USE = 0x91
 _ID_TRIES = 8
 _NO_SHARED = 0x9E
+_NO_IDENTIFIERS = 0xA1
 _NO_WILDCARDS = 0xA2
 
 
@@ -46,12 +47,21 @@ class Refusal(NamedTuple):
 class Subscriptions:
     """Of one connection. `missing` are the filters that are not subscribed, and why."""
 
-    def __init__(self, session: Session, retain_handling: int, unavailable: Collection[int] = ()) -> None:
-        """`unavailable`: reason codes by which the broker ended an earlier connection."""
+    def __init__(
+        self,
+        session: Session,
+        retain_handling: int,
+        unavailable: Collection[int] = (),
+        identifiers: Mapping[str, int] | None = None,
+    ) -> None:
+        """`unavailable`: reason codes by which the broker ended an earlier connection. `identifiers`: the Subscription
+        Identifiers of filters, for a 5.0 broker."""
         self._session = session
         self._retain_handling = retain_handling
         self._shared = _NO_SHARED not in unavailable
         self._wildcards = _NO_WILDCARDS not in unavailable
+        self._identifiers = {} if _NO_IDENTIFIERS in unavailable or identifiers is None else dict(identifiers)
+        self._numbered: set[int] = set()  # SUBSCRIBEs with one
         self._most_bytes = 1 << 28
         self._per_packet = FILTERS_PER_PACKET
         # From the top: some brokers keep one set of identifiers for both directions, and theirs begin at 1.
@@ -74,6 +84,8 @@ class Subscriptions:
             self._shared = False
         if not properties.get("wildcard_subscription_available", True):
             self._wildcards = False
+        if not properties.get("subscription_identifiers_available", True):
+            self._identifiers.clear()
 
     @property
     def waiting(self) -> bool:
@@ -110,6 +122,9 @@ class Subscriptions:
                 return b""  # said twice
             raise ProtocolError("a SUBACK that answers no SUBSCRIBE of ours", 0, 0x82)
         self._answered.add(packet_id)
+        if _NO_IDENTIFIERS in codes and packet_id in self._numbered:
+            self._identifiers.clear()
+            return self._ask(asked)
         if len(asked) != len(codes):
             if len(asked) == 1:
                 raise ProtocolError(f"a SUBACK with {len(codes)} codes for one filter", 0, 0x82)
@@ -157,14 +172,22 @@ class Subscriptions:
 
     def _ask(self, filters: Sequence[tuple[str, int]]) -> bytes:
         out = []
-        for part in self._parts(self._encode, filters):
-            packet_id = self._take_id()
-            self._asked[packet_id] = part
-            out.append(self._encode(packet_id, part))
+        # an identifier holds for all filters of a packet
+        numbers = dict.fromkeys(self._identifiers.get(topic_filter, 0) for topic_filter, _ in filters)
+        for number in numbers:
+            group = [one for one in filters if self._identifiers.get(one[0], 0) == number]
+            for part in self._parts(self._encode, group):
+                packet_id = self._take_id()
+                self._asked[packet_id] = part
+                if number:
+                    self._numbered.add(packet_id)
+                out.append(self._encode(packet_id, part))
         return b"".join(out)
 
     def _encode(self, packet_id: int, filters: Sequence[tuple[str, int]]) -> bytes:
-        return self._session.subscribe(packet_id, filters, self._retain_handling)
+        return self._session.subscribe(
+            packet_id, filters, self._retain_handling, self._identifiers.get(filters[0][0], 0)
+        )
 
     def _parts(self, encode: Callable[[int, Sequence[T]], bytes], entries: Sequence[T]) -> Iterator[list[T]]:
         """What goes into one packet each: few filters, and no more bytes than the broker takes."""
@@ -203,4 +226,5 @@ class Subscriptions:
             self._last_id = self._last_id - 1 if self._last_id > 1 else _MOST_ID
             if self._last_id not in self._asked and self._last_id not in self._dropping:
                 self._answered.discard(self._last_id)
+                self._numbered.discard(self._last_id)
                 return self._last_id

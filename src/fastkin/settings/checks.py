@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from fastkin import keys, letterplace
-from fastkin.config import Broker, Kinesis, Pipeline, Settings, Status, Tls
+from fastkin.config import Broker, Kinesis, Pipeline, Settings, Status, Tls, label_filter
 from fastkin.settings import pem
 from fastkin.settings.sources import TOGETHER, pipeline_name
 from fastkin.settings.tables import BROKER_KEYS, KINESIS_KEYS, PIPELINE_KEYS, STATUS_KEYS, TLS_KEYS
@@ -259,10 +259,11 @@ class Checker:
         if label := given.get("bulk_label"):
             if re.search(r"[+#/\x00]", label):
                 self.report.problem(raw["bulk_label"].place, f"{label!r} is not one level of a topic", "without + # /")
-            if given.get("format") == "raw":
-                self.report.warn(f"{raw['format'].place}: raw with bulk_label: frames are stored as they come")
-            topics[f"/devices/+/bulkData/{label}"] = None
-            given.setdefault("format", "bulk")
+            topics[label_filter(label)] = None
+            if len(topics) == 1:  # else `format` is that of the others
+                if given.get("format") == "raw":
+                    self.report.warn(f"{raw['format'].place}: raw with bulk_label: frames are stored as they come")
+                given.setdefault("format", "bulk")
         if not topics and not {"topics", "bulk_label"} & raw.keys():
             cure = "set topics or bulk_label"
             if self.path is None:

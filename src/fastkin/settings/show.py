@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from fastkin.config import Pipeline, Settings, Status, Tls
+from fastkin.config import Pipeline, Settings, Status, Tls, label_filter
 from fastkin.settings.tables import BROKER_KEYS, KINESIS_KEYS, PIPELINE_KEYS, STATUS_KEYS, TLS_KEYS
 from fastkin.settings.values import HIDDEN
 
@@ -39,7 +39,7 @@ def _shown_table(table: object, names: Mapping[str, Key]) -> list[str]:
         if value is None or value == ():
             continue
         if name == "topics" and isinstance(table, Pipeline) and table.bulk_label is not None:
-            value = tuple(t for t in value if t != f"/devices/+/bulkData/{table.bulk_label}")
+            value = tuple(t for t in value if t != label_filter(table.bulk_label))
             if not value:
                 continue
         lines.append(f"{name} = {_toml_value(HIDDEN if key.secret else value)}")
