@@ -34,6 +34,7 @@ class Peer:
         self.writer = writer
         self.number = number  # of the connection, from 1
         self.version = 0
+        self.identifiers: list[int] = []  # of each SUBSCRIBE, 0 for none
 
     def send(self, *packets: bytes) -> None:
         self.writer.write(b"".join(packets))
@@ -62,7 +63,13 @@ class Peer:
         """Take one SUBSCRIBE and grant it, or answer with `codes`."""
         first, body = await self.packet()
         assert first == 0x82
-        at = 2 + (self.version == 5)
+        at = 2
+        if self.version == 5:
+            assert body[2] < 128
+            at += 1 + body[2]
+            properties = body[3:at]
+            assert properties[:1] in {b"", b"\x0b"}
+            self.identifiers.append(int(properties[1]) if properties else 0)
         filters = []
         granted = bytearray()
         while at < len(body):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fastkin._codec import KeyPlan, decode_frame
-from fastkin._mqtt import matches
+from fastkin._mqtt import CountSink, Router, matches
 from fastkin.config import MIB, Kinesis
 from fastkin.errors import Action, DataFormatError, FastkinError, KinesisError, LibraryError, RecordError, printable
 from fastkin.keys import key_plan
@@ -215,7 +215,7 @@ class Route:
     """Where the letters of a pipeline go."""
 
     kinesis: Kinesis
-    format: str | None  # None: not known; frames cannot be read again
+    format: Callable[[str | None], str | None]  # of a topic's payloads. None: not known, frames cannot be read again
     key: KeyPlan
     drawn: bool  # the lane draws the keys; else they are made of topic and payload
     max_record_bytes: int | None  # None: what the stream takes
@@ -225,11 +225,32 @@ def route_of(pipeline: Pipeline, client_id: str, form: str | None) -> Route:
     kind, parts = key_plan(pipeline.partition_key, client_id=client_id, hostname=socket.gethostname())
     return Route(
         kinesis=pipeline.kinesis,
-        format=form or pipeline.format,
+        format=(lambda _: form) if form else formats_of(pipeline),
         key=KeyPlan(kind, parts),
         drawn=kind != "parts",
         max_record_bytes=pipeline.max_record_bytes,
     )
+
+
+def formats_of(pipeline: Pipeline) -> Callable[[str | None], str | None]:
+    """The format of a topic's payloads, as the intake tells it when the broker does not say by which filter it came."""
+    kinds = dict.fromkeys(kind for _, kind in pipeline.formats)
+    if len(kinds) < 2:
+        return lambda _: pipeline.format
+    router = Router()
+    sinks = {kind: CountSink() for kind in kinds}
+    for topic_filter, kind in pipeline.formats:
+        router.add(topic_filter, sinks[kind])
+    router.otherwise = CountSink()
+
+    def find(topic: str | None) -> str | None:
+        try:
+            taken = router.match(topic or "")
+        except LibraryError:
+            return None
+        return next((kind for kind, sink in sinks.items() if sink in taken), None)
+
+    return find
 
 
 @dataclass(slots=True)
@@ -395,9 +416,12 @@ class Again:
         Of a frame larger than a group, those that are stored when this returns are left out. Broken off before that,
         all of it goes again.
         """
-        if letter.offset is None or letter.index is not None or self.route.format == "raw":
+        if letter.offset is None or letter.index is not None:
             return [self._put(letter)]
-        if self.route.format is None:
+        form = self.route.format(letter.topic)
+        if form == "raw":
+            return [self._put(letter)]
+        if form is None:
             return [letter.again("its format is not known: give --config, or --format raw or bulk")]
         try:
             records = decode_frame(letter.content())
@@ -442,7 +466,7 @@ async def _open(
     form: str | None,
 ) -> Again | None:
     if stream is not None:
-        route = Route(kinesis=stream, format=form, key=KeyPlan("uuid"), drawn=True, max_record_bytes=None)
+        route = Route(kinesis=stream, format=lambda _: form, key=KeyPlan("uuid"), drawn=True, max_record_bytes=None)
     else:
         assert settings is not None
         named = [each for each in settings.pipelines if each.id == pipeline]
