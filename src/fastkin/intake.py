@@ -583,9 +583,10 @@ class _Reading:
     """Whether a link reads: it does unless a cause is set. Each cause has one who ends it, set up before the pause.
 
     ========== ================================= ==========================================================
-    _STALL     a sink has no room                _Link.resume(). The pipeline calls it whenever records are
-                                                 settled and the budget is low; a call that comes in the
-                                                 middle of a feed is made up for after it (_Link._idle()).
+    _STALL     a sink has no room, or too many   _Link.resume(). The pipeline calls it whenever records are
+               are unacknowledged                settled and the budget is low, flush() when acknowledgements
+                                                 leave; a call that comes in the middle of a feed is made up
+                                                 for after it (_Link._idle()).
     _COALESCE  the next read would be small      the timer that pause_for() arms
     _APART     a piece of a message that is set  _Link._carry(), the task that takes it, when who sets it
                aside is not taken                aside has room for the next

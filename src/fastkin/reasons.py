@@ -19,7 +19,8 @@ _CURES = {
     0x9B: "the broker does not give this QoS: set a lower qos",
     0x9E: "the broker has no shared subscriptions: in topics set the filter without $share/GROUP/, and let one fastkin"
     " alone subscribe it, or use a broker that has them",
-    0xA1: "the broker takes no subscription identifiers, and must say so when we connect: it is asked without them",
+    0xA1: "the broker takes no subscription identifiers, and must say so when we connect: it is the broker's fault;"
+    ' protocol = "3.1.1" has none',
     0xA2: "the broker has no wildcards: in topics name each topic in full, or use a broker that has them",
 }
 # It would end the connection to ask a broker for this once more.
