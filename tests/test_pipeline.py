@@ -659,8 +659,9 @@ async def retained(server: Server, **broker: Any) -> int:
             r.run.intake.connected.clear()
             r.run.intake._link.abort()
             await r.until(lambda n=connects: r.stats["connects"] >= n and r.run.intake.connected.is_set(), "again")
-            await r.publish(b"after", topic="retained/new")
-            await r.until(lambda n=connects: r.stats["messages"] >= n, "what was published after it")
+            last = b"after %d" % connects  # the retained one comes before it
+            await r.publish(last, topic="retained/new")
+            await r.until(lambda data=last: data in {record.data for record in r.stored()}, "what came after it")
         await r.settled(r.stats["received"])
         return sum(record.data == b"kept" for record in r.stored())
 
