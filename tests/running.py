@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
+import stalls
 from fastkin.config import Broker
 from fastkin.publisher import Publisher
 from servers import ACCESS_KEY, SECRET_KEY, free_port
@@ -115,7 +116,9 @@ class Service:
         """SIGTERM; the exit status."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout)
+        status = self.process.wait(timeout)
+        assert not stalls.told_in(self.log()), self.log()[-4000:]
+        return status
 
     def rss(self) -> int:
         assert self.process is not None

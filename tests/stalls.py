@@ -36,3 +36,8 @@ def watched() -> Iterator[list[tuple[str, str]]]:
 def look_every(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     if importlib.util.find_spec("fastkin.watchdog") is not None:
         monkeypatch.setattr("fastkin.watchdog.EVERY_S", seconds)
+
+
+def told_in(log: str) -> bool:
+    """Does the log of a process say that its watchdog found something?"""
+    return " watchdog stalled" in log or '"stage": "watchdog"' in log

@@ -763,3 +763,90 @@ async def test_calls_get_no_smaller_than_some_records(monkeypatch: pytest.Monkey
     rig = Rig(Scripted(script))
     await rig.send([number.ljust(100, b".") for number in numbered(1000)], timeout=60)
     assert min(sizes) > 20
+
+
+async def test_one_strange_record_alone_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else can be stored before it has ended: then it counts that a harmless record would be."""
+    monkeypatch.setattr("fastkin.sender._STRANGE_CAP_S", 0.01)
+    monkeypatch.setattr("fastkin.sender._STORED_LATELY_S", 0.05)
+
+    async def harmless() -> bool:
+        return True
+
+    for known, ends in ((None, False), (harmless, True)):
+        rig = Rig(Scripted(lambda call, records: [("Strange", "?")] * len(records)), harmless=known)
+        rig.lane.add(b"strange")
+        rig.lane.seal(DRAIN)
+        rig.sender.pump()
+        await until(lambda: rig.client.calls > 50 or bool(rig.aside))  # noqa: B023
+        assert bool(rig.aside) is ends
+        await rig.sender.close()
+        for batch in rig.sender.unsent():
+            batch.finish(DROPPED)
+        rig.check()
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_happens_somebody_will_look(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """All that can go wrong, in random order: between any two steps what waits is attended, and all of it ends."""
+    for name in ("_OPERATOR_BASE_S", "_OPERATOR_CAP_S", "_CALL_CAP_S", "_ENTRY_CAP_S", "_STRANGE_CAP_S"):
+        monkeypatch.setattr(f"fastkin.sender.{name}", 0.02)
+    for name in ("_CREDENTIALS_BASE_S", "_CREDENTIALS_CAP_S", "_REFUSED_FOR_S", "_CLAIM_AFTER_S", "_CLAIM_S"):
+        monkeypatch.setattr(f"fastkin.sender.{name}", 0.02)
+    random = Random(seed)
+    loop = asyncio.get_running_loop()
+    until_s = loop.time() + 1.5
+    codes = [THROTTLED, "InternalFailure", "AccessDeniedException", "Strange", "InvalidArgumentException"]
+
+    def fail(bad: list[bool]) -> Exception | None:
+        kind = random.random()
+        if kind < 0.05:
+            return KinesisError("ServiceUnavailable", "later", http_status=503)
+        if kind < 0.08:
+            error = TransportError("RequestTimeout", "late")
+            error.unsent_bytes = random.choice([0, 1000])
+            return error
+        if kind < 0.10:
+            return KinesisError("RequestEntityTooLarge", "", action=Action.REJECTED, http_status=413)
+        if kind < 0.12:
+            return KinesisError("AccessDenied", "no", action=Action.OPERATOR)
+        return refuses(0, []) if any(bad) else None
+
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
+        bad = [base64.b64decode(record["Data"]).startswith(b"bad") for record in records]
+        if loop.time() > until_s:
+            return refuses(0, []) if any(bad) else [None] * len(records)
+        if error := fail(bad):
+            return error
+        return [
+            (random.choice(codes), TEXT.format(random.randrange(4))) if random.random() < 0.2 else None for _ in bad
+        ]
+
+    async def harmless() -> bool | None:
+        await asyncio.sleep(0.001)
+        return random.choice([True, True, False, None])
+
+    rig = Rig(Scripted(script), max_calls=random.choice([1, 4]), harmless=harmless)
+    step = HASH_SPACE // 4
+    shards = ShardMap([Shard(f"shardId-{n:012d}", n * step, (n + 1) * step - 1) for n in range(4)])
+    sender, lane = rig.sender, rig.lane
+    n = 0
+    async with asyncio.timeout(50):
+        while loop.time() < until_s or lane.in_flight:
+            if loop.time() < until_s:
+                for _ in range(random.randrange(30)):
+                    data = b"bad" if random.random() < 0.002 else b"%d" % n
+                    lane.add(data.ljust(random.choice([20, 3000])), key=f"k{random.randrange(50)}")
+                    n += 1
+                lane.seal(DRAIN)
+                sender.pump()
+                if random.random() < 0.02:
+                    lane.shards = ShardTable(shards.ends) if random.random() < 0.7 else None
+                    sender.set_shards(shards if lane.shards is not None else None)
+                if random.random() < 0.05:
+                    sender.give_back(sender.withdraw(alone=random.random() < 0.5))
+            assert not sender.waiting or sender.attended
+            await asyncio.sleep(random.choice([0, 0.001]))
+    rig.check()
+    await until(lambda: sender.idle, 2.0)
+    await rig.sender.close()

@@ -553,6 +553,8 @@ class PipelineRun:
     def stuck(self) -> str | None:
         """What waits and will be looked at by nobody; None between any two callbacks, or there is a bug."""
         found = unattended(self.lane, self.sender, self.flusher, self.overflow, aside=self.aside.waiting)
+        if found is None and self.aside.waiting and not self.aside.writing:
+            found = f"{self.aside.waiting} groups of dead letters wait and nobody writes them"
         if found is None and self.intake.paused and not self.intake.stopping and not self.lane.in_flight:
             found = f"reading is paused after {self.intake.messages} messages, and nothing is in flight"
         return found

@@ -738,11 +738,7 @@ class Sender:
         action = classify_record(code)
         if action is not Action.THROTTLE:
             batch.attempts += 1
-        if action is Action.REJECTED or (
-            action is Action.STRANGE
-            and batch.attempts >= _STRANGE_ATTEMPTS
-            and now - self.answered_at <= _STORED_LATELY_S
-        ):
+        if action is Action.REJECTED or (action is Action.STRANGE and self._given_up(batch, now)):
             self._ended(batch.epoch, len(batch))
             self._set_aside(batch, f"{code}: {message}")
             return 0.0
@@ -790,6 +786,19 @@ class Sender:
         queue.put(batch)
         if queue.not_before <= now:
             self._wait(queue, until)
+
+    def _given_up(self, batch: Batch, now: float) -> bool:
+        """A record failed with a code that nobody documented: has it failed for long enough?"""
+        if batch.attempts < _STRANGE_ATTEMPTS:
+            return False
+        if now - self.answered_at <= _STORED_LATELY_S:
+            return True
+        # Nothing else is stored, perhaps because nothing else can come before this one has ended.
+        self._ask_harmless()
+        if len(batch) > 1 or not self._harmless_said or now - self._gave_up_at < _REFUSED_FOR_S:
+            return False
+        self._gave_up_at = now
+        return True
 
     def _entry_waits(self, batch: Batch, error: KinesisError, now: float) -> float:
         """An entry failed with what a call may fail with as well: it is kept and tried again as a call would be."""
@@ -887,8 +896,7 @@ class Sender:
             self._refused += 1
             return True
         since = self._doubted.setdefault(batch, now)
-        if self._harmless is not None and self._asking is None:
-            self._asking = self._loop.create_task(self._ask(self._harmless), name=f"fastkin[{self.name}].harmless")
+        self._ask_harmless()
         if now - max(since, self._gave_up_at) < _REFUSED_FOR_S:
             return False
         # The harmless record was asked about with the refusals before this one.
@@ -896,6 +904,10 @@ class Sender:
             return False
         self._gave_up_at = now
         return True
+
+    def _ask_harmless(self) -> None:
+        if self._harmless is not None and self._asking is None:
+            self._asking = self._loop.create_task(self._ask(self._harmless), name=f"fastkin[{self.name}].harmless")
 
     async def _ask(self, harmless: Callable[[], Awaitable[bool | None]]) -> None:
         try:

@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import psutil
 
+import stalls
 from fastkin import encode_frame
 from fastkin.config import Broker
 from fastkin.emulator import Emulator, StreamSpec
@@ -719,6 +720,7 @@ class Rig:
                 report.write(line + "\n")
         log = self.service.log()
         assert "Traceback" not in log, log[-4000:]
+        assert not stalls.told_in(log), log[-4000:]
         ledger = self.ledger
         assert not self.scraper.broken, f"the accounting identity is broken: {self.scraper.broken[:3]}"
         assert self.scraper.scrapes > 0, "nothing was scraped: the identity was not looked at"
