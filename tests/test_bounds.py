@@ -303,7 +303,7 @@ def test_what_an_endpoint_says_is_cut_and_its_secrets_before_that() -> None:
 
 class Ended(Receiver):
     def __init__(self) -> None:
-        self.received = 0
+        self.received = self.largest = 0
         self.ended: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -311,13 +311,14 @@ class Ended(Receiver):
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
+        self.largest = max(self.largest, len(data))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if not self.ended.done():
             self.ended.set_result(exc)
 
 
-async def test_a_websocket_message_above_its_bound_ends_the_connection() -> None:
+async def test_a_long_websocket_message_is_cut_and_not_held() -> None:
     offered: list[str | None] = []
 
     async def handler(request: web.Request) -> web.WebSocketResponse:
@@ -327,7 +328,8 @@ async def test_a_websocket_message_above_its_bound_ends_the_connection() -> None
         for _ in range(200):
             await socket.ping(b"x" * 100)
         await socket.send_bytes(b"x" * 1000)
-        await socket.send_bytes(bytes(17 << 20))
+        await socket.send_bytes(bytes(40 << 20))
+        await socket.send_str("x" * (2 << 20))  # no MQTT: not cut, and above what is taken
         async for _ in socket:
             pass
         return socket
@@ -343,7 +345,8 @@ async def test_a_websocket_message_above_its_bound_ends_the_connection() -> None
     await open_wire(Broker(host="127.0.0.1", port=port, scheme="ws", max_packet_bytes=1 << 20), receiver, None)
     async with asyncio.timeout(20):
         await receiver.ended
-    assert receiver.received == 1000
+    assert receiver.received == 1000 + (40 << 20)
+    assert receiver.largest <= 65_536
     assert offered == [None]  # compression is not offered: nothing is ever unpacked
     await runner.cleanup()
 

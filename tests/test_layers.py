@@ -28,6 +28,7 @@ FLOORS = [
         "signing",
         "notify",
         "dialect",
+        "frames",
         "reasons",
         "subscriptions",
         "tcp",

@@ -10,6 +10,7 @@ import asyncio
 import collections
 import contextlib
 import errno
+import functools
 import logging
 import socket
 import ssl
@@ -19,6 +20,7 @@ from fastkin import tcp
 from fastkin._mqtt import reason_text
 from fastkin.dial import STAGGER_S, avoid, dial, look_up, new_socket
 from fastkin.errors import ConfigError, MqttError, ProtocolError, RefusedError, masked, printable
+from fastkin.frames import Frames
 from fastkin.reasons import with_cure
 from fastkin.tls import Renewed, client_context, system_files, why_refused
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from aiohttp import ClientSession, ClientWebSocketResponse
     from aiohttp.abc import AbstractResolver, ResolveResult
+    from aiohttp.client_proto import ResponseHandler
 
     from fastkin._mqtt import Connack, Disconnect
     from fastkin.config import Broker
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("fastkin.intake")
 
 _WEBSOCKET_HIGH = 1 << 20  # bytes waiting to be written before the receiver is asked to wait
-_WEBSOCKET_LEAST = 16 << 20  # a message may hold many packets: never refuse one below this
+_WEBSOCKET_MOST = 1 << 20  # of a message: those with MQTT in them are cut into smaller ones
 _WEBSOCKET_CLOSE_S = 2.0
 _WEBSOCKET_AHEAD = 1 << 20  # bytes read while reading is paused, to come to the pings among them
 _WEBSOCKET_FRAME = 128  # bytes that a frame costs besides its payload
@@ -447,12 +450,31 @@ async def _let_go(session: ClientSession) -> None:
             await session.close()
 
 
+def _cutting() -> type[ResponseHandler]:
+    """aiohttp's connection, with long frames cut before its reader, which holds a message until it is whole."""
+    from aiohttp.client_proto import ResponseHandler
+
+    class Handler(ResponseHandler):
+        _frames: Frames | None = None
+
+        def set_parser(self, *args: Any, **options: Any) -> None:
+            self._frames = Frames()  # from the first byte behind the HTTP answer on
+            super().set_parser(*args, **options)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data if self._frames is None else self._frames.feed(data))
+
+    return Handler
+
+
 async def _open_websocket(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | None) -> _WebSocketWire:
     import aiohttp
 
+    # one connection: its addresses race as dial()'s do, and its sockets have the same options
+    connector = aiohttp.TCPConnector(resolver=_resolver(), socket_factory=new_socket, happy_eyeballs_delay=STAGGER_S)
+    connector._factory = functools.partial(_cutting(), loop=asyncio.get_running_loop())
     session = aiohttp.ClientSession(
-        # one connection: its addresses race as dial()'s do, and its sockets have the same options
-        connector=aiohttp.TCPConnector(resolver=_resolver(), socket_factory=new_socket, happy_eyeballs_delay=STAGGER_S),
+        connector=connector,
         timeout=aiohttp.ClientTimeout(total=None),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
@@ -462,7 +484,7 @@ async def _open_websocket(broker: Broker, receiver: Receiver, tls: ssl.SSLContex
             broker.url,
             protocols=("mqtt",),
             ssl=True if tls is None else tls,
-            max_msg_size=max(_WEBSOCKET_LEAST, 2 * broker.max_packet_bytes),
+            max_msg_size=_WEBSOCKET_MOST,
         )
     except aiohttp.WSServerHandshakeError as error:
         await _let_go(session)

@@ -14,6 +14,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from aiohttp import web
 
 import fastkin
 from fake_broker import FakeBroker, Peer, until
@@ -442,3 +443,70 @@ async def test_a_connection_that_is_cut_within_leaves_nothing(tmp_path: Path) ->
     peer = Cutting((0x32, body("plant/big", bytes(3 << 20))))
     await passes(peer, 5, tmp_path / "dead", answered=True)
     assert [path.name for path in tmp_path.iterdir()] == ["dead"]
+
+
+# -- the same over a WebSocket ---------------------------------------------------------------------
+
+
+class _Frames:
+    """A StreamWriter whose writes are WebSocket messages."""
+
+    def __init__(self, socket: web.WebSocketResponse) -> None:
+        self._socket = socket
+        self._queue: asyncio.Queue[bytes] = asyncio.Queue()
+
+    def write(self, data: bytes) -> None:
+        self._queue.put_nowait(data)
+
+    async def drain(self) -> None:
+        await asyncio.sleep(0)
+
+    async def pump(self) -> None:
+        while True:
+            await self._socket.send_bytes(await self._queue.get())
+
+
+@pytest.mark.parametrize("name", ["30 MiB", "topic is not UTF-8"])
+async def test_a_packet_in_one_websocket_frame_does_not_block(name: str, tmp_path: Path) -> None:
+    """Brokers send each packet as one message; a library that must have it whole would refuse it for ever."""
+    make = BOTH[name][0] if name in BOTH else body("plant/big", bytes(30 << 20))
+    peer = Redelivering((0x32, make))
+
+    async def handler(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse(protocols=("mqtt",))
+        await socket.prepare(request)
+        writer = _Frames(socket)
+        reader = asyncio.StreamReader()
+        work = asyncio.gather(
+            writer.pump(),
+            peer.script(Peer(reader, writer, 0)),  # type: ignore[arg-type]
+            return_exceptions=True,
+        )
+        async for message in socket:
+            reader.feed_data(message.data)
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+        return socket
+
+    app = web.Application()
+    app.router.add_get("/mqtt", handler)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    path = tmp_path / "dead"
+    try:
+        async with plant(peer, 5, str(path), broker={"port": runner.addresses[0][1], "scheme": "ws"}) as (
+            engine,
+            there,
+        ):
+            with contextlib.suppress(TimeoutError):
+                await until(lambda: arrived(there) >= EVERYTHING and not peer.waiting, 20)
+            missing = len(EVERYTHING - arrived(there))
+            assert not missing, f"{missing} of {GOOD} good messages did not arrive in {peer.connections} connections"
+            assert books(engine)["dead_lettered"] == 1
+            assert peer.connections <= 2
+    finally:
+        await runner.cleanup()
+    (letter,) = letters(path)
+    assert make(BAD_ID.to_bytes(2, "big"), 5).endswith(base64.b64decode(letter["payload"]))
