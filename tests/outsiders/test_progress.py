@@ -13,7 +13,9 @@ import pytest
 import trustme
 
 from fake_http import FakeServer, Link, Request, on_both_loops
-from fastkin.errors import TransportError
+from fastkin.config import Kinesis
+from fastkin.errors import KinesisError, TransportError
+from fastkin.kinesis import make_client
 from fastkin.transport import HttpPool
 
 if TYPE_CHECKING:
@@ -130,6 +132,25 @@ async def test_a_peer_that_took_all_and_hangs_has_it_all(size: int, secure: bool
         assert len(server.requests[0].body) == size
     assert caught.value.code == "RequestTimeout"
     assert getattr(caught.value, "unsent_bytes", None) == 0
+
+
+@on_both_loops
+async def test_a_peer_that_stops_reading_does_not_hold_a_call_of_the_sdk_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The SDK's own timeouts count from when the body is written, which it never is."""
+    monkeypatch.setattr("fastkin.sdk._SLOW_RATE", 1e9, raising=False)
+    keys = {"access_key": "A", "secret_key": "S", "region": "us-east-1", "transport": "sdk"}
+    async with slow_server(0) as url:
+        client = make_client(Kinesis(stream="s", endpoint_url=url, request_timeout_s=0.3, **keys))
+        await client.start()
+        try:
+            async with asyncio.timeout(30):
+                with pytest.raises(KinesisError) as caught:
+                    await client.call("PutRecords", bytes(8 * MIB))
+        finally:
+            await client.close()
+    assert caught.value.code == "RequestTimeout"
 
 
 @on_both_loops
