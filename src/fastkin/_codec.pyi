@@ -177,7 +177,11 @@ class Lane(Sink):
     @property
     def open_bytes(self) -> int: ...
     @property
-    def ready(self) -> int: ...  # closed batches waiting to be taken
+    def ready(self) -> int: ...  # batches that take() would give
+    @property
+    def offered(self) -> bool: ...  # the open batch is one of them
+    @property
+    def opened(self) -> int: ...  # open batches there were
     @property
     def received(self) -> int: ...  # records; a bad frame counts as one
     @property
@@ -202,6 +206,8 @@ class Lane(Sink):
     def put(self, data: Buffer, key: str | None = None, hash_key: str | None = None) -> Receipt: ...
     def put_frame(self, payload: Buffer) -> Receipt: ...
     def seal(self, reason: int) -> bool: ...  # True: something waits to be taken
+    # who can send may take the open batch as it is; until then it grows. False: there is none
+    def offer_open(self, reason: int) -> bool: ...
     def take(self) -> Batch | None: ...
     def take_rejects(self) -> list[Reject]: ...
     # what was never offered, for it can be no record: received, and settled with settle_reject()

@@ -51,6 +51,8 @@ cdef class Lane(Sink):
     cdef object closed
     cdef list rejects
     cdef public bint attention
+    cdef int wanted  # why the open batch may be taken as it is; -1: not yet
+    cdef readonly unsigned long long opened  # open batches there were: tells one from the next
     cdef bint bulk
     cdef size_t max_record_bytes
     cdef size_t group_most  # bytes of an aggregate; 0: every record is an entry of its own
@@ -95,6 +97,7 @@ cdef class Lane(Sink):
         self.set_aggregate_bytes(aggregate_bytes)
         self.bulk = frame == "bulk"
         self.closed = deque()
+        self.wanted = -1
         self.rejects = []
         self.body_hint = BODY_START
         self.count_hint = ENTRIES_START
@@ -194,6 +197,7 @@ cdef class Lane(Sink):
     cdef Batch start(self):
         self.open = Batch.new(self.books, self.body_hint, self.count_hint)
         self.attention = True
+        self.opened += 1
         return self.open
 
     cdef int close(self, int why) except -1:
@@ -202,6 +206,7 @@ cdef class Lane(Sink):
         self.count_hint = max(batch.count, <size_t> ENTRIES_START)
         batch.finish_body(why, None)
         self.open = None
+        self.wanted = -1
         self.closed.append(batch)
         self.flushed[why] += 1
         self.attention = True
@@ -286,6 +291,7 @@ cdef class Lane(Sink):
                 return self.append(data, length, key, NULL, 0, token, kind, 1)
             if self.open is None:
                 self.attention = True
+                self.opened += 1
         check_memory(aggregate_add(group, data, length, token, kind))
         self.budget.charge(aggregate_cost(length, kind), 1)
         group.charged += aggregate_cost(length, kind)
@@ -635,10 +641,21 @@ cdef class Lane(Sink):
             self.close(reason)
         return len(self.closed) > 0
 
+    def offer_open(self, int reason) -> bool:
+        """Whoever can send may take the open batch as it is; until then it grows. False: there is none."""
+        if not 0 <= reason < FLUSH_REASONS:
+            raise LibraryError(f"{reason} is no reason to close a batch")
+        if self.open is None and self.group.records == 0:
+            return False
+        self.wanted = reason
+        return True
+
     def take(self) -> Batch | None:
-        """The oldest closed batch."""
+        """The oldest closed batch; without one the open batch, if it is offered."""
         if not self.closed:
-            return None
+            if self.wanted < 0:
+                return None
+            self.seal(self.wanted)
         cdef Batch batch = self.closed.popleft()
         batch.lane = self
         return batch
@@ -709,6 +726,7 @@ cdef class Lane(Sink):
             self.close_group()
         batches = list(self.closed)
         self.closed.clear()
+        self.wanted = -1
         if self.open is not None:
             batches.append(self.open)
             self.open = None
@@ -750,8 +768,13 @@ cdef class Lane(Sink):
 
     @property
     def ready(self) -> int:
-        """Closed batches waiting to be taken."""
-        return len(self.closed)
+        """Batches that take() would give."""
+        return len(self.closed) + (1 if self.wanted >= 0 else 0)
+
+    @property
+    def offered(self) -> bool:
+        """The open batch waits for somebody who can send it."""
+        return self.wanted >= 0
 
     @property
     def received(self) -> int:

@@ -1,8 +1,11 @@
-"""When to close the open batch: linger, an idle downstream, an exhausted in-flight window, drain.
+"""When the open batch may go: linger, an idle downstream, an exhausted in-flight window, drain.
 
 Full batches close by themselves, in the codec. This is about the others: a batch that waits for 500
 records never fills when the broker grants 20 unacknowledged messages, and one record alone should not wait
 the whole linger when nothing else is on its way.
+
+A batch whose time has come is offered, not closed: the sender takes it when it can send it, and until then it grows.
+What waits for Kinesis is so in as few calls as can be, and costs no more memory than it must.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 _QUIET_SHARE = 4  # the source is quiet when it gave nothing for this part of the linger
 _QUIET_MIN_S = 0.002
+_ROUNDING_S = 0.001  # uvloop rounds timers down to that: waking early would spin
 
 
 class Downstream(Protocol):
@@ -30,9 +34,20 @@ class Downstream(Protocol):
 
 
 class Flusher:
-    """One timer per lane, armed only while a batch is open."""
+    """One timer per lane, armed only while a batch is open and not offered."""
 
-    __slots__ = ("_deadline", "_lane", "_linger_s", "_loop", "_quiet_s", "_seen", "_sender", "_timer")
+    __slots__ = (
+        "_deadline",
+        "_lane",
+        "_last",
+        "_linger_s",
+        "_loop",
+        "_opened",
+        "_quiet_s",
+        "_seen",
+        "_sender",
+        "_timer",
+    )
 
     def __init__(self, lane: Lane, sender: Downstream, linger_s: float, loop: asyncio.AbstractEventLoop) -> None:
         self._lane = lane
@@ -41,19 +56,18 @@ class Flusher:
         self._quiet_s = max(_QUIET_MIN_S, linger_s / _QUIET_SHARE)
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
+        self._opened = 0  # which open batch the deadline is for
         self._deadline = 0.0
+        self._last = -linger_s  # when the last one went before it was full
         self._seen = 0
 
     def attend(self) -> None:
-        """The lane has news: send what is closed, see that what is open will be closed in time."""
+        """The lane has news: send what is closed, see that what is open will go in time."""
         lane = self._lane
         lane.attention = False
-        if lane.ready:
-            # The batch that is open now was opened just now: its linger starts afresh.
-            self._deadline = 0.0
-        if lane.open_records:
+        if lane.open_records and not lane.offered:
             if self._linger_s <= 0.0:
-                lane.seal(LINGER)
+                lane.offer_open(LINGER)
             elif self._timer is None:
                 self._arm(self._loop.time())
         self._sender.pump()
@@ -64,11 +78,9 @@ class Flusher:
         return self._timer is not None
 
     def close(self, reason: int) -> None:
-        """Close the open batch now."""
-        self._lane.seal(reason)
-        # Not what seal() says: ending the open aggregate may have filled and closed the batch before it looked.
-        if self._lane.ready:
-            self._deadline = 0.0
+        """The open batch may go now."""
+        if self._lane.offer_open(reason) or self._lane.ready:
+            self._last = self._loop.time()
             self._sender.pump()
 
     def stop(self) -> None:
@@ -77,23 +89,26 @@ class Flusher:
             self._timer = None
 
     def _arm(self, now: float) -> None:
-        if self._deadline == 0.0:
+        lane = self._lane
+        if lane.opened != self._opened:
+            self._opened = lane.opened
             self._deadline = now + self._linger_s
-        self._seen = self._lane.received
-        self._timer = self._loop.call_at(min(self._deadline, now + self._quiet_s), self._check)
+        self._seen = lane.received
+        # Early ones keep the linger between them, else each message of a slow source would be a call of its own.
+        early = max(now + self._quiet_s, self._last + self._linger_s)
+        self._timer = self._loop.call_at(min(self._deadline, early), self._check)
 
     def _check(self) -> None:
         self._timer = None
         lane = self._lane
-        if not lane.open_records:
-            self._deadline = 0.0
-            return
-        now = self._loop.time()
-        if self._deadline == 0.0:
-            self._deadline = now + self._linger_s - self._quiet_s
-        if now >= self._deadline:
-            self.close(LINGER)
-        elif lane.received == self._seen and self._sender.idle:
-            self.close(IDLE)
-        if lane.open_records:
-            self._arm(now)
+        if lane.open_records and not lane.offered:
+            now = self._loop.time()
+            if lane.opened != self._opened:  # opened since: nobody told how long ago
+                self._opened = lane.opened
+                self._deadline = now + self._linger_s - self._quiet_s
+            if now >= self._deadline - _ROUNDING_S:
+                self.close(LINGER)
+            elif lane.received == self._seen and now >= self._last + self._linger_s and self._sender.idle:
+                self.close(IDLE)
+            if lane.open_records and not lane.offered:
+                self._arm(now)

@@ -26,7 +26,7 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from fastkin._codec import DEAD, DRAIN, DROPPED, SPOOLED, Budget, CallbackSettler
+from fastkin._codec import DEAD, DRAIN, DROPPED, SPOOLED, Batch, Budget, CallbackSettler
 from fastkin.deadline import Deadline
 from fastkin.errors import DataFormatError, LibraryError, RecordDropped, SpoolError
 from fastkin.spool import ENTRY_BYTES, Found, Put, Spool, row_size
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from fastkin._codec import Batch, Lane
+    from fastkin._codec import Lane
     from fastkin.sender import Sender
     from fastkin.spool import Row
 
@@ -49,6 +49,7 @@ _TICK_S = 0.25  # how often to see whether something waits too long
 _GROUP_S = 0.01  # between commits, so that they take several batches
 _GROUP_BYTES = 4 << 20
 _GROUP_BATCHES = 64
+_GATHER_BYTES = 1 << 20  # of restored rows in one call: source and copy are both there for a moment
 _RETRY_S = 2.0  # between attempts at a disk that takes nothing
 _SAY_AGAIN_S = 300.0
 _WARN_EVERY_S = 5.0
@@ -143,6 +144,8 @@ class Overflow:
         path: str | Path | None = None,
         max_bytes: int = 0,
         after_s: float = 5.0,
+        max_records: int = 500,
+        max_batch_bytes: int = 5 << 20,
     ) -> None:
         """`rows` and `path` belong to policy "spool". `on_settled()` runs after batches were spooled or dropped."""
         self.policy = policy
@@ -166,6 +169,8 @@ class Overflow:
         self._rows = rows if rows is not None else Rows(budget)
         self._rows.on_ended = self._news
         self._after_s = after_s
+        self._max_records = max_records
+        self._gather_bytes = min(_GATHER_BYTES, max_batch_bytes // 2)
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._worker: Worker | None = None
@@ -341,11 +346,25 @@ class Overflow:
 
     def _next(self) -> Batch | None:
         if self._ready:
-            batch = self._ready.popleft()
+            batch = self._gathered()
             if not self._ready:
                 self._wake.set()
             return batch
         return self._lane.take() if self._direct() else None
+
+    def _gathered(self) -> Batch:
+        """The oldest rows that were read, as one call: each may hold a single record."""
+        picked = [self._ready.popleft()]
+        records, size = len(picked[0]), picked[0].size
+        while self._ready:
+            records += len(self._ready[0])
+            size += self._ready[0].size
+            if records > self._max_records or size > self._gather_bytes:
+                break
+            picked.append(self._ready.popleft())
+        batch, *rest = Batch.gather(picked)
+        self._ready.extendleft(reversed(rest))
+        return batch
 
     def _direct(self) -> bool:
         return not self.spooling or self.broken is not None

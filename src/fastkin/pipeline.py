@@ -142,6 +142,8 @@ class PipelineRun:
                 path=pipeline.spool,
                 max_bytes=pipeline.spool_max_bytes,
                 after_s=pipeline.spool_after_s,
+                max_records=pipeline.max_records,
+                max_batch_bytes=max_batch_bytes,
             )
         self.flusher = Flusher(self.lane, self.overflow or self.sender, pipeline.linger_ms / 1000, self._loop)
         self.intake = Intake(
@@ -153,6 +155,7 @@ class PipelineRun:
             set_apart=self.aside.carrier,
             name=self.name,
             identifiers={topic: FORMAT_IDS[kind] for topic, kind in pipeline.formats} if several else {},
+            linger_s=pipeline.linger_ms / 1000,
         )
         self.watchdog = Watchdog(self.name, self._loop, self.stuck, self._wake)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -530,7 +533,8 @@ class PipelineRun:
         if self.overflow is not None and self.budget.full:
             self.overflow.attend()
         # Everything the broker will hand out is here: waiting for more records would only wait for the linger.
-        if self.lane.open_records and self.ledger.unacked >= self.intake.granted_window:
+        intake = self.intake
+        if self.lane.open_records and intake.window.exhausted(self.ledger.unacked, intake.last_read):
             self.flusher.close(WINDOW)
 
     def _attend(self) -> None:

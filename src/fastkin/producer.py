@@ -200,6 +200,7 @@ class Producer:
             overflow = Overflow(
                 self._lane, sender, self._budget, name=self._stream, policy=self._on_full, on_settled=self._settled,
                 rows=self._rows, path=self._spool, max_bytes=self._spool_max_bytes, after_s=self._spool_after_s,
+                max_records=self._max_records, max_batch_bytes=self._max_batch_bytes,
             )  # fmt: skip
             await overflow.start()
         if self._closed:  # close() came while we were asking
