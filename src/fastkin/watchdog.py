@@ -40,7 +40,7 @@ def unattended(
     spool = overflow is not None and overflow.attended
     if sender.waiting and not (sender.attended or spool):
         return f"batches wait to be sent, {lane.in_flight} records are in flight, no call is open and no timer is set"
-    if lane.open_records and not flusher.armed:
+    if lane.open_records and not (lane.offered or flusher.armed):  # what is offered waits for the sender: see above
         return f"{lane.open_records} records wait in the open batch and no timer will close it"
     if overflow is not None and overflow.holds and not (sender.attended or spool):
         return f"batches wait between memory and disk, {lane.in_flight} records are in flight"
