@@ -132,7 +132,7 @@ class Window:
     )
 
     def __init__(self, granted: int, most: int = _MAX_WINDOW, *, linger_s: float = 0.0, sure: bool = False) -> None:
-        """`linger_s`: how long a batch is held at most. `sure`: the broker was told not to go beyond `granted`."""
+        """`linger_s`: how long a batch is held at most. `sure`: the broker was told not to go beyond `most`."""
         self.most = most
         self.granted = max(1, min(granted, most))
         self.round_trip_s = 0.0
@@ -175,7 +175,6 @@ class Window:
             self.granted = min(self.most, max(2 * unacked, 1))
             self._agreed = 0
             self._held_at = None
-            self._sure = False
         if acked_at is None:
             if before is not None:
                 gap = now - before
@@ -191,7 +190,6 @@ class Window:
         self._count = probe
         if self._agreed >= self.AGREE and probe < self.granted:
             self.granted = probe
-            self._sure = False
             self._held_at = None
             self._verify_s = self._verify_least_s
             self._verify_at = now + self._verify_s
@@ -200,7 +198,7 @@ class Window:
         """Is everything here that the broker will hand out? Then to wait for more would be to wait for nothing."""
         if unacked < self.granted:
             return False
-        if self._sure:
+        if self._sure and self.granted == self.most:  # no guess, though mosquitto may go a little beyond it
             return True
         if not self._pressing:
             return False
