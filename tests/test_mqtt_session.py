@@ -134,10 +134,10 @@ def test_qos_1_sent_again_while_it_waits_is_answered_once(version: int) -> None:
     assert rig.ledger.repeated == 1
 
 
-def again_on(rig: Rig, present: int, *wires: bytes) -> None:
+def again_on(rig: Rig, present: int, *wires: bytes, **options: int) -> None:
     """A new connection, whose CONNACK and what is sent again come in one read."""
     rig.ledger.reset(True)
-    rig.connection(connected=False)
+    rig.connection(connected=False, **options)
     head = b"\x20\x02" if rig.version == 4 else b"\x20\x03"
     rig.feed(head + bytes((present, 0)) + (b"" if rig.version == 4 else b"\0") + b"".join(wires))
 
@@ -654,3 +654,63 @@ def test_suback_in_a_packet_with_properties_is_not_a_publish() -> None:
     (event,) = rig.session.take_events()
     assert isinstance(event, _mqtt.Suback)
     assert (event.packet_id, event.codes) == (0x1234, [0])
+
+
+# -- what is remembered of topics, and of what can never be a record
+
+
+def test_the_topics_of_aliases_are_bounded() -> None:
+    rig = Rig(5, topic_alias_maximum=65_535)
+    wires = [
+        publish("t" * 60_000, qos=1, packet_id=i, version=5, properties=b"\x23" + i.to_bytes(2, "big"))
+        for i in range(1, 100)
+        for _ in range(2)  # set anew: no more
+    ]
+    with pytest.raises(ProtocolError, match="aliases are more than 1 MiB") as caught:
+        rig.feed(b"".join(wires))
+    assert caught.value.code == 0x97
+    assert len(rig.seen) < 2 * (1 << 20) // 60_000 + 2
+
+
+def take_apart(rig: Rig) -> int:
+    """All pieces of the message in hand; its token."""
+    while rig.session.apart_left:
+        rig.session.take_piece()
+        rig.session.resume()
+    apart = rig.session.apart
+    assert apart is not None
+    rig.session.finish_apart()
+    return apart.token
+
+
+def test_a_message_too_large_is_known_by_its_beginning_on_its_own_connection_only() -> None:
+    rig = Rig(4, max_packet_bytes=20_000)
+    body = b"x" * 30_000
+    once = publish("t", body, qos=1, packet_id=3)
+    again = publish("t", body, qos=1, packet_id=3, flags=8)
+    rig.feed(once)
+    first = take_apart(rig)
+    rig.feed(again)  # the PUBACK to come answers it too
+    assert (rig.session.apart, rig.ledger.unacked, rig.session.duplicates) == (None, 1, 1)
+    rig.feed(publish("t", b"small", qos=1, packet_id=3, flags=8))
+    assert rig.payloads == [b"small"]
+    again_on(rig, 1, again, max_packet_bytes=20_000)  # its end may be another's: set aside once more
+    second = take_apart(rig)
+    assert second != first
+    rig.ledger.settled(first)
+    assert rig.ledger.ready == 0
+    rig.ledger.settled(second)
+    assert rig.session.take_output() == PUBACK_3
+
+
+def test_a_message_too_large_waits_for_acknowledgements_too() -> None:
+    rig = Rig(4, max_packet_bytes=20_000)
+    rig.feed(b"".join(publish("t", qos=1, packet_id=i % 65_535 + 1) for i in range(60_000)))
+    assert not rig.session.stalled
+    assert rig.feed(publish("t", b"x" * 30_000, qos=1, packet_id=60_001)) & _mqtt.STALLED
+    assert rig.session.crowded
+    rig.settle_all()
+    rig.session.take_output()
+    rig.session.resume()
+    rig.ledger.settled(take_apart(rig))
+    assert rig.session.take_output() == b"\x40\x02" + (60_001).to_bytes(2, "big")
