@@ -559,7 +559,9 @@ class PipelineRun:
         found = unattended(self.lane, self.sender, self.flusher, self.overflow, aside=self.aside.waiting)
         if found is None and self.aside.waiting and not self.aside.writing:
             found = f"{self.aside.waiting} groups of dead letters wait and nobody writes them"
-        if found is None and self.intake.paused and not self.intake.stopping and not self.lane.in_flight:
+        # What is unacknowledged may be the broker's turn, or a message that is set aside piece by piece.
+        open_ = self.lane.in_flight or self.ledger.unacked
+        if found is None and self.intake.paused and not open_ and not self.intake.stopping:
             found = f"reading is paused after {self.intake.messages} messages, and nothing is in flight"
         return found
 
