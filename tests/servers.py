@@ -70,6 +70,7 @@ class Server:
         scheme: str = "http",
         env: Mapping[str, str] | None = None,
         ready: Callable[[int], bool] | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self.name = name
         self.host = HOST
@@ -81,6 +82,7 @@ class Server:
         self._command = list(command)
         self._env = {**os.environ, **(env or {})}
         self._ready = ready or accepts
+        self._start_timeout_s = start_timeout_s
 
     @property
     def url(self) -> str:
@@ -117,13 +119,13 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C at the terminal is for pytest
             )
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + self._start_timeout_s
         while not self._ready(self.port):
             if self.process.poll() is not None:
                 raise ServerError(self._failure(f"ended with status {self.process.returncode}"))
             if time.monotonic() > deadline:
                 self.kill()
-                raise ServerError(self._failure(f"did not answer within {START_TIMEOUT_S:.0f} s"))
+                raise ServerError(self._failure(f"did not answer within {self._start_timeout_s:.0f} s"))
             time.sleep(0.02)
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -319,7 +321,7 @@ class _RabbitServer(Server):
 
 @contextlib.contextmanager
 def rabbitmq(extra_conf: str = "", *, websocket: bool = False) -> Iterator[Server]:
-    """RabbitMQ with its MQTT plugin (3.1.1, over TCP or WebSocket at /ws). Starts in 5 to 10 seconds; durable sessions
+    """RabbitMQ with its MQTT plugin (3.1.1, over TCP or WebSocket at /ws). Starts in 10 to 40 seconds; durable sessions
     survive `restart()`. `extra_conf`: lines such as `mqtt.prefetch = 1000`."""
     program = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
     if not program.exists():
@@ -360,8 +362,8 @@ def rabbitmq(extra_conf: str = "", *, websocket: bool = False) -> Iterator[Serve
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none",
             }
             return _RabbitServer(
-                "rabbitmq", [str(program)],
-                port=port, directory=directory, scheme="ws" if websocket else "mqtt", env=env,
+                "rabbitmq", [str(program)], port=port, directory=directory,
+                scheme="ws" if websocket else "mqtt", env=env, start_timeout_s=120.0,
             )  # fmt: skip
 
         with _running(build, None) as server:
