@@ -1,6 +1,6 @@
 """The `fastkin` command: options and exit codes. What a command does is in commands/.
 
-Exit codes: 0 done, 1 a failure at work, 2 a usage or settings error, told in one line on stderr.
+Exit codes: 0 done, 1 a failure at work, 2 a usage or settings error, told in one line on stderr, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Show the version and exit.",
         ),
         click.option("-q", "--quiet", is_flag=True, help="Log only warnings and errors."),
-        click.option("-v", "--verbose", is_flag=True, help="Log what happens in detail."),
+        click.option(
+            "-v", "--verbose", is_flag=True, help="Also log each call and connection (DEBUG); no payloads, no secrets."
+        ),
     ):
         command = option(command)
     return command

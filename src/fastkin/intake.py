@@ -402,8 +402,14 @@ class Intake:
         if link is not None and link.up:
             await link.leave()
 
+    def abort(self) -> None:
+        """Drop the connection at once, without goodbye."""
+        if self._link is not None:
+            self._link.abort()
+
     def _set_state(self, state: str) -> None:
         if state != self.state:
+            _LOG.debug("%s broker=%s client=%s is %s now", self._where, self.broker.url, ascii(self.client_id), state)
             self.state = state
             if self._on_state is not None:
                 self._on_state(state)
@@ -1256,7 +1262,9 @@ class _Link(Receiver):
     def abort(self) -> None:
         self.up = False
         self._deaf = True
-        if self.wire is not None and not self.ended.done():
+        # cancelled: so was the task that awaited it, and the wire is still there
+        over = self.ended.done() and not self.ended.cancelled()
+        if self.wire is not None and not over and not self.loop.is_closed():
             self.wire.abort()
             # No wait for the end may hang on an event loop that forgets to tell of it.
             self._timers["gone"] = self.loop.call_later(_GONE_S, self.connection_lost, None)

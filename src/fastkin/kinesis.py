@@ -251,6 +251,9 @@ class Client(ABC):
     async def call(self, target: str, body: Buffer) -> bytes:
         """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome."""
 
+    def abort(self) -> None:  # noqa: B027 - not every client holds some
+        """Drop connections at once: the event loop is about to end, and nobody called close()."""
+
     @abstractmethod
     async def close(self) -> None:
         """Close connections. The client can be started again."""
@@ -527,6 +530,10 @@ class KinesisClient(Client):
         self._endpoint = endpoint
         self.at_aws = is_aws(endpoint.data.base)
 
+    def abort(self) -> None:
+        for pool in self._pools.values():
+            pool.abort()
+
     async def close(self) -> None:
         """Close connections and threads. The client can be started again."""
         pools, self._pools = self._pools, {}
@@ -560,7 +567,13 @@ class KinesisClient(Client):
             head = partial(self._head, self._signer, credentials, target, url.host, url.path, digest, length)
             pool = self._pools.get(url.base) or self._new_pool(url.base)
             offset = self.clock_offset
+            began = time.monotonic()
             reply = await pool.request(head, body, PUT_ANSWER if target == "PutRecords" else MAX_ANSWER)
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug(
+                    "%s with %d bytes to %s: status %d, %d bytes, %.1f ms", target, length, url.host, reply.status,
+                    len(reply.body), (time.monotonic() - began) * 1000,
+                )  # fmt: skip
             if reply.status == 200:
                 return reply.body
             now = self._clock()

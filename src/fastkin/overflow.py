@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastkin._codec import DEAD, DRAIN, DROPPED, SPOOLED, Batch, Budget, CallbackSettler
 from fastkin.deadline import Deadline
+from fastkin.dropped import quiet
 from fastkin.errors import DataFormatError, LibraryError, RecordDropped, SpoolError
 from fastkin.spool import ENTRY_BYTES, Found, Put, Spool, row_size
 from fastkin.worker import Worker
@@ -251,7 +252,7 @@ class Overflow:
             await self._open()
         except SpoolError as error:
             self._trouble(error)
-        self._task = self._loop.create_task(self._run(), name=f"fastkin[{self._name}].spool")
+        self._task = quiet(self._loop.create_task(self._run(), name=f"fastkin[{self._name}].spool"))
 
     @property
     def task(self) -> asyncio.Task[None] | None:

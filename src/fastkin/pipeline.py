@@ -20,6 +20,7 @@ from fastkin._mqtt import CallbackSink, Ledger, Router
 from fastkin.aside import Aside, make_store
 from fastkin.config import FORMAT_IDS
 from fastkin.deadline import Deadline
+from fastkin.dropped import outlive, quiet
 from fastkin.errors import Action, ConfigError, FastkinError, KinesisError
 from fastkin.flusher import Flusher
 from fastkin.intake import Intake
@@ -183,9 +184,23 @@ class PipelineRun:
         self.aside.start()
         self.watchdog.start()
         self._spawn(self._run(), "run").add_done_callback(self._run_over)
+        self._spawn(outlive(self._loop_ended), "guard")
+
+    def _loop_ended(self) -> None:
+        if self._stopping:
+            return
+        if self.lane.in_flight:
+            _LOG.warning(
+                "pipeline=%s stage=engine the event loop ended and stop() was never called: %d records are not"
+                " acknowledged; use `async with Engine(...)`", self.name, self.lane.in_flight,
+            )  # fmt: skip
+        self.sender.abort()
+        self.flusher.stop()
+        self.intake.abort()
+        self.client.abort()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = self._loop.create_task(coroutine, name=f"fastkin[{self.name}].{name}")
+        task = quiet(self._loop.create_task(coroutine, name=f"fastkin[{self.name}].{name}"))
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
         return task

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from fastkin._codec import DRAIN, FAILED, KeyPlan, Lane, ShardTable
 from fastkin.config import MIB, Kinesis
 from fastkin.deadline import Deadline
+from fastkin.dropped import outlive, quiet
 from fastkin.errors import ClosedError, ConfigError, KinesisError, LibraryError, RecordFailed
 from fastkin.flusher import Flusher
 from fastkin.keys import KeySpecError, key_plan
@@ -152,6 +153,7 @@ class Producer:
         self._closed = False
         self._closing: asyncio.Task[int] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._guard: asyncio.Task[None] | None = None
         self._flowing = False  # the first look at the stream is over
         self._hurry = asyncio.Event()  # who closes us will not wait
         self._starting = asyncio.Lock()
@@ -214,11 +216,27 @@ class Producer:
         self._sender = sender
         self._watchdog = Watchdog(self._stream, loop, self.stuck, self._wake)
         self._watchdog.start()
+        self._guard = quiet(loop.create_task(outlive(self._loop_ended), name=f"fastkin[{self._stream}].guard"))
+
+    def _loop_ended(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._lane.in_flight:
+            _LOG.warning(
+                "pipeline=%s stage=engine the event loop ended and close() was never called: %d records were not"
+                " stored; use `async with Producer(...)`", self._stream, self._lane.in_flight,
+            )  # fmt: skip
+        if self._sender is not None and self._flusher is not None:
+            self._sender.abort()
+            self._flusher.stop()
+        self._client.abort()
 
     async def _first_look(self, sender: Sender) -> None:
         """At the stream's mode and shards. Not needed to put, so not waited for long."""
         first = asyncio.Event()
-        self._watching = asyncio.create_task(self._watch(sender, first), name=f"fastkin[{self._stream}].shards")
+        watch = asyncio.create_task(self._watch(sender, first), name=f"fastkin[{self._stream}].shards")
+        self._watching = quiet(watch)
         looked = asyncio.create_task(first.wait())
         try:
             await asyncio.wait([looked, self._watching], timeout=_FIRST_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
@@ -368,6 +386,8 @@ class Producer:
                 waiter.set_exception(error)
         self._line.clear()
         sender, flusher = self._sender, self._flusher
+        if self._guard is not None:
+            self._guard.cancel()
         unsettled = 0
         limit = Deadline(timeout_s + _CLOSE_S, self._stream)
         await self._end_watch()

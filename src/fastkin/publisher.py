@@ -363,7 +363,7 @@ class _Link(Receiver):
         await asyncio.wait([self._ended], timeout=_CLOSE_S)  # abort() sees to it
 
     def abort(self) -> None:
-        if self._wire is not None and not self._ended.done():
+        if self._wire is not None and not self._ended.done() and not self._loop.is_closed():
             self._wire.abort()
             # No wait for the end may hang on an event loop that forgets to tell of it.
             self._loop.call_later(_GONE_S, self.connection_lost, None)

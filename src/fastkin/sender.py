@@ -316,6 +316,10 @@ class Sender:
                 self._waiters.remove((mark, waiter))
             raise
 
+    def abort(self) -> None:
+        """Begin no more calls: the event loop is about to end."""
+        self._closing = True
+
     async def close(self) -> None:
         """Cancel the calls in flight. What has not ended stays unsettled: see `unsent`."""
         self._closing = True

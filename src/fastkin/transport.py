@@ -156,6 +156,11 @@ class HttpPool:
             self._keep(connection)
         return reply
 
+    def abort(self) -> None:
+        """Close every connection at once, and wait for none."""
+        for connection in list(self._all):
+            connection.shut("PoolClosed", "the event loop ended during the call")
+
     async def close(self) -> None:
         """Close every connection; calls that are on their way end with TransportError."""
         self._closed = True
