@@ -132,7 +132,7 @@ def test_split(count: int, shards: set[int]) -> None:
     batch.attempts, batch.born, batch.epoch = 3, 1.5, 7
     table = ShardTable(ENDS)
     mine = [table.find(str(key), hash_key) in shards for _, key, hash_key in entries]
-    before = rig.budget.bytes
+    before = rig.budget.bytes - batch.overhead
     part, others = batch.split(shards)
     for piece, wanted in ((part, True), (others, False)):
         expected = [item for item, is_mine in zip(entries, mine, strict=True) if is_mine is wanted]
@@ -143,7 +143,7 @@ def test_split(count: int, shards: set[int]) -> None:
         check(piece, expected)
         assert (piece.attempts, piece.born, piece.epoch, piece.lane) == (3, 1.5, 7, rig.lane)
         assert set(piece.shard_load()) <= ({*shards} if wanted else {0, 1, 2} - shards)
-    assert rig.budget.bytes == before
+    assert rig.budget.bytes == before + sum(piece.overhead for piece in (part, others) if piece is not None)
     for piece in (part, others):
         if piece is not None:
             assert piece.settle(stored(len(piece))) == []
@@ -156,11 +156,12 @@ def test_halves(count: int) -> None:
     rig = Rig()
     entries = fill(rig, count)
     batch = one(rig)
-    before = rig.budget.bytes
+    before = rig.budget.bytes - batch.overhead
     left, right = batch.halves()
     check(left, entries[: count // 2])
     check(right, entries[count // 2 :])
-    assert rig.budget.bytes == before
+    assert rig.budget.bytes == before + left.overhead + right.overhead
+    assert left.overhead > 1000
     left.finish(DROPPED)
     right.finish(DROPPED)
     rig.settled()
@@ -188,14 +189,14 @@ def test_gather(counts: list[int], most: int, batch_bytes: int) -> None:
         parts += rig.drain()
     for i, part in enumerate(parts):
         part.attempts, part.born, part.epoch = i + 1, 10.0 - i, 5 - i
-    before = rig.budget.bytes
+    before = rig.budget.bytes - sum(part.overhead for part in parts)
     last = len(parts)
     gathered = Batch.gather(parts)
     cuts, _ = oracle.cut([(data, key) for data, key, _ in entries], oracle.Limits(most, batch_bytes, 1 << 20))
     if last > 1:
         assert [len(batch) for batch in gathered] == [len(cut.entries) for cut in cuts]
     assert [item for batch in gathered for item in batch.entries()] == entries
-    assert rig.budget.bytes == before
+    assert rig.budget.bytes == before + sum(batch.overhead for batch in gathered)
     assert gathered[-1].attempts == last
     assert gathered[-1].born == 11.0 - last
     assert gathered[-1].epoch == 6 - last

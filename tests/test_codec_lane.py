@@ -331,9 +331,11 @@ def test_charged_what_it_costs(way: str) -> None:
     WAYS[way](rig, records)
     assert rig.budget.bytes == rig.budget.peak_bytes == sum(map(cost_of, records))
     assert rig.budget.records == 20
-    rig.store()
+    (batch,) = rig.drain()
+    assert rig.budget.bytes == rig.budget.peak_bytes == sum(map(cost_of, records)) + batch.overhead
+    assert 1024 <= batch.overhead <= 1024 + 1024 + batch.nbytes // 8 + 32 * 3
+    batch.finish(DROPPED)
     rig.settled()
-    assert rig.budget.peak_bytes == sum(map(cost_of, records))
 
 
 @pytest.mark.parametrize("way", ["raw", "bulk"])
@@ -398,8 +400,8 @@ def test_budget() -> None:
     for bad in ((0, 1), (1, 0)):
         with pytest.raises(LibraryError):
             Budget(*bad)
-    budget = Budget(1000, 4)
-    assert (budget.max_bytes, budget.max_records, budget.bytes, budget.records) == (1000, 4, 0, 0)
+    budget = Budget(10_000, 4)
+    assert (budget.max_bytes, budget.max_records, budget.bytes, budget.records) == (10_000, 4, 0, 0)
     assert budget.room(10**9) is True
     rig = Rig(budget=budget)
     rig.lane.offer(b"t", b"x" * 30, 1)

@@ -177,9 +177,9 @@ def test_fresh_and_restored_in_one_call_are_paid_by_their_own_budget() -> None:
     old = rig.lane.restore(body, counts, 5)
     rig.lane.add(b"new", 2)
     (new,) = rig.drain()
-    held, back = rig.budget.bytes, rig.back.bytes
+    held, back = rig.budget.bytes - new.overhead, rig.back.bytes - old.overhead
     (both,) = Batch.gather([old, new])
-    assert (rig.budget.bytes, rig.back.bytes) == (held, back)
+    assert (rig.budget.bytes, rig.back.bytes) == (held, back + both.overhead)
     both.settle(stored(2))
     assert rig.rows == [(5, 1, STORED)]
     assert rig.told[-1][:3] == (2, 1, STORED)

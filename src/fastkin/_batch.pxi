@@ -34,6 +34,9 @@ cdef enum:
     CODE_MOST = 128
     MESSAGE_MOST = 1024
     ENTRIES_MOST = 10000
+    # A batch besides its entries: the object, the head and end of its body, two or three pieces of the allocator, and
+    # whoever has it: a queue, a task, a group of dead letters with its closures.
+    BATCH_BYTES = 1024
 
 cdef const char* HEAD = '{"Records":['
 cdef enum:
@@ -237,6 +240,8 @@ cdef class Batch:
     cdef int why
     cdef bint finished  # the body is complete
     cdef bint live  # it owns entries: they neither went elsewhere nor ended
+    cdef readonly unsigned long long overhead  # charged besides the entries, from its end to when it is spent
+    cdef Budget payer
     cdef Py_ssize_t exports
     cdef public Py_ssize_t attempts
     cdef public double born
@@ -324,6 +329,7 @@ cdef class Batch:
         """Complete the body and give back what it did not need."""
         cdef size_t length = <size_t> PyBytes_GET_SIZE(self.books.target)
         cdef char* p
+        cdef Entry* items
         buf_need(&self.body, length + 3)
         p = self.body.p + self.body.length
         memcpy(p, b"],", 2)
@@ -335,10 +341,28 @@ cdef class Batch:
             if p != NULL:
                 self.body.p = p
                 self.body.room = self.body.length
+        if self.room > self.count + self.count // 8:
+            items = <Entry*> realloc(self.items, max(self.count, <size_t> 1) * sizeof(Entry))
+            if items != NULL:
+                self.items = items
+                self.room = max(self.count, <size_t> 1)
         self.why = why
         self.lane = lane
         self.finished = True
+        self.pay()
         return 0
+
+    cdef inline void pay(self) noexcept:
+        """Charge what it costs besides its entries: a batch of one record is more than the record."""
+        self.payer = self.books.replay if self.restored else self.books.budget
+        self.overhead = (BATCH_BYTES + (self.body.room - self.body.length) + (self.room - self.count) * sizeof(Entry)
+                         + (self.run_room - self.run_count) * sizeof(Run))
+        self.payer.charge(self.overhead, 0)
+
+    cdef inline void refund(self) noexcept:
+        if self.overhead:
+            self.payer.release(self.overhead, 0)
+            self.overhead = 0
 
     cdef Batch fresh(self, size_t body, size_t count):
         """A batch to copy entries of this one into."""
@@ -353,6 +377,7 @@ cdef class Batch:
     cdef inline void spend(self) noexcept:
         """The entries are somebody else's now. The body goes with the last view of it."""
         self.live = False
+        self.refund()
         if self.exports == 0:
             buf_free(&self.body)
         free(self.items)
@@ -447,6 +472,7 @@ cdef class Batch:
                 self.end(NULL, OUT_FAILED, LibraryError("the batch was dropped before it was sent"), -1)
             except BaseException as error:
                 unraisable(error, None)
+        self.refund()
         free(self.items)
         free(self.runs)
         buf_free(&self.body)

@@ -116,6 +116,7 @@ class Batch:
     attempts: int  # free for the sender
     born: float  # free for the sender
     epoch: int  # free for the sender
+    overhead: int  # charged to the budget besides the entries
     digest: str | None  # free for the client: the body's SHA-256 in hex
     def shard_load(self) -> dict[int, tuple[int, int]]: ...  # shard index (-1 unknown) -> (records, bytes)
     # (entries of those shards, the others); self is spent

@@ -2,7 +2,10 @@
 # open body, as base64.
 
 cdef enum:
-    REJECT_BYTES = 256  # what a reject costs besides its payload and topic
+    # What a reject costs besides its payload and topic: the object, its reason, and until it is stored a letter,
+    # its closures and a place in a queue.
+    REJECT_BYTES = 1536
+    REJECT_TOPIC = 5  # the topic as bytes, and as text of up to four bytes a character
     OVERHEAD_LEAST = 4194304  # bytes the records of one frame may cost besides their data, in any budget
     ENTRY_OPEN = 9  # {"Data":"
     ENTRY_KEY = 18  # ","PartitionKey":"
@@ -329,7 +332,7 @@ cdef class Lane(Sink):
         reject.offset = <Py_ssize_t> offset
         reject.index = index
         reject.token = token
-        reject.cost = length + topic_length + REJECT_BYTES
+        reject.cost = length + REJECT_TOPIC * topic_length + REJECT_BYTES
         reject.books = self.books
         self.budget.charge(reject.cost, 1)
         self.rejects.append(reject)
@@ -351,7 +354,7 @@ cdef class Lane(Sink):
 
     cdef Py_ssize_t refuse_frame(self, const uint8_t* topic, size_t topic_length, const uint8_t* data,
                                  const Frame* frame, uint64_t token) except -2:
-        if self.no_room(frame.end + topic_length + REJECT_BYTES, 1):
+        if self.no_room(frame.end + REJECT_TOPIC * topic_length + REJECT_BYTES, 1):
             return OFFER_STALLED
         self.books.received += 1
         self.set_aside(topic, topic_length, data, frame.end, "records",
@@ -361,7 +364,7 @@ cdef class Lane(Sink):
     cdef Py_ssize_t refuse_whole(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
                                  size_t length, str kind, str reason, uint64_t token) except -2:
         """A whole payload that is set aside unread."""
-        if self.no_room(length + topic_len + REJECT_BYTES, 1):
+        if self.no_room(length + REJECT_TOPIC * topic_len + REJECT_BYTES, 1):
             return OFFER_STALLED
         self.books.received += 1
         self.set_aside(topic, topic_len, data if length else <const uint8_t*> b"", length, kind,
@@ -381,7 +384,7 @@ cdef class Lane(Sink):
         if bulk:
             status = frame_scan(data, length, &frame)
             if status != FRAME_OK:
-                if self.no_room(length + topic_len + REJECT_BYTES, 1):
+                if self.no_room(length + REJECT_TOPIC * topic_len + REJECT_BYTES, 1):
                     return OFFER_STALLED
                 self.books.received += 1
                 self.set_aside(topic, topic_len, data, length, frame_kind(status),
@@ -460,7 +463,7 @@ cdef class Lane(Sink):
                 if strict:
                     which = f"record {i} of the frame: " if bulk else ""
                     raise RecordError(which + self.why_bad(slot.verdict, &key, length))
-                cost += length + topic_length + REJECT_BYTES
+                cost += length + REJECT_TOPIC * topic_length + REJECT_BYTES
             else:
                 cost += fk_b64_length(length) + entry_frame(&key, 0) + 1 + sizeof(Entry)
             at += length

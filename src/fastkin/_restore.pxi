@@ -200,9 +200,9 @@ cdef Batch restore_batch(_Books books, const uint8_t* data, size_t length, bytes
         raise DataFormatError(<Py_ssize_t> length, restore_reason(RESTORE_COUNTS))
     memcpy(batch.body.p, data, one.at + one.length)
     batch.body.length = one.at + one.length
+    batch.restored = True
     # the stream may have another name by now
     batch.finish_body(FLUSH_DRAIN, None)
-    batch.restored = True
     return batch
 
 

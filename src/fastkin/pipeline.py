@@ -76,9 +76,12 @@ class PipelineRun:
         self._on_message = on_message
         self.failure: asyncio.Future[None] = self._loop.create_future()
         self.client: Client = make_client(pipeline.kinesis, pipeline.id)
-        # An eighth is left for what is not charged record by record: ledger, receive buffer, answers, allocator.
+        # An eighth is left for what is not charged record by record: ledger, receive buffer, answers, allocator. And
+        # one for WebSocket frames that were read: aiohttp counts their bytes, and an object each is much more.
         self.budget, rows = shares(
-            pipeline.budget_bytes - pipeline.budget_bytes // 8, pipeline.budget_records, pipeline.on_full
+            pipeline.budget_bytes - pipeline.budget_bytes // 8 * (2 if broker.scheme in {"ws", "wss"} else 1),
+            pipeline.budget_records,
+            pipeline.on_full,
         )
         max_batch_bytes = batch_limit(
             pipeline.max_batch_bytes, pipeline.max_record_bytes, pipeline.budget_bytes, pipeline.on_full

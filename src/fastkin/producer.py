@@ -118,7 +118,7 @@ class Producer:
                 transport=transport, max_connections=max_connections, request_timeout_s=request_timeout_s,
             )  # fmt: skip
             self._client = make_client(self._settings, stream or stream_arn)
-            self._budget, self._rows = shares(budget_bytes, budget_records, on_full)
+            self._budget, self._rows = shares(budget_bytes - budget_bytes // 8, budget_records, on_full)
             self._lane = Lane(
                 settler=None, budget=self._budget, frame="raw", key=KeyPlan(kind, parts),
                 target=self._client.target_json(), max_records=max_records,
