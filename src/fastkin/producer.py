@@ -525,4 +525,9 @@ class Producer:
 
 def _refuse(batch: Batch, reason: str) -> None:
     code, _, message = reason.partition(": ")
+    if batch.restored:  # its receipts said "spooled" long ago: nobody is told of its end
+        _LOG.error(
+            "stage=send %d records that came back from the spool are refused for good and dropped: %s",
+            batch.user_records, reason,
+        )  # fmt: skip
     batch.finish(FAILED, RecordFailed(code, message))

@@ -19,9 +19,10 @@ import fastkin.pipeline
 import fastkin.producer
 import fastkin.sender
 from fastkin import _codec
+from fastkin.watchdog import on_stall
 from simulation import disks
 from simulation.kinesis import SimClient
-from simulation.loop import EPOCH, START
+from simulation.loop import EPOCH, START, SimWorker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +37,7 @@ def installed(world: World, open_wire: Any, *, real_spool: bool) -> Iterator[Non
     rng = world.rng
     loop = world.loop
 
-    def client(settings: Any, **_: Any) -> SimClient:
+    def client(settings: Any, *_: Any, **__: Any) -> SimClient:
         return SimClient(world, settings)
 
     class Seeded(random.Random):
@@ -53,18 +54,23 @@ def installed(world: World, open_wire: Any, *, real_spool: bool) -> Iterator[Non
         (fastkin.sender, "Random", Seeded),
         (fastkin.overflow, "Spool", disks.RealSpool if real_spool else disks.MemorySpool),
         (fastkin.aside, "DeadLetters", disks.SimLetters),
+        (fastkin.aside, "Worker", SimWorker),
+        (fastkin.overflow, "Worker", SimWorker),
         (time, "time", lambda: EPOCH - START + loop.now),
         (time, "monotonic", lambda: loop.now),
         (os, "urandom", rng.randbytes),
     ]
+    stalls: list[str] = world.stalls
     before = [(where, name, getattr(where, name)) for where, name, _ in replaced]
     random.seed(world.seed)
     _codec._seed_keys(world.seed)
+    on_stall[:] = [lambda name, found: stalls.append(f"{name}: {found}")]
     try:
         for where, name, stand_in in replaced:
             setattr(where, name, stand_in)
         yield
     finally:
+        on_stall.clear()
         for where, name, was in before:
             setattr(where, name, was)
         _codec._seed_keys(None)

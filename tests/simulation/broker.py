@@ -482,7 +482,7 @@ class Link:
             codes.append(options & 3)
         world.note("SUBSCRIBE " + " ".join(session.filters))
         answer = packet(0x90, packet_id + (b"\x00" if self.version == 5 else b"") + bytes(codes))
-        if broker.silent:
+        if broker.silent or broker.no_suback:
             world.mark("no SUBACK")
         elif broker.slow_suback:
             world.mark("SUBACK behind a flood")
@@ -612,7 +612,6 @@ class Link:
         self.broker.books.acknowledged(message, name)
         flight = session.flights.get(packet_id)
         if flight is None or flight.message is not message:
-            world.mark("an answer that the broker has forgotten the message of")
             if which:
                 self.send(b"\x62\x02" + packet_id.to_bytes(2, "big"))
             return
@@ -646,7 +645,6 @@ class Broker:
         self.books = books
         self.sessions: dict[str, Session] = {}
         self.links: list[Link] = []
-        self.saved: dict[str, tuple[Any, ...]] = {}
         self.identifiers: dict[tuple[str, str], int] = {}
         self.window = 20
         self.five = True
@@ -667,7 +665,7 @@ class Broker:
         self.deaf = False
         self.denies = False
         self.amnesia = False
-        self.slow_suback = False
+        self.slow_suback = self.no_suback = False
         self.loses_pubrel = False
         self.retained: list[Message] = []
 
@@ -731,7 +729,7 @@ class Broker:
 
     def heal(self) -> None:
         self.down = self.refusing = self.silent = self.denies = self.amnesia = False
-        self.slow_suback = self.loses_pubrel = False
+        self.slow_suback = self.no_suback = self.loses_pubrel = False
         was_deaf, self.deaf = self.deaf, False
         for link in list(self.links):
             if link.closed:

@@ -32,6 +32,7 @@ class Books:
         self.stream_stored: Counter[bytes] = Counter()
         self.letters: Letters | None = None
         self.spool: SpoolBooks | None = None
+        self.spools: list[SpoolBooks] = []  # of an engine: one for each pipeline
         self.drops = False  # on_full drops: a record may end nowhere, and is counted then
         self.unkept = False  # no dead letters are kept
         self.answers = 0
@@ -53,6 +54,7 @@ class Books:
             self.stream_stored.get(record, 0) > 0
             or (self.spool is not None and self.spool.has(record))
             or (self.letters is not None and self.letters.has(record))
+            or any(spool.has(record) for spool in self.spools)
         )
 
     def unsafe(self, message: Message) -> list[bytes]:
@@ -129,7 +131,9 @@ def live_batches(lane: Any) -> list[Batch]:
 
 
 def bugs(world: World) -> None:
-    """What nobody caught."""
+    """What nobody caught, and what the watchdog had to wake."""
+    if world.stalls:
+        raise Finding(f"the watchdog fired: {world.stalls[0]}")
     for context in world.loop.bugs:
         error = context.get("exception")
         raise Finding(f"the loop's exception handler was told: {context.get('message')}: {error!r}") from error

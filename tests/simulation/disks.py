@@ -18,7 +18,7 @@ import orjson
 
 from fastkin import deadletter, spool
 from fastkin.errors import SpoolError
-from fastkin.lambdas import _deaggregate
+from fastkin.lambdas import deaggregate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,10 +83,18 @@ class MemoryFile:
     """What a spool in memory has on its disk."""
 
     def __init__(self) -> None:
-        self.rows: dict[int, spool.Row] = {}
+        self.rows: dict[int, spool.Row] = {}  # but not those that were set aside
+        self.records = self.bytes = 0
         self.last = 0
         self.clean = True
-        self.damaged: set[int] = set()
+        self.damaged: dict[int, spool.Row] = {}
+
+    def drop(self, row: int) -> spool.Row | None:
+        gone = self.rows.pop(row, None)
+        if gone is not None:
+            self.records -= gone.records
+            self.bytes -= gone.size
+        return gone
 
 
 class MemorySpool:
@@ -102,20 +110,18 @@ class MemorySpool:
 
     @property
     def rows(self) -> int:
-        return len(self._live())
+        return 0 if self._file is None else len(self._file.rows)
 
     @property
     def records(self) -> int:
-        return sum(row.records for row in self._live())
+        return 0 if self._file is None else self._file.records
 
     @property
     def bytes(self) -> int:
-        return sum(row.size for row in self._live())
+        return 0 if self._file is None else self._file.bytes
 
     def _live(self) -> list[spool.Row]:
-        if self._file is None:
-            return []
-        return [row for row in self._file.rows.values() if row.id not in self._file.damaged]
+        return [] if self._file is None else list(self._file.rows.values())
 
     def _fail(self, doing: str) -> None:
         if self._disk.failing:
@@ -155,7 +161,7 @@ class MemorySpool:
         if file is None:
             raise SpoolError(self.path, "it is not open", "open it")
         for one in ended:
-            file.rows.pop(one[0], None)
+            file.drop(one[0])
             self._books.drop(one[0])
         ids = []
         for put in puts:
@@ -165,6 +171,8 @@ class MemorySpool:
             file.rows[file.last] = spool.Row(
                 file.last, put.entries, put.records, spool.row_size(put), body, bytes(put.counts)
             )
+            file.records += put.records
+            file.bytes += spool.row_size(put)
             self._books.put(file.last, body)
             ids.append(file.last)
         self._disk.world.note(f"spool {len(puts)} in {len(ended)} out")
@@ -176,7 +184,8 @@ class MemorySpool:
     ) -> list[spool.Row]:  # fmt: skip
         self._fail("read it")
         rows: list[spool.Row] = []
-        for row in self._live():
+        assert self._file is not None
+        for row in self._file.rows.values():
             if row.id <= after:
                 continue
             cost = row.size + row.entries * spool.ENTRY_BYTES
@@ -192,7 +201,8 @@ class MemorySpool:
     def set_aside(self, row: spool.Row) -> None:
         self._fail("write to it")
         assert self._file is not None
-        self._file.damaged.add(row.id)
+        if (gone := self._file.drop(row.id)) is not None:
+            self._file.damaged[row.id] = gone
 
     def first_records(self, within: int) -> int:
         self._fail("read it")
@@ -292,10 +302,13 @@ class Letters:
     def __init__(self, path: str) -> None:
         self.path = path
         self.payloads: Counter[bytes] = Counter()
+        self.packets: list[bytes] = []  # whole PUBLISH packets that were ill-formed
         self._at = 0
 
     def look(self) -> None:
         try:
+            if os.stat(self.path).st_size == self._at:
+                return
             with open(self.path, "rb") as file:
                 file.seek(self._at)
                 data = file.read()
@@ -312,14 +325,16 @@ class Letters:
                 continue  # cut short by a kill: alone in its damage
             payload = base64.b64decode(letter["payload"])
             self.payloads[payload] += 1
+            if letter.get("packet"):
+                self.packets.append(payload)
             if payload[:4] == KPL:  # refused as a whole: what is in it is set aside with it
-                self.payloads.update(user for _, user in _deaggregate(payload))
+                self.payloads.update(user for _, user in deaggregate(payload))
 
     def has(self, payload: bytes) -> bool:
         if payload in self.payloads:
             return True
         self.look()
-        return payload in self.payloads
+        return payload in self.payloads or any(each.endswith(payload) for each in self.packets)
 
 
 class SimLetters(deadletter.DeadLetters):

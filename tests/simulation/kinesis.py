@@ -18,7 +18,7 @@ import orjson
 
 from fastkin.errors import Action, KinesisError, NotSent, TransportError
 from fastkin.kinesis import Client
-from fastkin.lambdas import _deaggregate
+from fastkin.lambdas import deaggregate
 from simulation.loop import PROCESS, Finding
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Stream:
         self.max_call_bytes = 5 << 20
         self.max_record_bytes = 1 << 20
         self.auto = False
+        self.at_aws = False  # a DryRun is known to be one
         self.shard_rate = 1000.0  # records per second
         # moods
         self.latencies: Sequence[float] = (0.01,)
@@ -170,7 +171,7 @@ class Stream:
     def _users(self, data: bytes) -> list[bytes]:
         if data[:4] == _KPL:
             self.world.mark("an aggregate")
-            return [user for _, user in _deaggregate(data)]
+            return [user for _, user in deaggregate(data)]
         return [data]
 
     def _store(self, user: bytes) -> None:
@@ -292,6 +293,7 @@ class SimClient(Client):
         if self.stream.call_fault == "NoCredentials":
             raise KinesisError("NoCredentials", "none were found", action=Action.OPERATOR)
         self.running = True
+        self.at_aws = self.stream.at_aws
 
     async def close(self) -> None:
         await asyncio.sleep(0)

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import math
 from asyncio import base_events, events
+from collections import deque
 from contextvars import Context, ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,9 @@ class Finding(Exception):  # noqa: N818 - it is not an error of the simulation
 class Task(asyncio.Task[Any]):
     """A task whose place in a set is the same in every run."""
 
-    serial = 0
+    def __init__(self, coroutine: Any, *, serial: int, **options: Any) -> None:
+        self.serial = serial  # first of all: asyncio puts it into a set while it is made
+        super().__init__(coroutine, **options)
 
     def __hash__(self) -> int:
         return self.serial
@@ -89,9 +92,10 @@ class VirtualLoop(base_events.BaseEventLoop):
         self.dead: set[int] = set()
         self.jobs: list[_Job] = []
         self.tasks: dict[int, list[Task]] = {}
-        self._delay = delay
+        self.delay = delay
         self._selector = _Jump(self)
         self._serial = 0
+        self._tasks_most = 100
         self._outside: Context | None = None
         self.set_exception_handler(self._keep)
         self.set_task_factory(self._make_task)
@@ -127,14 +131,17 @@ class VirtualLoop(base_events.BaseEventLoop):
         return future
 
     def _make_task(self, loop: object, coroutine: Coroutine[Any, Any, Any], **options: Any) -> Task:
-        task = Task(coroutine, loop=self, **options)
         self._serial += 1
-        task.serial = self._serial
+        task = Task(coroutine, serial=self._serial, loop=self, **options)
         # the context is not told by the task: it is the one it was made in, or the one that was given
         context = options.get("context")
         process = PROCESS.get() if context is None else context.get(PROCESS, 0)
         if process:
-            self.tasks.setdefault(process, []).append(task)
+            tasks = self.tasks.setdefault(process, [])
+            tasks.append(task)
+            if len(tasks) > self._tasks_most:
+                tasks[:] = [each for each in tasks if not each.done()]
+                self._tasks_most = 2 * len(tasks) + 100
         return task
 
     def _keep(self, loop: object, context: dict[str, Any]) -> None:
@@ -146,7 +153,7 @@ class VirtualLoop(base_events.BaseEventLoop):
         future = self.create_future()
         job = _Job(self, PROCESS.get(), future, func, args)
         self.jobs.append(job)
-        done, told = self._delay(func)
+        done, told = self.delay(func)
         job.told_after = told
         self.outside(done, job.work)
         return future
@@ -192,10 +199,10 @@ class VirtualLoop(base_events.BaseEventLoop):
 class _Job:
     """Work of a thread: done at one moment, told at a later one."""
 
-    __slots__ = ("args", "func", "future", "loop", "process", "told_after")
+    __slots__ = ("args", "func", "future", "loop", "process", "then", "told_after")
 
     def __init__(
-        self, loop: VirtualLoop, process: int, future: Future, func: Callable[..., Any], args: tuple[Any, ...]
+        self, loop: VirtualLoop, process: int, future: Future | None, func: Callable[..., Any], args: tuple[Any, ...]
     ) -> None:
         self.loop = loop
         self.process = process
@@ -203,6 +210,7 @@ class _Job:
         self.func = func
         self.args = args
         self.told_after = 0.0
+        self.then: Callable[[], None] | None = None  # the thread's next job
 
     def work(self) -> None:
         if self not in self.loop.jobs:
@@ -210,26 +218,70 @@ class _Job:
         self.loop.jobs.remove(self)
         if self.process in self.loop.dead:
             return
-        try:
-            result = self.func(*self.args)
-        except BaseException as error:  # noqa: BLE001 - as an executor does
-            self._tell(error, None)
-        else:
-            self._tell(None, result)
+        if self.future is None or not self.future.cancelled():
+            # what has not begun is not made when nobody waits for it
+            try:
+                result = self.func(*self.args)
+            except BaseException as error:  # noqa: BLE001 - as an executor does
+                self._tell(error, None)
+            else:
+                self._tell(None, result)
+        if self.then is not None:
+            self.then()
 
     def _tell(self, error: BaseException | None, result: object) -> None:
+        if self.future is None:
+            return
         if self.told_after > 0:
             self.loop.outside(self.told_after, self._resolve, error, result)
         else:
             self._resolve(error, result)
 
     def _resolve(self, error: BaseException | None, result: object) -> None:
+        assert self.future is not None
         if self.process in self.loop.dead or self.future.done():
             return
         if error is not None:
             self.future.set_exception(error)
         else:
             self.future.set_result(result)
+
+
+class SimWorker:
+    """`fastkin.worker.Worker`: one thread, one call after the other, as slow as the disk."""
+
+    def __init__(self, name: str) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        self._loop = loop
+        self._process = PROCESS.get()
+        self._queue: deque[_Job] = deque()
+        self._busy = False
+
+    async def run(self, work: Callable[..., Any], *args: Any) -> Any:
+        future = self._loop.create_future()
+        self._put(_Job(self._loop, self._process, future, work, args))
+        return await future
+
+    def leave(self, work: Callable[..., object], *args: Any) -> None:
+        self._put(_Job(self._loop, self._process, None, work, args))
+
+    def close(self) -> None:
+        pass
+
+    def _put(self, job: _Job) -> None:
+        job.then = self._next
+        self._queue.append(job)
+        if not self._busy:
+            self._next()
+
+    def _next(self) -> None:
+        self._busy = bool(self._queue)
+        if self._busy:
+            job = self._queue.popleft()
+            self._loop.jobs.append(job)
+            done, job.told_after = self._loop.delay(job.func)
+            self._loop.outside(done, job.work)
 
 
 def running(loop: VirtualLoop) -> None:

@@ -15,6 +15,7 @@ import argparse
 import gc
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -145,10 +146,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     passed = REAL_CLOCK() - began
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = used.ru_utime + used.ru_stime
     shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     print(
         f"{done} seeds ({shown}), {bad} findings, {virtual / 3600:.1f} hours of virtual time in {passed:.0f} s,"
-        f" {done / passed:.0f} seeds/s"
+        f" {done / passed:.0f} seeds/s; {done / max(spent, 0.001):.0f} for a second of one processor"
     )
     if options.marks:
         missing = [name for name in sorted(marks.MARKS) if not reached[name]]

@@ -10,8 +10,8 @@ import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simulation import adapt
+from simulation.kinds import kind_of
 from simulation.loop import Finding, running
-from simulation.scenario import kind_of
 from simulation.world import World
 
 if TYPE_CHECKING:

@@ -31,6 +31,7 @@ class World:
         self.loop = VirtualLoop(self._delay, coarse=self.rng.random() < 0.25)
         self.job_delay: Callable[[Callable[..., Any]], tuple[float, float]] = lambda _: (0.0, 0.0)
         self.processes = 0
+        self.stalls: list[str] = []  # what the product's own watchdog found
         # what the scenario fills in
         self.streams: dict[str, Any] = {}
         self.books: Any = None
