@@ -153,3 +153,21 @@ async def test_what_is_queued_for_the_own_id_stays_queued(tmp_path: Path) -> Non
                 await until(lambda: emulator.stored_count("s") >= 50, 30)
                 assert run.terminate() == 0
             assert {bytes(one.data) for one in emulator.stored("s")} == {b"%d" % n for n in range(50)}
+
+
+async def test_verbose_tells_of_each_call_and_connection_and_of_no_secret(tmp_path: Path) -> None:
+    with mosquitto() as server:
+        async with Emulator({"s": 1}) as emulator:
+            text = settings(server.port, emulator.url).replace('secret_key = "b"', 'secret_key = "hush-hush"')
+            code, _, err = await check(tmp_path, text)
+            assert (code, "DEBUG" in err) == (0, False)
+            (tmp_path / "v.toml").write_text(text)
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "fastkin.cli", "check", "-v", "--connect", str(tmp_path / "v.toml"),
+                stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            _, told = await asyncio.wait_for(process.communicate(), 60)
+    lines = [line for line in told.decode().splitlines() if " DEBUG " in line]
+    assert any("DescribeStreamSummary" in line and "status 200" in line for line in lines), told
+    assert any("is connecting now" in line for line in lines)
+    assert "hush-hush" not in told.decode()
