@@ -234,7 +234,7 @@ class ChainCredentials:
         why = printable(why)
         now = self._clock()
         current = self._current if now < self._expires else None
-        wait = min(2.0**self._failures, BACKOFF_S, math.inf if current is not None else WAITING_S)
+        wait = min(2.0 ** min(self._failures, 10), BACKOFF_S, math.inf if current is not None else WAITING_S)
         self._failures += 1
         self._due = now + wait
         self._why = why

@@ -483,7 +483,7 @@ class Sender:
             return None
         self._due = math.inf
         picked: list[Batch] = []
-        records = size = 0
+        records = size = nbytes = 0
         queues = list(self._queues.values())
         if len(queues) > 1:
             queues.sort(key=self._order)
@@ -508,7 +508,7 @@ class Sender:
                     records + len(head) > self._max_records
                     or size + head.size > self._gather_bytes
                     or not self._alike(picked[0], head)
-                    or not self._size.allows(sum(batch.nbytes for batch in picked) + head.nbytes)
+                    or not self._size.allows(nbytes + head.nbytes)
                 ):
                     queue.batches.appendleft(head)
                     self._due = now
@@ -521,6 +521,7 @@ class Sender:
                 picked.append(part)
                 records += len(part)
                 size += part.size
+                nbytes += part.nbytes
             if not queue.batches and self._queues.get(queue.key) is queue:
                 del self._queues[queue.key]
         if not picked:

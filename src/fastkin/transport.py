@@ -598,10 +598,9 @@ class _Connection(asyncio.Protocol):
             raise _RefusedError("AnswerTooLarge", f"an answer of more than {self._max_answer} bytes")
         if self._joined is not None:
             self._joined += data
-        elif self._piece and len(data) == 1:
-            self._piece += data  # the last byte of a read comes alone
         elif self._piece:
-            # not a list of pieces: two bytes in a chunk would cost fifty
+            # Not a list of pieces: two bytes in a chunk would cost fifty. Nor bytes that grow: each one more would copy
+            # all that came before it.
             self._joined = bytearray(self._piece)
             self._joined += data
         else:
