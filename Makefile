@@ -1,5 +1,5 @@
 # Every target does its own set-up; `ci/setup` says what it installs and is quick when nothing changed.
-.PHONY: help setup build demo test faults lint bench fuzz clean
+.PHONY: help setup build demo test faults simulate lint bench fuzz clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ test: setup ## the tests, against mosquitto, kinesalite and kinesis-mock
 
 faults: setup ## the ledger suite: every fault case and 300 random combinations, every record accounted for
 	.venv/bin/python tests/faults/run
+
+simulate: setup ## the real stages on virtual time: SEEDS=FROM:TO, each replays exactly; tests/simulation/run.py says how
+	tests/simulation/run --seeds $(or $(SEEDS),0:2000) --marks
 
 lint: setup ## formatting, style, Cython's warnings, types and stubs
 	ci/lint

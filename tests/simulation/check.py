@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 
+_ENTRY_BYTES = 32  # of _batch.pxi's struct
+
+
 class Books:
     """Of one destination; a seed with several pipelines has one for each."""
 
@@ -128,6 +131,30 @@ def live_batches(lane: Any) -> list[Batch]:
                 continue
             found.append(each)
     return found
+
+
+def memory(world: World, run: Any) -> None:
+    """What the budget is charged with is what the batches cost that are alive, whoever holds them.
+
+    Looked at when nothing is open, nothing waits to be set aside, and there are no aggregates, whose runs cannot be
+    seen from outside.
+    """
+    lane = run.lane
+    if lane.open_records or lane.ready or run.aside.waiting or run.aside.writing or lane.aggregate_bytes:
+        return
+    charged = run.budget.bytes
+    if run.overflow is not None and run.overflow.spool is not None:
+        charged += run.overflow._rows.budget.bytes
+    frame = len(b'{"Records":[],}') - 1 + len(run.client.target_json())
+    held = 0
+    for batch in live_batches(lane):
+        if batch.overhead < Batch.__basicsize__:
+            raise Finding(f"a batch of {len(batch)} records is charged {batch.overhead} bytes besides its entries")
+        held += batch.overhead + batch.nbytes - frame + len(batch) * _ENTRY_BYTES
+    if charged != held:
+        raise Finding(f"the budget is charged with {charged} bytes, the batches that are alive cost {held}")
+    if held:
+        world.mark("memory charged is memory held")
 
 
 def bugs(world: World) -> None:

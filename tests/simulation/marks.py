@@ -87,6 +87,7 @@ MARKS: frozenset[str] = frozenset(
         "ended between a write and the word of it",
         "flush()",
         "killed",
+        "memory charged is memory held",
         "messages came again",
         "more than 10,000 unacknowledged",
         "more than 65,535 messages wait",

@@ -23,7 +23,7 @@ from collections import Counter
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
-from simulation import marks
+from simulation import marks, plant
 from simulation.loop import Finding
 from simulation.seed import Outcome, run_seed
 
@@ -111,7 +111,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--marks", action="store_true", help="fail when a mark was never reached")
     parser.add_argument("--trace", type=int, metavar="SEED", help="print the history of one seed")
     parser.add_argument("--digest", action="store_true", help="print the hash of each seed's trace")
+    parser.add_argument("--plant", metavar="NAME", help="run with a fault of planted/, or `all`: it must be found")
     options = parser.parse_args(argv)
+
+    if options.plant is not None:
+        every = [*plant.names(compiled=False), *plant.names(compiled=True)]
+        chosen = every if options.plant == "all" else [options.plant]
+        failed = 0
+        for name in chosen:
+            print(f"-- {name}", flush=True)
+            failed += plant.find(name, options.seeds, options.jobs)
+        return 1 if failed else 0
 
     if options.trace is not None:
         outcome = run_seed(options.trace, tracing=True)

@@ -224,6 +224,8 @@ class Scenario:
         if run not in self.stopped and (found := run.stuck()):
             raise Finding(f"nobody will look at what waits: {found}")
         check.look(self.world, run, stats)
+        if run not in self.stopped and self.world.rng.random() < 0.05:
+            check.memory(self.world, run)
 
     def threads_end(self, process: int) -> None:
         """A process ends: what its threads were at comes to its end before that, or never."""

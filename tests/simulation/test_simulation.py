@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from simulation import plant
+
 RUN = [sys.executable, "-m", "simulation.run"]
 TESTS = Path(__file__).parent.parent
 
@@ -34,6 +36,19 @@ def test_a_seed_replays_exactly_in_another_process() -> None:
     digests = sorted(line for line in first.stdout.splitlines() if line[:4].isdigit())
     assert digests == sorted(line for line in again.stdout.splitlines() if line[:4].isdigit())
     assert len({line.split()[1] for line in digests}) == 100
+
+
+@pytest.mark.parametrize("name", plant.names(compiled=False))
+def test_what_is_planted_is_found(name: str) -> None:
+    done = run("--plant", name, "--seeds", "0:2000", "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_compiled_patch_still_applies(tmp_path: Path) -> None:
+    """`ci/run` builds them and lets the seeds find them; here that would take minutes."""
+    for name in plant.names(compiled=True):
+        command = ["patch", "-p1", "-s", "--dry-run", "-d", plant.ROOT / "src", "-i", plant.PATCHES / f"{name}.patch"]
+        subprocess.run(command, check=True, timeout=20)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
