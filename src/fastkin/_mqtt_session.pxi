@@ -601,8 +601,8 @@ cdef class Session:
         if self._find_topic(&message, head) < 0:
             return self._refuse(p, have, head, rest)
         if message.qos:
-            new = self._token_of(body, have, rest, message.packet_id, message.qos, p[0] & 0x08 != 0,
-                                 &token)
+            new = self._token_of(body, least(rest, MARK_BYTES), rest, message.packet_id, message.qos,
+                                 p[0] & 0x08 != 0, &token)
         sink = self._router.find(message.topic, message.topic_len, 0, self._resumed)
         if sink == NULL:
             self._router.nobody(message.topic, message.topic_len)
@@ -620,13 +620,15 @@ cdef class Session:
         return self._carry_on()
 
     cdef int _token_of(
-        self, const uint8_t* body, size_t have, size_t rest, uint16_t packet_id, int qos, bint again,
+        self, const uint8_t* body, size_t part, size_t rest, uint16_t packet_id, int qos, bint again,
         uint64_t* token
     ) except -1:
-        """BEGUN_NEW, or BEGUN_KNOWN for one that is known here, and seen to."""
+        """BEGUN_NEW, or BEGUN_KNOWN for one that is known here, and seen to.
+
+        It is known by `part` of its `rest` bytes: of a packet above the limit by what is sure to be here
+        however it is cut.
+        """
         cdef Ledger ledger = self._ledger
-        # of a packet above the limit all that is sure to be here however it is cut
-        cdef size_t part = rest if rest <= self._max_packet else least(rest, MARK_BYTES)
         if <int64_t> (ledger._next - ledger._first) >= self._receive_maximum:
             self.overruns += 1
         if ledger.begin_apart(body, part, rest, packet_id, qos, again, self.now, token) == BEGUN_KNOWN:
@@ -647,6 +649,7 @@ cdef class Session:
         cdef uint16_t packet_id = 0
         cdef uint64_t token = 0
         cdef int new = BEGUN_NEW
+        cdef bint whole = rest <= self._max_packet - head  # not above the limit: all of it is here
         cdef bytearray mark
         if have >= 2:
             topic_len = load_two(body)
@@ -663,7 +666,8 @@ cdef class Session:
         if ends and qos:
             return -1  # the broker sends it again
         if packet_id:
-            new = self._token_of(body, have, rest, packet_id, qos, p[0] & 0x08 != 0, &token)
+            new = self._token_of(body, rest if whole else least(rest, MARK_BYTES), rest, packet_id, qos,
+                                 p[0] & 0x08 != 0, &token)
         self._apart = None
         if new == BEGUN_NEW:
             self._apart = Apart.__new__(Apart)

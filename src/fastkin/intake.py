@@ -981,6 +981,8 @@ class _Link(Receiver):
             session.finish_apart()
             await carrier.whole()
             self._walk_on(1)
+        # here and not when the task is over: reading goes on already, and the next message needs a task of its own
+        self._carrying = None
 
     def _walk_on(self, taken: int) -> None:
         """Behind a piece that was taken."""
@@ -1007,7 +1009,6 @@ class _Link(Receiver):
         await carrier.whole()
 
     def _carried(self, task: asyncio.Task[None]) -> None:
-        self._carrying = None
         if not task.cancelled() and (error := task.exception()) is not None:
             self._bug(error if isinstance(error, Exception) else RuntimeError(str(error)))
 

@@ -18,8 +18,10 @@ from aiohttp import web
 
 import fastkin
 from fake_broker import FakeBroker, Peer, until
+from fastkin._mqtt import APART, CallbackSink, Ledger, Router, Session, Unfit
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.emulator import Emulator
+from fastkin.errors import ProtocolError
 from mqtt_wire import packet, text, varint
 from servers import ACCESS_KEY, SECRET_KEY
 
@@ -443,6 +445,54 @@ async def test_a_connection_that_is_cut_within_leaves_nothing(tmp_path: Path) ->
     peer = Cutting((0x32, body("plant/big", bytes(3 << 20))))
     await passes(peer, 5, tmp_path / "dead", answered=True)
     assert [path.name for path in tmp_path.iterdir()] == ["dead"]
+
+
+# -- a packet around the limit, of which the beginning has come -------------------------------------
+
+
+def dripped(session: Session, sent: bytes) -> bytes:
+    """What is set aside of `sent`, which comes bit by bit."""
+    pieces = []
+    for at in range(0, len(sent), 8000):
+        flags = session.feed_data(sent[at : at + 8000])
+        while flags & APART:
+            pieces.append(session.take_piece())
+            if not session.apart_left:
+                session.finish_apart()
+            flags = session.resume()
+    return b"".join(pieces)
+
+
+@pytest.mark.parametrize("topic", [b"plant/big", b"plant/\xff"])
+@pytest.mark.parametrize("limit", [131_072, 1 << 21, 8 << 20])
+def test_no_size_around_the_limit_is_special(limit: int, topic: bytes) -> None:
+    """The beginning tells which message it is, and not a byte that has not come."""
+    for size in range(limit - 6, limit + 2):
+        behind = text(topic) + b"\0\7" + bytes(size - len(topic) - 4)
+        sent = packet(0x32, behind)
+        unfit = Unfit()
+        ledger, router = Ledger(), Router()
+        got: list[bytes] = []
+        router.add("#", CallbackSink(lambda topic, payload, token, got=got: got.append(payload) or 1))
+        for connection in range(2):
+            session = Session(version=4, ledger=ledger, router=router, max_packet_bytes=limit, unfit=unfit)
+            session.feed_data(b"\x20\x02\x01\x00")
+            try:
+                aside = dripped(session, sent)
+            except ProtocolError:
+                assert connection == 0
+                assert topic == b"plant/\xff"
+                ledger.reset(True)
+                sent = b"\x3a" + sent[1:]
+                continue
+            break
+        if got:
+            assert len(sent) <= limit
+            assert topic == b"plant/big"
+        else:
+            assert aside == (behind if topic == b"plant/\xff" else behind[len(topic) + 4 :])
+            # with DUP it is the same one, and nothing is set aside twice
+            assert dripped(session, b"\x3a" + sent[1:]) == b""
 
 
 # -- the same over a WebSocket ---------------------------------------------------------------------

@@ -216,6 +216,22 @@ def test_a_large_frame_is_paused_in_its_middle(run: Any) -> None:
     run(main())
 
 
+def test_many_messages_above_the_limit_in_a_row(run: Any) -> None:
+    """The next one is read ahead while one is set aside: it comes as soon as reading goes on."""
+
+    async def script(websocket: web.WebSocketResponse) -> None:
+        for n in range(1, 21):
+            await websocket.send_bytes(message(n, 200_000))
+
+    async def main() -> None:
+        async with Broker(script) as broker, Rig(broker, scheme="ws", protocol="3.1.1", max_packet_bytes=65_536) as rig:
+            await until(lambda: broker.acked == 20)
+            assert broker.connections == 1
+            assert rig.got == []
+
+    run(main())
+
+
 def test_the_pings_of_a_proxy_do_not_stand_for_a_broker_that_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastkin.intake._TRICKLE_MOST", 1, raising=False)
 
