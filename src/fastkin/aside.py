@@ -103,7 +103,7 @@ class FileStore:
         self._name = name
         self._file = dead_letters
         # one thread, so that calls come one after the other: who awaits one may be cancelled while it goes on
-        self._worker = Worker(f"fastkin[{name}].dead-letters")
+        self._worker = Worker(f"fastkin[{name}].dead-letters", f"pipeline={name} stage=settle", self.place)
 
     @property
     def deleted(self) -> int:

@@ -247,12 +247,19 @@ class Overflow:
         """Open the spool, if there is one; trouble with it is logged and tried again."""
         if self.spool is None:
             return
-        self._worker = Worker(f"fastkin[{self._name}].spool")
+        self._worker = Worker(
+            f"fastkin[{self._name}].spool", f"pipeline={self._name} stage=spool", f"spool {self.spool.path}"
+        )
         try:
             await self._open()
         except SpoolError as error:
             self._trouble(error)
         self._task = quiet(self._loop.create_task(self._run(), name=f"fastkin[{self._name}].spool"))
+
+    @property
+    def hangs(self) -> str | None:
+        """The disk has not answered for a while, in words."""
+        return self._worker.hangs if self._worker is not None else None
 
     @property
     def task(self) -> asyncio.Task[None] | None:

@@ -662,6 +662,8 @@ class PipelineRun:
         """Why it does not do its work, or None when it is connected, subscribed and can store in its stream."""
         if reason := self.failed():
             return reason
+        if self.overflow is not None and self.overflow.hangs:  # nothing passes it, in either direction
+            return self.overflow.hangs
         if not self.ready:
             return f"the stream was not reached: {self.start_error or 'not tried yet'}"
         if self.sender.unwell:

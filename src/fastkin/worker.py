@@ -2,12 +2,16 @@
 
 asyncio's executors and those of concurrent.futures will not do, for the interpreter waits for their threads when it
 exits. This one is a daemon, and whoever awaits a call may leave it behind.
+
+A disk that hangs says nothing, and no call fails: what waits for it would stand still without a word. So a worker that
+is told the name of its place says that the place does not answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import weakref
 from queue import SimpleQueue
@@ -16,25 +20,55 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_LOG = logging.getLogger("fastkin.disk")
 T = TypeVar("T")
+
+HANGS_S = 10.0
 
 
 class Worker:
     """One thread, one call after the other. It starts with the first call, and ends after close() or with its owner."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, where: str = "", place: str = "") -> None:
+        """`where` (pipeline and stage) and `place` are for the line that says that it does not answer; without a place
+        nothing is said."""
         self._name = name
+        self._where = where
+        self._place = place
+        self.hangs: str | None = None  # what has not answered, in words
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._started = False
         self._end = weakref.finalize(self, self._jobs.put, None)
 
     async def run(self, work: Callable[..., T], *args: Any) -> T:
         """What `work(*args)` returns or raises. Cancelled: a call that has not begun is not made."""
-        job = _Job(work, args, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        job = _Job(work, args, loop)
         assert job.future is not None
         self._put(job)
-        result: T = await job.future
+        began = loop.time()
+        timer = loop.call_later(HANGS_S, self._say_hangs)
+        try:
+            result: T = await job.future
+        finally:
+            timer.cancel()
+            if job.future.done() and not job.future.cancelled():
+                self._say_answers(loop.time() - began)
         return result
+
+    def _say_hangs(self) -> None:
+        if self.hangs is not None or not self._place:
+            return  # one call waits behind another
+        self.hangs = f"{self._place} has not answered for {HANGS_S:g} s"
+        _LOG.error(
+            "%s %s: what waits for it is kept and not acknowledged, and nothing goes on that comes after it; look after"
+            " the disk", self._where, self.hangs,
+        )  # fmt: skip
+
+    def _say_answers(self, seconds: float) -> None:
+        if self.hangs is not None:
+            self.hangs = None
+            _LOG.warning("%s %s answers again after %.0f s", self._where, self._place, seconds)
 
     def leave(self, work: Callable[..., object], *args: Any) -> None:
         """Make the call when its turn comes; nobody hears how it ended."""
