@@ -227,7 +227,10 @@ class Carrier(Protocol):
         """Return when there is room for the next."""
 
     async def whole(self) -> None:
-        """All of it was taken: settle its token once, when it is safe. Return when there is room for the next one."""
+        """All of it was taken: settle its token once, when it is safe. Return when there is room for the next one.
+
+        It may be cancelled while it waits, and must not have to be asked again: the token is held for this.
+        """
 
 
 class _Nowhere:
@@ -877,19 +880,23 @@ class _Link(Receiver):
         if self._busy:  # whatever stalls, or has stalled, before the feed in hand is done is offered again after it
             self._again = True
             return
-        if not self._reading.paused & _STALL:
-            return
+        if self._reading.paused & _STALL:
+            self._walk_on(_STALL, STALLED)
+
+    def _walk_on(self, cause: int, flag: int, taken: int = 0) -> None:
+        """Go on where the session stands, and read on unless its `flag` says that it stands there again. `taken`:
+        messages that were taken while it stood."""
         session = self.session
         now = session.now = self.loop.time()
-        before = session.messages
+        before = session.messages - taken
         self._busy = True
         try:
             flags = session.resume()
         except Exception as error:  # noqa: BLE001
             self._broken(error, session.messages - before)
             return
-        if not flags & STALLED:
-            self._go_on(_STALL)
+        if not flags & flag:
+            self._go_on(cause)
         self._took(flags, session.messages - before, 0, now)
 
     def _took(self, flags: int, taken: int, nbytes: int, now: float) -> None:
@@ -975,31 +982,18 @@ class _Link(Receiver):
                 await carrier.take(session.take_piece())
                 if not session.apart_left:
                     break
-                self._walk_on(0)
+                self._behind_piece(0)
             if self._reading.paused & _STOPPED:
                 return
             session.finish_apart()
             await carrier.whole()
-            self._walk_on(1)
+            self._behind_piece(1)
         # here and not when the task is over: reading goes on already, and the next message needs a task of its own
         self._carrying = None
 
-    def _walk_on(self, taken: int) -> None:
-        """Behind a piece that was taken."""
-        if self._deaf or self._reading.paused & _STOPPED:
-            return
-        session = self.session
-        now = session.now = self.loop.time()
-        before = session.messages
-        self._busy = True
-        try:
-            flags = session.resume()
-        except Exception as error:  # noqa: BLE001
-            self._broken(error, taken + session.messages - before)
-            return
-        if not flags & APART:
-            self._go_on(_APART)
-        self._took(flags, taken + session.messages - before, 0, now)
+    def _behind_piece(self, taken: int) -> None:
+        if not (self._deaf or self._reading.paused & _STOPPED):
+            self._walk_on(_APART, APART, taken)
 
     async def _rescue(self, message: Apart, pieces: list[bytes]) -> None:
         """The connection ends for a message that nobody will send again."""
