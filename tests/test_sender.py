@@ -297,6 +297,7 @@ async def test_flush_waits_for_what_was_there_and_not_for_what_comes_later() -> 
     rig.lane.seal(DRAIN)
     flushed = asyncio.create_task(rig.sender.flush())
     await asyncio.sleep(0)
+    await asyncio.sleep(0)  # those who ask in one turn of the loop are served together, in the next
     rig.lane.add(b"late")
     rig.lane.seal(DRAIN)
     rig.sender.pump()

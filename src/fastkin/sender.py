@@ -212,6 +212,7 @@ class Sender:
         self._gave_up_at = -math.inf  # the last of them
         self._probe = False  # in doubt about the destination: something new goes before what was refused
         self._outstanding: dict[int, int] = {0: 0}  # epoch -> records taken from the lane and not ended
+        self._oldest = 0  # the first epoch of these
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._closing = False
         self._warnings = Repeats(_LOG, self._loop.call_later, most=1, per_s=_WARN_EVERY_S)
@@ -297,13 +298,16 @@ class Sender:
 
         ClosedError: the sender was closed before that.
         """
+        # Those who ask in one turn of the loop share a mark: records of different ones do not share a call.
+        await asyncio.sleep(0)
         if self._closing:
             raise _closed()
         while (batch := self.lane.take()) is not None:
             self._queue_fresh(batch)
-        mark = self._epoch
-        self._epoch += 1
-        self._outstanding[self._epoch] = 0
+        if self._outstanding[self._epoch]:
+            self._epoch += 1
+            self._outstanding[self._epoch] = 0
+        mark = self._epoch - 1
         self.pump()
         if self._settled_through(mark):
             return
@@ -938,9 +942,10 @@ class Sender:
         self._waiters = still
 
     def _settled_through(self, mark: int) -> bool:
-        for epoch in [e for e, n in self._outstanding.items() if n == 0 and e < self._epoch]:
-            del self._outstanding[epoch]
-        return all(epoch > mark for epoch in self._outstanding if self._outstanding[epoch])
+        while self._oldest < self._epoch and not self._outstanding[self._oldest]:
+            del self._outstanding[self._oldest]
+            self._oldest += 1
+        return self._oldest > mark
 
     def _warn(self, message: str, *args: object) -> None:
         self._warnings.say(logging.WARNING, message, "pipeline=%s stage=send " + message, self.name, *args)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING
 
 from fake_http import FakeServer, Link, Request
-from fastkin import credentials
+from fastkin import Producer, credentials
 from fastkin.config import Kinesis
 from fastkin.credentials import ChainCredentials
+from fastkin.emulator import Emulator
 from fastkin.errors import KinesisError
 from fastkin.transport import HttpPool
+from servers import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:
     import pytest
@@ -69,3 +72,22 @@ async def test_keys_that_were_missing_for_hours_are_asked_for_again(monkeypatch:
     now += 60.0
     assert (await chain.get()).access_key == "AKID"
     await chain.close()
+
+
+async def test_many_who_flush_at_once_share_calls() -> None:
+    """Each flush had a mark of its own, records of different marks share no call, and each answer looked at all marks
+    for all who waited: a thousand took twelve seconds, two thousand more than a minute."""
+    async with Emulator({"s": 4}) as emulator:
+        async with Producer(
+            "s", region="us-east-1", endpoint_url=emulator.url, access_key=ACCESS_KEY, secret_key=SECRET_KEY
+        ) as producer:
+
+            async def one(number: int) -> None:
+                receipt = await producer.put(b"%d" % number)
+                await producer.flush()
+                assert receipt.done(), "flush returned before the receipt had ended"
+
+            await asyncio.gather(*map(one, range(400)))
+            calls = producer.stats()["calls"]
+        assert sorted(int(record.data) for record in emulator.stored("s")) == list(range(400))
+    assert calls < 100, f"{calls} calls for 400 records"
