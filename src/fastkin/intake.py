@@ -352,6 +352,16 @@ class Intake:
         return self._stopping.is_set()
 
     @property
+    def forgotten(self) -> bool:
+        """Reading is paused for a message that is set aside, and nobody is at it."""
+        return self._link is not None and self._link.forgotten
+
+    def carry_on(self) -> None:
+        """For a watchdog: take up what is forgotten."""
+        if self._link is not None:
+            self._link.carry_on()
+
+    @property
     def paused_s(self) -> float:
         """How long reading was paused for want of room, in all."""
         return self._paused_s + (self._link.stalled_for() if self._link is not None else 0.0)
@@ -786,6 +796,9 @@ class _Link(Receiver):
             self.session, _RETAIN[broker.retain_handling], intake.unavailable(), intake.identifiers
         )
         self._asked_at = 0.0
+        self._talked_at = (
+            0.0  # something came that was no answer to a ping, or could not come because we did not listen
+        )
         self._late = False  # and it was said
 
         self._look_at = 0.0  # when the rate was last looked at
@@ -908,6 +921,8 @@ class _Link(Receiver):
                 intake.messages += taken
                 intake.reads += 1
                 intake.window.received(intake.ledger.unacked, now)
+            if taken or not flags & EVENTS:
+                self._talked_at = now
             if flags:
                 if flags & STALLED:
                     self.pause(_STALL)
@@ -1009,6 +1024,17 @@ class _Link(Receiver):
     # -- pausing -----------------------------------------------------------------------------------
 
     @property
+    def forgotten(self) -> bool:
+        """A piece waits, reading with it, and no task is there to take it."""
+        if not self._reading.paused & _APART or self._reading.paused & _STOPPED or self._deaf:
+            return False
+        return self._carrying is None or self._carrying.done()
+
+    def carry_on(self) -> None:
+        if self.forgotten:
+            self._apart()
+
+    @property
     def stalled(self) -> bool:
         return bool(self._reading.paused & _STALL)
 
@@ -1022,7 +1048,7 @@ class _Link(Receiver):
         if why == _STALL:
             self.intake._paused_s += self.stalled_for()
         # What the broker said meanwhile is unread: the time counts as alive.
-        self._alive_at = self.loop.time()
+        self._alive_at = self._talked_at = self.loop.time()
         self._reading.go_on(why)
 
     # -- control packets -------------------------------------------------------------------------
@@ -1031,6 +1057,8 @@ class _Link(Receiver):
         for event in self.session.take_events():
             if self._deaf:
                 return
+            if not isinstance(event, Pingresp):
+                self._talked_at = self.intake.last_read
             if isinstance(event, Suback):
                 try:
                     self._suback(event)
@@ -1096,7 +1124,8 @@ class _Link(Receiver):
         if self._reading.paused & (_STALL | _STOPPED | _APART):  # it may be behind what we do not read
             self._await_subacks(limit)
             return
-        left = limit - (now - self._heard_at(now, limit))
+        # Answers to pings are no sign of it: what was asked after SUBSCRIBE is answered, and SUBSCRIBE is not.
+        left = limit - (now - self._heard_at(now, limit, max(self._talked_at, self._asked_at)))
         if left <= 0:
             self._give_up(f"no SUBACK within {limit:g} s", 0x83)
             return
@@ -1105,14 +1134,13 @@ class _Link(Receiver):
             self.intake._late_suback(now - self._asked_at)
         self._await_subacks(max(left, 0.01))
 
-    def _heard_at(self, now: float, patience_s: float) -> float:
-        """When the broker was heard last, or when we began to ask or to listen again.
+    def _heard_at(self, now: float, patience_s: float, heard: float) -> float:
+        """When the broker was heard last, or when we began to ask or to listen again: `heard`, or later.
 
         A WebSocket message is seen when it is whole. While bytes come a large one is on its way, or it is the
         pings of a proxy in front of a broker that is dead: they count for a while only.
         """
         assert self.wire is not None
-        heard = max(self._alive_at, self._asked_at, self.intake.last_read)
         return max(heard, min(now - silence(self.wire), heard + _TRICKLE_MOST * patience_s))
 
     def _suback(self, suback: Suback) -> None:
@@ -1157,7 +1185,8 @@ class _Link(Receiver):
         if self._reading.paused & (_STALL | _STOPPED | _APART):
             self._alive_at = now
         else:
-            silent = now - self._heard_at(now, 1.5 * self._keep_alive)
+            heard = max(self._alive_at, self._asked_at, self.intake.last_read)
+            silent = now - self._heard_at(now, 1.5 * self._keep_alive, heard)
             if silent > 1.5 * self._keep_alive:
                 self._give_up(f"the broker has been silent for {silent:.0f} s: it is taken for dead", None)
                 return

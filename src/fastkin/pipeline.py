@@ -581,12 +581,15 @@ class PipelineRun:
         open_ = self.lane.in_flight or self.ledger.unacked
         if found is None and self.intake.paused and not open_ and not self.intake.stopping:
             found = f"reading is paused after {self.intake.messages} messages, and nothing is in flight"
+        if found is None and self.intake.forgotten:
+            found = f"reading is paused after {self.intake.messages} messages, for a piece of one that nobody takes"
         return found
 
     def _wake(self) -> None:
         self._attend()
         self.flusher.close(DRAIN)
         self._settled()
+        self.intake.carry_on()
         self.sender.pump()
 
     # -- seen from outside ---------------------------------------------------------------------

@@ -125,6 +125,27 @@ def test_a_silent_broker_is_given_up_at_suback(run: Any) -> None:
     run(main())
 
 
+def test_answers_to_pings_are_no_sign_of_a_suback(run: Any) -> None:
+    """A broker that swallowed SUBSCRIBE answers what was sent after it: it would be waited for without end."""
+
+    async def script(peer: Peer) -> None:
+        await peer.connect()
+        first, _ = await peer.packet()
+        assert first == 0x82
+        while (got := await peer.packet()) is not None and got[0] == 0xC0:
+            peer.send(b"\xd0\x00")
+
+    async def main() -> None:
+        async with FakeBroker(script) as broker:
+            rig = Rig(broker, connect_timeout_s=0.6, keep_alive_s=1)  # a ping each half second
+            rig.start()
+            await until(lambda: rig.intake.disconnects >= 1)
+            assert "no SUBACK" in (rig.intake.last_error or "")
+            await rig.intake.close()
+
+    run(main())
+
+
 class Mute:
     """A transport that never says that the connection is gone: uvloop has such moments."""
 

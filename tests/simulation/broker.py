@@ -477,7 +477,15 @@ class Link:
                 world.mark("a filter is refused")
                 codes.append(0x87 if self.version == 5 else 0x80)
                 continue
+            new = name not in session.filters
             session.filters[name] = options & 3
+            handling = options >> 4 & 3 if self.version == 5 else 0  # Retain Handling: always, new, never
+            if handling == 0 or (handling == 1 and new):
+                for message in self.broker.retained:
+                    if matches(name, message.topic.decode("utf-8", "replace")) and not name.startswith("$share/"):
+                        world.mark("retained messages come with a subscription")
+                        broker.excuse(message)
+                        session.queue.append(message)
             broker.identifiers[session.client, name] = identifier
             codes.append(options & 3)
         world.note("SUBSCRIBE " + " ".join(session.filters))

@@ -70,6 +70,11 @@ class Books:
             return []
         return missing
 
+    def _units(self, message: Message) -> list[bytes]:
+        """What of it is lost, as the product counts: a payload that is set aside as a whole is one."""
+        missing = self.unsafe(message)
+        return missing[:1] if self.unkept and len(missing) == len(message.records) else missing
+
     def acknowledged(self, message: Message, name: str) -> None:
         self.answers += 1
         if self.drops or self.unkept:
@@ -88,7 +93,7 @@ class Books:
             record
             for message in self.messages
             if not message.given_up and message.qos and (message.sent or not self.volatile)
-            for record in self.unsafe(message)
+            for record in self._units(message)
         ]
         allowed = self.dropped + dropped if self.drops or self.unkept else 0
         if self.volatile:

@@ -18,6 +18,8 @@ from collections import deque
 from contextvars import Context, ContextVar
 from typing import TYPE_CHECKING, Any
 
+from fastkin.worker import Worker
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
@@ -96,6 +98,7 @@ class VirtualLoop(base_events.BaseEventLoop):
         self._selector = _Jump(self)
         self._serial = 0
         self._tasks_most = 100
+        self.telling = 0, 0.0  # which process a thread is at work for, and how long its word takes
         self._outside: Context | None = None
         self.set_exception_handler(self._keep)
         self.set_task_factory(self._make_task)
@@ -164,6 +167,15 @@ class VirtualLoop(base_events.BaseEventLoop):
             self._outside = Context()
         return self.call_later(delay, callback, *args, context=self._outside)
 
+    def call_soon_threadsafe(self, callback: Callable[..., Any], *args: Any, context: Any = None) -> Any:
+        """What a thread tells the loop, a while after it was done."""
+        process, after = self.telling
+        return self.outside(after, self._told, process, callback, args)
+
+    def _told(self, process: int, callback: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        if process not in self.dead:
+            callback(*args)
+
     # -- processes -----------------------------------------------------------------------------------
 
     def alive(self, process: int) -> bool:
@@ -220,12 +232,14 @@ class _Job:
             return
         if self.future is None or not self.future.cancelled():
             # what has not begun is not made when nobody waits for it
+            self.loop.telling = self.process, self.told_after
             try:
                 result = self.func(*self.args)
             except BaseException as error:  # noqa: BLE001 - as an executor does
                 self._tell(error, None)
             else:
                 self._tell(None, result)
+        self.loop.telling = 0, 0.0
         if self.then is not None:
             self.then()
 
@@ -247,10 +261,11 @@ class _Job:
             self.future.set_result(result)
 
 
-class SimWorker:
-    """`fastkin.worker.Worker`: one thread, one call after the other, as slow as the disk."""
+class SimWorker(Worker):
+    """The product's thread for disks, without the thread: one call after the other, as slow as the disk."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, *told: Any, **more: Any) -> None:
+        super().__init__(*told, **more)
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         self._loop = loop
@@ -258,20 +273,10 @@ class SimWorker:
         self._queue: deque[_Job] = deque()
         self._busy = False
 
-    async def run(self, work: Callable[..., Any], *args: Any) -> Any:
-        future = self._loop.create_future()
-        self._put(_Job(self._loop, self._process, future, work, args))
-        return await future
-
-    def leave(self, work: Callable[..., object], *args: Any) -> None:
-        self._put(_Job(self._loop, self._process, None, work, args))
-
-    def close(self) -> None:
-        pass
-
-    def _put(self, job: _Job) -> None:
-        job.then = self._next
-        self._queue.append(job)
+    def _put(self, job: Any) -> None:
+        mine = _Job(self._loop, self._process, None, job, ())
+        mine.then = self._next
+        self._queue.append(mine)
         if not self._busy:
             self._next()
 

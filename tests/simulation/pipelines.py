@@ -39,7 +39,8 @@ class PipelineScenario(Scenario):
         self.settle_settings()
         self.climate({
             **self.broker_acts(), **self.kinesis_acts(), **self.disk_acts(),
-            "killed": self.kill, "stopped": self.stop, "poison": self.poison,
+            "ill-formed": self.ill_formed, "retained": self.retained, "poison": self.poison,
+            "killed": self.kill, "stopped": self.stop,
         })  # fmt: skip
 
     # -- what is set -------------------------------------------------------------------------------------
@@ -98,6 +99,7 @@ class PipelineScenario(Scenario):
             keep_alive_s=world.choose("keep_alive_s", (10, 30, 30)),
             receive_maximum=window if window > 100 else world.choose("receive_maximum", (20, 10_000, 10_000)),
             connect_timeout_s=world.choose("connect_timeout_s", (3.0, 10.0)),
+            max_packet_bytes=8 << 20 if huge else world.choose("max_packet_bytes", (8 << 20, 8 << 20, 8 << 20, 1200)),
             reconnect_min_s=0.5, reconnect_max_s=world.choose("reconnect_max_s", (2.0, 30.0)),
             topic_alias_maximum=world.choose("topic_alias_maximum", (0, 0, 3)),
         )  # fmt: skip
@@ -255,6 +257,29 @@ class PipelineScenario(Scenario):
             self.broker.publish(message)
             self.broker.fill()
             self.world.mark("a record that is refused for good")
+
+    def ill_formed(self) -> None:
+        """A PUBLISH that the standard forbids, from a publisher that a careless broker lets through."""
+        world = self.world
+        record = self.record()
+        how = world.choose("ill-formed by", ("topic", "property"))
+        topic = world.choose("topic", (b"t/\xed\xa0\x80", b"t/\xff", b"t/a\x00")) if how == "topic" else b"t/a"
+        payload = encode_frame([record]) if self.bulk else record
+        message = Message(self.serial, topic, payload, world.choose("published with QoS", (1, 2)), (record,))
+        message.ill = how == "property"
+        world.mark("an ill-formed message")
+        self.books.messages.append(message)
+        self.broker.publish(message)
+        self.broker.fill()
+
+    def retained(self) -> None:
+        """It comes at once, and again with each new subscription."""
+        message = self.message()
+        message.retain = True
+        self.broker.retained.append(message)
+        self.books.messages.append(message)
+        self.broker.publish(message)
+        self.broker.fill()
 
     # -- processes ------------------------------------------------------------------------------------------------
 
