@@ -7,10 +7,13 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
 from fake_broker import FakeBroker, Peer, until
 from fastkin.config import Broker
 from fastkin.emulator import Emulator
 from fastkin.publisher import Publisher
+from mqtt_wire import publish
 from running import service
 from servers import mosquitto
 
@@ -153,6 +156,32 @@ async def test_what_is_queued_for_the_own_id_stays_queued(tmp_path: Path) -> Non
                 await until(lambda: emulator.stored_count("s") >= 50, 30)
                 assert run.terminate() == 0
             assert {bytes(one.data) for one in emulator.stored("s")} == {b"%d" % n for n in range(50)}
+
+
+@pytest.mark.parametrize("topic", ["t/1", "t/+"])
+async def test_what_can_be_no_record_stays_queued_too(topic: str, tmp_path: Path) -> None:
+    """Too large, or ill-formed: the service sets it aside, a check has no place for it and must not acknowledge it."""
+    sent = 0
+    came: list[int] = []
+
+    async def script(peer: Peer) -> None:
+        nonlocal sent
+        body = await peer.connect(b"\x20\x03\x01\x00\x00")
+        if b"queued" in body:
+            # before SUBACK, as brokers send what is queued
+            peer.send(publish(topic, bytes(5000), qos=1, packet_id=7, version=5), publish("t/1", b"good", version=5))
+            sent += 1
+        await peer.subscribe()
+        while came[-1:] != [0xE0]:
+            came.append((await peer.packet())[0])
+
+    async with Emulator({"s": 1}) as emulator, FakeBroker(script) as broker:
+        text = settings(broker.port, emulator.url, client="queued")
+        text = text.replace("[kinesis]", "max_packet_bytes = 1024\n[kinesis]")
+        code, _, err = await check(tmp_path, text, "--own-id")
+    assert code == 0, err
+    assert sent >= 1
+    assert 0x40 not in came
 
 
 async def test_verbose_tells_of_each_call_and_connection_and_of_no_secret(tmp_path: Path) -> None:

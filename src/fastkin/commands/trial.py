@@ -65,6 +65,14 @@ class _Trial(Intake):
         self.answered.set()
 
 
+class _Left:
+    """Of a message that can be no record: it stays the broker's, like every other."""
+
+    async def take(self, piece: bytes) -> None: ...
+
+    async def whole(self) -> None: ...
+
+
 async def subscribe(broker: Broker, pipeline: Pipeline, *, own_id: str | None) -> Tried:
     """`own_id`: the client id that the service has for this pipeline, to be used. MqttError: there is no connection."""
     mark = os.urandom(4).hex()
@@ -103,7 +111,7 @@ async def _run(broker: Broker, pipeline: Pipeline, asked: dict[str, str]) -> tup
 
     trial = _Trial(
         broker, [(topic, pipeline.qos) for topic in asked], router=router, ledger=ledger, on_read=_nothing,
-        on_state=on_state, name=pipeline.id,
+        on_state=on_state, set_apart=lambda _: _Left(), name=pipeline.id,
     )  # fmt: skip
     trial.tried, trial.answered = Tried(broker.client_id), asyncio.Event()
     work = asyncio.create_task(trial.run())
