@@ -314,6 +314,7 @@ class _Connection(asyncio.Protocol):
         self._piece = b""
         self._joined: bytearray | None = None
         self._received = 0
+        self._expected = -1  # bytes of the body, where the head says so
         self._until_close = False
         self._last_of_all = False  # a whole answer that ends its connection all the same
 
@@ -340,6 +341,7 @@ class _Connection(asyncio.Protocol):
         self._head_done = False
         self._max_answer = max_answer
         self._wire_bytes = self._received = 0
+        self._expected = -1
         view = memoryview(body)
         if view.ndim != 1 or view.itemsize != 1:
             view = view.cast("B")
@@ -429,13 +431,7 @@ class _Connection(asyncio.Protocol):
             return
         self._begun = True
         try:
-            # All but the last byte first. An answer that is whole before the last byte has something behind it, and the
-            # parser would not tell: it takes that for another answer, skips it when it is a blank line, or fails.
-            view = memoryview(data)
-            self._parser.feed_data(view[:-1])
-            if self._reply is None:
-                self._parser.feed_data(view[-1:])
-            else:
+            if self._feed(data):
                 self.abort()  # the answer stands, the connection does not
                 return
         except HttpParserUpgrade:
@@ -454,6 +450,29 @@ class _Connection(asyncio.Protocol):
         if self._wire_bytes - self._received > MAX_HEADERS + FRAMING_PER_BYTE * self._received and self._reply is None:
             what = "chunk framing and trailers" if self._head_done else "headers"
             self._fail("AnswerTooLarge", f"{what} of more than {MAX_HEADERS} bytes")
+
+    def _feed(self, data: bytes) -> bool:
+        """Give one read to the parser. True: the answer was whole before the read ended.
+
+        The parser would not tell: it takes what is behind an answer for another one, skips it when it is a blank line,
+        or fails. So where a Content-Length says how much is to come, it gets no more than that; elsewhere it gets all
+        but the last byte first, at the cost of a copy.
+        """
+        feed = self._parser.feed_data
+        view = memoryview(data)
+        at = 0
+        if not self._wire_bytes and (at := _head_end(data)):
+            feed(view[:at])
+        if self._reply is None and self._expected >= 0:
+            left = self._expected - self._received
+            feed(view[at : at + left])
+            return len(data) - at > left
+        if self._reply is None and at < len(data):
+            feed(view[at:-1])
+            if self._reply is None:
+                feed(view[-1:])
+                return False
+        return self._reply is not None and at < len(data)
 
     def eof_received(self) -> bool | None:
         if self._until_close and self._head_done and self._waiter is not None:
@@ -543,6 +562,7 @@ class _Connection(asyncio.Protocol):
         self._piece = b""
         self._joined = None
         self._received = 0
+        self._expected = -1
         self._until_close = False
         self._last_of_all = False
 
@@ -587,6 +607,8 @@ class _Connection(asyncio.Protocol):
                 raise _RefusedError("BadAnswer", f"a content-length of {length[:24]!a}")
             if len(digits) > 18 or int(digits) > self._max_answer:
                 raise _RefusedError("AnswerTooLarge", f"an answer of {digits[:24]} bytes, more than {self._max_answer}")
+            if self._head_done:
+                self._expected = int(digits)
         else:
             self._until_close = status not in {204, 304}
         if status in {204, 304} and (transfer is not None or (length or "0") != "0"):
@@ -637,6 +659,15 @@ class _Connection(asyncio.Protocol):
         waiter.set_result(reply)
 
 
+def _head_end(data: bytes) -> int:
+    """Where the head of an answer ends, if all of it is here and its lines end as the standard says; else 0."""
+    at = data.find(b"\n\r\n")
+    if at < 1 or data[at - 1] != _CR or data.find(b"\n\n", 0, at) >= 0:
+        return 0
+    return at + 3
+
+
+_CR = ord("\r")
 _H = ord("H")
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
 

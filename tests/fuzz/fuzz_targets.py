@@ -577,7 +577,7 @@ class _Wire:
 
 
 class _Pool:
-    host, port = "h", 443
+    host, port, tls = "h", 443, True
 
     def opened(self, connection: object) -> None:
         pass
