@@ -107,13 +107,21 @@ cdef int check_text(const uint8_t* p, size_t n, bint is_topic) noexcept nogil:
     cdef uint64_t high = ones << 7
     cdef uint64_t word, wild
     cdef uint8_t c, d
+    cdef const uint8_t* start = p
     while n > 0:
-        while n >= 8:
-            word = load8(p)
+        while n > 0:
+            if n >= 8:
+                word = load8(p)
+            elif <size_t> (p - start) >= 8 - n:
+                word = load8(p + n - 8)  # the rest, and some of what was looked at before
+            else:
+                break
             # '#' and '+' differ in bit 3 alone: one comparison finds both
             wild = (word | ones * 0x08) ^ (ones * 0x2B)
             if (word | ((word - ones) & ~word) | ((wild - ones) & ~wild)) & high:
                 break
+            if n < 8:
+                return TEXT_OK
             p += 8
             n -= 8
         if n == 0:
