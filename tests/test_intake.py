@@ -468,8 +468,8 @@ def test_tls_refusals_are_said_in_words(run: Any, tmp_path: Path, authority: Aut
         with mosquitto(authority.listener(client_cert=True)) as server:
             rig = Rig(server, scheme="mqtts", tls=settings)
             rig.start()
-            await until(lambda: rig.intake.last_error)
-            assert reason in rig.intake.last_error
+            # The alert of TLS 1.3 comes after our handshake, and a reset may overtake it: some attempt hears it.
+            await until(lambda: reason in (rig.intake.last_error or ""), 30)
             assert rig.intake._dialect.next(0.0) == 5  # a TLS refusal says nothing about the MQTT version
             await rig.intake.close()
             assert rig.task is not None

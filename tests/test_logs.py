@@ -92,7 +92,7 @@ def sane(lines: list[str], json_lines: bool, stage: str, pipeline: str = "p") ->
             assert set(told) <= {"time", "level", "pipeline", "stage", "topic", "message"}
             messages.append(told["message"])
         else:
-            found = re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z (ERROR|WARNING|INFO) +(\S+) (\w+) (.*)", line)
+            found = re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z (ERROR|WARNING|INFO|DEBUG) +(\S+) (\w+) (.*)", line)
             assert found is not None and (found[2], found[3]) == (pipeline, stage), line
             messages.append(found[4])
     return messages

@@ -119,15 +119,15 @@ def test_what_mqtt5_writes_we_read_alike(packets: list[Any], sizes: list[int]) -
 
     want_messages = []
     want_acks = []
-    pending: set[tuple[int, int]] = set()
+    holders: dict[int, tuple[int, str, bytes]] = {}  # packet identifier -> the message that had it last
     want_events: list[Any] = []
     for one in packets:
         if isinstance(one, mqtt5.PublishPacket):
-            known = (int(one.qos), one.packet_id or 0)
-            if known in pending and (known[0] == 2 or one.duplicate):
+            message = (int(one.qos), one.topic, one.payload)
+            if one.duplicate and one.packet_id and holders.get(one.packet_id) == message:
                 continue  # sent again, and answered once
-            if known[0]:
-                pending.add(known)
+            if one.packet_id:
+                holders[one.packet_id] = message
             want_messages.append((one.topic.encode(), one.payload))
             if int(one.qos) == 1:
                 want_acks.append(mqtt5.PubAckPacket(one.packet_id))  # type: ignore[arg-type]
