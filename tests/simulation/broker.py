@@ -133,6 +133,7 @@ class Wire:
         self.reading = True
         self.lost = False
         self.closing = False
+        self.ending = False
         self.frozen = False  # half open: nothing passes, nobody is told
         self.link: Link | None = None
         self._pumping = False
@@ -141,7 +142,7 @@ class Wire:
     # the client's side
 
     def write(self, data: bytes) -> None:
-        if self.lost or self.closing:
+        if self.lost or self.closing or self.ending:
             return
         self.out += data
         self._send()
@@ -215,7 +216,7 @@ class Wire:
 
     def _pump(self) -> None:
         self._pumping = False
-        if self.lost or self.frozen or not self.reading or self.world.over:
+        if self.lost or self.frozen or self.ending or not self.reading or self.world.over:
             return
         self.pass_on(self.broker.piece())
         self._kick()
@@ -232,7 +233,7 @@ class Wire:
 
     def cut(self, error: Exception | None) -> None:
         """The connection breaks at any byte, in both directions."""
-        if self.lost:
+        if self.lost or self.ending:
             return
         broker = self.broker
         if self.out and not self.frozen and self.link is not None and not broker.deaf:
@@ -252,7 +253,7 @@ class Wire:
                 self.loop.call_soon(self._last_words, error, context=self.context)
                 if self.link is not None:
                     self.link.gone()
-                self.closing = True
+                self.ending = True  # the client does not know yet
                 return
         self._end(error)
 

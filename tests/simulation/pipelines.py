@@ -104,7 +104,7 @@ class PipelineScenario(Scenario):
             topic_alias_maximum=world.choose("topic_alias_maximum", (0, 0, 3)),
         )  # fmt: skip
         broker.window = window
-        self.kinesis.at_aws = window < 3 or world.chance("it is AWS itself", 0.5)
+        self.kinesis.at_aws = window < 3 or on_full == "spool" or world.chance("it is AWS itself", 0.5)
         broker.five = five == "5" or world.chance("the broker knows 5.0", 0.7)
         broker.shuts = world.chance("the broker shuts the door on 5.0", 0.4)
         broker.lags = world.choose("lag", ((0.001,), (0.0,), (0.0, 0.02), (0.0, 0.001, 0.5)))
@@ -346,12 +346,16 @@ class PipelineScenario(Scenario):
         for message in getattr(self, "first", ()):
             self.books.messages.append(message)
         pending = list(getattr(self, "first", ()))
+        if pending:
+            await asyncio.sleep(1.0)  # there is a session then
         for _ in range(world.between("steps", 1, self.steps)):
             if pending and self.broker.sessions:
                 for message in pending:
                     self.broker.publish(message)
                 self.broker.fill()
                 pending = []
+                await asyncio.sleep(2.0)
+                self.inspect()
             self.publish(world.choose("burst", self.bursts))
             await self.act()
             await asyncio.sleep(self.pause())

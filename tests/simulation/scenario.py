@@ -54,6 +54,7 @@ class Scenario:
         self.streams: list[Stream] = []
         self.disk_list: list[disks.Disk] = []
         self.stopped: list[Any] = []  # runs that stop() was called of
+        self.stuck: dict[Any, float] = {}  # since when nobody seems to look at what waits in a run
         self.acts: list[Callable[[], Any]] = []
         world.job_delay = self._job_delay
 
@@ -221,8 +222,11 @@ class Scenario:
         held = run.budget.records + (run.overflow.safe if run.overflow is not None else 0)
         if held != stats["in_flight"]:
             raise Finding(f"in_flight is {stats['in_flight']}, the budget holds {held} records")
-        if run not in self.stopped and (found := run.stuck()):
-            raise Finding(f"nobody will look at what waits: {found}")
+        found = None if run in self.stopped else run.stuck()
+        if found is None:
+            self.stuck.pop(run, None)
+        elif self.stuck.setdefault(run, self.world.loop.now) < self.world.loop.now:
+            raise Finding(f"nobody will look at what waits: {found}")  # and no callback was on its way either
         check.look(self.world, run, stats)
         if run not in self.stopped and self.world.rng.random() < 0.05:
             check.memory(self.world, run)
