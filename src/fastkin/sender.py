@@ -393,7 +393,9 @@ class Sender:
         for key, queue in list(self._queues.items()):
             if queue.alone and not alone:
                 continue
-            if queue.doubted:
+            if (
+                queue.doubted and not queue.batches[0].restored
+            ):  # what came back from the spool stays, and its time runs on
                 self._doubted.pop(queue.batches[0], None)
             out += [batch for batch in queue.batches if not batch.restored]
             queue.batches = deque(batch for batch in queue.batches if batch.restored)
