@@ -51,10 +51,18 @@ class Broker:
 
     @property
     def url(self) -> str:
-        """Without user and password: fit for a log line."""
+        """Without user, password and what a query may tell of them (a token, a signature): fit for a log line."""
+        path, query, _ = self.path.partition("?")
+        return self._place(path + ("?***" if query else ""))
+
+    @property
+    def address(self) -> str:
+        """As url, with the query: what is connected to."""
+        return self._place(self.path)
+
+    def _place(self, path: str) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        path = self.path if self.scheme in {"ws", "wss"} else ""
-        return f"{self.scheme}://{host}:{self.port}{path}"
+        return f"{self.scheme}://{host}:{self.port}{path if self.scheme in {'ws', 'wss'} else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -470,6 +470,7 @@ def _cutting() -> type[ResponseHandler]:
 async def _open_websocket(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | None) -> _WebSocketWire:
     import aiohttp
 
+    path, _, query = broker.path.partition("?")
     # one connection: its addresses race as dial()'s do, and its sockets have the same options
     connector = aiohttp.TCPConnector(resolver=_resolver(), socket_factory=new_socket, happy_eyeballs_delay=STAGGER_S)
     connector._factory = functools.partial(_cutting(), loop=asyncio.get_running_loop())
@@ -481,7 +482,7 @@ async def _open_websocket(broker: Broker, receiver: Receiver, tls: ssl.SSLContex
     )
     try:
         websocket = await session.ws_connect(
-            broker.url,
+            broker.address,
             protocols=("mqtt",),
             ssl=True if tls is None else tls,
             max_msg_size=_WEBSOCKET_MOST,
@@ -489,7 +490,7 @@ async def _open_websocket(broker: Broker, receiver: Receiver, tls: ssl.SSLContex
     except aiohttp.WSServerHandshakeError as error:
         await _let_go(session)
         raise MqttError(
-            f"the WebSocket upgrade was refused (HTTP {error.status}): is {broker.path} the path, is it a listener for"
+            f"the WebSocket upgrade was refused (HTTP {error.status}): is {path} the path, is it a listener for"
             " MQTT over WebSocket?"
         ) from None
     except aiohttp.ClientConnectorCertificateError as error:
@@ -500,7 +501,8 @@ async def _open_websocket(broker: Broker, receiver: Receiver, tls: ssl.SSLContex
         raise error.os_error from None
     except aiohttp.ClientError as error:
         await _let_go(session)
-        raise MqttError(f"no WebSocket: {str(error) or type(error).__name__!a}") from None
+        why = masked(str(error), (query,)) or type(error).__name__
+        raise MqttError(f"no WebSocket: {why!a}") from None
     except BaseException:
         await _let_go(session)
         raise

@@ -42,7 +42,8 @@ def _shown_table(table: object, names: Mapping[str, Key]) -> list[str]:
             value = tuple(t for t in value if t != label_filter(table.bulk_label))
             if not value:
                 continue
-        lines.append(f"{name} = {_toml_value(HIDDEN if key.secret else value)}")
+        secret = key.secret or (name == "path" and "?" in str(value))  # a query may be a token or a signature
+        lines.append(f"{name} = {_toml_value(HIDDEN if secret else value)}")
     return lines
 
 

@@ -51,7 +51,7 @@ BROKER_KEYS = _table(
     _text("scheme", "how to connect", "mqtt", "mqtts", "ws", "wss"),
     _text("host", "broker's name or address"),
     _int("port", 1, 65_535, "1883 for mqtt, 8883 for mqtts, 80 for ws, 443 for wss when left out"),
-    _text("path", "path of the WebSocket"),
+    _text("path", "path of the WebSocket; a query behind it is never shown, for it may be a token"),
     _text("user", "user name"),
     _text("password", "password", secret=True),
     _text("client_id", "set it to lose nothing over a restart; left out: random, with a clean session"),
