@@ -796,9 +796,8 @@ class _Link(Receiver):
             self.session, _RETAIN[broker.retain_handling], intake.unavailable(), intake.identifiers
         )
         self._asked_at = 0.0
-        self._talked_at = (
-            0.0  # something came that was no answer to a ping, or could not come because we did not listen
-        )
+        # something came that was no answer to a ping, or could not come because we did not listen
+        self._talked_at = 0.0
         self._late = False  # and it was said
 
         self._look_at = 0.0  # when the rate was last looked at
