@@ -1,4 +1,4 @@
-"""The service with several pipelines: reloads of every kind, also one over another, stops, kills, certificates."""
+"""The service with several pipelines: reloads of every kind, also one over another, stops and kills."""
 
 from __future__ import annotations
 
