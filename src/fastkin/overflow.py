@@ -55,6 +55,7 @@ _RETRY_S = 2.0  # between attempts at a disk that takes nothing
 _SAY_AGAIN_S = 300.0
 _WARN_EVERY_S = 5.0
 _CLOSE_S = 30.0  # for a close() that was given no deadline
+_DOUBTED_MOST = 8  # rows of refused records beside which one more is read
 _SHARE = 4  # the part of the budget that is kept for what comes back from the disk
 _MOST_OF_BUDGET = 16  # a batch is at most this part of the budget
 
@@ -567,7 +568,7 @@ class Overflow:
         assert self.spool is not None
         share = self._rows.budget.max_bytes
         room = share - self._rows.held
-        alone = not self._rows.loaded and not self._rows.ended
+        alone = not self._rows.ended and self._only_doubted()
         places = self._rows.budget.max_records - self._rows.budget.records
         if (room <= 0 or places <= 0) and not alone:
             return False
@@ -581,11 +582,24 @@ class Overflow:
             self._after = row.id
             self._unread -= 1
         if not rows:
-            if alone:
+            if alone and not self._rows.loaded:
                 self._unread = 0  # the file has none: rows that vanished must not hold up what comes
             return False
         self._sender.pump()
         return True
+
+    def _only_doubted(self) -> bool:
+        """Nothing is read back, or only records that Kinesis refuses one by one, nobody knows for whose fault.
+
+        The next row may tell: if Kinesis stores it, the fault is theirs. A few rows may so be held beyond the share.
+        """
+        loaded = self._rows.loaded
+        if not loaded:
+            return True
+        if len(loaded) > _DOUBTED_MOST:
+            return False
+        doubted = self._sender.rows_in_doubt()
+        return all(doubted.get(row) == each.pending for row, each in loaded.items())
 
     async def _restore(self, row: Row) -> None:
         assert self.spool is not None

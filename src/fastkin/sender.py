@@ -393,9 +393,8 @@ class Sender:
         for key, queue in list(self._queues.items()):
             if queue.alone and not alone:
                 continue
-            if (
-                queue.doubted and not queue.batches[0].restored
-            ):  # what came back from the spool stays, and its time runs on
+            # What came back from the spool stays, and its time runs on.
+            if queue.doubted and not queue.batches[0].restored:
                 self._doubted.pop(queue.batches[0], None)
             out += [batch for batch in queue.batches if not batch.restored]
             queue.batches = deque(batch for batch in queue.batches if batch.restored)
@@ -915,6 +914,15 @@ class Sender:
             return False
         self._gave_up_at = now
         return True
+
+    def rows_in_doubt(self) -> dict[int, int]:
+        """Rows of the spool, with how many of their records wait as single ones that were refused."""
+        found: dict[int, int] = {}
+        for queue in self._queues.values():
+            if queue.doubted and queue.batches and queue.batches[0].restored:
+                for row, count in queue.batches[0].rows().items():
+                    found[row] = found.get(row, 0) + count
+        return found
 
     def _ask_harmless(self) -> None:
         if self._harmless is not None and self._asking is None:

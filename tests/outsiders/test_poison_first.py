@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fastkin._codec import DRAIN
+from fastkin.emulator import Emulator
+from fastkin.pipeline import PipelineRun
 from servers import mosquitto
+from test_overflow import broker, pipeline, until
 from test_pipeline import rig
 from test_sender import Rig, Scripted, Verdict, refuses
 
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from fastkin.emulator import Emulator
     from servers import Server
 
 ONE = {"receive_maximum": 1, "protocol": "5"}
@@ -86,3 +88,31 @@ async def test_alone_and_many_in_a_row() -> None:
     assert [data for data, _ in one.client.stored] == [b"good", b"also good"]
     one.check()
     await one.sender.close()
+
+
+async def test_first_in_a_spool_whose_share_of_memory_it_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes back first into a share that holds nothing else: the next row tells whose fault it is."""
+    monkeypatch.setattr("fastkin.sender._REFUSED_IN_A_ROW", 0)
+    place = tmp_path / "letters"
+    async with Emulator({"welders": 1}) as emulator:
+        settings = pipeline(
+            emulator.url, tmp_path / "spool", budget_records=4, max_records=1, startup_check="none",
+            dead_letter=str(place), spool_after_s=0.1, shutdown_timeout_s=2.0,
+        )  # fmt: skip
+        away = emulator.faults.cut("before", operation="PutRecords")
+        former = PipelineRun(settings, broker())
+        former.start()
+        feed = [b"poison", b"good 1", b"good 2", b"good 3"]
+        for data in feed:
+            await until(lambda data=data: former.lane.offer(b"plant/1", data, 0) >= 0)  # type: ignore[misc]
+            former._read()
+        await former.stop()
+        assert former.lane.spooled == len(feed)
+        away.remove()
+        poisoned(emulator)
+        run = PipelineRun(settings, broker())
+        run.start()
+        await until(lambda: run.lane.stored == 3 and run.lane.dead_lettered == 1)
+        await run.stop()
+        assert letters(place) == [b"poison"]
+        assert [record.data for record in emulator.stored("welders")] == feed[1:]
