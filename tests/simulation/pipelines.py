@@ -104,7 +104,7 @@ class PipelineScenario(Scenario):
             topic_alias_maximum=world.choose("topic_alias_maximum", (0, 0, 3)),
         )  # fmt: skip
         broker.window = window
-        self.kinesis.at_aws = window < 3 or on_full == "spool" or world.chance("it is AWS itself", 0.5)
+        self.kinesis.at_aws = window < 3 or world.chance("it is AWS itself", 0.5)
         broker.five = five == "5" or world.chance("the broker knows 5.0", 0.7)
         broker.shuts = world.chance("the broker shuts the door on 5.0", 0.4)
         broker.lags = world.choose("lag", ((0.001,), (0.0,), (0.0, 0.02), (0.0, 0.001, 0.5)))
