@@ -59,7 +59,7 @@ static int fk_random_seed(void) {
 }
 
 /* For tests alone: the same keys for the same seed, until fk_random_forget(). */
-static void fk_random_fix(uint64_t seed) {
+static inline void fk_random_fix(uint64_t seed) {
     for (unsigned i = 0; i < 4; i++) { /* splitmix64, Vigna, public domain */
         uint64_t z = (seed += UINT64_C(0x9e3779b97f4a7c15));
         z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
