@@ -14,7 +14,7 @@ demo: build ## a simulated plant through a broker into an emulated stream, with 
 	.venv/bin/fastkin demo
 
 test: setup ## the tests, against mosquitto, kinesalite and kinesis-mock
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 3
 
 faults: setup ## the ledger suite: every fault case and 300 random combinations, every record accounted for
 	.venv/bin/python tests/faults/run
