@@ -217,20 +217,25 @@ class CountingProxy:
         server.close()
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ends = [writer]
+        pipes: list[asyncio.Task[None]] = []
         if self._open == 0:
             self._here = 0
         self._open += 1
-        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._broker_port)
-        down = asyncio.create_task(self._pipe(up_reader, writer, self._delivered))
-        up = asyncio.create_task(self._pipe(reader, up_writer, self._acked))
-        await asyncio.wait([down, up], return_when=asyncio.FIRST_COMPLETED)
-        self.unacked_at_cut.append(self._here)
-        self._open -= 1
-        for task in (down, up):
-            task.cancel()
-        await asyncio.gather(down, up, return_exceptions=True)
-        for end in (writer, up_writer):
-            end.close()
+        try:
+            up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._broker_port)
+            ends.append(up_writer)
+            pipes.append(asyncio.create_task(self._pipe(up_reader, writer, self._delivered)))
+            pipes.append(asyncio.create_task(self._pipe(reader, up_writer, self._acked)))
+            await asyncio.wait(pipes, return_when=asyncio.FIRST_COMPLETED)
+        finally:  # also when the proxy ends before its clients do
+            self.unacked_at_cut.append(self._here)
+            self._open -= 1
+            for pipe in pipes:
+                pipe.cancel()
+            await asyncio.gather(*pipes, return_exceptions=True)
+            for end in ends:
+                end.close()
 
     async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seen: Any) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):

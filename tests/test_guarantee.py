@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 # 20 s show what fills up and for how long nothing grows; ci/run takes the 60 s that are promised.
-DEAD_S = float(os.environ.get("FASTKIN_TEST_DEAD_S", "20"))
+DEAD_S = float(os.environ.get("TEST_DEAD_S", "20"))
 
 SETTINGS = """
 [broker]

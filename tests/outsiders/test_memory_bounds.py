@@ -103,7 +103,10 @@ class Flood:
             writer.write(data)
             await writer.drain()
 
-        await self._talk(lambda: reader.read(65_536), send)
+        try:
+            await self._talk(lambda: reader.read(65_536), send)
+        finally:
+            writer.close()
 
     async def _talk(self, receive: Any, send: Any) -> None:
         async def drain() -> None:
