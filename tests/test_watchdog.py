@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,7 @@ import stalls
 from fastkin import Producer
 from fastkin.emulator import Emulator
 from fastkin.pipeline import PipelineRun
+from fastkin.watchdog import unattended
 from servers import ACCESS_KEY, SECRET_KEY
 from test_overflow import broker, pipeline, until
 
@@ -117,3 +119,14 @@ async def test_a_producer_whose_timer_is_lost_is_found(emulator: Emulator, monke
         assert one.stuck() is None
     assert len(stalls.found) == 1
     stalls.found.clear()
+
+
+@pytest.mark.parametrize("writing", [False, True])
+def test_a_disk_that_takes_its_time_is_no_stall(writing: bool) -> None:
+    """The file failed, and the attempt to open it again hangs: the spool's own turn has the batches all the same."""
+    lane = SimpleNamespace(in_flight=3, open_records=0)
+    sender = SimpleNamespace(waiting=False, attended=False)
+    flusher = SimpleNamespace(armed=False)
+    overflow = SimpleNamespace(attended=False, holds=True, writing=writing)
+    found = unattended(lane, sender, flusher, overflow)  # type: ignore[arg-type]
+    assert (found is None) is writing

@@ -222,6 +222,11 @@ class Overflow:
         return self._task is not None and not self._task.done() and self.spooling and self.broken is None
 
     @property
+    def writing(self) -> bool:
+        """Batches are on their way to the disk, and the spool's own turn is at it, however long the disk takes."""
+        return bool(self._held) and self._task is not None and not self._task.done()
+
+    @property
     def holds(self) -> bool:
         """Batches are in here: taken from the sender and not on the disk yet, or read back and not taken yet."""
         return bool(self._held or self._ready)

@@ -42,7 +42,7 @@ def unattended(
         return f"batches wait to be sent, {lane.in_flight} records are in flight, no call is open and no timer is set"
     if lane.open_records and not (lane.offered or flusher.armed):  # what is offered waits for the sender: see above
         return f"{lane.open_records} records wait in the open batch and no timer will close it"
-    if overflow is not None and overflow.holds and not (sender.attended or spool):
+    if overflow is not None and overflow.holds and not (sender.attended or spool or overflow.writing):
         return f"batches wait between memory and disk, {lane.in_flight} records are in flight"
     if not lane.in_flight or lane.open_records or sender.waiting or sender.attended or aside:
         return None
