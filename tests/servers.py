@@ -314,6 +314,7 @@ class _RabbitServer(Server):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, 9)
         super().kill()
+        self.end_epmd()  # also of a node that never started
 
     def end_epmd(self) -> None:
         subprocess.run([_program("epmd"), "-kill"], env=self._env, capture_output=True, timeout=10, check=False)
