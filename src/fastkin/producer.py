@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fastkin._codec import DRAIN, FAILED, KeyPlan, Lane, ShardTable
@@ -19,6 +18,7 @@ from fastkin.kinesis import make_client
 from fastkin.overflow import Overflow, Policy, batch_limit, shares
 from fastkin.sender import Sender
 from fastkin.shards import ShardMap
+from fastkin.turns import Turns
 from fastkin.watchdog import Watchdog, unattended
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ _SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that t
 _SPOOL_S = 5.0  # of the time that close() has, or a quarter of it: for what the spool has to take
 _CLOSE_S = 1.0  # after that time: for what close() does besides
 _SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
-_CALLED_AT_ONCE = 16  # of those who wait for room
 
 
 class Producer:
@@ -146,10 +145,7 @@ class Producer:
         self._sender: Sender | None = None
         self._flusher: Flusher | None = None
         self._watchdog: Watchdog | None = None
-        self._line: list[tuple[int, asyncio.Future[None]]] = []  # a heap: who waits for room, by when they came
-        self._tickets = itertools.count()
-        self._waiting = 0  # in the line, or called from it and not served yet
-        self._called: list[int] = []  # those who were, and have not run since
+        self._turns = Turns(self._budget)
         self._closed = False
         self._closing: asyncio.Task[int] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -333,10 +329,12 @@ class Producer:
         flusher = self._flusher
         if flusher is None or self._closed:
             raise self._not_open()
-        if self._budget.full or self._waiting:
-            return await self._in_turn(flusher, lambda: self._lane.put(data, partition_key, explicit_hash_key))
-        receipt = self._lane.put(data, partition_key, explicit_hash_key)
-        if self._lane.attention:
+        if self._budget.full or self._turns.waiting:
+            # not a lambda: its closure would make cells of the arguments on every call
+            return await self._in_turn(flusher, partial(self._lane.put, data, partition_key, explicit_hash_key))
+        lane = self._lane
+        receipt = lane.put(data, partition_key, explicit_hash_key)
+        if lane.attention:
             flusher.attend()
         return receipt
 
@@ -345,8 +343,8 @@ class Producer:
         flusher = self._flusher
         if flusher is None or self._closed:
             raise self._not_open()
-        if self._budget.full or self._waiting:
-            return await self._in_turn(flusher, lambda: self._lane.put_frame(payload))
+        if self._budget.full or self._turns.waiting:
+            return await self._in_turn(flusher, partial(self._lane.put_frame, payload))
         receipt = self._lane.put_frame(payload)
         if self._lane.attention:
             flusher.attend()
@@ -381,10 +379,7 @@ class Producer:
 
     async def _close(self, timeout_s: float) -> int:
         error = ClosedError("the producer was closed before Kinesis stored the record")
-        for _, waiter in self._line:
-            if not waiter.done():
-                waiter.set_exception(error)
-        self._line.clear()
+        self._turns.close(error)
         sender, flusher = self._sender, self._flusher
         if self._guard is not None:
             self._guard.cancel()
@@ -450,69 +445,33 @@ class Producer:
         return ClosedError("this producer is not started: use `async with Producer(...)` or await start()")
 
     async def _in_turn(self, flusher: Flusher, put: Callable[[], Receipt]) -> Receipt:
-        """First come, first served: who waits for room keeps the place, also when the room is gone when called."""
-        ticket = next(self._tickets)
-        self._waiting += 1
-        served = False
-        try:
-            while not self._is_turn(ticket):
-                flusher.close(DRAIN)
-                if self._overflow is not None:
-                    self._overflow.attend()
-                    if self._is_turn(ticket):
-                        break
-                waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                place = (ticket, waiter)
-                heapq.heappush(self._line, place)
-                try:
-                    await waiter
-                except asyncio.CancelledError:
-                    if place in self._line:
-                        self._line.remove(place)
-                        heapq.heapify(self._line)
-                    raise
-                finally:
-                    if ticket in self._called:
-                        self._called.remove(ticket)
-                if self._closed:  # it may have been closed since we were called: nobody would send what we put
-                    raise self._not_open()
+        """The same when the budget is full, or somebody waits already."""
+
+        def make_room() -> None:
+            flusher.close(DRAIN)
+            if self._overflow is not None:
+                self._overflow.attend()
+
+        async with self._turns.turn(make_room):
+            if self._closed:  # meanwhile: nobody would send what we put
+                raise self._not_open()
             receipt = put()
-            served = True
-        finally:
-            self._waiting -= 1
-            # The next one, whatever became of us. Not while closing: they were told.
-            self._call()
-        if served and self._lane.attention:
+        if self._lane.attention:
             flusher.attend()
         return receipt
-
-    def _is_turn(self, ticket: int) -> bool:
-        if self._budget.full or (self._called and self._called[0] < ticket):
-            return False
-        return not self._line or ticket < self._line[0][0]
-
-    def _call(self) -> None:
-        """Call who came first: a few at once, for each who is served calls the next."""
-        while self._line and len(self._called) < _CALLED_AT_ONCE and not self._budget.full:
-            ticket, waiter = heapq.heappop(self._line)
-            if not waiter.done():
-                waiter.set_result(None)
-                self._called.append(ticket)
 
     def _settled(self) -> None:
         if self._overflow is not None and self._budget.full:
             self._overflow.attend()
-        self._call()
+        self._turns.call()
 
     def stuck(self) -> str | None:
         """What waits and will be looked at by nobody; None between any two callbacks, or there is a bug."""
         if self._sender is None or self._flusher is None:
             return None
         found = unattended(self._lane, self._sender, self._flusher, self._overflow)
-        if found is None and self._line and not self._called and not self._budget.full:
-            found = f"{len(self._line)} who put wait for room and there is some"
-        if found is None and self._line and not self._lane.in_flight:
-            found = f"{len(self._line)} who put wait for room and nothing is in flight"
+        if found is None:
+            found = self._turns.stuck(self._lane.in_flight)
         return found
 
     def _wake(self) -> None:

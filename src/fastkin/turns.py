@@ -1,0 +1,87 @@
+"""Who waits for room in a budget: first come, first served."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from fastkin._codec import Budget
+
+_CALLED_AT_ONCE = 16
+
+
+class Turns:
+    """A line of waiters. Who is called and finds the room gone keeps the place; nobody passes who came earlier.
+
+    A few are called at once, for a task runs only later: one by one, each batch that ends would let in one record
+    a turn of the loop.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._tickets = itertools.count()
+        self._line: list[tuple[int, asyncio.Future[None]]] = []  # a heap, by when they came
+        self._called: list[int] = []  # have been called, and have not run since
+        self.waiting = 0  # in the line, or called from it and not served yet: who comes now has to stand behind
+
+    @contextlib.asynccontextmanager
+    async def turn(self, make_room: Callable[[], None]) -> AsyncIterator[None]:
+        """Waits for its turn and for room; `make_room` is called each time there is none."""
+        ticket = next(self._tickets)
+        self.waiting += 1
+        try:
+            while not self._is_turn(ticket):
+                make_room()
+                if not self._is_turn(ticket):
+                    await self._stand(ticket)
+            yield
+        finally:
+            self.waiting -= 1
+            self.call()  # the next one, whatever became of this one
+
+    async def _stand(self, ticket: int) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        place = (ticket, waiter)
+        heapq.heappush(self._line, place)
+        try:
+            await waiter
+        finally:
+            if ticket in self._called:
+                self._called.remove(ticket)
+            elif place in self._line:  # cancelled while in the line
+                self._line.remove(place)
+                heapq.heapify(self._line)
+
+    def _is_turn(self, ticket: int) -> bool:
+        if self._budget.full or (self._called and self._called[0] < ticket):
+            return False
+        return not self._line or ticket < self._line[0][0]
+
+    def call(self) -> None:
+        """There may be room: call who came first, each who is served calls the next."""
+        while self._line and len(self._called) < _CALLED_AT_ONCE and not self._budget.full:
+            ticket, waiter = heapq.heappop(self._line)
+            if not waiter.done():
+                waiter.set_result(None)
+                self._called.append(ticket)
+
+    def close(self, error: Exception) -> None:
+        """There will be no room: who stands in the line raises `error`."""
+        for _, waiter in self._line:
+            if not waiter.done():
+                waiter.set_exception(error)
+        self._line.clear()
+
+    def stuck(self, in_flight: int) -> str | None:
+        """Somebody waits and nothing will call; `in_flight` records have yet to end. None: all is well."""
+        if self._line and not self._called and not self._budget.full:
+            return f"{len(self._line)} who put wait for room and there is some"
+        if self._line and not in_flight:
+            return f"{len(self._line)} who put wait for room and nothing is in flight"
+        return None
