@@ -16,7 +16,7 @@
 # and the identifier may be another message's: what comes then is taken as new.
 
 cdef enum:
-    SLOT_OPEN = 1      # sinks are still being asked: settlements may come before hold()
+    SLOT_OPEN = 1      # the sink is still being asked: settlements may come before hold()
     SLOT_FAILED = 2    # a record failed for good: never acknowledged, and nothing after it
     SLOT_ORDERED = 4   # in the ring: of this connection, not acknowledged
     SLOT_RECEIVED = 8  # QoS 2: PUBREC was given out, its PUBREL has not come
@@ -229,15 +229,11 @@ cdef class Ledger(Settler):
         return 0
 
     cdef inline void hold(self, uint64_t token, int64_t count) noexcept:
-        cdef Slot* slot = self._slot(token)
-        if slot != NULL:
-            slot.pending += count
-
-    cdef inline void close(self, uint64_t token) noexcept:
-        """The sink has been asked."""
+        """The sink took the message as `count` records, of which some may have ended already; 0: none."""
         cdef Slot* slot = self._slot(token)
         if slot == NULL:
             return
+        slot.pending += count
         slot.flags &= ~<uint8_t> SLOT_OPEN
         if slot.pending == 0:
             self._advance()

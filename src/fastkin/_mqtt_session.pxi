@@ -488,7 +488,7 @@ cdef class Session:
         if sink == NULL:
             router.nobody(message.topic, message.topic_len)
             if token:
-                ledger.close(token)
+                ledger.hold(token, 0)
             self.messages += 1
             return 1
         self._held.sink = sink
@@ -512,7 +512,6 @@ cdef class Session:
             return 0
         if token:
             self._ledger.hold(token, count)
-            self._ledger.close(token)
             if self._held.again:
                 self._ledger.repeated += count
         self._is_held = 0
@@ -614,7 +613,7 @@ cdef class Session:
             self._apart.again = p[0] & 0x08 != 0
             self._apart.token = token
         elif token:
-            self._ledger.close(token)
+            self._ledger.hold(token, 0)
         self._apart_left = message.payload_len
         self._read += head + (rest - message.payload_len)
         return self._carry_on()
@@ -738,7 +737,6 @@ cdef class Session:
         token = self._apart.token
         if token:
             self._ledger.hold(token, 1)
-            self._ledger.close(token)
             if self._apart.again:
                 self._ledger.repeated += 1
         self.messages += 1
