@@ -81,7 +81,7 @@ setup(
     ext_modules=cythonize(
         [
             extension("_codec", "_base64.h", "_random.h", "_md5.h"),
-            extension("_mqtt", "_digest.h"),
+            extension("_mqtt", "_digest.h", "_text.h"),
             *(fuzzing() if MODE == "fuzz" else ()),
         ],
         include_path=["src"],

@@ -101,6 +101,10 @@ cdef inline int read_varint(
     return VARINT_BAD
 
 
+cdef extern from "_text.h" nogil:
+    bint fk_text_plain(const uint8_t* p, size_t n) noexcept
+
+
 cdef int check_text(const uint8_t* p, size_t n, bint is_topic) noexcept nogil:
     """UTF-8 without NUL and surrogates [MQTT-1.5.4-1, -2]; in a topic name no wildcard either."""
     cdef uint64_t ones = <uint64_t> 0x0101010101010101

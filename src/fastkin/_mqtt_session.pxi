@@ -533,9 +533,10 @@ cdef class Session:
         cdef int status
         if message.alias and message.topic_len == 0:
             return self._resolve_alias(message, head)
-        status = check_text(message.topic, message.topic_len, True)
-        if status != TEXT_OK:
-            return topic_fault(status, head + 2, &self._fault)
+        if not fk_text_plain(message.topic, message.topic_len):
+            status = check_text(message.topic, message.topic_len, True)
+            if status != TEXT_OK:
+                return topic_fault(status, head + 2, &self._fault)
         return self._set_alias(message, head) if message.alias else 0
 
     cdef int _resolve_alias(self, Publish* message, size_t head) noexcept:

@@ -144,6 +144,7 @@ class Producer:
         self._overflow: Overflow | None = None
         self._sender: Sender | None = None
         self._flusher: Flusher | None = None
+        self._open: Flusher | None = None  # what put() goes by: the flusher from start() until close() is called
         self._watchdog: Watchdog | None = None
         self._turns = Turns(self._budget)
         self._closed = False
@@ -208,7 +209,7 @@ class Producer:
             raise self._not_open()
         loop = asyncio.get_running_loop()
         self._overflow = overflow
-        self._flusher = Flusher(self._lane, overflow or sender, self._linger_s, loop)
+        self._flusher = self._open = Flusher(self._lane, overflow or sender, self._linger_s, loop)
         self._sender = sender
         self._watchdog = Watchdog(self._stream, loop, self.stuck, self._wake)
         self._watchdog.start()
@@ -217,7 +218,7 @@ class Producer:
     def _loop_ended(self) -> None:
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._open = True, None
         if self._lane.in_flight:
             _LOG.warning(
                 "pipeline=%s stage=engine the event loop ended and close() was never called: %d records were not"
@@ -326,8 +327,8 @@ class Producer:
 
         RecordError: the record can never be stored. ClosedError: the producer is not open.
         """
-        flusher = self._flusher
-        if flusher is None or self._closed:
+        flusher = self._open
+        if flusher is None:
             raise self._not_open()
         if self._budget.full or self._turns.waiting:
             # not a lambda: its closure would make cells of the arguments on every call
@@ -340,8 +341,8 @@ class Producer:
 
     async def put_frame(self, payload: Buffer) -> Receipt:
         """Take every record of a bulk frame under one receipt (FrameResult). DataFormatError: none was taken."""
-        flusher = self._flusher
-        if flusher is None or self._closed:
+        flusher = self._open
+        if flusher is None:
             raise self._not_open()
         if self._budget.full or self._turns.waiting:
             return await self._in_turn(flusher, partial(self._lane.put_frame, payload))
@@ -352,9 +353,9 @@ class Producer:
 
     async def flush(self) -> None:
         """Send what is open now; return when every receipt given so far has ended, well or not, or is spooled."""
-        if self._flusher is None or self._sender is None or self._closed:
+        if self._open is None or self._sender is None:
             raise self._not_open()
-        self._flusher.close(DRAIN)
+        self._open.close(DRAIN)
         await self._sender.flush()
 
     async def close(self, timeout_s: float = 30.0) -> int:
@@ -366,7 +367,7 @@ class Producer:
         raises ClosedError. When the caller is cancelled the flush is cut short, the rest is done all the same.
         """
         if self._closing is None:
-            self._closed = True
+            self._closed, self._open = True, None
             self._closing = asyncio.create_task(self._close(timeout_s), name=f"fastkin[{self._stream}].close")
         closing = self._closing
         try:
