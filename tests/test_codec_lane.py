@@ -422,6 +422,52 @@ def test_budget() -> None:
     rig.settled()
 
 
+def test_room_is_told_whoever_made_it() -> None:
+    """Each time `full` ends, also when no record has ended: to close an aggregate gives back what it cost open."""
+    told: list[int] = []
+    rig = Rig(frame="bulk", budget=Budget(1 << 20, 20), aggregate_bytes=20_000)
+    rig.budget.on_room = lambda: told.append(rig.budget.records)
+    assert rig.lane.offer(b"t", encode_frame([b"x"] * 16), 1) == 16
+    assert rig.lane.offer(b"t", encode_frame([b"x"] * 8), 2) == -1
+    assert (rig.budget.full, told) == (True, [])
+    rig.lane.seal(DRAIN)
+    assert len(told) == 1
+    assert (rig.budget.full, rig.budget.records) == (False, 16)
+    assert rig.lane.offer(b"t", encode_frame([b"x"] * 8), 2) == -1
+    rig.store()
+    assert len(told) == 2
+    assert rig.budget.on_room is not None
+    rig.budget.on_room = None
+    assert rig.lane.offer(b"t", encode_frame([b"x"] * 20), 3) == 20
+    rig.store()
+    assert len(told) == 2
+    rig.settled()
+
+
+def test_a_record_in_doubt_does_not_fill_a_budget() -> None:
+    told: list[int] = []
+    rig = Rig(frame="bulk", budget=Budget(10_000, 20))
+    rig.budget.on_room = lambda: told.append(rig.budget.records)
+    rig.lane.offer(b"t", encode_frame([b"doubted"]), 1)
+    wide = encode_frame([b"x"] * 20)
+    assert rig.lane.offer(b"t", wide, 2) == -1
+    assert (rig.budget.full, rig.budget.low) == (True, True)
+    rig.budget.doubt(1)
+    assert (rig.budget.full, told) == (False, [1])
+    assert rig.lane.offer(b"t", wide, 2) == 20
+    assert rig.lane.offer(b"t", wide, 3) == -1, "something else is held"
+    rig.budget.doubt(21)  # all of it was refused, too: one more may tell, while memory is kept
+    assert rig.budget.low is True
+    assert rig.lane.offer(b"t", encode_frame([b"y" * 9000]), 3) == 1
+    rig.budget.doubt(22)
+    assert rig.budget.bytes > rig.budget.max_bytes
+    assert rig.lane.offer(b"t", wide, 4) == -1
+    rig.budget.doubt(0)
+    assert (rig.budget.low, rig.budget.full) == (False, True)
+    rig.store()
+    rig.settled()
+
+
 def test_several_lanes_share_a_budget() -> None:
     budget = Budget(1 << 20, 3)
     one, two = Rig(budget=budget), Rig(budget=budget)

@@ -47,7 +47,7 @@ FLOORS = [
         "printing",
     },
     {"kinesis", "sdk", "publisher"},
-    {"intake", "sender", "flusher", "overflow", "watchdog"},
+    {"intake", "sender", "flusher", "overflow", "turns", "watchdog"},
     {"letterstream"},
     {"aside"},
     {"pipeline", "producer"},

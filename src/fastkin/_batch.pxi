@@ -69,6 +69,9 @@ cdef class Budget:
     cdef uint64_t held_records
     cdef uint64_t most_bytes
     cdef bint stalled  # since the high mark, or a payload that found no room, until the low mark
+    cdef uint64_t doubted
+    cdef object _on_room
+    cdef bint _tells  # _on_room is set: asked without the GIL
 
     def __cinit__(self, unsigned long long max_bytes, unsigned long long max_records):
         if max_bytes == 0 or max_records == 0:
@@ -77,7 +80,7 @@ cdef class Budget:
         self.max_records = max_records
 
     cdef inline bint fits(self, uint64_t nbytes, uint64_t records) noexcept nogil:
-        if self.held_records == 0 and self.held_bytes == 0:
+        if (self.held_records == 0 and self.held_bytes == 0) or self._only_doubted():
             return True
         return (self.held_bytes <= self.max_bytes and nbytes <= self.max_bytes - self.held_bytes
                 and self.held_records <= self.max_records
@@ -95,11 +98,45 @@ cdef class Budget:
         self.held_bytes -= nbytes
         self.held_records -= records
         if self.stalled and self._low():
-            self.stalled = False
+            self._end_stall()
 
     cdef inline bint _low(self) noexcept nogil:
         return (self.held_bytes < self.max_bytes - self.max_bytes // 4
                 and self.held_records < self.max_records - self.max_records // 4)
+
+    cdef inline bint _only_doubted(self) noexcept nogil:
+        return self.doubted > 0 and self.held_records <= self.doubted and self.held_bytes <= self.max_bytes
+
+    cdef inline void _end_stall(self) noexcept nogil:
+        self.stalled = False
+        if self._tells:
+            self._tell()
+
+    cdef void _tell(self) noexcept with gil:
+        try:
+            self._on_room()
+        except BaseException as error:
+            unraisable(error, self)
+
+    def doubt(self, uint64_t records) -> None:
+        """So many of the records held were refused one by one, nobody knows for whose fault.
+
+        When nothing else is held, what comes next is taken as by an empty budget, though no more than one payload
+        beyond max_bytes: if it is stored the fault was theirs. Else they would hold up for ever what tells.
+        """
+        self.doubted = records
+        if self.stalled and self._only_doubted():
+            self._end_stall()
+
+    @property
+    def on_room(self) -> object:
+        """Called each time `full` has ended, from within whatever ended it: it must not take or end records."""
+        return self._on_room
+
+    @on_room.setter
+    def on_room(self, on_room):
+        self._on_room = on_room
+        self._tells = on_room is not None
 
     @property
     def bytes(self) -> int:
@@ -120,8 +157,8 @@ cdef class Budget:
 
     @property
     def low(self) -> bool:
-        """Under three quarters of both: reading may resume."""
-        return self._low()
+        """Under three quarters of both, or nothing held but what doubt() names: reading may resume."""
+        return self._low() or self._only_doubted()
 
     def room(self, size_t nbytes) -> bool:
         """Would one record of nbytes (data and key) fit now? True when nothing is held."""

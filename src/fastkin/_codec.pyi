@@ -57,7 +57,10 @@ class Budget:
     @property
     def full(self) -> bool: ...  # high mark reached, or something stalled on it
     @property
-    def low(self) -> bool: ...  # under the low mark (3/4 of both): reading may resume
+    def low(self) -> bool: ...  # under the low mark (3/4 of both), or only doubted: reading may resume
+    # so many of the records held were refused one by one: alone they do not fill the budget
+    def doubt(self, records: int) -> None: ...
+    on_room: Callable[[], None] | None  # called when `full` has ended; must not take or end records
     # would one record of nbytes (data + key) fit now; True when nothing is held
     def room(self, nbytes: int) -> bool: ...
 
@@ -171,6 +174,8 @@ class Lane(Sink):
         replay: Budget | None = None,  # pays for them; None: `budget`
     ) -> Self: ...
     attention: bool  # set when the open batch got its first record, a batch closed, or a reject came
+    @property
+    def budget(self) -> Budget: ...
     shards: ShardTable | None
     aggregate_bytes: int  # 0: records are not aggregated
     @property

@@ -47,7 +47,7 @@ cdef class Lane(Sink):
     """Builds batches for one destination. Records are encoded once, straight into the open body."""
 
     cdef _Books books
-    cdef Budget budget
+    cdef readonly Budget budget
     cdef KeyPlan plan
     cdef ShardTable table
     cdef Batch open

@@ -396,6 +396,7 @@ class Sender:
             # What came back from the spool stays, and its time runs on.
             if queue.doubted and not queue.batches[0].restored:
                 self._doubted.pop(queue.batches[0], None)
+                self._tell_doubt()
             out += [batch for batch in queue.batches if not batch.restored]
             queue.batches = deque(batch for batch in queue.batches if batch.restored)
             if not queue.batches:
@@ -720,7 +721,9 @@ class Sender:
             self._refused = 0
             self._probe = False
             self._stored_ever = True
-            self._doubted.clear()
+            if self._doubted:
+                self._doubted.clear()
+                self._tell_doubt()
         if not failures:
             self.pacer.stored(now, load)
             self._throttled_since = None
@@ -839,7 +842,8 @@ class Sender:
                 self._refused_call(batch, error)
                 return
             if self._at_fault(batch, now):
-                self._doubted.pop(batch, None)
+                if self._doubted.pop(batch, None) is not None:
+                    self._tell_doubt()
                 self._ended(batch.epoch, 1)
                 self._set_aside(batch, f"{error.code}: {error.message}")
                 return
@@ -862,6 +866,7 @@ class Sender:
         self.retried_by_code.add(error.code, batch.user_records)
         if doubted:
             self._alone(batch).doubted = True
+            self._tell_doubt()
         else:
             self._again(batch)
         if self._gate <= now:
@@ -914,6 +919,9 @@ class Sender:
             return False
         self._gave_up_at = now
         return True
+
+    def _tell_doubt(self) -> None:
+        self.lane.budget.doubt(sum(batch.user_records for batch in self._doubted if not batch.restored))
 
     def rows_in_doubt(self) -> dict[int, int]:
         """Rows of the spool, with how many of their records wait as single ones that were refused."""

@@ -25,6 +25,7 @@ class Turns:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
+        budget.on_room = self.call  # whatever made room, also when no record has ended
         self._tickets = itertools.count()
         self._line: list[tuple[int, asyncio.Future[None]]] = []  # a heap, by when they came
         self._called: list[int] = []  # have been called, and have not run since

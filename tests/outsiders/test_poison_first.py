@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fastkin import encode_frame
 from fastkin._codec import DRAIN
 from fastkin.emulator import Emulator
 from fastkin.pipeline import PipelineRun
@@ -116,3 +117,23 @@ async def test_first_in_a_spool_whose_share_of_memory_it_fills(tmp_path: Path, m
         await run.stop()
         assert letters(place) == [b"poison"]
         assert [record.data for record in emulator.stored("welders")] == feed[1:]
+
+
+@pytest.mark.parametrize("large", [False, True])
+async def test_that_leaves_no_room_for_what_would_tell(
+    server: Server, tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frame that needs all of the memory comes behind it: it is read all the same, and told apart by it."""
+    monkeypatch.setattr("fastkin.sender._REFUSED_FOR_S", 1e9)  # only what else is stored can tell
+    place = tmp_path / "letters"
+    bound = {"budget_records": 1000, "budget_bytes": 1_000_000} if large else {"budget_records": 20}
+    poison = b"poison".ljust(200_000 if large else 100, b".")
+    frames = [[poison], [b"good %d" % n + b"." * (30_000 if large else 0) for n in range(20)], [b"last"]]
+    async with rig(
+        server, prepare=poisoned, startup_check="none", format="bulk", dead_letter=str(place),
+        max_record_bytes=400_000, max_batch_bytes=400_000, **bound,
+    ) as r:  # fmt: skip
+        await r.publish(*map(encode_frame, frames))
+        await r.settled(22)
+        assert letters(place) == [poison]
+        assert sorted(record.data for record in r.stored()) == sorted([*frames[1], *frames[2]])
