@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 PUBLISH_MOST = 64 * 1024  # bytes handed to a wire at once
+_PIECE_S = 1e-7  # what a piece takes at least: a long backlog is no loop that turns while no time passes
 
 
 def varint(value: int) -> bytes:
@@ -212,7 +213,7 @@ class Wire:
         if not self.loop.alive(self.process):
             return
         self._pumping = True
-        self.loop.call_later(self.broker.lag(), self._pump, context=self.context)
+        self.loop.call_later(self.broker.lag() or _PIECE_S, self._pump, context=self.context)
 
     def _pump(self) -> None:
         self._pumping = False
