@@ -569,11 +569,19 @@ class Rig:
 
     def terminate(self) -> None:
         """SIGTERM in the middle; the exit status must be 0."""
-        self.scraper.look()
-        got = self.service.terminate(PATIENCE_S)
+        got = self._end()
         assert got == 0, f"exit status {got}"
         self.until(lambda: not self.broker_way.links, "the connections are gone")
         self.look_at_spool()
+
+    def _end(self) -> int:
+        """SIGTERM: the exit status. The process is gone within its shutdown_timeout_s and two seconds, in any case."""
+        self.scraper.look()
+        limit = self._settings["pipeline"]["shutdown_timeout_s"] + 2.0
+        try:
+            return self.service.terminate(limit)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still there {limit:g} s after SIGTERM: {self.service.log()[-4000:]}") from None
 
     def _damaged(self, port: int) -> None:
         """The last answer on this connection may not have arrived, or not as it was sent."""
@@ -704,8 +712,7 @@ class Rig:
     ) -> dict[str, int]:
         """Close the books: stop the service, check everything, print the report line."""
         if self.service.running:
-            self.scraper.look()
-            got = self.service.terminate(PATIENCE_S)
+            got = self._end()
             assert got == code, f"exit status {got}, not {code}"
         self.until(lambda: not self.watched.links, "the broker's connections are gone")
         self.until(lambda: not self.kinesis_way.links, "Kinesis's connections are gone")

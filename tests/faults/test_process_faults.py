@@ -12,6 +12,7 @@ import pytest
 from harness import Rig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -94,21 +95,81 @@ def test_sigterm_in_mid_flow_makes_no_duplicate(tmp_path: Path) -> None:
         assert rig.finish()["dup"] == 0
 
 
-@pytest.mark.faults_full
-def test_sigterm_twice_stops_at_once(tmp_path: Path) -> None:
-    with Rig(tmp_path, emulator={"latency_ms": 1500}) as rig:
-        rig.flow(1000)
-        rig.until(lambda: len(rig.ledger.handed) > 200, "records are handed out")
-        assert rig.service.process is not None
-        rig.service.process.send_signal(signal.SIGTERM)
-        rig.logged("takes no more")
+def nothing(rig: Rig) -> None:
+    """Records are under way, and all is well."""
+
+
+def kinesis_is_silent(rig: Rig) -> None:
+    rig.call(rig.kinesis_way.hold)
+
+
+def kinesis_throttles(rig: Rig) -> None:
+    rig.call(lambda: rig.kinesis.faults.record("ProvisionedThroughputExceededException", probability=1.0))
+
+
+def kinesis_fails(rig: Rig) -> None:
+    rig.call(lambda: rig.kinesis.faults.call("InternalFailure", status=500))
+
+
+def keys_are_refused(rig: Rig) -> None:
+    rig.call(lambda: rig.kinesis.faults.call("AccessDeniedException"))
+
+
+def answers_are_cut(rig: Rig) -> None:
+    rig.call(lambda: rig.kinesis.faults.cut("after"))
+
+
+def the_broker_is_silent(rig: Rig) -> None:
+    rig.call(rig.broker_way.hold)
+
+
+def the_broker_is_gone(rig: Rig) -> None:
+    rig.wait(rig.broker_way.refuse())
+    rig.call(rig.broker_way.cut)
+
+
+def all_is_silent(rig: Rig) -> None:
+    rig.call(rig.broker_way.hold)
+    rig.call(rig.kinesis_way.hold)
+
+
+FAULTS = [
+    nothing, kinesis_is_silent, kinesis_throttles, kinesis_fails, keys_are_refused, answers_are_cut,
+    the_broker_is_silent, the_broker_is_gone, all_is_silent,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["at the deadline", "second signal"])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_sigterm_ends_it_whatever_is_wrong(tmp_path: Path, fault: Callable[[Rig], None], again: bool) -> None:
+    """Within shutdown_timeout_s and two seconds, or at once after the second: and nothing is lost by it."""
+    limit = 60.0 if again else 1.0
+    with Rig(tmp_path, pipeline={"shutdown_timeout_s": limit}, emulator={"latency_ms": 300}) as rig:
+        rig.flow(1500, rate=2000.0)
+        rig.stored(300)
+        fault(rig)
+        time.sleep(0.3)
+        process = rig.service.process
+        assert process is not None
+        process.send_signal(signal.SIGTERM)
         began = time.monotonic()
-        rig.terminate()
-        assert time.monotonic() - began < 1.0 or "stops at once" in rig.service.log()
+        if again:
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+        process.wait(2.0 if again else limit + 2.0)
+        assert process.returncode == 0 or again, rig.service.log()[-4000:]
+        assert again or time.monotonic() - began < limit + 2.0
+        rig.call(rig.kinesis.faults.clear)
+        rig.call(rig.kinesis_way.release)
+        rig.call(rig.broker_way.release)
+        if fault is the_broker_is_gone:
+            rig.wait(rig.broker_way.start())
+        rig.until(lambda: not rig.broker_way.links, "the connections are gone")
+        rig.look_at_spool()
         rig.emulator.latency_s = 0.0
         rig.restart()
         rig.settle()
-        rig.finish(least_redelivered=1)
+        rig.finish()
 
 
 def test_sigterm_while_kinesis_is_dead_ends_at_the_deadline(tmp_path: Path) -> None:
