@@ -440,6 +440,8 @@ async def test_spooling_begins_once_in_an_outage(
     """What was read back and is on its way is not yet taken: nothing new passes it, and the log stands still."""
     caplog.set_level(logging.INFO)
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
+        overflow = run.overflow
+        assert overflow is not None
         if how == "hangs":
             fault = emulator.faults.latency(60_000, operation="PutRecords")
         else:
@@ -449,7 +451,10 @@ async def test_spooling_begins_once_in_an_outage(
                 contains=b"0-.",
             )
         feed = Feed(run)
-        for _ in range(10):
+        feed.offer(1)
+        await until(lambda: overflow.stats()["spooled_ever"] == 1)
+        await asyncio.sleep(0.7)  # read back since, and not taken within spool_after_s
+        for _ in range(9):
             feed.offer(1)
             await asyncio.sleep(0.4)
         said = [record.getMessage() for record in caplog.records if record.name == "fastkin.spool"]

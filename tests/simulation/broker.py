@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 PUBLISH_MOST = 64 * 1024  # bytes handed to a wire at once
+_CROWDED = 60_000  # messages under way
 _PIECE_S = 1e-7  # what a piece takes at least: a long backlog is no loop that turns while no time passes
 
 
@@ -77,6 +78,7 @@ class Session:
         self.queue: deque[Message] = deque()
         self.flights: dict[int, Flight] = {}
         self.last_id = 0
+        self.freed: deque[int] = deque(maxlen=65_535)  # identifiers, as they were given back
         self.link: Link | None = None
         self.known = False  # a CONNECT made it, and nothing ended it
         self.clean = False
@@ -545,6 +547,10 @@ class Link:
                 if packet_id > 65_535:
                     raise Finding("the broker has no identifier left")
             return packet_id
+        while len(session.flights) > _CROWDED and session.freed:  # to walk past all that are taken takes minutes
+            packet_id = session.freed.popleft()
+            if packet_id not in session.flights and packet_id not in self.again:
+                return packet_id
         while True:
             session.last_id = session.last_id % 65_535 + 1
             if session.last_id not in session.flights and session.last_id not in self.again:
@@ -627,6 +633,7 @@ class Link:
             return
         if which == 0:
             del session.flights[packet_id]
+            session.freed.append(packet_id)
             message.acked = True
             self.fill()
         else:
@@ -644,6 +651,7 @@ class Link:
         flight = session.flights.get(packet_id)
         if flight is not None and flight.state == "released":
             del session.flights[packet_id]
+            session.freed.append(packet_id)
             self.fill()
 
 
