@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PUBLISH_MOST = 64 * 1024  # bytes handed to a wire at once
 _CROWDED = 60_000  # messages under way
+_AGAIN_MOST = 20_000  # identifiers sent again on a connection: they are not used anew on it, and some must be left
 _PIECE_S = 1e-7  # what a piece takes at least: a long backlog is no loop that turns while no time passes
 
 
@@ -593,6 +594,8 @@ class Link:
         if session is None or not self.up:
             return
         for packet_id, flight in list(session.flights.items()):
+            if len(self.again) >= _AGAIN_MOST:
+                break
             if flight.state == "sent" and self.standing.get(packet_id):
                 self.world.mark("redelivered on the same connection")
                 self.again[packet_id] = self.again.get(packet_id, 0) + 1
