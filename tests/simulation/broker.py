@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from simulation.loop import PROCESS, Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from simulation.world import World
 
 PUBLISH_MOST = 64 * 1024  # bytes handed to a wire at once
-_CROWDED = 60_000  # messages under way
+# So many identifiers are taken that to look for a free one by counting takes minutes: those given back are used.
+_CROWDED = 60_000
+_CROWDED_LOWEST = 5_000
 _AGAIN_MOST = 20_000  # identifiers sent again on a connection: they are not used anew on it, and some must be left
 _PIECE_S = 1e-7  # what a piece takes at least: a long backlog is no loop that turns while no time passes
 
@@ -79,12 +81,18 @@ class Session:
         self.queue: deque[Message] = deque()
         self.flights: dict[int, Flight] = {}
         self.last_id = 0
+        self.top_id = 0  # the highest that was ever used
         self.freed: deque[int] = deque(maxlen=65_535)  # identifiers, as they were given back
         self.link: Link | None = None
         self.known = False  # a CONNECT made it, and nothing ended it
         self.clean = False
         self.left_at = 0.0
         self.expiry = float("inf")
+
+    def spare(self) -> Iterator[int]:
+        while self.freed:
+            yield self.freed.popleft()
+        yield from range(self.top_id + 1, 65_536)
 
     def forget(self) -> None:
         for flight in self.flights.values():
@@ -537,25 +545,28 @@ class Link:
                 self.publish(0, Flight(message, 0), again=False)
                 continue
             packet_id = self._free_id(session)
+            if not packet_id:
+                session.queue.appendleft(message)
+                break
             flight = session.flights[packet_id] = Flight(message, qos)
             self.publish(packet_id, flight, again=False)
 
     def _free_id(self, session: Session) -> int:
-        if self.broker.lowest_ids:
-            packet_id = 1
-            while packet_id in session.flights or packet_id in self.again:
-                packet_id += 1
-                if packet_id > 65_535:
-                    raise Finding("the broker has no identifier left")
-            return packet_id
-        while len(session.flights) > _CROWDED and session.freed:  # to walk past all that are taken takes minutes
-            packet_id = session.freed.popleft()
+        """0: there is none now. What was sent again on this connection is not used anew on it."""
+        taken = len(session.flights) + len(self.again)
+        lowest = self.broker.lowest_ids
+        if taken > (_CROWDED_LOWEST if lowest else _CROWDED):
+            tries = session.spare()
+        elif lowest:
+            tries = iter(range(1, 65_536))
+        else:
+            tries = (n % 65_535 + 1 for n in range(session.last_id, session.last_id + 65_535))
+        for packet_id in tries:
             if packet_id not in session.flights and packet_id not in self.again:
+                session.last_id = packet_id
+                session.top_id = max(session.top_id, packet_id)
                 return packet_id
-        while True:
-            session.last_id = session.last_id % 65_535 + 1
-            if session.last_id not in session.flights and session.last_id not in self.again:
-                return session.last_id
+        return 0
 
     def publish(self, packet_id: int, flight: Flight, *, again: bool) -> None:
         """One PUBLISH. The order in which they leave is the order in which they are to be answered."""
