@@ -173,6 +173,20 @@ async def test_a_broker_that_does_not_read_our_acknowledgements_is_left() -> Non
     link.connection_lost(None)
 
 
+async def test_a_connection_that_is_given_up_does_not_wait_for_room() -> None:
+    """It was paused when the next message ended it: nothing will be read, and no watchdog is to say that it waits."""
+    intake = Intake(Broker(client_id="c"), [], router=_mqtt.Router(), ledger=_mqtt.Ledger(), on_read=lambda: None)
+    link = intake._link = _Link(intake, 5)
+    link.connection_made(Deaf())  # type: ignore[arg-type]
+    link.data_received(CONNACK_5)
+    link.pause(1)
+    assert intake.paused
+    link.data_received(b"\xf0\x00")  # no packet that a broker sends: AUTH was not asked for
+    assert link.reason
+    assert not intake.paused
+    link.connection_lost(None)
+
+
 # -- frames ----------------------------------------------------------------------------------------
 
 

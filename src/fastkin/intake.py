@@ -1035,7 +1035,8 @@ class _Link(Receiver):
 
     @property
     def stalled(self) -> bool:
-        return bool(self._reading.paused & _STALL)
+        """Reading waits for room. A connection that is being given up reads no more, whatever room there is."""
+        return bool(self._reading.paused & _STALL) and not self._deaf
 
     def stalled_for(self) -> float:
         return self._reading.stalled_for()
