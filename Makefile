@@ -34,4 +34,4 @@ fuzz: setup ## coverage-guided fuzzing: SECONDS=60 each or RUNS=N each, JOBS=2, 
 clean: ## what was built and cached; .venv and .servers stay
 	rm -rf build dist .coverage* .hypothesis .benchmarks .pytest_cache .mypy_cache .ruff_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
-	rm -f src/fastkin/*.so src/fastkin/_*.c src/fastkin/*.html .venv/built
+	find src/fastkin -name "*.so" -delete; rm -f src/fastkin/_codec.c src/fastkin/mqtt/_core.c src/fastkin/*.html src/fastkin/mqtt/*.html .venv/built

@@ -52,7 +52,7 @@ compile_args, link_args, macros = FLAGS[MODE]
 def extension(name: str, *headers: str) -> Extension:
     return Extension(
         f"fastkin.{name}",
-        [f"src/fastkin/{name}.pyx"],
+        [f"src/fastkin/{name.replace('.', '/')}.pyx"],
         depends=[f"src/fastkin/{header}" for header in headers],
         include_dirs=["src/fastkin"],
         extra_compile_args=[*WARN, *compile_args],
@@ -80,8 +80,8 @@ def fuzzing() -> list[Extension]:
 setup(
     ext_modules=cythonize(
         [
-            extension("_codec", "_base64.h", "_random.h", "_md5.h"),
-            extension("_mqtt", "_digest.h", "_text.h"),
+            extension("_codec", "codec/base64.h", "codec/random.h", "codec/md5.h"),
+            extension("mqtt._core", "mqtt/digest.h", "mqtt/text.h"),
             *(fuzzing() if MODE == "fuzz" else ()),
         ],
         include_path=["src"],

@@ -18,7 +18,7 @@ import pytest
 from paho.mqtt import _packet as paho_packet
 from paho.mqtt.enums import MQTTProtocolVersion
 
-from fastkin import _mqtt
+from fastkin.mqtt import _core as _mqtt
 
 MESSAGES = 1000
 PAYLOAD = (

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
+from fastkin.aws.client import KinesisClient
 from fastkin.config import Kinesis
-from fastkin.kinesis import KinesisClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -131,7 +131,7 @@ async def native(url: str, rows: list[tuple[bytes, str]]) -> AsyncIterator[Any]:
 
 @contextlib.asynccontextmanager
 async def reference(url: str, rows: list[tuple[bytes, str]]) -> AsyncIterator[Any]:
-    from fastkin.sdk import SdkClient
+    from fastkin.aws.sdk import SdkClient
 
     client = SdkClient(Kinesis(stream="bench", region="us-east-1", endpoint_url=url, **KEYS))
     await client.start()

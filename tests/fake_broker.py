@@ -7,9 +7,9 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Self
 
-from fastkin._mqtt import CallbackSink, Ledger, Router
 from fastkin.config import Broker
-from fastkin.intake import Intake
+from fastkin.mqtt._core import CallbackSink, Ledger, Router
+from fastkin.mqtt.subscriber import Intake
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastkin import _mqtt
+from fastkin.mqtt import _core as _mqtt
 
 CONNACK_4 = b"\x20\x02\x00\x00"
 CONNACK_5 = b"\x20\x03\x00\x00\x00"

@@ -17,7 +17,7 @@ import psutil
 
 import stalls
 from fastkin.config import Broker
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
 from servers import ACCESS_KEY, SECRET_KEY, free_port
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Service:
         }
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fastkin.cli", "run", str(self.directory / "fastkin.toml")],
+                [sys.executable, "-m", "fastkin.commands.cli", "run", str(self.directory / "fastkin.toml")],
                 cwd=self.directory,
                 env=env,
                 stdin=subprocess.DEVNULL,

@@ -18,10 +18,10 @@ found: list[tuple[str, str]] = []
 def watched() -> Iterator[list[tuple[str, str]]]:
     """The list that is filled while the block runs."""
     found.clear()
-    if importlib.util.find_spec("fastkin.watchdog") is None:  # these tests, on a fastkin of before
+    if importlib.util.find_spec("fastkin.delivery.watchdog") is None:  # these tests, on a fastkin of before
         yield found
         return
-    from fastkin import watchdog
+    from fastkin.delivery import watchdog
 
     def note(name: str, what: str) -> None:
         found.append((name, what))
@@ -34,8 +34,8 @@ def watched() -> Iterator[list[tuple[str, str]]]:
 
 
 def look_every(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    if importlib.util.find_spec("fastkin.watchdog") is not None:
-        monkeypatch.setattr("fastkin.watchdog.EVERY_S", seconds)
+    if importlib.util.find_spec("fastkin.delivery.watchdog") is not None:
+        monkeypatch.setattr("fastkin.delivery.watchdog.EVERY_S", seconds)
 
 
 def told_in(log: str) -> bool:

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import fastkin
-import fastkin.aside
-import fastkin.letterstream
-from fastkin import letterplace
+import fastkin.deadletter.handler
+import fastkin.deadletter.stream
 from fastkin._codec import Budget, KeyPlan, Lane
-from fastkin.aside import Aside
 from fastkin.config import Broker, Kinesis, Pipeline
-from fastkin.deadletter import numbered
+from fastkin.deadletter import destination as letterplace
+from fastkin.deadletter.file import numbered
+from fastkin.deadletter.handler import Aside
+from fastkin.deadletter.stream import RECORD_BYTES, records_of
 from fastkin.emulator import Emulator
-from fastkin.letterstream import RECORD_BYTES, records_of
-from fastkin.pipeline import PipelineRun
+from fastkin.service.pipeline import PipelineRun
 from fastkin.settings import SettingsError
 from servers import ACCESS_KEY, SECRET_KEY, free_port
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastkin.aside, "_RETRY_S", 0.05)
-    monkeypatch.setattr(fastkin.letterstream, "_RETRY_S", 0.05)
+    monkeypatch.setattr(fastkin.deadletter.handler, "_RETRY_S", 0.05)
+    monkeypatch.setattr(fastkin.deadletter.stream, "_RETRY_S", 0.05)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ async def test_what_kinesis_refused_has_the_topic_where_there_is_only_one(emulat
 
 @pytest.mark.parametrize("topics", [(), ("a", "b"), ("a/+",), ("#",), ("$share/g/a",)])
 def test_a_topic_that_is_not_certain_is_not_guessed(topics: tuple[str, ...]) -> None:
-    assert fastkin.aside._only(topics) is None
+    assert fastkin.deadletter.handler._only(topics) is None
 
 
 async def test_without_a_place_they_are_dropped_and_counted_as_that(emulator: Emulator) -> None:
@@ -221,9 +221,9 @@ async def test_a_full_disk_pauses_intake_says_so_once_and_loses_nothing(
 LIMITED = """
 import asyncio, logging, resource, signal, sys
 sys.path.insert(0, sys.argv[2])
-import fastkin.aside
+import fastkin.deadletter.handler
 from test_aside import Emulator, run_of, offer, until
-fastkin.aside._RETRY_S = 0.05
+fastkin.deadletter.handler._RETRY_S = 0.05
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 logging.basicConfig(stream=sys.stdout, level=logging.ERROR)
 

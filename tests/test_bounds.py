@@ -11,14 +11,14 @@ from aiohttp import web
 
 from codec_rig import Rig
 from fake_http import FakeServer, Link, Request
-from fastkin import _mqtt
 from fastkin._codec import DEAD, Budget, KeyPlan, Lane
+from fastkin.aws.client import error_from
+from fastkin.aws.http import FRAMING_PER_BYTE, MAX_HEADER_COUNT, MAX_HEADERS, PUT_ANSWER, HttpPool, Reply
 from fastkin.config import Broker, Kinesis
 from fastkin.errors import KinesisError, ProtocolError, TransportError
-from fastkin.intake import Intake, _Link
-from fastkin.kinesis import error_from
-from fastkin.transport import FRAMING_PER_BYTE, MAX_HEADER_COUNT, MAX_HEADERS, PUT_ANSWER, HttpPool, Reply
-from fastkin.wire import Receiver, farewell, open_wire, refusal
+from fastkin.mqtt import _core as _mqtt
+from fastkin.mqtt.subscriber import Intake, _Link
+from fastkin.mqtt.transport import Receiver, farewell, open_wire, refusal
 from mqtt_wire import CONNACK_5, packet, props, publish, text
 
 # -- MQTT ------------------------------------------------------------------------------------------

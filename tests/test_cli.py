@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import pytest
 
-from fastkin import cli, logs
 from fastkin.bench.plant import welder_payload
+from fastkin.commands import cli
 from fastkin.commands import run as run_command
 from fastkin.commands import tail as tailing
 from fastkin.commands.demo import balance
+from fastkin.commands.printing import Printer
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.emulator import Emulator
 from fastkin.errors import MqttError
-from fastkin.printing import Printer
+from fastkin.status import logs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -250,9 +251,9 @@ class FakeEngine:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
-    module: Any = type(sys)("fastkin.engine")
+    module: Any = type(sys)("fastkin.service.engine")
     module.Engine = FakeEngine
-    monkeypatch.setitem(sys.modules, "fastkin.engine", module)
+    monkeypatch.setitem(sys.modules, "fastkin.service.engine", module)
     monkeypatch.setattr(FakeEngine, "made", [])
     monkeypatch.setattr(FakeEngine, "stats_now", {"a": {"received": 5, "stored": 5}})
     monkeypatch.setattr(FakeEngine, "unsettled", 0)
@@ -330,13 +331,13 @@ def twice(self):
     loop = asyncio.get_running_loop()
     loop.call_later(0.1, os.kill, os.getpid(), signal.SIGTERM)
     loop.call_later(0.3, os.kill, os.getpid(), signal.SIGINT)
-module = type(sys)("fastkin.engine")
+module = type(sys)("fastkin.service.engine")
 module.Engine = test_cli.FakeEngine
-sys.modules["fastkin.engine"] = module
+sys.modules["fastkin.service.engine"] = module
 test_cli.FakeEngine.at_start = twice
 test_cli.FakeEngine.drain_s = 60
 test_cli.FakeEngine.stats_now = {{"a": {{"in_flight": 3}}}}
-from fastkin import logs
+from fastkin.status import logs
 logs.setup()
 sys.exit(run(test_cli.made_settings(qos={qos})))
 """
@@ -358,7 +359,7 @@ def test_run_prints_messages_when_asked(engine: type[FakeEngine], monkeypatch: p
     assert run_command.run(made_settings()) == 0
     assert engine.made[-1].on_message is None
     out = io.BytesIO()
-    monkeypatch.setattr("fastkin.printing.sys.stdout", io.TextIOWrapper(out))
+    monkeypatch.setattr("fastkin.commands.printing.sys.stdout", io.TextIOWrapper(out))
 
     terminate = engine.at_start
 
@@ -375,7 +376,7 @@ def test_run_prints_messages_when_asked(engine: type[FakeEngine], monkeypatch: p
 def test_run_stays_small() -> None:
     """What `fastkin run` loads before it connects: neither SDK nor terminal library."""
     script = (
-        "import sys, fastkin.cli, fastkin.settings, fastkin.commands.run, fastkin.engine;"
+        "import sys, fastkin.commands.cli, fastkin.settings, fastkin.commands.run, fastkin.service.engine;"
         "heavy = {'botocore', 'aiobotocore', 'aiohttp', 'rich', 'pydantic', 'boto3', 'tomllib'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -390,7 +391,7 @@ def test_run_stays_small() -> None:
 def logged(json_lines: bool, *calls: tuple[Any, ...], **more: Any) -> list[str]:
     out = io.StringIO()
     logs.setup(json_lines=json_lines, stream=out)
-    log = logging.getLogger("fastkin.sender")
+    log = logging.getLogger("fastkin.delivery.sender")
     for call in calls:
         log.warning(*call, **more)
     return out.getvalue().splitlines()
@@ -764,7 +765,7 @@ def test_the_demo_loses_nothing(tmp_path: Path, kill: list[str]) -> None:
 def demo_on_amqtt(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
     script = (
         "import sys\n"
-        "from fastkin.cli import main\n"
+        "from fastkin.commands.cli import main\n"
         "from fastkin.commands import demo\n"
         "demo.find_mosquitto = lambda: None\n"
         "main(['demo', *sys.argv[1:]])"
@@ -800,9 +801,9 @@ def test_the_demo_does_not_kill_on_a_broker_that_loses(tmp_path: Path) -> None:
 
 async def test_check_connect_goes_the_way_that_run_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a proxy, or with transport = "sdk", that is the SDK."""
+    from fastkin.aws.client import KinesisClient
     from fastkin.commands import check
     from fastkin.config import Kinesis
-    from fastkin.kinesis import KinesisClient
 
     async with Emulator({"s": 2}) as emulator:
         kinesis = Kinesis(

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import fastkin.credentials as module
+import fastkin.aws.credentials as module
 from fake_http import FakeServer, Link, Request
+from fastkin.aws.client import KinesisClient
+from fastkin.aws.credentials import ChainCredentials, StaticCredentials, make_provider, static_credentials
+from fastkin.aws.signing import Credentials
 from fastkin.config import Kinesis
-from fastkin.credentials import ChainCredentials, StaticCredentials, make_provider, static_credentials
 from fastkin.emulator import Emulator, Secret
 from fastkin.errors import Action, ConfigError, KinesisError
-from fastkin.kinesis import KinesisClient
-from fastkin.signing import Credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

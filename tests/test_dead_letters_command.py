@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import fastkin
-from fastkin.cli import _main
 from fastkin.commands import dead_letters as command
-from fastkin.deadletter import DeadLetters, numbered
+from fastkin.commands.cli import _main
+from fastkin.deadletter.file import DeadLetters, numbered
+from fastkin.deadletter.reader import LetterFile, LetterFileError, LetterFiles
 from fastkin.emulator import Emulator
-from fastkin.letterfile import LetterFile, LetterFileError, LetterFiles
 from servers import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:
@@ -306,7 +306,14 @@ async def test_a_replay_that_is_broken_off_marks_what_is_stored(
         file.write(f'[[pipeline]]\nid = "q"\ntopics = ["b/#"]\nstream = "others"\ndead_letter = "{path}"\n')
     for said in ("3 replayed, 1 not tried", "0 replayed, 1 not tried"):
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "fastkin.cli", "dead-letters", "replay", "--config", config, stderr=subprocess.PIPE
+            sys.executable,
+            "-m",
+            "fastkin.commands.cli",
+            "dead-letters",
+            "replay",
+            "--config",
+            config,
+            stderr=subprocess.PIPE,
         )
         async with asyncio.timeout(30):
             tried = emulator.counters.calls
@@ -327,7 +334,14 @@ async def test_a_frame_whose_replay_is_broken_off_keeps_its_records_that_are_ope
     config = settings(tmp_path, emulator, path, format="bulk")
     stuck = emulator.faults.record("InternalFailure", "no", contains=b"stuck")
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "fastkin.cli", "dead-letters", "replay", "--config", config, stderr=subprocess.PIPE
+        sys.executable,
+        "-m",
+        "fastkin.commands.cli",
+        "dead-letters",
+        "replay",
+        "--config",
+        config,
+        stderr=subprocess.PIPE,
     )
     async with asyncio.timeout(30):
         while emulator.stored_count("welders") < 2:
@@ -430,7 +444,7 @@ async def test_letters_of_an_unknown_pipeline_are_kept(
 
 WRITER = """
 import sys, time
-from fastkin.deadletter import DeadLetters
+from fastkin.deadletter.file import DeadLetters
 dead = DeadLetters(sys.argv[1], max_bytes=20_000, keep=900)
 n = 0
 end = time.monotonic() + float(sys.argv[2])
@@ -545,7 +559,7 @@ async def test_a_replay_that_is_killed_for_real_is_finished_by_the_next(
     async with Emulator({"welders": 2}, latency_ms=150) as emulator:
         config = settings(tmp_path, emulator, path)
         process = subprocess.Popen(
-            [sys.executable, "-m", "fastkin.cli", "dead-letters", "replay", "--config", config],
+            [sys.executable, "-m", "fastkin.commands.cli", "dead-letters", "replay", "--config", config],
             stderr=subprocess.DEVNULL,
         )
         async with asyncio.timeout(30):

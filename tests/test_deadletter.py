@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fastkin.deadletter import DeadLetter, DeadLetterError, DeadLetters, line_of, numbered, rotated
+from fastkin.deadletter.file import DeadLetter, DeadLetterError, DeadLetters, line_of, numbered, rotated
 from fastkin.errors import FastkinError
 
 if TYPE_CHECKING:
@@ -340,7 +340,7 @@ def test_a_crash_anywhere_in_a_rotation_loses_nothing(tmp_path: Path, monkeypatc
 def test_processes_that_share_a_file_rotate_it_together(tmp_path: Path) -> None:
     path = tmp_path / "dead.jsonl"
     code = (
-        "import sys; from fastkin.deadletter import DeadLetters\n"
+        "import sys; from fastkin.deadletter.file import DeadLetters\n"
         "dead = DeadLetters(sys.argv[1], max_bytes=4096, keep=900)\n"
         "for n in range(int(sys.argv[2]), int(sys.argv[2]) + 300):\n"
         "    dead.write([{'pipeline': 'p', 'reason': 'r', 'payload': b'%06d' % n}])\n"
@@ -375,7 +375,7 @@ def test_a_folder_that_forbids_renaming_is_an_error_with_the_cure(
 def test_a_real_limit_of_the_file_size_keeps_nothing_and_names_the_cure(tmp_path: Path) -> None:
     path = tmp_path / "dead.jsonl"
     code = (
-        "import resource, signal, sys; from fastkin.deadletter import DeadLetters, DeadLetterError\n"
+        "import resource, signal, sys; from fastkin.deadletter.file import DeadLetters, DeadLetterError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "dead = DeadLetters(sys.argv[1])\n"

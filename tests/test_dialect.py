@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastkin.dialect import TOLD_S, UNANSWERED_S, Dialect
+from fastkin.mqtt.dialect import TOLD_S, UNANSWERED_S, Dialect
 
 
 def test_a_time_out_is_believed_for_a_while() -> None:

@@ -13,7 +13,7 @@ from aiohttp import ClientSession, web
 import fastkin
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.emulator import Emulator
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
 from servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 PRODUCER = web.AppKey("producer", fastkin.Producer)

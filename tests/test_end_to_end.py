@@ -11,7 +11,7 @@ import pytest
 
 import fastkin
 from fastkin.config import Broker
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
 from readback import read_stream
 from running import CountingProxy, service, wait_until
 from servers import kinesalite, kinesis_mock, mosquitto

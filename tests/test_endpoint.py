@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fastkin.config import Kinesis
-from fastkin.endpoint import (
+from fastkin.aws.endpoint import (
     Arn,
     Endpoint,
     Url,
@@ -19,8 +18,9 @@ from fastkin.endpoint import (
     resolve_endpoint,
     split_url,
 )
+from fastkin.aws.signing import Credentials
+from fastkin.config import Kinesis
 from fastkin.errors import ConfigError
-from fastkin.signing import Credentials
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -199,8 +199,8 @@ def test_plain_cases_never_load_the_sdk() -> None:
     code = (
         "import sys, asyncio\n"
         "from fastkin.config import Kinesis\n"
-        "from fastkin.kinesis import KinesisClient\n"
-        "import fastkin.transport, fastkin.credentials, fastkin.endpoint\n"
+        "from fastkin.aws.client import KinesisClient\n"
+        "import fastkin.aws.http, fastkin.aws.credentials, fastkin.aws.endpoint\n"
         "async def main():\n"
         "    for more in ({'stream': 'x'}, {'stream_arn': '" + ARN + "'}):\n"
         "        client = KinesisClient(Kinesis(region='eu-west-1', **more))\n"

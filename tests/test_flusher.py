@@ -8,7 +8,7 @@ import pytest
 
 from fake_http import on_both_loops
 from fastkin._codec import DRAIN, DROPPED, IDLE, LINGER, Budget, KeyPlan, Lane
-from fastkin.flusher import Flusher
+from fastkin.delivery.flusher import Flusher
 
 
 class FakeSender:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fastkin.frames import PIECE_MOST, Frames
+from fastkin.mqtt.frames import PIECE_MOST, Frames
 
 
 def frame(code: int, payload: bytes, *, fin: bool = True, mask: bool = False) -> bytes:

@@ -15,17 +15,17 @@ import trustme
 import uvloop
 
 from fake_broker import Rig, lines, until
-from fastkin._mqtt import CallbackSink
 from fastkin.config import Broker, Tls
 from fastkin.errors import ConfigError
-from fastkin.publisher import Publisher
+from fastkin.mqtt._core import CallbackSink
+from fastkin.mqtt.publisher import Publisher
 from servers import Server, accepts, free_port, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from fastkin.intake import Intake
+    from fastkin.mqtt.subscriber import Intake
 
 LOOPS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 

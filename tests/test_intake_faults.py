@@ -11,10 +11,10 @@ import pytest
 import uvloop
 
 from fake_broker import FakeBroker, Peer, Rig, lines, until
-from fastkin._mqtt import publish
 from fastkin.bench.source import Source
-from fastkin.intake import Window
-from fastkin.publisher import Publisher
+from fastkin.mqtt._core import publish
+from fastkin.mqtt.publisher import Publisher
+from fastkin.mqtt.subscriber import Window
 
 LOOPS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 

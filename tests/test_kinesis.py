@@ -18,13 +18,10 @@ import orjson
 import pytest
 import trustme
 
-import fastkin.kinesis as module
+import fastkin.aws.client as module
 from fake_http import FakeServer, Link, Request, on_both_loops
 from fastkin._codec import DRAIN, Budget, KeyPlan, Lane
-from fastkin.config import Kinesis
-from fastkin.emulator import Emulator
-from fastkin.errors import Action, ConfigError, KinesisError, TransportError, UnexpectedResponse
-from fastkin.kinesis import (
+from fastkin.aws.client import (
     INLINE_BYTES,
     REQUEST_ACTIONS,
     KinesisClient,
@@ -35,9 +32,12 @@ from fastkin.kinesis import (
     make_client,
     retry_after,
 )
-from fastkin.shards import Shard
-from fastkin.signing import Credentials
-from fastkin.transport import Reply
+from fastkin.aws.http import Reply
+from fastkin.aws.shards import Shard
+from fastkin.aws.signing import Credentials
+from fastkin.config import Kinesis
+from fastkin.emulator import Emulator
+from fastkin.errors import Action, ConfigError, KinesisError, TransportError, UnexpectedResponse
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -753,7 +753,7 @@ def test_which_client(
 
 def test_importing_never_loads_the_sdk() -> None:
     code = (
-        "import sys; import fastkin.kinesis; "
+        "import sys; import fastkin.aws.client; "
         "bad = [n for n in sys.modules if n.partition('.')[0] in ('aiobotocore', 'botocore', 'boto3', 'aiohttp')]; "
         "assert not bad, bad"
     )

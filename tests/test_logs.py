@@ -17,13 +17,13 @@ import fake_broker
 import mqtt_wire
 import test_sender as scripted
 from fake_broker import FakeBroker, Peer
-from fastkin import logs
 from fastkin._codec import DRAIN, DROPPED, Budget, KeyPlan, Lane
-from fastkin.aside import Aside
+from fastkin.aws.client import error_from
+from fastkin.aws.http import Reply
+from fastkin.deadletter.handler import Aside
 from fastkin.errors import Action, KinesisError, printable
-from fastkin.kinesis import error_from
-from fastkin.transport import Reply
-from fastkin.wire import explain
+from fastkin.mqtt.transport import explain
+from fastkin.status import logs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -24,12 +24,12 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 import fastkin
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
+from fastkin.delivery.pacing import Pacer
 from fastkin.emulator import Emulator
-from fastkin.metrics import EngineCollector
-from fastkin.pacing import Pacer
-from fastkin.publisher import Publisher
-from fastkin.status import StatusServer
-from fastkin.tallies import Histogram, Tally
+from fastkin.mqtt.publisher import Publisher
+from fastkin.status.metrics import EngineCollector
+from fastkin.status.server import StatusServer
+from fastkin.status.tallies import Histogram, Tally
 from servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ async def test_any_thread_may_scrape(server: Server) -> None:
 
 
 def test_prometheus_is_not_loaded_by_who_does_not_ask(tmp_path: Path) -> None:
-    script = "import sys, fastkin.engine, fastkin.cli, fastkin.commands.run; print('prometheus_client' in sys.modules)"
+    script = "import sys, fastkin.service.engine, fastkin.commands.cli, fastkin.commands.run; print('prometheus_client' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT / "src")
     assert done.stdout == "False\n", done.stderr
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fastkin import _mqtt
 from fastkin.errors import ProtocolError
+from fastkin.mqtt import _core as _mqtt
 from mqtt_wire import Rig, packet, publish, text, varint
 
 PRESENT = {4: b"\x20\x02\x01\x00", 5: b"\x20\x03\x01\x00\x00"}

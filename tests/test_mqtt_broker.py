@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import pytest
 
-from fastkin import _mqtt
+from fastkin.mqtt import _core as _mqtt
 from mqtt_wire import Rig
 
 if TYPE_CHECKING:

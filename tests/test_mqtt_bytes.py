@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastkin import _mqtt
 from fastkin.errors import ProtocolError
+from fastkin.mqtt import _core as _mqtt
 from mqtt_wire import Rig, publish
 
 BAD = {

@@ -12,8 +12,8 @@ from paho.mqtt import _packet as paho_packet
 from paho.mqtt.enums import MQTTProtocolVersion
 from paho.mqtt.exception import MQTTException
 
-from fastkin import _mqtt
 from fastkin.errors import ProtocolError
+from fastkin.mqtt import _core as _mqtt
 from mqtt_wire import Rig, packet, publish, varint
 
 QUICK = settings(max_examples=300, deadline=None)

@@ -7,7 +7,8 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastkin import _codec, _mqtt
+from fastkin import _codec
+from fastkin.mqtt import _core as _mqtt
 from mqtt_wire import connack, publish
 
 

@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastkin import _codec, _mqtt
+from fastkin import _codec
+from fastkin.mqtt import _core as _mqtt
 from mqtt_wire import Rig, publish
 
 

@@ -7,8 +7,8 @@ import mmap
 
 import pytest
 
-from fastkin import _mqtt
 from fastkin.errors import LibraryError, ProtocolError
+from fastkin.mqtt import _core as _mqtt
 from mqtt_wire import (
     CONNACKS,
     PUBLISH_PROPERTIES,

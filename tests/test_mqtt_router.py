@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paho.mqtt.client import topic_matches_sub
 
-from fastkin import _mqtt
 from fastkin.errors import LibraryError
+from fastkin.mqtt import _core as _mqtt
 from mqtt_wire import Rig, publish
 
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastkin import _codec, _mqtt
+from fastkin import _codec
 from fastkin.errors import LibraryError, ProtocolError
+from fastkin.mqtt import _core as _mqtt
 from mqtt_wire import Rig, connack, corpus, packet, props, publish
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import fastkin.overflow
-import fastkin.spool
+import fastkin.delivery.backlog
+import fastkin.delivery.spool_file
 from fastkin._codec import DRAIN
 from fastkin.config import Broker, Kinesis, Pipeline
+from fastkin.delivery.spool_file import Put, Spool
 from fastkin.emulator import Emulator
-from fastkin.pipeline import PipelineRun
-from fastkin.spool import Put, Spool
+from fastkin.service.pipeline import PipelineRun
 from servers import ACCESS_KEY, SECRET_KEY, free_port
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ async def test_a_disk_that_takes_nothing(
     emulator: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
     """Intake pauses, one ERROR names path and cure, nothing is lost, it goes on when the disk is back."""
-    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
     caplog.set_level(logging.INFO)
     disk = Disk(monkeypatch)
     path = tmp_path / "spool.db"
@@ -322,7 +322,7 @@ async def test_a_disk_that_takes_nothing(
 async def test_with_a_broken_disk_kinesis_still_gets_what_comes(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
     disk = Disk(monkeypatch)
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
         feed = Feed(run)
@@ -361,7 +361,7 @@ async def test_a_full_spool_pauses(emulator: Emulator, tmp_path: Path, caplog: p
 async def test_a_spool_that_cannot_be_opened_is_opened_later(
     emulator: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
     folder = tmp_path / "later"
     async with running(pipeline(emulator.url, folder / "spool.db")) as run:
         feed = Feed(run)
@@ -390,7 +390,7 @@ async def test_a_damaged_row_is_set_aside_and_the_others_go_on(
         db.execute("UPDATE bodies SET body = ? WHERE id = ?", (body, rows[1]))
         # one that its checksum does not give away
         body = b'{"Records":[{"Data":"AAAA"}'
-        crc = fastkin.spool._crc(body, b"", 100, 100)
+        crc = fastkin.delivery.spool_file._crc(body, b"", 100, 100)
         db.execute("UPDATE bodies SET body = ? WHERE id = ?", (body, rows[2]))
         db.execute("UPDATE rows SET crc = ? WHERE id = ?", (crc, rows[2]))
     async with running(settings) as again:
@@ -408,7 +408,7 @@ async def test_calls_cut_short_go_again_when_the_disk_breaks(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They wait for the disk; when it breaks before it has them, Kinesis must get them."""
-    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
     disk = Disk(monkeypatch)
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
         overflow = run.overflow
@@ -469,7 +469,7 @@ async def test_a_full_disk_and_full_memory_do_not_fill_the_log(
 ) -> None:
     """Kinesis is slower than the source, and the disk takes nothing: records go straight, as without a spool."""
     monkeypatch.setattr(Spool, "regain", lambda _: False)
-    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
     caplog.set_level(logging.INFO)
     async with running(pipeline(emulator.url, tmp_path / "spool.db", spool_after_s=5.0)) as run:
         overflow = run.overflow
@@ -515,7 +515,7 @@ async def test_a_disk_that_opens_and_takes_nothing_stops_no_call(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kinesis is slow, and calls were cut short again and again for a disk that then did not take them."""
-    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
     disk = Disk(monkeypatch)
     error = disk.fails = sqlite3.OperationalError("no")
     error.sqlite_errorcode = sqlite3.SQLITE_READONLY
@@ -589,7 +589,7 @@ async def test_flush_does_not_pass_the_spool(emulator: Emulator, tmp_path: Path)
 async def test_a_bug_does_not_end_the_spool_quietly(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
     told: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
     fits = Spool.fits
@@ -616,7 +616,7 @@ async def test_a_damaged_row_counts_once_it_is_marked(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk takes no mark: the row stays where it is until it does, and is dead-lettered once."""
-    monkeypatch.setattr(fastkin.overflow, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
     path = tmp_path / "spool.db"
     with Spool(path, max_bytes=MIB) as spool:
         spool.write([Put(b"nonsense", b"", 10, 10)])

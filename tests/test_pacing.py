@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from fastkin.pacing import Backoff, CallSize, Concurrency, Pacer, Rate
+from fastkin.delivery.pacing import Backoff, CallSize, Concurrency, Pacer, Rate
 
 
 def test_backoff_stays_within_base_and_cap_and_starts_again() -> None:

@@ -18,11 +18,12 @@ import aws_kinesis_agg.deaggregator
 import pytest
 
 import fastkin
-from fastkin import _codec, _mqtt
+from fastkin import _codec
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.emulator import Emulator, StreamSpec
 from fastkin.errors import ConfigError
-from fastkin.publisher import Publisher
+from fastkin.mqtt import _core as _mqtt
+from fastkin.mqtt.publisher import Publisher
 from fastkin.settings import load
 from servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
@@ -295,8 +296,8 @@ async def test_putrecords_alone_is_permission_enough(server: Server, caplog: pyt
 async def test_an_operator_error_keeps_the_data_until_it_is_mended(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.05)
-    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.2)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.2)
     async with rig(server) as r:
         fault = r.emulator.faults.call("AccessDeniedException", operation="PutRecords")
         await r.publish(*(b"%d" % n for n in range(20)))
@@ -348,7 +349,7 @@ async def test_what_comes_before_kinesis_can_be_reached_is_kept(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, operation: str
 ) -> None:
     """The broker hands QoS 0 out once, and to sessions it knows: a start in an outage must subscribe all the same."""
-    monkeypatch.setattr("fastkin.pipeline._RETRY_S", 0.1)
+    monkeypatch.setattr("fastkin.service.pipeline._RETRY_S", 0.1)
     faults = []
 
     def prepare(emulator: Emulator) -> None:
@@ -539,7 +540,7 @@ async def test_a_window_smaller_than_a_batch_does_not_wait_for_the_linger(server
 async def test_dead_letters_that_cannot_be_written_hold_the_acknowledgement_back(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.aside._RETRY_S", 0.05)
+    monkeypatch.setattr("fastkin.deadletter.handler._RETRY_S", 0.05)
     folder = tmp_path / "gone"
     path = folder / "dead.jsonl"
     async with rig(server, format="bulk", dead_letter=str(path)) as r:
@@ -634,7 +635,7 @@ async def test_the_put_check_writes_one_connection_test(server: Server) -> None:
 async def test_a_shard_map_that_is_refused_at_first_is_read_later(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.pipeline._SHARDS_LOOK_S", 0.05)
+    monkeypatch.setattr("fastkin.service.pipeline._SHARDS_LOOK_S", 0.05)
     denied: list[Any] = []
 
     def prepare(emulator: Emulator) -> None:
@@ -682,7 +683,7 @@ async def test_an_endpoint_that_never_answers_does_not_keep_us_from_the_broker(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the broker would not know our session meanwhile, and drop what it cannot queue for it."""
-    monkeypatch.setattr("fastkin.pipeline._FIRST_LOOK_S", 0.1)
+    monkeypatch.setattr("fastkin.service.pipeline._FIRST_LOOK_S", 0.1)
     over = asyncio.Event()
 
     async def silent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import fastkin.aside
-import fastkin.pipeline
+import fastkin.deadletter.handler
+import fastkin.service.pipeline
 from fastkin._codec import ShardTable
+from fastkin.aws.shards import HASH_SPACE, Shard, ShardMap
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.emulator import Emulator
-from fastkin.engine import Engine
-from fastkin.pipeline import PipelineRun
-from fastkin.shards import HASH_SPACE, Shard, ShardMap
+from fastkin.service.engine import Engine
+from fastkin.service.pipeline import PipelineRun
 from servers import ACCESS_KEY, SECRET_KEY, free_port
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ async def test_stopped_while_the_dead_letter_disk_is_full(emulator: Emulator, tm
 async def test_dead_letters_are_written_when_the_disk_is_back(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastkin.aside, "_RETRY_S", 0.05)
+    monkeypatch.setattr(fastkin.deadletter.handler, "_RETRY_S", 0.05)
     path = tmp_path / "later" / "dead.jsonl"
     emulator.faults.record("InvalidArgumentException", contains=b"bad")
     run = await running(PipelineRun(pipeline(emulator.url, dead_letter=str(path)), broker()))
@@ -129,8 +129,8 @@ async def test_an_engine_that_is_stopped_before_it_started() -> None:
 
 
 async def test_a_shard_that_is_gone_is_asked_about_once(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastkin.pipeline, "_SHARDS_LOOK_S", 0.02)
-    monkeypatch.setattr(fastkin.pipeline, "_SHARDS_LOOKS", 10_000)
+    monkeypatch.setattr(fastkin.service.pipeline, "_SHARDS_LOOK_S", 0.02)
+    monkeypatch.setattr(fastkin.service.pipeline, "_SHARDS_LOOKS", 10_000)
     run = PipelineRun(pipeline(emulator.url), broker())
     asked = 0
     list_shards = run.client.list_shards

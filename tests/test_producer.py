@@ -12,10 +12,10 @@ import pytest
 
 import fastkin
 from fastkin import ClosedError, Producer, encode_frame
+from fastkin.aws.shards import HASH_SPACE
 from fastkin.emulator import Emulator
 from fastkin.errors import DataFormatError, KinesisError, LibraryError, RecordError, RecordFailed
 from fastkin.results import FrameResult, PutResult
-from fastkin.shards import HASH_SPACE
 from servers import ACCESS_KEY, SECRET_KEY, free_port
 
 THROTTLED = "ProvisionedThroughputExceededException"

@@ -13,7 +13,7 @@ import uvloop
 from fake_broker import FakeBroker, Peer, Rig, until
 from fastkin.config import Broker
 from fastkin.errors import ClosedError, LibraryError, MqttError, RefusedError
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
 from servers import Server, free_port, mosquitto
 
 if TYPE_CHECKING:

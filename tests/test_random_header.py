@@ -24,7 +24,7 @@ static int counted(void *out, size_t length) {
     return 0;
 }
 #define getentropy counted
-#include "_random.h"
+#include "codec/random.h"
 #include <stdio.h>
 #include <sys/wait.h>
 

@@ -55,10 +55,10 @@ import fastkin
 from fake_http import FakeServer
 from fastkin import encode_frame, lambdas
 from fastkin.config import Broker
-from fastkin.deadletter import DeadLetters
+from fastkin.deadletter.file import DeadLetters
 from fastkin.emulator import Emulator
 from fastkin.emulator.signature import Secret
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
 from running import CountingProxy, service, wait_until
 from servers import ACCESS_KEY, SECRET_KEY, mosquitto
 from test_credentials import ROLE, Sts
@@ -543,7 +543,7 @@ async def test_go_service_an_oversize_payload_does_not_end_the_process(server: S
 async def test_go_service_request_errors_drop_nothing(
     server: Server, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.2)  # expired keys are asked for again after that
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.2)  # expired keys are asked for again after that
     payloads = [b"%d" % n for n in range(100)]
     again: list[asyncio.Task[None]] = []
     async with rig(server) as r:

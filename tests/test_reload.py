@@ -14,11 +14,11 @@ import pytest
 
 import fastkin
 from fake_broker import lines, until
-from fastkin.carry import SUMS, Carry, merged
 from fastkin.config import Broker, Kinesis, Pipeline, Settings, Tls
 from fastkin.emulator import Emulator
 from fastkin.errors import ClosedError, ConfigError, LibraryError
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
+from fastkin.service.counters import SUMS, Carry, merged
 from servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
@@ -519,7 +519,7 @@ def test_a_run_that_ends_beside_its_successor_turns_no_counter_back() -> None:
 
 
 async def test_every_number_of_a_run_is_known_to_be_a_sum_or_of_now(server: Server, tmp_path: Path) -> None:
-    """Who adds a counter names it in carry.py, or a reload would turn it back; what is not named counts as of now."""
+    """Who adds a counter names it in service/counters.py, or a reload would turn it back; what is not named counts as of now."""
     async with plant(server) as p:
         spooled = p.pipeline(on_full="spool", spool=str(tmp_path / "spool.db"))
         async with fastkin.Engine(p.settings(spooled)) as engine:

@@ -16,14 +16,14 @@ import pytest
 import trustme
 
 from fake_http import FakeServer, Link, Request
+from fastkin.aws.client import KinesisClient, make_client
+from fastkin.aws.credentials import make_provider
+from fastkin.aws.sdk import SdkClient
+from fastkin.aws.signing import Credentials
 from fastkin.config import Kinesis
-from fastkin.credentials import make_provider
 from fastkin.emulator import Emulator
 from fastkin.emulator.signature import Secret
 from fastkin.errors import Action, ConfigError, KinesisError, NotSent, TransportError
-from fastkin.kinesis import KinesisClient, make_client
-from fastkin.sdk import SdkClient
-from fastkin.signing import Credentials
 from test_kinesis import BODY, SECRET, STORED, SUMMARY, TOKEN, Keys, check_signature, only, put, saying, settings, shard
 
 if TYPE_CHECKING:

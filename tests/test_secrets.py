@@ -14,7 +14,7 @@ import trustme
 
 from fake_http import FakeServer, Link, Request
 from fastkin.config import Broker, Tls, load_settings
-from fastkin.wire import tls_context
+from fastkin.mqtt.transport import tls_context
 
 if TYPE_CHECKING:
     from pathlib import Path

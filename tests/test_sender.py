@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fastkin._codec import DRAIN, DROPPED, Batch, Budget, KeyPlan, Lane, ShardTable
+from fastkin.aws.shards import HASH_SPACE, Shard, ShardMap
+from fastkin.delivery.sender import Sender
 from fastkin.errors import Action, ClosedError, KinesisError, NotSent, TransportError
-from fastkin.sender import Sender
-from fastkin.shards import HASH_SPACE, Shard, ShardMap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -215,8 +215,8 @@ async def test_a_refused_call_is_halved_down_to_the_bad_record() -> None:
 
 async def test_when_nothing_is_ever_taken_the_data_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that refuses every call is a wrong destination: dead-lettering everything would be a loss."""
-    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
     error = KinesisError("ValidationException", "no such thing", action=Action.REJECTED, http_status=400)
     rig = Rig(Scripted(lambda call, records: error if call <= 30 else [None] * len(records)))
     await rig.send(numbered(4))
@@ -237,7 +237,7 @@ async def test_an_entry_refused_for_good_is_set_aside_alone() -> None:
 
 
 async def test_an_undocumented_entry_error_is_tried_a_while_then_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastkin.sender._STRANGE_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.sender._STRANGE_CAP_S", 0.02)
 
     def script(call: int, records: list[dict[str, str]]) -> list[Verdict]:
         return [("Strange", "?") if r["Data"] == "NQ==" else None for r in records]
@@ -380,8 +380,8 @@ async def test_a_call_cancelled_from_outside_goes_again() -> None:
 
 async def test_an_error_nobody_foresaw_keeps_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug, or a setting that shows only when a call is made: told to the loop, and the call goes again."""
-    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
     told: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
     rig = Rig(Scripted(lambda call, records: OSError("odd") if call <= 2 else [None] * len(records)))
@@ -424,8 +424,8 @@ async def test_flushes_that_were_given_up_leave_nothing_behind() -> None:
 
 async def test_attempts_in_an_outage_do_not_count_against_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """Failed calls and throttles say nothing about a record: an odd error afterwards is its first."""
-    monkeypatch.setattr("fastkin.sender._ENTRY_CAP_S", 0.1)
-    monkeypatch.setattr("fastkin.sender._CALL_CAP_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.sender._ENTRY_CAP_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.sender._CALL_CAP_S", 0.1)
 
     def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
         if call <= 6:
@@ -441,8 +441,8 @@ async def test_attempts_in_an_outage_do_not_count_against_a_record(monkeypatch: 
 
 
 async def test_a_record_is_not_given_up_for_the_failures_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastkin.sender._STRANGE_CAP_S", 0.05)
-    monkeypatch.setattr("fastkin.sender._CALL_CAP_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.sender._STRANGE_CAP_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.sender._CALL_CAP_S", 0.1)
 
     async def more() -> None:
         n = 0
@@ -535,8 +535,8 @@ async def until(condition: Callable[[], bool], timeout: float = 20.0) -> None:
 async def test_a_destination_that_worked_and_then_refuses_everything_keeps_the_data(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
     broken = False
     rig = Rig(Scripted(lambda call, records: refuses(call, records) if broken else [None] * len(records)))
     rig.lane.add(b"before")
@@ -565,8 +565,8 @@ async def test_a_destination_that_worked_and_then_refuses_everything_keeps_the_d
 async def test_many_bad_records_in_a_row_do_not_keep_the_good_ones_behind_them_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
 
     def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
         if any(base64.b64decode(record["Data"]).startswith(b"bad") for record in records):
@@ -594,9 +594,9 @@ async def test_many_bad_records_in_a_row_do_not_keep_the_good_ones_behind_them_w
 
 async def test_keys_that_come_back_are_noticed_soon_and_without_a_storm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for at most every ten seconds in life; here the scale is a hundredth."""
-    monkeypatch.setattr("fastkin.sender._CREDENTIALS_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.sender._CREDENTIALS_CAP_S", 0.1)
-    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 30.0)
+    monkeypatch.setattr("fastkin.delivery.sender._CREDENTIALS_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.sender._CREDENTIALS_CAP_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 30.0)
     error: KinesisError | None = KinesisError("ExpiredTokenException", "old", action=Action.CREDENTIALS)
     rig = Rig(Scripted(lambda call, records: error or [None] * len(records)))
     rig.lane.add(b"x")
@@ -676,9 +676,9 @@ async def refused_by_all(rig: Rig, seconds: float) -> None:
 @pytest.mark.parametrize("known", [None, False])
 async def test_wrong_settings_cost_no_record(monkeypatch: pytest.MonkeyPatch, known: bool | None) -> None:
     """Nothing was ever stored, and a harmless record is refused as well, or that cannot be known: all is kept."""
-    monkeypatch.setattr("fastkin.sender._REFUSED_FOR_S", 0.05)
-    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.sender._REFUSED_FOR_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
 
     async def harmless() -> bool | None:
         return known
@@ -701,9 +701,9 @@ async def test_wrong_settings_cost_no_record(monkeypatch: pytest.MonkeyPatch, kn
 
 async def test_one_record_in_a_minute_at_most_is_given_up_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     """A harmless record would be taken, yet every one of ours is refused: perhaps a limit of the whole stream."""
-    monkeypatch.setattr("fastkin.sender._REFUSED_FOR_S", 0.4)
-    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.sender._OPERATOR_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.sender._REFUSED_FOR_S", 0.4)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
 
     async def harmless() -> bool:
         return True
@@ -732,7 +732,7 @@ async def test_one_record_in_a_minute_at_most_is_given_up_in_doubt(monkeypatch: 
 async def test_an_endpoint_that_takes_all_and_hangs_is_not_asked_in_small_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fastkin.sender._CALL_CAP_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.sender._CALL_CAP_S", 0.05)
     sizes: list[int] = []
 
     def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
@@ -750,7 +750,7 @@ async def test_an_endpoint_that_takes_all_and_hangs_is_not_asked_in_small_pieces
 
 async def test_calls_get_no_smaller_than_some_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the line takes nothing at all."""
-    monkeypatch.setattr("fastkin.sender._CALL_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.sender._CALL_CAP_S", 0.02)
     sizes: list[int] = []
 
     def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
@@ -768,8 +768,8 @@ async def test_calls_get_no_smaller_than_some_records(monkeypatch: pytest.Monkey
 
 async def test_one_strange_record_alone_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing else can be stored before it has ended: then it counts that a harmless record would be."""
-    monkeypatch.setattr("fastkin.sender._STRANGE_CAP_S", 0.01)
-    monkeypatch.setattr("fastkin.sender._STORED_LATELY_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.sender._STRANGE_CAP_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.sender._STORED_LATELY_S", 0.05)
 
     async def harmless() -> bool:
         return True
@@ -791,9 +791,9 @@ async def test_one_strange_record_alone_does_not_wait_for_ever(monkeypatch: pyte
 async def test_whatever_happens_somebody_will_look(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """All that can go wrong, in random order: between any two steps what waits is attended, and all of it ends."""
     for name in ("_OPERATOR_BASE_S", "_OPERATOR_CAP_S", "_CALL_CAP_S", "_ENTRY_CAP_S", "_STRANGE_CAP_S"):
-        monkeypatch.setattr(f"fastkin.sender.{name}", 0.02)
+        monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.02)
     for name in ("_CREDENTIALS_BASE_S", "_CREDENTIALS_CAP_S", "_REFUSED_FOR_S", "_CLAIM_AFTER_S", "_CLAIM_S"):
-        monkeypatch.setattr(f"fastkin.sender.{name}", 0.02)
+        monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.02)
     random = Random(seed)
     loop = asyncio.get_running_loop()
     until_s = loop.time() + 1.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastkin.shards import HASH_SPACE, Shard, ShardMap, shard_in_message
+from fastkin.aws.shards import HASH_SPACE, Shard, ShardMap, shard_in_message
 
 HALF = HASH_SPACE // 2
 

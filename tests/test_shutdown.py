@@ -15,8 +15,8 @@ import pytest
 from fake_broker import until
 from fastkin.config import Broker
 from fastkin.emulator import Emulator
-from fastkin.notify import notify
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
+from fastkin.service.systemd import notify
 from running import service
 from servers import free_port, mosquitto
 
@@ -223,7 +223,7 @@ async def test_many_sighups_and_sigterm_during_a_reload(server: Server, tmp_path
 
 async def test_a_changed_env_file_is_read_anew(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the env file said first must not pass for the real environment when it is read again."""
-    from fastkin.settings.again import Reader
+    from fastkin.settings.reload import Reader
 
     path = tmp_path / ".env"
     path.write_text("BROKER=h\nTOPIC=t\nKIN_STREAM_NAME=s\nCLIENTID=c\nAWS_PROFILE=one\nAWS_REGION=eu-west-1\n")

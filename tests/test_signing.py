@@ -12,7 +12,7 @@ from botocore.credentials import ReadOnlyCredentials
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastkin.signing import Credentials, Signer, canonical_path
+from fastkin.aws.signing import Credentials, Signer, canonical_path
 
 # the example keys of AWS's own pages
 ACCESS = "AKIDEXAMPLE"

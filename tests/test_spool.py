@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fastkin.delivery.spool_file import ENTRY_BYTES, ROW_BYTES, Put, Spool, row_size
 from fastkin.errors import SpoolError
-from fastkin.spool import ENTRY_BYTES, ROW_BYTES, Put, Spool, row_size
 from running import ROOT
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def test_the_file_is_ours_alone(path: Path, spool: Spool) -> None:
 def test_one_owner(path: Path, spool: Spool) -> None:
     """Another process is told path and cure; the lock goes with the process that had it."""
     spool.write([put(0)])
-    script = f"from fastkin.spool import Spool; Spool({str(path)!r}, max_bytes=1).open()"
+    script = f"from fastkin.delivery.spool_file import Spool; Spool({str(path)!r}, max_bytes=1).open()"
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     other = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert other.returncode == 1
@@ -139,7 +139,7 @@ def test_memory_stays_small(tmp_path: Path) -> None:
     """64 MiB through the file in rows of 1 MiB: a few MiB at most."""
     script = f"""
 import os, psutil
-from fastkin.spool import Put, Spool
+from fastkin.delivery.spool_file import Put, Spool
 spool = Spool({str(tmp_path / "big.db")!r}, max_bytes=1 << 30)
 spool.open()
 body = os.urandom(1 << 20)
@@ -164,7 +164,7 @@ print(peak - rss)
 
 KILLED = """
 import sys
-from fastkin.spool import Put, Spool
+from fastkin.delivery.spool_file import Put, Spool
 spool = Spool(sys.argv[1], max_bytes=1 << 30)
 spool.open()
 n = 0
@@ -329,7 +329,7 @@ def test_places_that_cannot_be(tmp_path: Path) -> None:
 
 FULL = """
 import resource, signal, sys
-from fastkin.spool import Put, Spool
+from fastkin.delivery.spool_file import Put, Spool
 from fastkin.errors import SpoolError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 spool = Spool(sys.argv[1], max_bytes=1 << 30)
@@ -454,7 +454,7 @@ def test_a_read_only_directory(tmp_path: Path) -> None:
     folder.chmod(0o500)
     script = """
 import os, sys
-from fastkin.spool import Spool
+from fastkin.delivery.spool_file import Spool
 os.setuid(65534)
 Spool(sys.argv[1], max_bytes=1).open()
 """

@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import fastkin
-from fastkin import pipeline, status
 from fastkin.config import Broker, Kinesis, Pipeline, Settings, Status
 from fastkin.emulator import Emulator
 from fastkin.errors import ConfigError
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
+from fastkin.service import pipeline
 from fastkin.settings import SettingsError, load
 from fastkin.settings.show import effective
-from fastkin.status import StatusServer
+from fastkin.status import server as status
+from fastkin.status.server import StatusServer
 from running import service, wait_until
 from servers import ACCESS_KEY, SECRET_KEY, free_port, mosquitto
 
@@ -157,8 +158,8 @@ async def test_not_ready_says_why_and_the_error_goes_away(server: Server, monkey
 )
 async def test_what_somebody_must_mend_is_not_ready(server: Server, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stream was reached, and then the permission went: the service is not ready until something is stored."""
-    monkeypatch.setattr("fastkin.sender._OPERATOR_BASE_S", 0.1)
-    monkeypatch.setattr("fastkin.sender._CREDENTIALS_BASE_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.sender._CREDENTIALS_BASE_S", 0.1)
     async with Emulator({"welders": 1}) as emulator:
         made = settings(server.port, emulator.url)
         port = made.status.port

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastkin import config, transport
+from fastkin import config
+from fastkin.aws import http as transport
 from fuzz import fuzz_targets
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,8 @@ import pytest
 import trustme
 
 from fake_http import FakeServer, Link, Request, on_both_loops
+from fastkin.aws.http import HttpPool, Reply
 from fastkin.errors import Action, KinesisError, NotSent, TransportError
-from fastkin.transport import HttpPool, Reply
 
 
 def head(length: int, host: str = "localhost") -> bytes:
@@ -595,8 +595,8 @@ async def test_tls_to_a_server_that_speaks_plain_http() -> None:
 
 @on_both_loops
 async def test_old_tls_is_refused(authority: trustme.CA) -> None:
+    from fastkin.aws.client import tls_context
     from fastkin.config import Kinesis
-    from fastkin.kinesis import tls_context
 
     context = tls_context(Kinesis(stream="x"))
     assert context.minimum_version == ssl.TLSVersion.TLSv1_2

@@ -8,7 +8,7 @@ import pytest
 
 from codec_rig import Rig
 from fastkin._codec import Budget
-from fastkin.turns import Turns
+from fastkin.delivery.turns import Turns
 
 
 class Waiters:

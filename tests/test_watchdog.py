@@ -10,9 +10,9 @@ import pytest
 
 import stalls
 from fastkin import Producer
+from fastkin.delivery.watchdog import unattended
 from fastkin.emulator import Emulator
-from fastkin.pipeline import PipelineRun
-from fastkin.watchdog import unattended
+from fastkin.service.pipeline import PipelineRun
 from servers import ACCESS_KEY, SECRET_KEY
 from test_overflow import broker, pipeline, until
 

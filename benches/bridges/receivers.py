@@ -18,9 +18,9 @@ COALESCE_MS = float(sys.argv[5]) if len(sys.argv) > 5 else 2.0
 
 
 async def with_fastkin(version: str) -> None:
-    from fastkin._mqtt import CountSink, Ledger, Router
     from fastkin.config import Broker
-    from fastkin.intake import Intake
+    from fastkin.mqtt._core import CountSink, Ledger, Router
+    from fastkin.mqtt.subscriber import Intake
 
     loop = asyncio.get_running_loop()
     ledger, router = Ledger(), Router()

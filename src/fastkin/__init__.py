@@ -31,8 +31,8 @@ from fastkin.results import FrameResult, PutResult
 
 if TYPE_CHECKING:
     from fastkin.config import Settings, load_settings
-    from fastkin.engine import Changes, Engine
     from fastkin.producer import Producer
+    from fastkin.service.engine import Changes, Engine
 
 __version__ = "0.1.0"
 
@@ -62,8 +62,8 @@ __all__ = [
 
 # Loaded on first use: a service that only needs the frame codec pays for nothing else.
 _LAZY = {
-    "Changes": "fastkin.engine",
-    "Engine": "fastkin.engine",
+    "Changes": "fastkin.service.engine",
+    "Engine": "fastkin.service.engine",
     "Producer": "fastkin.producer",
     "Settings": "fastkin.config",
     "load_settings": "fastkin.config",

@@ -1,6 +1,6 @@
 """`python -m fastkin`: the same as the `fastkin` command."""
 
-from fastkin.cli import main
+from fastkin.commands.cli import main
 
 if __name__ == "__main__":
     main()

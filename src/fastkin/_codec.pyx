@@ -2,16 +2,16 @@
 """Per-record work, compiled: frames, keys, size accounting, batches, request bodies, answers.
 
 One module in parts, in the order a record passes them:
-  _frame.pxi     the bulk frame, MessagePack read and written
-  _json.pxi      a JSON reader for bytes nobody vouches for: key fields and answers
-  _keys.pxi      partition keys: drawn, fixed, made of topic and payload; hash key to shard
-  _receipts.pxi  one outcome somebody may await
-  _answer.pxi    one PutRecords answer, entry by entry
-  _batch.pxi     the budget, and one PutRecords body with what it must settle
-  _restore.pxi   a body that comes back from the disk, read as if a stranger had written it
-  _lane.pxi      payloads in, closed batches out
-  _formats.pxi   more than one payload format into one lane
-  _aggregate.pxi several records in one Kinesis record, as the KPL does it
+  codec/frame.pxi     the bulk frame, MessagePack read and written
+  codec/json.pxi      a JSON reader for bytes nobody vouches for: key fields and answers
+  codec/keys.pxi      partition keys: drawn, fixed, made of topic and payload; hash key to shard
+  codec/receipt.pxi  one outcome somebody may await
+  codec/answer.pxi    one PutRecords answer, entry by entry
+  codec/batch.pxi     the budget, and one PutRecords body with what it must settle
+  codec/restore.pxi   a body that comes back from the disk, read as if a stranger had written it
+  codec/lane.pxi      payloads in, closed batches out
+  codec/formats.pxi   more than one payload format into one lane
+  codec/aggregate.pxi several records in one Kinesis record, as the KPL does it
 
 Rules: an untrusted length is unsigned and compared with what is left, never added to a pointer first;
 a frame is read whole before a byte of it is taken; while we call out, our objects are whole.
@@ -56,7 +56,7 @@ cdef extern from "Python.h":
     int PyGC_Disable()
     int PyGC_Enable()
 
-cdef extern from "_base64.h" nogil:
+cdef extern from "codec/base64.h" nogil:
     enum:
         FK_B64_SLACK
     size_t fk_b64_length(size_t n) noexcept
@@ -64,7 +64,7 @@ cdef extern from "_base64.h" nogil:
     int fk_b64_init() noexcept
     int fk_b64_use(int kernel) noexcept
 
-cdef extern from "_random.h" nogil:
+cdef extern from "codec/random.h" nogil:
     enum:
         FK_UUID_LENGTH
     int fk_random_init() noexcept
@@ -73,7 +73,7 @@ cdef extern from "_random.h" nogil:
     void fk_random_forget() noexcept
     void fk_uuid4(char* out) noexcept
 
-cdef extern from "_md5.h" nogil:
+cdef extern from "codec/md5.h" nogil:
     void fk_md5(const uint8_t* data, size_t n, uint8_t* out) noexcept
 
 STORED = OUT_STORED
@@ -228,16 +228,16 @@ cdef inline void bytes_close(Bytes* out) noexcept:
 
 check_memory(-fk_random_init())  # a positive errno
 
-include "_frame.pxi"
-include "_json.pxi"
-include "_keys.pxi"
-include "_receipts.pxi"
-include "_answer.pxi"
-include "_batch.pxi"
-include "_restore.pxi"
-include "_aggregate.pxi"
-include "_lane.pxi"
-include "_formats.pxi"
+include "codec/frame.pxi"
+include "codec/json.pxi"
+include "codec/keys.pxi"
+include "codec/receipt.pxi"
+include "codec/answer.pxi"
+include "codec/batch.pxi"
+include "codec/restore.pxi"
+include "codec/aggregate.pxi"
+include "codec/lane.pxi"
+include "codec/formats.pxi"
 
 
 def simd() -> str:

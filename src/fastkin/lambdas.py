@@ -1,6 +1,6 @@
 """For Lambda functions behind the stream: no record of an event is lost, and one bad record fails alone.
 
-    from fastkin import lambdas             # or copy this one file into the function's package, and import lambdas:
+    from fastkin import lambdas  # or copy this one file into the function's package, and import lambdas:
                                             # it needs the standard library only
 
     def handler(event, context):            # data transformation of a Firehose delivery stream

@@ -8,18 +8,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fastkin._codec import DRAIN, FAILED, KeyPlan, Lane, ShardTable
+from fastkin.aws.client import make_client
+from fastkin.aws.shards import ShardMap
 from fastkin.config import MIB, Kinesis
-from fastkin.deadline import Deadline
-from fastkin.dropped import outlive, quiet
+from fastkin.delivery.backlog import Overflow, Policy, batch_limit, shares
+from fastkin.delivery.flusher import Flusher
+from fastkin.delivery.sender import Sender
+from fastkin.delivery.turns import Turns
+from fastkin.delivery.watchdog import Watchdog, unattended
 from fastkin.errors import ClosedError, ConfigError, KinesisError, LibraryError, RecordFailed
-from fastkin.flusher import Flusher
-from fastkin.keys import KeySpecError, key_plan
-from fastkin.kinesis import make_client
-from fastkin.overflow import Overflow, Policy, batch_limit, shares
-from fastkin.sender import Sender
-from fastkin.shards import ShardMap
-from fastkin.turns import Turns
-from fastkin.watchdog import Watchdog, unattended
+from fastkin.formats.partition_key import KeySpecError, key_plan
+from fastkin.runtime.deadline import Deadline
+from fastkin.runtime.dropped import outlive, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable

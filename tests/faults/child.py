@@ -43,7 +43,7 @@ def main() -> None:
         _slow(getattr(importlib.import_module(module), owner_name), name, float(seconds))
     if "lies" in patch:
         _lie()
-    from fastkin.cli import main as fastkin
+    from fastkin.commands.cli import main as fastkin
 
     sys.argv[0] = "fastkin"
     fastkin()
@@ -51,7 +51,7 @@ def main() -> None:
 
 def _lie() -> None:
     from fastkin._codec import DROPPED
-    from fastkin.sender import Sender
+    from fastkin.delivery.sender import Sender
 
     def failed(self: Any, batch: Any, error: Any) -> None:
         batch.finish(DROPPED)

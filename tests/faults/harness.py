@@ -47,7 +47,7 @@ from fastkin import encode_frame
 from fastkin.config import Broker
 from fastkin.emulator import Emulator, StreamSpec
 from fastkin.errors import FastkinError
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
 from ledger import Ledger, MqttWatch, dead_letters, numbers, record, spooled, user_records
 from proxy import FaultProxy
 from running import ROOT, Service
@@ -74,14 +74,14 @@ _USUAL = re.compile("PUBLISH|PUBACK|PINGREQ|PINGRESP")
 
 # What a test cannot wait for, made short. The values are the code's own, only smaller.
 QUICK = {
-    "fastkin.sender:_OPERATOR_BASE_S": 0.1,
-    "fastkin.sender:_OPERATOR_CAP_S": 0.5,
-    "fastkin.sender:_CREDENTIALS_BASE_S": 0.1,
-    "fastkin.sender:_CREDENTIALS_CAP_S": 0.5,
-    "fastkin.sender:_CALL_CAP_S": 0.5,
-    "fastkin.sender:_ENTRY_CAP_S": 0.5,
-    "fastkin.pipeline:_RETRY_S": 0.2,
-    "fastkin.aside:_RETRY_S": 0.2,
+    "fastkin.delivery.sender:_OPERATOR_BASE_S": 0.1,
+    "fastkin.delivery.sender:_OPERATOR_CAP_S": 0.5,
+    "fastkin.delivery.sender:_CREDENTIALS_BASE_S": 0.1,
+    "fastkin.delivery.sender:_CREDENTIALS_CAP_S": 0.5,
+    "fastkin.delivery.sender:_CALL_CAP_S": 0.5,
+    "fastkin.delivery.sender:_ENTRY_CAP_S": 0.5,
+    "fastkin.service.pipeline:_RETRY_S": 0.2,
+    "fastkin.deadletter.handler:_RETRY_S": 0.2,
 }
 
 

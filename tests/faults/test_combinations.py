@@ -155,7 +155,7 @@ class Case:
                 self.spool_disk = held.enter_context(SmallDisk(path / "spool-disk", 48 * 2**20))
                 folder = self.spool_disk.path
             if "spool-disk-slow" in names:
-                options["patch"]["slow"] = {"fastkin.spool:Spool.write": self.rng.choice([0.1, 0.3])}
+                options["patch"]["slow"] = {"fastkin.delivery.spool_file:Spool.write": self.rng.choice([0.1, 0.3])}
             options["spool"] = True
             options["pipeline"] |= {"on_full": "spool", "spool": str(folder / "spool"), "spool_after_s": 0.2}
             names.append("with a spool")

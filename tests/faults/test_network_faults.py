@@ -341,8 +341,8 @@ print(told.read_text())
 """
 SHORT = {
     "set": {
-        "fastkin.credentials:REFUSED_EVERY_S": 0.2,
-        "fastkin.credentials:BACKOFF_S": 0.5,
+        "fastkin.aws.credentials:REFUSED_EVERY_S": 0.2,
+        "fastkin.aws.credentials:BACKOFF_S": 0.5,
     }
 }
 

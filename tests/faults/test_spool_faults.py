@@ -245,7 +245,7 @@ def test_sigkill_while_the_disk_of_the_spool_is_full(tmp_path: Path, disk: Small
 
 @pytest.mark.faults_full
 def test_a_slow_disk_for_the_spool(tmp_path: Path) -> None:
-    patch = {"slow": {"fastkin.spool:Spool.write": 0.3}}
+    patch = {"slow": {"fastkin.delivery.spool_file:Spool.write": 0.3}}
     with Rig(tmp_path, **spool_options(tmp_path / "spool", patch=patch)) as rig:
         outage(rig)
         rig.flow(2500, rate=4000, size=SIZE)

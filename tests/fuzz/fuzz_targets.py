@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import oracle
-from fastkin import _mqtt
 from fastkin._codec import (
     DEAD,
     DRAIN,
@@ -33,9 +32,10 @@ from fastkin._codec import (
     ShardTable,
     decode_frame,
 )  # fmt: skip
+from fastkin.aws.http import MAX_ANSWER, MAX_HEADERS, Reply, _Connection, _StaleConnectionError
 from fastkin.config import load_settings
 from fastkin.errors import ConfigError, DataFormatError, ProtocolError, RecordError, TransportError, UnexpectedResponse
-from fastkin.transport import MAX_ANSWER, MAX_HEADERS, Reply, _Connection, _StaleConnectionError
+from fastkin.mqtt import _core as _mqtt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -235,7 +235,7 @@ def _agree(reply: bytes, stored: list[int], waited: bool) -> None:
     """What was settled is what Python's own reader finds in the answer."""
     if b"\\" in reply or reply.count(b'"Records"') != 1:
         return  # names are compared as they are written, escapes of what is skipped are not looked at
-    # laxer than RFC 8259 on purpose, see _json.pxi: control characters in strings, UTF-8 that is skipped
+    # laxer than RFC 8259 on purpose, see codec/json.pxi: control characters in strings, UTF-8 that is skipped
     read: Any = json.loads(reply.decode("utf-8", "replace"), strict=False, parse_int=str, parse_float=str)
     entries = read["Records"]
     assert len(entries) == 3

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fastkin import _mqtt
 from fastkin.errors import ProtocolError
+from fastkin.mqtt import _core as _mqtt
 from mqtt_wire import CONNACKS, connack, corpus
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import pytest
 
 from fake_http import FakeServer, Link, Request, on_both_loops
 from fastkin import Producer
+from fastkin.aws.http import HttpPool, Reply
 from fastkin.errors import TransportError
-from fastkin.transport import HttpPool, Reply
 from servers import ACCESS_KEY, SECRET_KEY
 
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nmine"

@@ -7,12 +7,13 @@ import time
 from typing import TYPE_CHECKING
 
 from fake_http import FakeServer, Link, Request
-from fastkin import Producer, credentials
+from fastkin import Producer
+from fastkin.aws import credentials
+from fastkin.aws.credentials import ChainCredentials
+from fastkin.aws.http import HttpPool
 from fastkin.config import Kinesis
-from fastkin.credentials import ChainCredentials
 from fastkin.emulator import Emulator
 from fastkin.errors import KinesisError
-from fastkin.transport import HttpPool
 from servers import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:

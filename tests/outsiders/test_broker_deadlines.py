@@ -10,9 +10,9 @@ import pytest
 import uvloop
 
 from fake_broker import CONNACK, FakeBroker, Peer, Rig, lines, until
-from fastkin._mqtt import publish
 from fastkin.config import Broker
-from fastkin.publisher import Publisher
+from fastkin.mqtt._core import publish
+from fastkin.mqtt.publisher import Publisher
 
 LOOPS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 
@@ -181,7 +181,7 @@ def test_every_wait_for_the_end_of_a_connection_ends(who: str, monkeypatch: pyte
         kept: list[Any] = []
         async with FakeBroker(script) as broker:
             if who == "publisher":
-                monkeypatch.setattr("fastkin.publisher._CLOSE_S", 0.2)
+                monkeypatch.setattr("fastkin.mqtt.publisher._CLOSE_S", 0.2)
                 publisher = Publisher(Broker(host=broker.host, port=broker.port))
                 await publisher.connect()
                 muted(kept, publisher._link)

@@ -12,7 +12,7 @@ import pytest
 from fake_broker import FakeBroker, Peer, until
 from fastkin.config import Broker
 from fastkin.emulator import Emulator
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
 from mqtt_wire import publish
 from running import service
 from servers import mosquitto
@@ -37,7 +37,7 @@ async def check(tmp_path: Path, text: str, *options: str) -> tuple[int, str, str
     path.write_text(text)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("FASTKIN_", "AWS_"))}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "fastkin.cli", "check", "-q", "--connect", *options, str(path),
+        sys.executable, "-m", "fastkin.commands.cli", "check", "-q", "--connect", *options, str(path),
         env=env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     out, err = await asyncio.wait_for(process.communicate(), 60)
@@ -192,7 +192,7 @@ async def test_verbose_tells_of_each_call_and_connection_and_of_no_secret(tmp_pa
             assert (code, "DEBUG" in err) == (0, False)
             (tmp_path / "v.toml").write_text(text)
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "fastkin.cli", "check", "-v", "--connect", str(tmp_path / "v.toml"),
+                sys.executable, "-m", "fastkin.commands.cli", "check", "-v", "--connect", str(tmp_path / "v.toml"),
                 stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
             )  # fmt: skip
             _, told = await asyncio.wait_for(process.communicate(), 60)

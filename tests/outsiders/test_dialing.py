@@ -16,10 +16,10 @@ from aiohttp import WSMsgType, web
 
 from fake_broker import FakeBroker, Peer, Rig, until
 from fake_http import FakeServer, Link, Request, on_both_loops
+from fastkin.aws.http import HttpPool
 from fastkin.config import Broker
 from fastkin.errors import NotSent
-from fastkin.publisher import Publisher
-from fastkin.transport import HttpPool
+from fastkin.mqtt.publisher import Publisher
 
 if TYPE_CHECKING:
     import ssl

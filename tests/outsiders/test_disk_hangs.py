@@ -8,10 +8,10 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
-from fastkin.aside import FileStore
-from fastkin.deadletter import DeadLetters
-from fastkin.pipeline import PipelineRun
-from fastkin.spool import Spool
+from fastkin.deadletter.file import DeadLetters
+from fastkin.deadletter.handler import FileStore
+from fastkin.delivery.spool_file import Spool
+from fastkin.service.pipeline import PipelineRun
 from servers import free_port
 from test_overflow import Feed, broker, pipeline, until
 
@@ -32,9 +32,9 @@ def hanging(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> threadin
 
     monkeypatch.setattr(owner, name, call)
     with contextlib.suppress(ImportError):
-        import fastkin.worker
+        import fastkin.runtime.worker
 
-        monkeypatch.setattr(fastkin.worker, "HANGS_S", 0.3, raising=False)
+        monkeypatch.setattr(fastkin.runtime.worker, "HANGS_S", 0.3, raising=False)
     return go_on
 
 

@@ -17,9 +17,9 @@ import pytest
 
 from fake_broker import until
 from fastkin.config import Broker
-from fastkin.deadletter import DeadLetterError, DeadLetters
+from fastkin.deadletter.file import DeadLetterError, DeadLetters
 from fastkin.emulator import Emulator
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
 from servers import mosquitto
 
 if TYPE_CHECKING:
@@ -62,11 +62,11 @@ def hanging(real):
     return call
 """
 FSYNC = HANG + "os.fsync = hanging(os.fsync)\n"
-OPEN = HANG + "from fastkin.deadletter import DeadLetters\nDeadLetters.open = hanging(DeadLetters.open)\n"
-SPOOL = HANG + "from fastkin.spool import Spool\nSpool.write = hanging(Spool.write)\n"
+OPEN = HANG + "from fastkin.deadletter.file import DeadLetters\nDeadLetters.open = hanging(DeadLetters.open)\n"
+SPOOL = HANG + "from fastkin.delivery.spool_file import Spool\nSpool.write = hanging(Spool.write)\n"
 SLOW_SPOOL = """
 import time
-from fastkin.spool import Spool
+from fastkin.delivery.spool_file import Spool
 real = Spool.write
 def write(*args, **kwargs):
     time.sleep(4)
@@ -74,7 +74,7 @@ def write(*args, **kwargs):
 Spool.write = write
 HANG
 """
-LOOP = HANG + "from fastkin.intake import Intake\nIntake.stop = hanging(Intake.stop)\n"
+LOOP = HANG + "from fastkin.mqtt.subscriber import Intake\nIntake.stop = hanging(Intake.stop)\n"
 LATE_S = 5.0  # beyond what is promised: a busy machine
 
 
@@ -91,7 +91,7 @@ class Child:
         self.hang = directory / "hang"
         self._log = directory / "log"
         (directory / "f.toml").write_text(toml)
-        code = patch.replace("HANG", repr(str(self.hang))) + "\nfrom fastkin.cli import main\nmain()\n"
+        code = patch.replace("HANG", repr(str(self.hang))) + "\nfrom fastkin.commands.cli import main\nmain()\n"
         env = {name: text for name, text in os.environ.items() if not name.startswith(("FASTKIN_", "AWS_"))}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(

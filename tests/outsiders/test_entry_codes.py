@@ -32,9 +32,9 @@ OPERATOR = [code for code in PASSING if "Access" in code or "NotFound" in code o
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every wait is short, on any version: what counts is how often, and what becomes of the record."""
     for name in ("_ENTRY_CAP_S", "_STRANGE_CAP_S", "_OPERATOR_BASE_S", "_CREDENTIALS_BASE_S"):
-        monkeypatch.setattr(f"fastkin.sender.{name}", 0.01, raising=False)
+        monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.01, raising=False)
     for name in ("_OPERATOR_CAP_S", "_CREDENTIALS_CAP_S"):
-        monkeypatch.setattr(f"fastkin.sender.{name}", 0.02, raising=False)
+        monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.02, raising=False)
 
 
 def fails(code: str, times: int) -> Callable[[int, list[dict[str, str]]], list[Verdict]]:
@@ -97,7 +97,7 @@ async def test_who_must_act_is_told_and_it_is_not_ready(code: str, caplog: pytes
 async def test_a_stream_that_refuses_every_record_is_asked_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the call is refused: what is new does not storm it meanwhile."""
     for name in ("_OPERATOR_BASE_S", "_OPERATOR_CAP_S"):
-        monkeypatch.setattr(f"fastkin.sender.{name}", 0.2)
+        monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.2)
     allowed = False
     denied = ("AccessDeniedException", "no")
     rig = Rig(Scripted(lambda call, records: [None if allowed else denied] * len(records)))

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fastkin import envfile, settings
+from fastkin import settings
 from fastkin.errors import ConfigError
+from fastkin.settings import envfile
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,9 +14,9 @@ from aiohttp import WSMsgType, web
 
 from fake_broker import FakeBroker, Peer, Rig
 from fake_http import FakeServer, Link, Request
+from fastkin.aws.http import HttpPool
 from fastkin.config import Broker
-from fastkin.publisher import Publisher
-from fastkin.transport import HttpPool
+from fastkin.mqtt.publisher import Publisher
 
 LOOPS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 

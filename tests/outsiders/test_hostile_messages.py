@@ -18,10 +18,10 @@ from aiohttp import web
 
 import fastkin
 from fake_broker import FakeBroker, Peer, until
-from fastkin._mqtt import APART, CallbackSink, Ledger, Router, Session, Unfit
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.emulator import Emulator
 from fastkin.errors import ProtocolError
+from fastkin.mqtt._core import APART, CallbackSink, Ledger, Router, Session, Unfit
 from mqtt_wire import packet, text, varint
 from servers import ACCESS_KEY, SECRET_KEY
 
@@ -330,7 +330,7 @@ async def test_the_same_message_comes_with_each_subscribe(tmp_path: Path) -> Non
 
 def test_connect_announces_no_maximum_packet_size() -> None:
     """A broker would discard what is larger, and say nothing."""
-    from fastkin import _mqtt
+    from fastkin.mqtt import _core as _mqtt
 
     session = _mqtt.Session(version=5, ledger=_mqtt.Ledger(), router=_mqtt.Router(), max_packet_bytes=65536)
     assert b"\x27" not in session.connect(client_id="c", clean_start=False, session_expiry=60)
@@ -396,7 +396,7 @@ async def test_a_full_disk_holds_the_message_back_and_loses_nothing(
     import errno
     import os
 
-    from fastkin import aside
+    from fastkin.deadletter import handler as aside
 
     monkeypatch.setattr(aside, "_RETRY_S", 0.05)
     peer = Redelivering((0x32, body("plant/big", bytes(3 << 20))))

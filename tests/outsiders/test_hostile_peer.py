@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from fake_http import FakeServer, Link, Request
 from fastkin import Producer
+from fastkin.aws.client import KinesisClient, error_from, retry_after
+from fastkin.aws.http import Reply
+from fastkin.aws.shards import Shard
 from fastkin.config import Kinesis
 from fastkin.errors import KinesisError, UnexpectedResponse
-from fastkin.kinesis import KinesisClient, error_from, retry_after
-from fastkin.shards import Shard
-from fastkin.transport import Reply
 from servers import ACCESS_KEY, SECRET_KEY, mosquitto
 from test_pipeline import rig
 
@@ -307,8 +307,8 @@ NONSENSE: list[Any] = [
 async def test_a_pipeline_outlives_nonsense_about_its_shards(
     server: Server, nonsense: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastkin.pipeline._SHARDS_LOOK_S", 0.02)
-    monkeypatch.setattr("fastkin.pipeline._SHARDS_LOOKS", 1)
+    monkeypatch.setattr("fastkin.service.pipeline._SHARDS_LOOK_S", 0.02)
+    monkeypatch.setattr("fastkin.service.pipeline._SHARDS_LOOKS", 1)
     kinesis = Kept()
     kinesis.question = {
         "Shards": [WHOLE],

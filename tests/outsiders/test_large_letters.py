@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fastkin.cli import _main
+from fastkin.commands.cli import _main
 from fastkin.emulator import Emulator
 from servers import ACCESS_KEY, SECRET_KEY
 

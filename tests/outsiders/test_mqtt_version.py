@@ -12,7 +12,7 @@ from aiohttp import WSMsgType, web
 
 from fake_broker import CONNACK, FakeBroker, Peer, Rig, lines, until
 from fastkin.config import Broker
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

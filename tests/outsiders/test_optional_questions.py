@@ -61,7 +61,7 @@ def producer(url: str, **options: Any) -> Producer:
 async def test_records_go_one_by_one_until_the_mode_is_known(
     server: Server, how: Any, check: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.pipeline._FIRST_LOOK_S", 0.3)
+    monkeypatch.setattr("fastkin.service.pipeline._FIRST_LOOK_S", 0.3)
     async with rig(
         server, prepare=lambda emulator: how(emulator, *QUESTIONS), aggregation="kpl", startup_check=check,
         shutdown_timeout_s=2.0,
@@ -76,8 +76,8 @@ async def test_records_go_one_by_one_until_the_mode_is_known(
 
 
 async def test_aggregation_begins_when_the_mode_is_known(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastkin.pipeline._RETRY_S", 0.05)
-    monkeypatch.setattr("fastkin.pipeline._SHARDS_LOOK_S", 0.05)
+    monkeypatch.setattr("fastkin.service.pipeline._RETRY_S", 0.05)
+    monkeypatch.setattr("fastkin.service.pipeline._SHARDS_LOOK_S", 0.05)
     async with rig(server, prepare=lambda emulator: deny(emulator, *QUESTIONS), aggregation="kpl") as r:
         await r.publish(*PAYLOADS)
         await r.settled(100)
@@ -100,8 +100,8 @@ async def test_aggregation_begins_when_the_mode_is_known(server: Server, monkeyp
 async def test_a_stream_that_comes_to_choose_shards_gets_no_aggregates_any_more(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.pipeline._SHARDS_LOOK_S", 0.02)
-    monkeypatch.setattr("fastkin.pipeline._SHARDS_LOOKS", 1)
+    monkeypatch.setattr("fastkin.service.pipeline._SHARDS_LOOK_S", 0.02)
+    monkeypatch.setattr("fastkin.service.pipeline._SHARDS_LOOKS", 1)
     spec = StreamSpec(shards=2, mode="ON_DEMAND")
     async with rig(server, shards=spec, aggregation="kpl") as r:
         await r.publish(*PAYLOADS)
@@ -123,7 +123,7 @@ async def test_a_stream_that_comes_to_choose_shards_gets_no_aggregates_any_more(
 async def test_what_is_stored_makes_ready_though_the_control_plane_is_away(
     server: Server, how: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastkin.pipeline._FIRST_LOOK_S", 0.2)
+    monkeypatch.setattr("fastkin.service.pipeline._FIRST_LOOK_S", 0.2)
     async with rig(server, prepare=lambda emulator: how(emulator, *QUESTIONS), shutdown_timeout_s=2.0) as r:
         assert "not reached" in r.run.unready()
         await r.publish(*PAYLOADS)
@@ -136,7 +136,7 @@ async def test_what_is_stored_makes_ready_though_the_control_plane_is_away(
 async def test_a_list_of_shards_that_never_comes_keeps_nobody_from_being_ready(
     server: Server, check: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastkin.pipeline._FIRST_LOOK_S", 0.5)
+    monkeypatch.setattr("fastkin.service.pipeline._FIRST_LOOK_S", 0.5)
     async with rig(
         server, prepare=lambda emulator: hang(emulator, "ListShards"), startup_check=check, shutdown_timeout_s=2.0
     ) as r:
@@ -146,7 +146,7 @@ async def test_a_list_of_shards_that_never_comes_keeps_nobody_from_being_ready(
 async def test_a_passed_dry_run_makes_ready_whatever_else_is_asked(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastkin.pipeline._FIRST_LOOK_S", 0.5)
+    monkeypatch.setattr("fastkin.service.pipeline._FIRST_LOOK_S", 0.5)
     async with rig(
         server, prepare=lambda emulator: hang(emulator, *QUESTIONS), startup_check="dry_run", shutdown_timeout_s=2.0
     ) as r:

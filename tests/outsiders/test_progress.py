@@ -13,10 +13,10 @@ import pytest
 import trustme
 
 from fake_http import FakeServer, Link, Request, on_both_loops
+from fastkin.aws.client import make_client
+from fastkin.aws.http import HttpPool
 from fastkin.config import Kinesis
 from fastkin.errors import KinesisError, TransportError
-from fastkin.kinesis import make_client
-from fastkin.transport import HttpPool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -139,7 +139,7 @@ async def test_a_peer_that_stops_reading_does_not_hold_a_call_of_the_sdk_for_eve
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The SDK's own timeouts count from when the body is written, which it never is."""
-    monkeypatch.setattr("fastkin.sdk._SLOW_RATE", 1e9, raising=False)
+    monkeypatch.setattr("fastkin.aws.sdk._SLOW_RATE", 1e9, raising=False)
     keys = {"access_key": "A", "secret_key": "S", "region": "us-east-1", "transport": "sdk"}
     async with slow_server(0) as url:
         client = make_client(Kinesis(stream="s", endpoint_url=url, request_timeout_s=0.3, **keys))

@@ -9,7 +9,7 @@ import pytest
 import uvloop
 
 from fake_broker import FakeBroker, Peer, Rig, until
-from fastkin._mqtt import publish
+from fastkin.mqtt._core import publish
 
 LOOPS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 

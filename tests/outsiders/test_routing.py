@@ -14,7 +14,7 @@ import fastkin
 from fake_broker import FakeBroker, until
 from fastkin.config import Broker
 from fastkin.emulator import Emulator
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
 from fastkin.settings import load
 from mqtt_wire import publish
 from servers import ACCESS_KEY, SECRET_KEY, mosquitto

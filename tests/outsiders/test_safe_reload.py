@@ -18,8 +18,8 @@ from fake_broker import until
 from fastkin.config import Broker, Kinesis, Pipeline, Settings, Status, Tls
 from fastkin.emulator import Emulator
 from fastkin.errors import ConfigError
-from fastkin.pipeline import PipelineRun
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
+from fastkin.service.pipeline import PipelineRun
 from servers import free_port, mosquitto
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aws_kinesis_agg.aggregator import RecordAggregator
 
-from fastkin import cli
-from fastkin.deadletter import DeadLetters
+from fastkin.commands import cli
+from fastkin.commands.printing import Printer
+from fastkin.deadletter.file import DeadLetters
 from fastkin.emulator import Emulator
-from fastkin.printing import Printer
 from readback import kinesis_client
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fastkin.spool import Put, Spool
+from fastkin.delivery.spool_file import Put, Spool
 
 if TYPE_CHECKING:
     from pathlib import Path

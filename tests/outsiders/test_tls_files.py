@@ -17,12 +17,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fake_broker import Peer, Rig, until
 from fake_http import FakeServer, Link, Request, on_both_loops
+from fastkin.aws.client import KinesisClient
+from fastkin.aws.client import tls_context as kinesis_context
 from fastkin.config import Broker, Kinesis, Tls
 from fastkin.errors import Action, KinesisError, MqttError
-from fastkin.kinesis import KinesisClient
-from fastkin.kinesis import tls_context as kinesis_context
-from fastkin.publisher import Publisher
-from fastkin.wire import tls_context as broker_context
+from fastkin.mqtt.publisher import Publisher
+from fastkin.mqtt.transport import tls_context as broker_context
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,7 @@ import stalls
 from fastkin import Producer
 from fastkin._codec import DRAIN
 from fastkin.emulator import Emulator
-from fastkin.pipeline import PipelineRun
+from fastkin.service.pipeline import PipelineRun
 from servers import ACCESS_KEY, SECRET_KEY
 from test_overflow import broker, pipeline, until
 

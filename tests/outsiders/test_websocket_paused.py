@@ -11,7 +11,7 @@ import uvloop
 from aiohttp import WSMsgType, web
 
 from fake_broker import Rig, until
-from fastkin._mqtt import publish
+from fastkin.mqtt._core import publish
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -137,7 +137,7 @@ def test_a_broker_with_heartbeats_keeps_a_client_that_has_no_room(run: Any) -> N
 
 def test_what_is_read_ahead_is_bounded_and_signs_of_life_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than is read ahead: the pings lie behind it. Pongs go out unasked then, and memory stays."""
-    monkeypatch.setattr("fastkin.wire._WEBSOCKET_PONG_S", 0.1, raising=False)
+    monkeypatch.setattr("fastkin.mqtt.transport._WEBSOCKET_PONG_S", 0.1, raising=False)
     sent = 0
 
     async def script(websocket: web.WebSocketResponse) -> None:
@@ -233,7 +233,7 @@ def test_many_messages_above_the_limit_in_a_row(run: Any) -> None:
 
 
 def test_the_pings_of_a_proxy_do_not_stand_for_a_broker_that_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastkin.intake._TRICKLE_MOST", 1, raising=False)
+    monkeypatch.setattr("fastkin.mqtt.subscriber._TRICKLE_MOST", 1, raising=False)
 
     async def script(websocket: web.WebSocketResponse) -> None:
         while True:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fastkin._codec import DROPPED, WINDOW, Budget, KeyPlan, Lane
-from fastkin.flusher import Flusher
-from fastkin.intake import Window
+from fastkin.delivery.flusher import Flusher
+from fastkin.mqtt.subscriber import Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable

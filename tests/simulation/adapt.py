@@ -11,15 +11,15 @@ import random
 import time
 from typing import TYPE_CHECKING, Any
 
-import fastkin.aside
-import fastkin.intake
-import fastkin.letterstream
-import fastkin.overflow
-import fastkin.pipeline
+import fastkin.deadletter.handler
+import fastkin.deadletter.stream
+import fastkin.delivery.backlog
+import fastkin.delivery.sender
+import fastkin.mqtt.subscriber
 import fastkin.producer
-import fastkin.sender
+import fastkin.service.pipeline
 from fastkin import _codec
-from fastkin.watchdog import on_stall
+from fastkin.delivery.watchdog import on_stall
 from simulation import disks
 from simulation.kinesis import SimClient
 from simulation.loop import EPOCH, START, SimWorker
@@ -47,15 +47,15 @@ def installed(world: World, open_wire: Any, *, real_spool: bool) -> Iterator[Non
             super().__init__(rng.random() if seed is None else seed)
 
     replaced: list[tuple[Any, str, Any]] = [
-        (fastkin.pipeline, "make_client", client),
+        (fastkin.service.pipeline, "make_client", client),
         (fastkin.producer, "make_client", client),
-        (fastkin.letterstream, "make_client", client),
-        (fastkin.intake, "open_wire", open_wire),
-        (fastkin.sender, "Random", Seeded),
-        (fastkin.overflow, "Spool", disks.RealSpool if real_spool else disks.MemorySpool),
-        (fastkin.aside, "DeadLetters", disks.SimLetters),
-        (fastkin.aside, "Worker", SimWorker),
-        (fastkin.overflow, "Worker", SimWorker),
+        (fastkin.deadletter.stream, "make_client", client),
+        (fastkin.mqtt.subscriber, "open_wire", open_wire),
+        (fastkin.delivery.sender, "Random", Seeded),
+        (fastkin.delivery.backlog, "Spool", disks.RealSpool if real_spool else disks.MemorySpool),
+        (fastkin.deadletter.handler, "DeadLetters", disks.SimLetters),
+        (fastkin.deadletter.handler, "Worker", SimWorker),
+        (fastkin.delivery.backlog, "Worker", SimWorker),
         (time, "time", lambda: EPOCH - START + loop.now),
         (time, "monotonic", lambda: loop.now),
         (os, "urandom", rng.randbytes),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 
-_ENTRY_BYTES = 32  # of _batch.pxi's struct
+_ENTRY_BYTES = 32  # of codec/batch.pxi's struct
 
 
 class Books:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from fastkin import deadletter, spool
+from fastkin.deadletter import file as deadletter
+from fastkin.delivery import spool_file as spool
 from fastkin.errors import SpoolError
 from fastkin.lambdas import deaggregate
 
@@ -98,7 +99,7 @@ class MemoryFile:
 
 
 class MemorySpool:
-    """The contract of `fastkin.spool.Spool`, over a dict that outlives the process."""
+    """The contract of `fastkin.delivery.spool_file.Spool`, over a dict that outlives the process."""
 
     def __init__(self, path: str | Path, *, max_bytes: int) -> None:
         self.path = Path(path)

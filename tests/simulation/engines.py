@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastkin.config import Broker as BrokerSettings
 from fastkin.config import Kinesis, Pipeline, Settings
-from fastkin.engine import Engine
 from fastkin.errors import ClosedError, ConfigError
+from fastkin.service.engine import Engine
 from simulation import check, disks
 from simulation.broker import Message
 from simulation.loop import Finding
@@ -20,7 +20,7 @@ from simulation.scenario import STOP_SLACK_S
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastkin.pipeline import PipelineRun
+    from fastkin.service.pipeline import PipelineRun
 
 
 class EngineScenario(PipelineScenario):

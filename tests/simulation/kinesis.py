@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from fastkin.aws.client import Client
 from fastkin.errors import Action, KinesisError, NotSent, TransportError
-from fastkin.kinesis import Client
 from fastkin.lambdas import deaggregate
 from simulation.loop import PROCESS, Finding
 
@@ -362,7 +362,7 @@ class SimClient(Client):
 
 
 def _as_error(code: str, message: str, status: int) -> KinesisError:
-    from fastkin.kinesis import classify_request
+    from fastkin.aws.client import classify_request
 
     code, action = classify_request(code, status)
     return KinesisError(code, message, action=action, http_status=status)

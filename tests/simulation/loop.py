@@ -18,7 +18,7 @@ from collections import deque
 from contextvars import Context, ContextVar
 from typing import TYPE_CHECKING, Any
 
-from fastkin.worker import Worker
+from fastkin.runtime.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

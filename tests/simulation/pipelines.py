@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastkin import encode_frame
 from fastkin.config import Broker as BrokerSettings
 from fastkin.config import Kinesis, Pipeline
-from fastkin.pipeline import PipelineRun
+from fastkin.service.pipeline import PipelineRun
 from simulation import check, disks
 from simulation.broker import Broker, Message, Session
 from simulation.check import Books

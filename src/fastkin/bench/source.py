@@ -22,8 +22,8 @@ from collections import deque
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from fastkin import _mqtt
 from fastkin.bench.plant import welder_payload
+from fastkin.mqtt import _core as _mqtt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fastkin.aws.endpoint import region_of
 from fastkin.config import client_id_of
-from fastkin.endpoint import region_of
+from fastkin.deadletter.destination import PREFIX, destination
 from fastkin.errors import ConfigError, FastkinError, printable
-from fastkin.letterplace import PREFIX, destination
+from fastkin.mqtt.transport import tls_context
+from fastkin.runtime.worker import Worker
 from fastkin.settings import SettingsError
 from fastkin.settings.show import effective
-from fastkin.wire import tls_context
-from fastkin.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -132,8 +132,8 @@ async def _filters(settings: Settings, pipeline: Pipeline, *, own_id: bool) -> b
 
 
 async def _stream(kinesis: Kinesis) -> str:
+    from fastkin.aws.client import make_client
     from fastkin.errors import Action, KinesisError
-    from fastkin.kinesis import make_client
 
     client = make_client(kinesis)
     await client.start()

@@ -22,20 +22,20 @@ from typing import TYPE_CHECKING
 import click
 
 from fastkin._codec import KeyPlan, decode_frame
-from fastkin._mqtt import CountSink, Router, matches
 from fastkin.config import MIB, Kinesis
+from fastkin.deadletter.destination import PREFIX
+from fastkin.deadletter.reader import Damaged, Letter, LetterFiles, Stored, since
+from fastkin.deadletter.stream import RECORD_BYTES, Post
 from fastkin.errors import Action, DataFormatError, FastkinError, KinesisError, LibraryError, RecordError, printable
-from fastkin.keys import key_plan
-from fastkin.letterfile import Damaged, Letter, LetterFiles, Stored, since
-from fastkin.letterplace import PREFIX
-from fastkin.letterstream import RECORD_BYTES, Post
+from fastkin.formats.partition_key import key_plan
+from fastkin.mqtt._core import CountSink, Router, matches
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
     from fastkin._codec import Receipt
     from fastkin.config import Pipeline, Settings
-    from fastkin.letterfile import LetterFile
+    from fastkin.deadletter.reader import LetterFile
 
 # Sent and not yet marked as replayed: what a crash may send twice.
 GROUP_LETTERS = 500
@@ -102,7 +102,7 @@ def paths_of(files: Sequence[str], settings: Settings | None) -> list[Path]:
 
 
 def _there(path: Path) -> bool:
-    from fastkin.deadletter import rotated
+    from fastkin.deadletter.file import rotated
 
     return path.exists() or bool(rotated(path))
 
@@ -522,7 +522,7 @@ def stream_of(name: str, region: str | None, endpoint_url: str | None, profile: 
     )
     region = region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if name.startswith("arn:"):
-        from fastkin.endpoint import parse_arn
+        from fastkin.aws.endpoint import parse_arn
 
         arn = parse_arn(name)
         return Kinesis(

@@ -34,7 +34,7 @@ from fastkin.bench.plant import Plant, welder_payload
 from fastkin.config import Broker
 from fastkin.emulator import Emulator
 from fastkin.errors import FastkinError
-from fastkin.publisher import Publisher
+from fastkin.mqtt.publisher import Publisher
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 from fastkin.commands.watch import Watch
 from fastkin.errors import ClosedError, ConfigError
-from fastkin.notify import notify
-from fastkin.worker import Worker
+from fastkin.runtime.worker import Worker
+from fastkin.service.systemd import notify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fastkin.commands.printing import Printer
     from fastkin.config import Settings
-    from fastkin.engine import Engine
-    from fastkin.printing import Printer
+    from fastkin.service.engine import Engine
 
 log = logging.getLogger("fastkin.run")
 
@@ -69,7 +69,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 async def _serve(settings: Settings, read_again: Callable[[], tuple[Settings, bool]] | None, watch: Watch) -> int:
     if not any(pipeline.stdout for pipeline in settings.pipelines):
         return await _Service(settings, read_again, watch).run()
-    from fastkin.printing import Printer
+    from fastkin.commands.printing import Printer
 
     printer = Printer()
     service = _Service(settings, read_again, watch, printer)
@@ -89,7 +89,7 @@ class _Service:
         watch: Watch,
         printer: Printer | None = None,
     ) -> None:
-        from fastkin.engine import Engine
+        from fastkin.service.engine import Engine
 
         self._read_again = read_again
         self._reader = Worker("fastkin settings")

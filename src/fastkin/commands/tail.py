@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 
 import click
 
+from fastkin.aws.client import MOST_PAGES, MOST_SHARDS
 from fastkin.errors import ConfigError, FastkinError, printable
-from fastkin.kinesis import MOST_PAGES, MOST_SHARDS
 from fastkin.lambdas import deaggregate
 
 if TYPE_CHECKING:

@@ -16,18 +16,18 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fastkin._mqtt import CountSink, Ledger, Router
 from fastkin.errors import MqttError
-from fastkin.intake import Intake
-from fastkin.subscriptions import SHARED
+from fastkin.mqtt._core import CountSink, Ledger, Router
+from fastkin.mqtt.subscriber import Intake
+from fastkin.mqtt.subscriptions import SHARED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fastkin._mqtt import Connack
     from fastkin.config import Broker, Pipeline
-    from fastkin.intake import _Link
-    from fastkin.subscriptions import Refusal
+    from fastkin.mqtt._core import Connack
+    from fastkin.mqtt.subscriber import _Link
+    from fastkin.mqtt.subscriptions import Refusal
 
 _ATTEMPTS = 3  # a broker that knows no 5.0 may close twice without a word
 _AGAIN_S = 0.1

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from fastkin import keys, letterplace
 from fastkin.config import Broker, Kinesis, Pipeline, Settings, Status, Tls, label_filter
+from fastkin.deadletter import destination as letterplace
+from fastkin.formats import partition_key as keys
 from fastkin.settings import pem
 from fastkin.settings.sources import TOGETHER, pipeline_name
 from fastkin.settings.tables import BROKER_KEYS, KINESIS_KEYS, PIPELINE_KEYS, STATUS_KEYS, TLS_KEYS
@@ -551,6 +552,6 @@ def _loopback(host: str) -> bool:
 
 def _filter_problem(topic: str) -> str | None:
     # imported here: `fastkin --help` does without the compiled modules
-    from fastkin._mqtt import valid_filter
+    from fastkin.mqtt._core import valid_filter
 
     return valid_filter(topic)

@@ -7,9 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastkin import envfile
 from fastkin.errors import ConfigError
-from fastkin.settings import places
+from fastkin.settings import envfile, places
 from fastkin.settings.tables import (
     ALIASES,
     AWS,

@@ -1,0 +1,1 @@
+"""One signed call: names, credentials, signatures, HTTP, what an answer means."""

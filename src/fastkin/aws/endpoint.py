@@ -1,0 +1,237 @@
+"""Where calls go: the same answer as the SDK's, without loading it in the plain cases.
+
+An explicit endpoint wins over everything, then AWS_ENDPOINT_URL_KINESIS, then AWS_ENDPOINT_URL, then the
+host of the region; a stream named by its ARN, or an account id in the credentials, has hosts of its own.
+Anything else (FIPS, dual stack, other partitions, the shared config file) is asked from aiobotocore: it
+builds one request, and its final URL is taken before it would be sent.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote, urlsplit
+
+from fastkin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fastkin.aws.signing import Credentials
+    from fastkin.config import Kinesis
+
+
+class Url(NamedTuple):
+    """An endpoint taken apart: `base` is scheme and host for the pool, the rest is what is signed."""
+
+    base: str
+    host: str  # the Host header
+    path: str
+
+
+class Endpoint(NamedTuple):
+    """Where records go (`data`) and where questions about the stream go (`control`)."""
+
+    data: Url
+    control: Url
+    region: str
+
+
+class Arn(NamedTuple):
+    partition: str
+    region: str
+    account: str
+    stream: str
+
+
+_ARN = re.compile(r"arn:(aws[a-z-]*):kinesis:([a-z0-9-]+):(\d{12}):stream/([a-zA-Z0-9_.-]{1,128})")
+# Regions of the partitions whose host names have one plain form.
+_AWS = re.compile(r"((us|eu|ap|sa|ca|me|af|il|mx)-[a-z]+-\d+|us-gov-(east|west)-1)")
+_CN = re.compile(r"cn-[a-z]+-\d+")
+
+
+def parse_arn(text: str) -> Arn:
+    """The parts of a stream's ARN. Raises ConfigError."""
+    found = _ARN.fullmatch(text)
+    if found is None:
+        raise ConfigError(
+            "kinesis.stream_arn",
+            f"{text!r} is not the ARN of a stream",
+            "it looks like arn:aws:kinesis:eu-west-1:123456789012:stream/NAME",
+        )
+    return Arn(*found.groups())
+
+
+def split_url(url: str, place: str = "kinesis.endpoint_url") -> Url:
+    """Take an endpoint URL apart as it will be sent and signed. Raises ConfigError."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(place, f"{error}", "it looks like http://localhost:4567") from None
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ConfigError(place, "is not an http or https URL", "it looks like http://localhost:4567")
+    try:
+        parts.hostname.encode("idna")
+    except UnicodeError:
+        raise ConfigError(place, f"{parts.hostname!r} is no name of a host", "it looks like localhost") from None
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(place, "must not hold a user name or password", "set the AWS keys instead")
+    if parts.query or parts.fragment:
+        raise ConfigError(place, "must end with the path", "leave out everything from ? or #")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    if port is not None and port != {"http": 80, "https": 443}[parts.scheme]:
+        host = f"{host}:{port}"
+    # what may not stand in a request line is encoded; what is encoded already stays
+    path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+    return Url(f"{parts.scheme}://{host}", host, path)
+
+
+def find_region(kinesis: Kinesis, environ: Mapping[str, str] | None = None) -> str | None:
+    """The region, without the SDK: setting, AWS_REGION, AWS_DEFAULT_REGION, the stream's ARN."""
+    env = os.environ if environ is None else environ
+    arn = parse_arn(kinesis.stream_arn) if kinesis.stream_arn else None
+    region = kinesis.region or env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
+    if region and not re.fullmatch(r"[a-zA-Z0-9-]{1,63}", region):
+        raise ConfigError("kinesis.region", f"{region!r} is not a region", "for example eu-west-1")
+    if arn is not None:
+        if region and region != arn.region:
+            raise ConfigError(
+                "kinesis.stream_arn",
+                f"the stream is in {arn.region}, the region is set to {region}",
+                "leave the region out, or make both equal",
+            )
+        return arn.region
+    return region or None
+
+
+def region_of(kinesis: Kinesis) -> str:
+    """The region, from the SDK's configuration files too. Raises ConfigError."""
+    region = find_region(kinesis)
+    if region is None:
+        # imported here: only who keeps the region in those files pays for the SDK
+        from botocore.exceptions import BotoCoreError
+        from botocore.session import Session
+
+        try:
+            region = Session(profile=kinesis.profile).get_config_variable("region")
+        except BotoCoreError as error:
+            raise ConfigError("kinesis", f"the SDK refuses the settings: {error}") from None
+    if not region:
+        raise ConfigError("kinesis.region", "is missing", "set it, or AWS_REGION")
+    return region
+
+
+def light_endpoint(
+    kinesis: Kinesis, account_id: str | None = None, environ: Mapping[str, str] | None = None
+) -> Endpoint | None:
+    """The endpoint in the plain cases, None where the SDK must be asked."""
+    env = os.environ if environ is None else environ
+    region = find_region(kinesis, env)
+    if region is None:
+        return None
+    url = kinesis.endpoint_url
+    place = "kinesis.endpoint_url"
+    if not url and env.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() != "true":
+        for place in ("AWS_ENDPOINT_URL_KINESIS", "AWS_ENDPOINT_URL"):
+            url = env.get(place)
+            if url:
+                break
+    if url:
+        taken = split_url(url, place)
+        return Endpoint(taken, taken, region)
+    if _asks_for_more(kinesis, env):
+        return None
+    if _AWS.fullmatch(region):
+        suffix = "amazonaws.com"
+    elif _CN.fullmatch(region):
+        suffix = "amazonaws.com.cn"
+    else:
+        return None
+    # the stream's own account has hosts of its own, else the account of the keys, when they tell it
+    account = parse_arn(kinesis.stream_arn).account if kinesis.stream_arn else account_id
+    if account is None:
+        taken = split_url(f"https://kinesis.{region}.{suffix}")
+        return Endpoint(taken, taken, region)
+    return Endpoint(
+        split_url(f"https://{account}.data-kinesis.{region}.{suffix}"),
+        split_url(f"https://{account}.control-kinesis.{region}.{suffix}"),
+        region,
+    )
+
+
+def _asks_for_more(kinesis: Kinesis, env: Mapping[str, str]) -> bool:
+    """Does anything bend the plain rule: a profile, FIPS, dual stack, a shared config file?"""
+    if kinesis.profile or any(env.get(name) for name in _BENDING):
+        return True
+    if any(env.get(name, "").lower() == "true" for name in _SWITCHES):
+        return True
+    if env.get("AWS_ACCOUNT_ID_ENDPOINT_MODE", "preferred").lower() != "preferred":
+        return True
+    path = Path(env.get("AWS_CONFIG_FILE") or "~/.aws/config").expanduser()
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return any(word in text for word in ("endpoint", "fips", "dualstack", "services"))
+
+
+_BENDING = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_DATA_PATH")
+_SWITCHES = ("AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT")
+
+
+async def captured_endpoint(kinesis: Kinesis, credentials: Credentials) -> Endpoint:
+    """Ask the SDK: it builds a call, and its URL is taken where it would be sent. Nothing goes out."""
+    # imported here: the SDK costs 30 MB and half a second, and the plain cases never need it
+    from aiobotocore.awsrequest import AioAWSResponse
+    from aiobotocore.config import AioConfig
+    from aiobotocore.session import AioSession
+    from botocore.exceptions import BotoCoreError
+
+    session = AioSession(profile=kinesis.profile)
+    seen: list[tuple[str, str]] = []
+
+    def take(request: Any, **_: object) -> Any:
+        signed = request.headers["Authorization"]
+        if isinstance(signed, bytes):
+            signed = signed.decode()
+        seen.append((request.url, signed.split("/")[2]))
+        return AioAWSResponse(request.url, 200, {}, _Nothing())
+
+    try:
+        region = find_region(kinesis) or session.get_config_variable("region")
+        if not region:
+            raise ConfigError("kinesis.region", "is missing", "set it, or AWS_REGION")
+        async with session.create_client(
+            "kinesis",
+            region_name=region,
+            endpoint_url=kinesis.endpoint_url or None,
+            aws_access_key_id=credentials.access_key,
+            aws_secret_access_key=credentials.secret_key,
+            aws_session_token=credentials.token,
+            aws_account_id=credentials.account_id,
+            config=AioConfig(parameter_validation=False, retries={"total_max_attempts": 1}),
+        ) as client:
+            client.meta.events.register("before-send.kinesis", take)
+            name = {"StreamARN": kinesis.stream_arn} if kinesis.stream_arn else {"StreamName": kinesis.stream or "-"}
+            await client.put_records(Records=[], **name)
+            await client.describe_stream_summary(**name)
+    except BotoCoreError as error:
+        raise ConfigError("kinesis", f"the SDK finds no endpoint: {error}") from None
+    (data, scope), (control, _) = seen
+    return Endpoint(split_url(data), split_url(control), scope)
+
+
+class _Nothing:
+    """The body of an answer that never came."""
+
+    async def read(self) -> bytes:
+        return b"{}"
+
+
+async def resolve_endpoint(kinesis: Kinesis, credentials: Credentials) -> Endpoint:
+    """The endpoint the SDK would use. Raises ConfigError."""
+    endpoint = light_endpoint(kinesis, credentials.account_id)
+    return endpoint if endpoint is not None else await captured_endpoint(kinesis, credentials)

@@ -1,0 +1,492 @@
+"""The `fastkin` command: options and exit codes. What a command does is in commands/.
+
+Exit codes: 0 done, 1 a failure at work, 2 a usage or settings error, told in one line on stderr, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from fastkin.config import Settings
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def version() -> str:
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("fastkin")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        click.echo(f"fastkin {version()}")
+        context.exit()
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every command understands."""
+    for option in (
+        click.option(
+            "--version",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_print_version,
+            help="Show the version and exit.",
+        ),
+        click.option("-q", "--quiet", is_flag=True, help="Log only warnings and errors."),
+        click.option(
+            "-v", "--verbose", is_flag=True, help="Also log each call and connection (DEBUG); no payloads, no secrets."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def log_format(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        envvar="FASTKIN_LOG_FORMAT",
+        show_default=True,
+        help="Log lines as text or as JSON, always on stderr.",
+    )(command)
+
+
+def settings_from(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--env-file",
+        type=click.Path(dir_okay=False),
+        help="Read KEY=VALUE lines first; the real environment wins over them.",
+    )(command)
+    return click.argument("config", required=False, envvar="FASTKIN_CONFIG", metavar="[CONFIG.toml]")(command)
+
+
+def _set_up_logs(verbose: bool, quiet: bool, log_format: str = "text") -> None:
+    from fastkin.status import logs
+
+    if verbose and quiet:
+        raise click.UsageError("-v and -q are both given")
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    logs.setup(level=level, json_lines=log_format == "json")
+
+
+def _load(config: str | None, env_file: str | None) -> Settings:
+    from fastkin.settings.reload import Reader
+
+    return Reader(config, env_file).read()
+
+
+@click.group(context_settings=CONTEXT, invoke_without_command=True)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """MQTT in, Kinesis out: a message is acknowledged only when Kinesis has it.
+
+    Start with `fastkin demo`: it needs neither a broker nor AWS.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@cli.command()
+@settings_from
+@common
+@log_format
+def run(config: str | None, env_file: str | None, verbose: bool, quiet: bool, log_format: str) -> int:
+    """Run the service: MQTT to Kinesis.
+
+    The settings come from CONFIG.toml, or from the environment alone (BROKER, TOPIC,
+    KIN_STREAM_NAME, AWS_REGION, ...). SIGHUP reads them again: pipelines that changed restart,
+    the others do not notice. SIGTERM stores what is held, then exits; a second one exits at once.
+    Exit code 1 means that records were lost or that the engine failed.
+    """
+    _set_up_logs(verbose, quiet, log_format)
+    from fastkin.settings.reload import Reader
+
+    reader = Reader(config, env_file)
+    loaded = reader.read()
+    from fastkin.commands.run import run
+
+    return run(loaded, reader.read_again)
+
+
+@cli.command()
+@settings_from
+@click.option("--connect", is_flag=True, help="Also try the broker, every filter, the credentials and the stream.")
+@click.option(
+    "--own-id",
+    is_flag=True,
+    help="Connect with the service's own client id: it pushes a service that runs off the broker.",
+)
+@common
+def check(config: str | None, env_file: str | None, connect: bool, own_id: bool, verbose: bool, quiet: bool) -> int:
+    """Check the settings and print what is in effect, secrets hidden.
+
+    --connect subscribes each pipeline's filters, under a client id of its own and shared ones under a
+    group of its own, so that no message is taken from a service that runs.
+
+    Every wrong setting is named with its file, its key and the cure; the exit code is 2 then.
+    """
+    _set_up_logs(verbose, quiet)
+    if own_id and not connect:
+        raise click.UsageError("--own-id goes with --connect")
+    loaded = _load(config, env_file)
+    from fastkin.commands.check import check
+
+    return check(loaded, connect=connect, quiet=quiet, own_id=own_id)
+
+
+@cli.command()
+@click.option("--port", type=click.IntRange(0, 65_535), default=4567, show_default=True, help="0: any.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--stream",
+    "streams",
+    multiple=True,
+    metavar="NAME:SHARDS",
+    help="A stream to begin with; may be given again. Without: welders:4.",
+)
+@click.option(
+    "--limits",
+    type=click.Choice(["on", "off"]),
+    default="on",
+    show_default=True,
+    help="Per shard 1,000 records and 1 MiB a second, as Kinesis has it.",
+)
+@click.option("--latency-ms", type=click.FloatRange(0), default=0.0, help="Wait before each answer.")
+@click.option(
+    "--faults",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Faults to play: JSON lines, or TOML with [[fault]] tables.",
+)
+@common
+def emulator(
+    port: int,
+    host: str,
+    streams: tuple[str, ...],
+    limits: str,
+    latency_ms: float,
+    faults: str | None,
+    verbose: bool,
+    quiet: bool,
+) -> int:
+    """Run an emulated Kinesis: shard limits, partial failures and faults on demand.
+
+    It holds everything in memory and checks no credentials. For tests and trials only.
+    """
+    _set_up_logs(verbose, quiet)
+    from fastkin.commands.emulator import emulator
+
+    return emulator(
+        port=port,
+        host=host,
+        streams=streams or ("welders:4",),
+        limits=limits == "on",
+        latency_ms=latency_ms,
+        faults=faults,
+        quiet=quiet,
+    )
+
+
+@cli.command()
+@click.option("--seconds", type=click.FloatRange(2, 3600), default=10.0, show_default=True, help="How long to publish.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(10, 100_000),
+    default=2000.0,
+    show_default=True,
+    help="Records per second; the stream takes 4,000.",
+)
+@click.option("--kill", is_flag=True, help="Also kill the service (SIGKILL) on the way.")
+@click.option("--keep", is_flag=True, help="Keep the settings, logs and dead letters of the demo.")
+@common
+def demo(seconds: float, rate: float, kill: bool, keep: bool, verbose: bool, quiet: bool) -> int:
+    """Show the main job: a simulated plant, a broker, an emulated stream, and a ledger at the end.
+
+    Welders publish JSON and bulk frames with QoS 1; `fastkin run` stores them in four shards. On
+    the way the stream is throttled, calls are cut off and a bad frame is sent. The exit code is 0
+    only if nothing was lost.
+    """
+    _set_up_logs(verbose, quiet)
+    from fastkin.commands.demo import demo
+
+    return demo(seconds=seconds, rate=rate, kill=kill, keep=keep, verbose=verbose, quiet=quiet)
+
+
+@cli.command()
+@click.argument("stream", metavar="STREAM")
+@click.option(
+    "--from",
+    "start",
+    default="latest",
+    show_default=True,
+    metavar="trim_horizon|latest|TIME",
+    help="Begin with the oldest record, the next one, or at 2026-11-21T04:00:00Z.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with key and shard.")
+@click.option("--raw", is_flag=True, help="Nothing but the data, a line break after each record.")
+@click.option("--as-stored", is_flag=True, help="Do not take KPL aggregates apart.")
+@click.option("--limit", type=click.IntRange(1), help="Stop after so many records.")
+@click.option("--region", help="Region; else AWS_REGION or the AWS configuration.")
+@click.option("--endpoint-url", help="Another endpoint; else AWS_ENDPOINT_URL_KINESIS.")
+@click.option("--profile", help="Profile of the AWS configuration files.")
+@common
+def tail(
+    stream: str,
+    start: str,
+    as_json: bool,
+    raw: bool,
+    as_stored: bool,
+    limit: int | None,
+    region: str | None,
+    endpoint_url: str | None,
+    profile: str | None,
+    verbose: bool,
+    quiet: bool,
+) -> int:
+    """Print the records of STREAM (a name or an ARN), all shards, until Ctrl-C.
+
+    KPL aggregates are taken apart, as KCL does it; what does not print is written as an escape.
+    """
+    _set_up_logs(verbose, quiet)
+    if as_json and raw:
+        raise click.UsageError("--json and --raw are both given")
+    from fastkin.commands.tail import parse_start, tail
+
+    try:
+        begin = parse_start(start)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--from") from None
+    return tail(
+        stream,
+        start=begin,
+        form="json" if as_json else "raw" if raw else "text",
+        limit=limit,
+        region=region,
+        endpoint_url=endpoint_url,
+        profile=profile,
+        as_stored=as_stored,
+    )
+
+
+@cli.group("dead-letters", context_settings=CONTEXT)
+def dead_letters() -> None:
+    """See what was set aside because Kinesis can never take it, and send it once more.
+
+    A FILE stands for itself and its rotated ones (FILE.1, FILE.2, ...), the oldest first; without one
+    those of the settings are meant. A service may go on writing to them meanwhile.
+    """
+
+
+def _letters(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which files, and which of their letters."""
+    for option in (
+        click.option("--since", metavar="TIME", help="Not older than this: 90s, 30m, 2h, 7d, or 2026-11-21T04:00:00Z."),
+        click.option("--topic", metavar="FILTER", help="Of topics that match, by MQTT's rules of +, #, $ and $share/."),
+        click.option("--reason", metavar="TEXT", help="Whose reason has this in it."),
+        click.option("--pipeline", metavar="ID", help="Of this pipeline."),
+    ):
+        command = option(command)
+    return command
+
+
+def _letter_files(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--env-file", type=click.Path(dir_okay=False), help="Read KEY=VALUE lines first, for the settings."
+    )(command)
+    return click.option(
+        "--config", envvar="FASTKIN_CONFIG", metavar="CONFIG.toml", help="Settings that name files and streams."
+    )(command)
+
+
+def _letter_filter(pipeline: str | None, reason: str | None, topic: str | None, since: str | None) -> Any:
+    from fastkin.commands.dead_letters import Filter, parse_since
+
+    try:
+        begin = None if since is None else parse_since(since)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--since") from None
+    if topic is not None:
+        from fastkin.errors import LibraryError
+        from fastkin.mqtt._core import matches
+
+        try:
+            matches(topic, "t")
+        except LibraryError as error:
+            raise click.BadParameter(str(error), param_hint="--topic") from None
+    return Filter(pipeline=pipeline, reason=reason, topic=topic, since=begin)
+
+
+def _letter_settings(config: str | None, env_file: str | None) -> Settings | None:
+    return None if config is None and env_file is None else _load(config, env_file)
+
+
+@dead_letters.command("list")
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+@_letters
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, also on a terminal.")
+@_letter_files
+@common
+def list_dead_letters(
+    files: tuple[str, ...],
+    pipeline: str | None,
+    reason: str | None,
+    topic: str | None,
+    since: str | None,
+    as_json: bool,
+    config: str | None,
+    env_file: str | None,
+    verbose: bool,
+    quiet: bool,
+) -> int:
+    """List dead letters: a table on a terminal, JSON lines when piped."""
+    _set_up_logs(verbose, quiet)
+    from fastkin.commands import dead_letters as letters
+
+    wanted = _letter_filter(pipeline, reason, topic, since)
+    loaded = None if files else _letter_settings(config, env_file)
+    return letters.list_letters(letters.paths_of(files, loaded), wanted, as_json=as_json)
+
+
+@dead_letters.command("show")
+@click.argument("number", type=click.IntRange(1), metavar="N")
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+@click.option("--raw", is_flag=True, help="Nothing but the payload, byte for byte, into a file or a pipe.")
+@_letter_files
+@common
+def show_dead_letter(
+    number: int,
+    files: tuple[str, ...],
+    raw: bool,
+    config: str | None,
+    env_file: str | None,
+    verbose: bool,
+    quiet: bool,
+) -> int:
+    """Show dead letter N of the list in full, its payload as text or in hex."""
+    _set_up_logs(verbose, quiet)
+    from fastkin.commands import dead_letters as letters
+
+    loaded = None if files else _letter_settings(config, env_file)
+    return letters.show(letters.paths_of(files, loaded), number, raw=raw)
+
+
+@dead_letters.command("replay")
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+@_letters
+@click.option("--stream", help="Send everything to this stream (a name or an ARN), not to those of the settings.")
+@click.option("--format", "form", type=click.Choice(["raw", "bulk"]), help="Read whole payloads as this.")
+@click.option("--region", help="Region for --stream; else AWS_REGION or the AWS configuration.")
+@click.option("--endpoint-url", help="Endpoint for --stream; else AWS_ENDPOINT_URL_KINESIS.")
+@click.option("--profile", help="Profile of the AWS configuration files, for --stream.")
+@_letter_files
+@common
+def replay_dead_letters(
+    files: tuple[str, ...],
+    pipeline: str | None,
+    reason: str | None,
+    topic: str | None,
+    since: str | None,
+    stream: str | None,
+    form: str | None,
+    region: str | None,
+    endpoint_url: str | None,
+    profile: str | None,
+    config: str | None,
+    env_file: str | None,
+    verbose: bool,
+    quiet: bool,
+) -> int:
+    """Send dead letters again, to the stream of their pipeline; what is stored leaves the files.
+
+    What fails again is kept with its new reason, and the exit code is 1 then. It may be broken off
+    and run again: no letter is sent twice, but for the last 500 (or 4 MiB) of a run that was killed.
+    """
+    _set_up_logs(verbose, quiet)
+    if stream is None and (region or endpoint_url or profile):
+        raise click.UsageError("--region, --endpoint-url and --profile go with --stream")
+    from fastkin.commands import dead_letters as letters
+
+    wanted = _letter_filter(pipeline, reason, topic, since)
+    loaded = None if files and stream is not None else _letter_settings(config, env_file)
+    return letters.replay(
+        letters.paths_of(files, loaded),
+        wanted,
+        settings=loaded,
+        stream=None if stream is None else letters.stream_of(stream, region, endpoint_url, profile),
+        form=form,
+    )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The entry point: turns every ending into an exit code."""
+    code = _main(args)
+    if args is None:
+        _leave(code)
+    sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without the interpreter's clean-up, which waits for threads of libraries: a name server or
+    a disk that does not answer would keep us here."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it
+            code = code or 1
+    os._exit(code)
+
+
+def _main(args: Sequence[str] | None) -> int:
+    from fastkin.errors import ConfigError, FastkinError
+
+    try:
+        code = cli.main(args=args, prog_name="fastkin", standalone_mode=False)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "fastkin"
+        return _say(f"{command}: {error.format_message()} (see {command} --help)", 2)
+    except click.ClickException as error:
+        return _say(f"fastkin: {error.format_message()}", 2)
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except ConfigError as error:
+        return _say("\n".join(f"fastkin: {line}" for line in str(error).splitlines()), 2)
+    except FastkinError as error:
+        return _say(f"fastkin: {error}", 1)
+    except BrokenPipeError:
+        # the reader of our output has gone (`fastkin tail ... | head`): not our failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code if isinstance(code, int) else 0
+
+
+def _say(line: str, code: int) -> int:
+    click.echo(line, err=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What can never be stored: when it is settled, its file, its stream."""

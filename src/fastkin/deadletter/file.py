@@ -1,0 +1,471 @@
+"""What is set aside for good: one JSON line per dead letter, on disk before the message is acked.
+
+A line is {time, pipeline, topic, reason, offset, index, partition_key, payload}: `time` is RFC 3339
+in UTC with milliseconds, `offset` and `index` say where in the MQTT payload the fault lies (`index`
+is null when the whole payload is set aside), `payload` is base64. Rules of the file:
+
+- `write` returns only after fsync: the caller may acknowledge the message then, and not before.
+- Topic and reason come from strangers. They are written as ASCII JSON, so that a line break or a
+  terminal escape in them can neither forge a line nor reach a terminal.
+- A write that fails part-way (disk full) is cut off again; a line that a crash cut short is closed
+  before the next one begins. Every line is therefore either whole or alone in its damage.
+- A file that was moved away (logrotate) is made anew. Processes that share a file lock each other
+  out.
+- A file that a write would carry above `max_bytes` becomes FILE.1, what was FILE.1 becomes FILE.2, up to
+  FILE.`keep`; the oldest beyond that is deleted. Whoever holds the lock of FILE moves the files, from the
+  oldest down and only onto names that are free, and FILE itself last: a crash in between leaves a gap, which
+  the next rotation closes, and never one file on top of another.
+- A payload too large for memory is collected in a file without a name (`Spill`), and goes from there into its line
+  piece by piece, under the lock, once it is whole. What is cut off, for it comes with no place for all of it, has two
+  fields more: `truncated`, which is true, and `payload_bytes`, how long it was. `packet` is true when the payload is an
+  ill-formed MQTT packet, without its fixed header.
+- A letter that was replayed reads `done` where it read `time`: the mark is made in place (see reader.py).
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import stat
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self, TypedDict
+
+from fastkin.errors import FastkinError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+_HEAD = 4096
+_PIECE = 3 << 16  # bytes of payload: base64 of a multiple of three can be put together
+
+
+LOCK_S = 5.0  # for another process to write its lines; whoever holds the lock longer is told of
+
+
+class DeadLetter(TypedDict, total=False):
+    """One payload or record that is set aside. What is left out is null, `time` is now."""
+
+    time: float
+    pipeline: str
+    topic: str | bytes | None
+    reason: str
+    offset: int | None
+    index: int | None
+    partition_key: str | None
+    payload: bytes | Spill
+    truncated: bool  # only when it is so
+    payload_bytes: int
+    packet: bool
+
+
+class DeadLetterError(FastkinError):
+    """The file takes nothing now. Nothing of the call was kept: hold the data and try again."""
+
+    retriable = True
+
+    def __init__(self, path: Path, doing: str, error: OSError) -> None:
+        self.path = path
+        self.errno = error.errno
+        if isinstance(error, LockedError):
+            super().__init__(f"dead letter file {path}: {error}")
+            return
+        cause = error.strerror or str(error)
+        super().__init__(f"dead letter file {path}: cannot {doing}: {cause}; {_cure(path, error)}")
+
+
+class LockedError(OSError):
+    """Another process holds the lock of a file."""
+
+    def __init__(self, fd: int) -> None:
+        holder = _holder(fd)
+        super().__init__(
+            errno.EWOULDBLOCK,
+            f"another process{f' (id {holder})' if holder else ''} holds its lock; end that process, or wait until"
+            " it is done (fuser names who has the file open)",
+        )
+
+    def __str__(self) -> str:
+        return self.strerror or ""
+
+
+def lock(
+    fd: int, how: int = fcntl.LOCK_EX, *, within_s: float = LOCK_S, given_up: threading.Event | None = None
+) -> None:
+    """flock() that neither the holder's nor a dead disk's whim can make last: LockedError when it took too long, or
+    when the waiting was given up."""
+    ends = time.monotonic() + within_s
+    pause = 0.001
+    while True:
+        try:
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            left = ends - time.monotonic()
+            if left <= 0 or (given_up is not None and given_up.is_set()):
+                raise LockedError(fd) from None
+            # short at first: the usual holder writes a line and is done
+            time.sleep(min(pause, left))
+            pause = min(0.1, pause * 2)
+        else:
+            return
+
+
+def _holder(fd: int) -> int:
+    """The process that holds a lock on the file, as far as the kernel tells us; 0: it does not."""
+    try:
+        told = os.fstat(fd)
+        where = f"{os.major(told.st_dev):02x}:{os.minor(told.st_dev):02x}:{told.st_ino}"
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if len(fields) > 5 and fields[1] == "FLOCK" and fields[5] == where:
+                return int(fields[4])
+    except (OSError, ValueError):
+        pass
+    return 0
+
+
+def _cure(path: Path, error: OSError) -> str:
+    folder = path.absolute().parent
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            return f"make the directory {folder} (mkdir -p) or set another `dead_letter`"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return f"let user id {os.geteuid()} write in {folder} or set another `dead_letter`"
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"free space on the file system of {folder}; the data is kept and retried"
+        case errno.EISDIR:
+            return "name a file, not a directory, in `dead_letter`"
+        case errno.EFBIG:
+            return "raise the limit of file sizes (ulimit -f) or lower `dead_letter_max_bytes`; the data is kept"
+        case _:
+            return f"look after the file system of {folder}; the data is kept and retried"
+
+
+class Spill:
+    """A payload while it comes, in a file without a name: gone with whoever holds it, and with the process.
+
+    It blocks. Whoever lets it go need not wait for a thread that still writes: the thread holds it too.
+    """
+
+    def __init__(self, beside: Path) -> None:
+        self._beside = beside
+        self._fd = -1
+        self.size = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def write(self, piece: bytes) -> None:
+        """DeadLetterError: nothing of the piece counts as written, and it may be tried again."""
+        try:
+            if self._fd < 0:
+                self._fd = _nameless(self._beside)
+            at, left = self.size, memoryview(piece)
+            while left:
+                done = os.pwrite(self._fd, left, at)
+                at, left = at + done, left[done:]
+        except OSError as error:
+            raise DeadLetterError(self._beside, "collect a large payload beside it", error) from error
+        self.size = at
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        at = 0
+        while at < self.size:
+            piece = os.pread(self._fd, min(size, self.size - at), at)
+            if len(piece) != min(size, self.size - at):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            yield piece
+            at += len(piece)
+
+
+def _nameless(beside: Path) -> int:
+    """A new file of mode 0600 in the same directory, or where temporary files go if that takes none."""
+    folder: Path | str = beside.absolute().parent
+    while True:
+        try:
+            return _nameless_in(folder)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or folder == tempfile.gettempdir():
+                raise
+            folder = tempfile.gettempdir()
+
+
+def _nameless_in(folder: Path | str) -> int:
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    fd, name = tempfile.mkstemp(dir=folder)
+    Path(name).unlink()
+    return fd
+
+
+class DeadLetters:
+    """An append-only file with its rotated ones. It blocks: use a thread when the loop must not wait for the disk."""
+
+    def __init__(self, path: str | Path, *, max_bytes: int = 0, keep: int = 5) -> None:
+        """max_bytes: rotate before a write that would pass it; 0: never. keep: rotated files to keep; 0: none, a
+        full file is deleted."""
+        self.path = real(Path(path))
+        self.max_bytes = max_bytes
+        self.keep = keep
+        self.written = 0
+        self.deleted = 0  # letters that went with the oldest file, by the policy of max_bytes and keep
+        self._given_up = threading.Event()
+        self._fd = -1
+
+    def open(self) -> Self:
+        """Open the file now, so that a wrong path shows at start and not at the first bad frame."""
+        if self._fd < 0:
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            new = not self.path.exists()
+            try:
+                # 0600: the payloads are somebody's data
+                self._fd = os.open(self.path, flags, 0o600)
+                if new:
+                    self._sync_folder()
+            except OSError as error:
+                self.close()
+                raise DeadLetterError(self.path, "open it", error) from error
+        return self
+
+    def write(self, letters: Sequence[DeadLetter] | Sequence[Mapping[str, Any]]) -> None:
+        """Append all of `letters`, durably, or raise DeadLetterError and keep none of them."""
+        if not letters:
+            return
+        lines: list[bytearray | LongLine] = []
+        for letter in letters:
+            if isinstance(letter["payload"], Spill):
+                lines.append(LongLine(line_of({**letter, "payload": b""}), letter["payload"]))
+            elif lines and isinstance(lines[-1], bytearray):
+                lines[-1] += line_of(letter)
+            else:
+                lines.append(bytearray(line_of(letter)))
+        self._lock()
+        try:
+            if self.max_bytes:
+                self._make_room(sum(map(len, lines)))
+            try:
+                append(self._fd, lines)
+            except OSError as error:
+                raise DeadLetterError(self.path, "write to it", error) from error
+        except DeadLetterError:
+            self.close()  # which unlocks too
+            raise
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        self.written += len(letters)
+
+    def give_up(self) -> None:
+        """From any thread: a write that waits for the lock fails now, and so does any that comes later."""
+        self._given_up.set()
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        """Hold the lock of the file that bears the name now: it may be moved while we wait."""
+        while True:
+            self.open()
+            try:
+                lock(self._fd, given_up=self._given_up)
+            except OSError as error:
+                self.close()
+                raise DeadLetterError(self.path, "lock it", error) from error
+            if same(self.path, self._fd):
+                return
+            self.close()
+
+    def _make_room(self, more: int) -> None:
+        """Rotate when `more` bytes would make the file too large. Locked before and after."""
+        told = os.fstat(self._fd)
+        if not told.st_size or told.st_size + more <= self.max_bytes or not stat.S_ISREG(told.st_mode):
+            return
+        try:
+            self._rotate()
+            self._sync_folder()
+        except OSError as error:
+            raise DeadLetterError(self.path, "rotate it", error) from error
+        self.close()
+        self._lock()
+
+    def _rotate(self) -> None:
+        for extra in sorted(rotated(self.path), reverse=True):
+            if extra > self.keep:  # `keep` was lowered
+                self._delete(numbered(self.path, extra))
+        if not self.keep:
+            self._delete(self.path)
+            return
+        free = 1
+        while free <= self.keep and os.path.lexists(numbered(self.path, free)):
+            free += 1
+        if free > self.keep:
+            free = self.keep
+            self._delete(numbered(self.path, free))
+        for number in range(free, 0, -1):
+            # the target is free: deleted, never used, or moved on just now
+            numbered(self.path, number - 1).rename(numbered(self.path, number))
+
+    def _delete(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):  # somebody tidied up
+            with path.open("rb") as file:
+                lost = sum(bool(line.strip()) and not line.startswith(DONE) for line in line_heads(file))
+            path.unlink()
+            self.deleted += lost
+
+    def _sync_folder(self) -> None:
+        # a new file survives a power cut only when its directory entry is on the disk too
+        sync_folder(self.path)
+
+
+DONE = b'{"done":'  # how a letter begins that was replayed; the others begin with TIME
+TIME = b'{"time":'
+
+
+class Pieces(Protocol):
+    """A payload that is not in memory."""
+
+    def __len__(self) -> int: ...
+
+    def pieces(self, size: int) -> Iterator[bytes]: ...
+
+
+class LongLine:
+    """The line of a letter whose payload is not in memory, made of the same without a payload."""
+
+    def __init__(self, empty: bytes, payload: Pieces) -> None:
+        self._payload = payload
+        # no other field can hold these bytes: a quotation mark in a text is escaped
+        head, _, tail = empty.partition(_EMPTY)
+        self._head = head + _EMPTY[:-1]
+        self._tail = _EMPTY[-1:] + tail
+
+    def __len__(self) -> int:
+        return len(self._head) + -(-len(self._payload) // 3) * 4 + len(self._tail)
+
+    def pieces(self) -> Iterator[bytes]:
+        yield self._head
+        for piece in self._payload.pieces(_PIECE):
+            yield base64.b64encode(piece)
+        yield self._tail
+
+
+_EMPTY = b',"payload":""'
+
+
+def append(fd: int, lines: Iterable[bytes | bytearray | LongLine]) -> None:
+    """Add whole lines to a locked file, durably. OSError: nothing was added."""
+    end = os.fstat(fd).st_size
+    try:
+        if end and os.pread(fd, 1, end - 1) != b"\n":
+            os.write(fd, b"\n")
+        for line in lines:
+            for piece in line.pieces() if isinstance(line, LongLine) else (line,):
+                left = memoryview(piece)
+                while left:
+                    left = left[os.write(fd, left) :]
+        os.fsync(fd)
+    except OSError:
+        # what got through must not stay: the caller writes all of it again
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, end)
+        raise
+
+
+def line_heads(file: BinaryIO) -> Iterator[bytes]:
+    """How each line begins: one may have hundreds of MiB."""
+    while head := file.readline(_HEAD):
+        yield head
+        while head and not head.endswith(b"\n"):
+            head = file.readline(_PIECE)
+
+
+def same(path: Path, fd: int) -> bool:
+    """Whether `path` is the open file `fd`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except OSError:
+        return False
+
+
+def numbered(path: Path, number: int) -> Path:
+    """The name of a rotated file; 0: the file that is written to."""
+    return path.with_name(f"{path.name}.{number}") if number else path
+
+
+def rotated(path: Path) -> list[int]:
+    """The numbers of the rotated files that there are, newest (1) first."""
+    begin = path.name + "."
+    try:
+        names = [entry.name for entry in path.absolute().parent.iterdir()]
+    except OSError:
+        return []
+    numbers = [name[len(begin) :] for name in names if name.startswith(begin)]
+    return sorted(int(n) for n in numbers if n.isascii() and n.isdecimal() and n[0] != "0" and len(n) < 7)
+
+
+def real(path: Path) -> Path:
+    """The file itself when `path` is a link: rotated files and locks are beside it, by its own name."""
+    return path.resolve() if path.is_symlink() else path
+
+
+def sync_folder(path: Path) -> None:
+    folder = os.open(path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def fields_of(letter: DeadLetter | Mapping[str, Any]) -> dict[str, Any]:
+    """A dead letter as it is written, to a file or to a stream; the order is part of the format."""
+    topic = letter.get("topic")
+    if isinstance(topic, bytes):
+        topic = topic.decode("utf-8", "backslashreplace")
+    fields = {
+        "time": rfc3339(letter.get("time", time.time())),
+        "pipeline": letter["pipeline"],
+        "topic": topic,
+        "reason": letter["reason"],
+        "offset": letter.get("offset"),
+        "index": letter.get("index"),
+        "partition_key": letter.get("partition_key"),
+        "payload": base64.b64encode(letter["payload"]).decode("ascii"),  # type: ignore[arg-type]
+    }
+    # only when they say something
+    return fields | {name: value for name, value in letter.items() if name in MARKS and value}
+
+
+MARKS = ("truncated", "payload_bytes", "packet")
+
+
+def line_of(letter: DeadLetter | Mapping[str, Any]) -> bytes:
+    return as_json(fields_of(letter)) + b"\n"
+
+
+def as_json(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+
+
+def rfc3339(seconds: float) -> str:
+    stamp = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    return stamp.replace("+00:00", "Z")

@@ -1,0 +1,210 @@
+"""Dead letters in another stream: one JSON record each, with the fields of a line of the file.
+
+A letter larger than a record is split: its parts have the same fields and partition key, a slice of the payload each,
+and besides `id`, `part` (from 0) and `parts`. Nothing is cut off and nothing is held back for its size.
+
+The letters have a lane, a budget and a sender of their own. One that the stream refuses does not become a dead letter
+in its turn: it is put again until it is taken, and what it came from waits unacknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from fastkin._codec import DRAIN, FAILED, Budget, KeyPlan, Lane
+from fastkin.aws.client import make_client
+from fastkin.deadletter.file import as_json, fields_of
+from fastkin.delivery.flusher import Flusher
+from fastkin.delivery.sender import Sender
+from fastkin.delivery.watchdog import Watchdog, unattended
+from fastkin.errors import Action, ClosedError, ConfigError, KinesisError, RecordFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from fastkin._codec import Batch, Receipt
+    from fastkin.config import Kinesis
+    from fastkin.deadletter.file import Spill
+
+_LOG = logging.getLogger("fastkin.pipeline")
+
+RECORD_BYTES = 1024 * 1024  # what every stream takes, data and key
+_KEY_BYTES = 36  # a UUID
+_HEAD_BYTES = 160  # id, part and parts
+_BATCH_BYTES = 5 * 1024 * 1024
+_BUDGET_BYTES = 1 << 40  # bounded by who calls: one chunk at a time
+_RETRY_S = 5.0
+_ERROR_EVERY_S = 60.0
+
+
+def records_of(letter: Mapping[str, Any]) -> Iterator[tuple[bytes, str]]:
+    """Data and partition key of the record, or of the parts, of one letter."""
+    fields = fields_of(letter)
+    key = str(uuid.uuid4())
+    data = as_json(fields)
+    if len(data) + _KEY_BYTES <= RECORD_BYTES:
+        yield data, key
+        return
+    payload: bytes = letter["payload"]
+    head = len(data) - len(fields["payload"]) + _HEAD_BYTES + _KEY_BYTES
+    size = (RECORD_BYTES - head) // 4 * 3
+    parts = -(-len(payload) // size)
+    for part in range(parts):
+        piece = base64.b64encode(payload[part * size : (part + 1) * size]).decode("ascii")
+        yield as_json({"id": key, "part": part, "parts": parts, **fields, "payload": piece}), key
+
+
+class Post:
+    """One stream, a lane and a sender: what is put has a receipt, and what is refused fails it."""
+
+    def __init__(self, name: str, kinesis: Kinesis, *, max_calls: int = 1, believe: bool = False) -> None:
+        """`name` is that of the log lines, `believe` is the Sender's. Nothing is opened here."""
+        self.stream = kinesis.stream_arn or kinesis.stream or ""
+        self.client = make_client(kinesis, name)
+        self._name = name
+        self._max_calls = max_calls
+        self._believe = believe
+        self._lane: Lane | None = None
+        self._sender: Sender | None = None
+        self._flusher: Flusher | None = None
+        self._watchdog: Watchdog | None = None
+        self._starting = asyncio.Lock()
+
+    async def start(self, *, key: KeyPlan | None = None, max_record_bytes: int = RECORD_BYTES) -> None:
+        """Find credentials and endpoint, once. ConfigError, KinesisError."""
+        async with self._starting:
+            if self._sender is not None:
+                return
+            await self.client.start()
+            self._lane = Lane(
+                settler=None, budget=Budget(_BUDGET_BYTES, 1 << 30), frame="raw", key=key or KeyPlan("uuid"),
+                target=self.client.target_json(), max_record_bytes=max_record_bytes,
+                max_batch_bytes=max(_BATCH_BYTES, max_record_bytes),
+            )  # fmt: skip
+            self._sender = Sender(
+                self._lane, self.client, name=self._name, stream=self.stream, max_calls=self._max_calls,
+                set_aside=_refuse, on_settled=_nothing, max_batch_bytes=max(_BATCH_BYTES, max_record_bytes),
+                believe=self._believe, harmless=self.client.harmless,
+            )  # fmt: skip
+            loop = asyncio.get_running_loop()
+            self._flusher = Flusher(self._lane, self._sender, 0.0, loop)
+            self._watchdog = Watchdog(self._name, loop, self.stuck, self._wake)
+            self._watchdog.start()
+
+    def stuck(self) -> str | None:
+        """What waits and will be looked at by nobody: see `unattended`."""
+        if self._lane is None or self._sender is None or self._flusher is None:
+            return None
+        return unattended(self._lane, self._sender, self._flusher)
+
+    def _wake(self) -> None:
+        if self._flusher is not None and self._sender is not None:
+            self._flusher.close(DRAIN)
+            self._sender.pump()
+
+    def put(self, data: bytes, key: str | None) -> Receipt:
+        """RecordError: it can never be stored as it is."""
+        assert self._lane is not None, "start() first"
+        return self._lane.put(data, key)
+
+    async def flush(self) -> None:
+        """Every receipt so far has ended, well or not; failures that pass are waited out."""
+        assert self._flusher is not None, "start() first"
+        assert self._sender is not None
+        self._flusher.close(DRAIN)
+        await self._sender.flush()
+
+    async def close(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        if self._flusher is not None:
+            self._flusher.stop()
+        if self._sender is not None and self._lane is not None:
+            await self._sender.close()
+            error = ClosedError("closed before the record was stored")
+            for batch in self._sender.unsent():
+                batch.finish(FAILED, error)
+            self._lane.abandon(error)
+        await self.client.close()
+
+
+class LetterStream:
+    """Where dead letters go: a stream."""
+
+    deleted = 0
+
+    def __init__(self, pipeline: str, kinesis: Kinesis) -> None:
+        self._pipeline = pipeline
+        self._post = Post(f"{pipeline}:dead-letters", kinesis)
+
+    @property
+    def place(self) -> str:
+        return f"stream {self._post.stream}"
+
+    def spill(self) -> None:
+        """A stream takes no payload that memory shall not hold."""
+
+    async def collect(self, spill: Spill, piece: bytes) -> None:
+        raise NotImplementedError
+
+    async def open(self) -> None:
+        """Say at once what is wrong with the stream."""
+        try:
+            await self._post.start()
+            await self._post.client.describe()
+        except (KinesisError, ConfigError) as error:
+            if isinstance(error, KinesisError) and error.action is Action.OPERATOR and "AccessDenied" in error.code:
+                return  # to put is enough; whether that is allowed will show
+            _LOG.error(
+                "pipeline=%s stage=settle dead letter stream %s: %s; check `dead_letter`, dead letters wait"
+                " unacknowledged until it can be written to", self._pipeline, self._post.stream, error,
+            )  # fmt: skip
+
+    async def store(self, letters: Sequence[dict[str, Any]]) -> None:
+        todo = [record for letter in letters for record in records_of(letter)]
+        said: float | None = None
+        while True:
+            try:
+                todo, problem = await self._put(todo)
+            except (KinesisError, ConfigError) as error:
+                problem = str(error)
+            if not todo:
+                return
+            now = time.monotonic()
+            if said is None or now - said >= _ERROR_EVERY_S:
+                said = now
+                _LOG.error(
+                    "pipeline=%s stage=settle dead letter stream %s takes no dead letters: %s; check the stream or set"
+                    " another `dead_letter`; %d wait unacknowledged, trying again every %.0f s",
+                    self._pipeline, self._post.stream, problem, len(todo), _RETRY_S,
+                )  # fmt: skip
+            await asyncio.sleep(_RETRY_S)
+
+    async def _put(self, records: list[tuple[bytes, str]]) -> tuple[list[tuple[bytes, str]], str]:
+        """What the stream refused, and why."""
+        await self._post.start()
+        receipts = [self._post.put(data, key) for data, key in records]
+        await self._post.flush()
+        left, problem = [], ""
+        for record, receipt in zip(records, receipts, strict=True):
+            if (error := receipt.exception()) is not None:
+                left.append(record)
+                problem = str(error)
+        return left, problem
+
+    async def close(self) -> None:
+        await self._post.close()
+
+
+def _refuse(batch: Batch, reason: str) -> None:
+    code, _, message = reason.partition(": ")
+    batch.finish(FAILED, RecordFailed(code, message))
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,1067 @@
+"""Calls in flight: takes closed batches, applies pacing, sends, settles entry by entry, sends again what failed.
+
+The order of what goes next is that in which the batches were taken, per shard. What failed before has kept its
+place, so it goes first (its acknowledgements hold back all that came later), then the lane's closed batches. A shard
+without room has a line: what waits in it goes in its turn, and everything that comes for this shard later stands behind
+it, also what is small enough to have passed. So the tokens that a large record needs add up, however busy its shard
+is. Other shards do not wait for it: their records are split off and go on.
+
+A failed entry goes again as the same bytes with the same key, so a duplicate can be recognised. Nothing is dropped
+here: an entry leaves by being stored, or through `set_aside` when Kinesis says it can never be stored.
+
+Three kinds of failure are kept apart. An entry that was throttled says something about its shard: it goes back to the
+head of the shard's line. One that failed for another reason waits for its time and holds back nobody. A call that
+failed says something about the way to Kinesis: the gate closes for a while that grows with each failure, and fewer
+calls are kept open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+from collections import deque
+from random import Random
+from typing import TYPE_CHECKING, Protocol
+
+from fastkin._codec import Batch
+from fastkin.aws.client import classify_record
+from fastkin.aws.shards import shard_in_message
+from fastkin.delivery.pacing import Backoff, CallSize, Concurrency, Pacer
+from fastkin.errors import (
+    Action,
+    ClosedError,
+    KinesisError,
+    LibraryError,
+    NotSent,
+    TransportError,
+    UnexpectedResponse,
+    printable,
+)
+from fastkin.status.logs import Repeats
+from fastkin.status.tallies import Histogram, Tally
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from typing_extensions import Buffer
+
+    from fastkin._codec import Failure, Lane
+    from fastkin.aws.shards import ShardMap
+
+_LOG = logging.getLogger("fastkin.send")
+
+# Attempts for an entry whose error code nobody documented, before it is set aside: with the waits in between some ten
+# minutes, in which something else must have been stored. A destination in trouble of a new kind costs no data so, and
+# one bad record does not hold back for ever what comes after it.
+_STRANGE_ATTEMPTS = 36
+_STRANGE_CAP_S = 30.0
+_STORED_LATELY_S = 60.0
+_WARN_EVERY_S = 5.0
+# Nothing but a person, or new keys, helps: tried for ever, slowly, said as an ERROR, not ready.
+_HOPELESS = frozenset({Action.OPERATOR, Action.CREDENTIALS, Action.CLOCK})
+# The service gave up on a call that it may have carried out, whatever the status says.
+_OUTCOME_UNKNOWN = frozenset({"RequestTimeout", "RequestTimeoutException", "RequestAborted", "RequestAbortedException"})
+# So many single records refused in a row, none stored in between, and the fault is no longer looked for in the record.
+_REFUSED_IN_A_ROW = 10
+# Nor is a record that comes first, or alone, held for ever: refused again and again for so long, it is given up once it
+# is known that the destination takes others. One in such a time: what is wrong may be the destination all the same.
+_REFUSED_FOR_S = 60.0
+# When somebody must act, ask again slowly and keep the data.
+_OPERATOR_BASE_S = 5.0
+_OPERATOR_CAP_S = 30.0
+_PATIENCE = 2  # calls in a row that failed for keys or clock, before it shows as not ready
+_SAY_OPERATOR_EVERY_S = 30.0
+# Keys come back without anybody telling us. A look costs one call at most, and what is held waits no longer than this.
+_CREDENTIALS_BASE_S = 1.0
+_CREDENTIALS_CAP_S = 10.0
+_ENTRY_BASE_S = 0.03
+_THROTTLE_CAP_S = 0.3  # the pacer keeps the rate: the wait only needs to spread the retries
+_ENTRY_CAP_S = 5.0
+_CALL_BASE_S = 0.05
+_CALL_CAP_S = 5.0
+_NO_EPOCH = -1  # of what came back from the spool: no flush waits for it
+_FARTHEST_S = 60.0  # no wait of the sender's own is as long
+_LEAST_WAIT_S = 0.001  # a shorter one may vanish in the clock's rounding, and the pump would go round for ever
+
+# upper bounds: seconds of one call, and how full a batch is of what it may hold (records or bytes, the fuller)
+_CALL_BOUNDS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_FILL_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_SHARDS_COUNTED = 256  # shards with a throttle counter of their own
+# Gathered into one call at most: source and copy are both there for a moment, and a call of this size is full enough.
+_GATHER_BYTES = 1 << 20
+_EVEN = -1  # the line of keys that are spread evenly, or whose shard is not known
+# A throttled record whose shard is not known cannot stand in a line of its shard. When it is this old, all that is
+# spread evenly stands behind it for a moment, in which a shard's bucket fills; not again for a while, for the others.
+_CLAIM_AFTER_S = 3.0
+_CLAIM_S = 1.0
+_CLAIM_EVERY_S = 5.0
+
+Load = dict[int, tuple[int, int]]
+
+
+class Client(Protocol):
+    """What the sender needs of a Kinesis client."""
+
+    on_resend: Callable[[Buffer], None] | None
+
+    async def call(self, target: str, body: Batch) -> bytes: ...
+
+
+class _Queue:
+    """What waits for one reason, oldest first."""
+
+    __slots__ = ("alone", "batches", "doubted", "key", "line", "not_before", "why")
+
+    def __init__(self, key: int | str, *, alone: bool = False) -> None:
+        self.key = key  # of a line: the ordinal of its shard
+        self.line = isinstance(key, int)  # whatever comes for this shard stands behind it
+        self.batches: deque[Batch] = deque()
+        self.not_before = 0.0
+        self.alone = alone  # must not share a call: half of one that Kinesis refused
+        self.doubted = False  # a single record that was refused, perhaps through no fault of its own
+        self.why: str | None = None  # what only an operator can mend, if that is what it waits for
+
+    def put(self, batch: Batch) -> None:
+        """Where its age belongs, behind those of the same age."""
+        batches = self.batches
+        if not batches or batches[-1].born <= batch.born:
+            batches.append(batch)
+        elif batch.born < batches[0].born:
+            batches.appendleft(batch)
+        else:
+            at = len(batches)
+            while at and batches[at - 1].born > batch.born:
+                at -= 1
+            batches.insert(at, batch)
+
+
+class Sender:
+    """Sends one lane's batches to one stream."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        client: Client,
+        *,
+        name: str,
+        stream: str,
+        max_calls: int,
+        set_aside: Callable[[Batch, str], None],
+        on_settled: Callable[[], None],
+        target: str = "PutRecords",
+        max_records: int = 500,
+        max_batch_bytes: int = 5 * 1024 * 1024,
+        throttle_error_after_s: float = 60.0,
+        believe: bool = False,
+        harmless: Callable[[], Awaitable[bool | None]] | None = None,
+        random: Random | None = None,
+    ) -> None:
+        """`set_aside(batch, reason)` takes over what can never be stored; `on_settled()` runs after each answer.
+
+        `believe`: a single record that its call is refused for is always at fault itself, also when all are refused.
+        `harmless()`: would the stream take a record that nobody can object to? None: that cannot be known.
+        """
+        self.lane = lane
+        self.name = name
+        self._stream = stream
+        self._client = client
+        client.on_resend = self._resent
+        self._target = target
+        self._set_aside = set_aside
+        self._on_settled = on_settled
+        self._max_records = max_records
+        self._max_bytes = max_batch_bytes
+        self._throttle_error_after_s = throttle_error_after_s
+        self._gather_bytes = min(_GATHER_BYTES, max_batch_bytes // 2)
+        self._loop = asyncio.get_running_loop()
+        self._random = random or Random()  # noqa: S311 - jitter, not secrets
+        self.pacer = Pacer(self._loop.time())
+        self.shards: ShardMap | None = None
+        self._concurrency = Concurrency(max_calls)
+        self._gate_backoff = Backoff(_CALL_BASE_S, _CALL_CAP_S, self._random)
+        self._operator_backoff = Backoff(_OPERATOR_BASE_S, _OPERATOR_CAP_S, self._random)
+        self._credentials_backoff = Backoff(_CREDENTIALS_BASE_S, _CREDENTIALS_CAP_S, self._random)
+        self._gate = 0.0  # no call before this time
+        self._queues: dict[int | str, _Queue] = {}
+        self._due = math.inf  # before this nothing in the queues can go
+        self._even_waits = False  # a whole batch from the lane stands in the line of even keys, so may the next
+        self._claim_at = 0.0  # not before this one more for whose shard is not known
+        self._size = CallSize()
+        self._tasks: dict[asyncio.Task[None], Batch] = {}  # calls in flight
+        self._began: dict[asyncio.Task[None], float] = {}  # when each was made
+        self._cut: set[asyncio.Task[None]] = set()  # those that withdraw() cut short
+        self._withdrawn: list[Batch] = []  # what they had: for the next withdraw()
+        self.source: Callable[[], Batch | None] = lane.take  # where new batches come from
+        self.direct: Callable[[], bool] = _always  # may what is new be sent, or does it go to the spool?
+        self.answered_at = self._loop.time()  # when Kinesis last took something
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._epoch = 0
+        self._serial = itertools.count()
+        self._refused = _REFUSED_IN_A_ROW  # single records refused since one was stored; before the first: no trust
+        self._believe = believe
+        self._harmless = harmless
+        self._harmless_said: bool | None = None
+        self._asking: asyncio.Task[None] | None = None
+        self.takes: int | None = None  # the stream's own limit of a record, when it is known
+        self._stored_ever = False
+        self._doubted: dict[Batch, float] = {}  # single records in doubt -> since when
+        self._gave_up_at = -math.inf  # the last of them
+        self._probe = False  # in doubt about the destination: something new goes before what was refused
+        self._outstanding: dict[int, int] = {0: 0}  # epoch -> records taken from the lane and not ended
+        self._oldest = 0  # the first epoch of these
+        self._waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._closing = False
+        self._warnings = Repeats(_LOG, self._loop.call_later, most=1, per_s=_WARN_EVERY_S)
+        self._errors = Repeats(_LOG, self._loop.call_later, most=1, per_s=_SAY_OPERATOR_EVERY_S)
+        self._throttled_since: float | None = None
+        self._throttled_stored = 0  # what the lane had stored then
+        self.unwell: str | None = None  # what only an operator can mend, since something was stored
+        self._hopeless = 0  # calls in a row that failed so
+        self.last_error: str | None = None
+        self.calls = 0
+        self.calls_failed = 0
+        self.retried = 0  # records sent again
+        self.throttled = Tally(_SHARDS_COUNTED)  # shard id ("" when not told) -> records
+        self.failed_by_code = Tally()
+        # These count records as they were given: an aggregate counts as what is in it.
+        self.batched = 0  # records of batches taken from the lane
+        self.sent = 0  # records of calls made, repeats included
+        self.retried_by_code = Tally()  # records that go again, by what failed
+        self.calls_failed_by_code = Tally()
+        self.call_seconds = Histogram(_CALL_BOUNDS_S)
+        self.batch_fill = Histogram(_FILL_BOUNDS)
+        self.duplicates_possible = 0  # records of calls whose outcome stayed unknown
+        self.max_in_flight = 0
+
+    # -- what the owner calls ------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        """Calls open now."""
+        return len(self._tasks)
+
+    @property
+    def idle(self) -> bool:
+        return not self._tasks and not self._queues and not self.lane.ready
+
+    def heat(self) -> dict[str, float]:
+        """Shard id to the share of its limit that was used lately; empty while the shards are not known."""
+        if self.shards is None:
+            return {}
+        ids = (shard.id for shard in self.shards.shards)
+        return dict(zip(ids, self.pacer.heat(self._loop.time()), strict=True))
+
+    def set_shards(self, shards: ShardMap | None) -> None:
+        """Pace by these shards from now on; None: learn from throttles alone."""
+        self.shards = shards
+        if shards is None:
+            self.pacer.clear_shards(self._loop.time())
+        else:
+            self.pacer.set_shards(self._loop.time(), [shard.share for shard in shards.shards])
+        # The lines are those of the former map's shards.
+        lines = [queue for queue in self._queues.values() if queue.line]
+        if not lines:
+            return
+        for queue in lines:
+            del self._queues[queue.key]
+        for batch in sorted((batch for queue in lines for batch in queue.batches), key=_age):
+            self._again(batch)
+        self.pump()
+
+    def pump(self) -> None:
+        """Start as many calls as may go now; arm a timer for the rest. Cheap when there is nothing to do."""
+        if self._closing:
+            return
+        now = self._loop.time()
+        while len(self._tasks) < self._concurrency.limit:
+            if now < self._gate:
+                self._wake_at(self._gate)
+                return
+            batch = self._probed(now) or self._waited(now) or self._taken(now)
+            if batch is None:
+                if self._queues:  # the one place where the timer is set for what waits
+                    self._wake_at(max(self._due, now + _LEAST_WAIT_S))
+                return
+            load = batch.shard_load()
+            task = self._loop.create_task(self._call(batch, load), name=f"fastkin[{self.name}].call")
+            self._tasks[task] = batch
+            self._began[task] = now
+            self.max_in_flight = max(self.max_in_flight, len(self._tasks))
+            task.add_done_callback(self._call_done)
+
+    async def flush(self) -> None:
+        """Return when every record that the lane has closed into batches so far has ended.
+
+        ClosedError: the sender was closed before that.
+        """
+        # Those who ask in one turn of the loop share a mark: records of different ones do not share a call.
+        await asyncio.sleep(0)
+        if self._closing:
+            raise _closed()
+        while (batch := self.lane.take()) is not None:
+            self._queue_fresh(batch)
+        if self._outstanding[self._epoch]:
+            self._epoch += 1
+            self._outstanding[self._epoch] = 0
+        mark = self._epoch - 1
+        self.pump()
+        if self._settled_through(mark):
+            return
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiters.append((mark, waiter))
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            with contextlib.suppress(ValueError):
+                self._waiters.remove((mark, waiter))
+            raise
+
+    def abort(self) -> None:
+        """Begin no more calls: the event loop is about to end."""
+        self._closing = True
+
+    async def close(self) -> None:
+        """Cancel the calls in flight. What has not ended stays unsettled: see `unsent`."""
+        self._closing = True
+        self._warnings.close()
+        self._errors.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        tasks: list[asyncio.Task[None]] = [*self._tasks]
+        if self._asking is not None:
+            tasks.append(self._asking)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for _, waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(_closed())
+        self._waiters.clear()
+
+    def unsent(self) -> list[Batch]:
+        """After close(): the batches that never ended, for the owner to fail or forget."""
+        batches = [batch for queue in self._queues.values() for batch in queue.batches]
+        batches += self._withdrawn
+        self._withdrawn = []
+        self._queues.clear()
+        return batches
+
+    @property
+    def flowing(self) -> bool:
+        """The last call was answered, nothing keeps the next one, and no call was cut short for want of an answer."""
+        if self._cut or self._withdrawn or self.last_error is not None:
+            return False
+        return self._gate <= self._loop.time()
+
+    @property
+    def oldest(self) -> float | None:
+        """When the oldest batch that has not ended was taken (loop time); None without one."""
+        born = [queue.batches[0].born for queue in self._queues.values()]  # each is in the order of age
+        born += [batch.born for batch in (*self._tasks.values(), *self._withdrawn)]
+        return min(born, default=None)
+
+    @property
+    def waiting(self) -> bool:
+        """Something waits to be sent."""
+        return bool(self._queues) or self.lane.ready > 0
+
+    @property
+    def attended(self) -> bool:
+        """Somebody will pump: a call that ends, or the timer."""
+        if self._tasks:
+            return True
+        return self._timer is not None and self._timer_at <= self._loop.time() + _FARTHEST_S
+
+    def withdraw(self, *, called_before: float | None = None, alone: bool = True) -> list[Batch]:
+        """Hand out the batches that wait, oldest first, but not what came back from the spool.
+
+        Calls that were made before `called_before` (loop time) are cut short; their batches wait after that and
+        come with the next withdrawal. `alone`: also the halves of a call that Kinesis refused. Whoever takes a
+        batch tells `forget` when it has ended, or gives it back.
+        """
+        if called_before is not None:
+            for task, began in self._began.items():
+                if began < called_before and not self._tasks[task].restored:
+                    self._cut.add(task)
+                    task.cancel()
+        out, self._withdrawn = self._withdrawn, []
+        for key, queue in list(self._queues.items()):
+            if queue.alone and not alone:
+                continue
+            # What came back from the spool stays, and its time runs on.
+            if queue.doubted and not queue.batches[0].restored:
+                self._doubted.pop(queue.batches[0], None)
+                self._tell_doubt()
+            out += [batch for batch in queue.batches if not batch.restored]
+            queue.batches = deque(batch for batch in queue.batches if batch.restored)
+            if not queue.batches:
+                del self._queues[key]
+        out.sort(key=_age)
+        while (fresh := self.lane.take()) is not None:
+            self._adopt(fresh)
+            out.append(fresh)
+        return out
+
+    def give_back(self, batches: list[Batch]) -> None:
+        """What was withdrawn shall be sent after all, before everything else; also what waits for withdraw()."""
+        batches = sorted([*self._withdrawn, *batches], key=_age)
+        self._withdrawn = []
+        for batch in batches:
+            self._again(batch)
+        self.pump()
+
+    def forget(self, epoch: int, count: int) -> None:
+        """So many records of what was withdrawn have ended."""
+        self._ended(epoch, count)
+
+    # -- what goes next ------------------------------------------------------------------------
+
+    def _probed(self, now: float) -> Batch | None:
+        """One new batch for each time the gate was closed in doubt.
+
+        If it is stored, it was the records that were refused, and not the destination that refuses everything.
+        """
+        if not self._probe:
+            return None
+        self._probe = False
+        return self._taken(now)
+
+    def _taken(self, now: float) -> Batch | None:
+        """What is new, as far as its shards have room and nothing stands in their lines."""
+        while not (self._even_waits and _EVEN in self._queues):
+            batch = self._fresh()
+            if batch is None:
+                return None
+            batch = self._trim(batch)
+            part = self._admit(batch, now)
+            if part is not None:
+                return part
+            # What waits for a shard gives way to other shards, so more is taken from the lane. What is spread evenly
+            # waits for all of them: no more than one such batch leaves the lane before its turn.
+        return None
+
+    def _fresh(self) -> Batch | None:
+        batch = self.source()
+        if batch is not None:
+            self._adopt(batch)
+        return batch
+
+    def _adopt(self, batch: Batch) -> None:
+        batch.born = self._loop.time()
+        if batch.restored:
+            batch.epoch = _NO_EPOCH
+            return
+        self.batched += batch.user_records
+        self.batch_fill.observe(max(len(batch) / self._max_records, batch.size / self._max_bytes))
+        batch.epoch = self._epoch
+        self._outstanding[self._epoch] += len(batch)
+
+    def _queue_fresh(self, batch: Batch) -> None:
+        self._adopt(batch)
+        if self.direct():
+            self._again(batch)
+        else:
+            self._withdrawn.append(batch)  # not past what is in the spool
+
+    def _queue(self, key: int | str) -> _Queue:
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = _Queue(key)
+        return queue
+
+    def _again(self, batch: Batch) -> None:
+        """It may go as soon as the gate is open, in its turn."""
+        self._queue("").put(batch)
+        self._due = 0.0
+
+    def _wait(self, queue: _Queue, until: float) -> None:
+        queue.not_before = until
+        self._due = min(self._due, until)
+
+    def _waited(self, now: float) -> Batch | None:
+        """What waited and may go now, oldest first, gathered over the queues into one call. Its tokens are taken."""
+        if now < self._due:
+            return None
+        self._due = math.inf
+        picked: list[Batch] = []
+        records = size = nbytes = 0
+        queues = list(self._queues.values())
+        if len(queues) > 1:
+            queues.sort(key=self._order)
+        for queue in queues:
+            if queue.not_before > now:
+                self._due = min(self._due, queue.not_before)
+                continue
+            if queue.alone:
+                if picked:
+                    self._due = now
+                    continue
+                del self._queues[queue.key]
+                self._due = now
+                batch = queue.batches.popleft()
+                if len(batch) == 1 or self._size.allows(batch.nbytes):
+                    return batch
+                self._again(batch)
+                return self._waited(now)
+            while queue.batches:
+                head = self._trim(queue.batches.popleft(), queue)
+                if picked and (
+                    records + len(head) > self._max_records
+                    or size + head.size > self._gather_bytes
+                    or not self._alike(picked[0], head)
+                    or not self._size.allows(nbytes + head.nbytes)
+                ):
+                    queue.batches.appendleft(head)
+                    self._due = now
+                    break
+                part = self._stand(queue, head, now) if queue.line else self._admit(head, now)
+                if part is None:
+                    if queue.line:
+                        break
+                    continue
+                picked.append(part)
+                records += len(part)
+                size += part.size
+                nbytes += part.nbytes
+            if not queue.batches and self._queues.get(queue.key) is queue:
+                del self._queues[queue.key]
+        if not picked:
+            return None
+        return picked[0] if len(picked) == 1 else self._gather(picked)
+
+    def _order(self, queue: _Queue) -> tuple[bool, float]:
+        """By age. In doubt what was refused goes after all else: what else is stored ends the doubt."""
+        return queue.doubted and self._refused >= _REFUSED_IN_A_ROW, queue.batches[0].born
+
+    def _stand(self, queue: _Queue, head: Batch, now: float) -> Batch | None:
+        """The head of a line goes when there is room for it. Until then it stays, and the tokens add up."""
+        load = head.shard_load()
+        delay = self.pacer.wait(now, load)
+        if delay > 0.0:
+            queue.batches.appendleft(head)
+            self._wait(queue, now + max(delay, _LEAST_WAIT_S))
+            return None
+        if queue.key == _EVEN:
+            self._even_waits = False
+        self.pacer.sent(load)
+        return head
+
+    def _admit(self, batch: Batch, now: float) -> Batch | None:
+        """What of it may go now; its tokens are taken. The records of shards without room, or with a line, stand in
+        line; the others need not wait for them."""
+        load = batch.shard_load()
+        held: dict[int, int] = {}  # shard as the batch says -> its line
+        for shard, (records, nbytes) in load.items():
+            line = shard if self.pacer.knows(shard) else _EVEN
+            if line in self._queues:
+                held[shard] = line
+            elif (delay := self.pacer.shard_wait(now, shard, records, nbytes)) > 0.0:
+                held[shard] = line
+                self._wait(self._queue(line), now + max(delay, _LEAST_WAIT_S))
+        if not held:
+            self.pacer.sent(load)
+            return batch
+        waits, others = batch.split(held)
+        if others is None and set(held.values()) == {_EVEN}:
+            self._even_waits = True
+        if waits is not None:
+            for shard, part in _apart(waits, list(held)):
+                self._line_up(self._queues[held[shard]], part)
+        if others is not None:
+            self.pacer.sent({shard: load[shard] for shard in load if shard not in held})
+        return others
+
+    def _line_up(self, queue: _Queue, part: Batch) -> None:
+        """Small parts are gathered while they wait, those of like size: each record is copied a few times at most."""
+        while (
+            queue.batches
+            and (last := queue.batches[-1]).born <= part.born
+            and len(last) <= len(part)
+            and len(last) + len(part) <= self._max_records
+            and last.size + part.size <= self._gather_bytes
+            and self._alike(last, part)
+        ):
+            part = self._gather([queue.batches.pop(), part])
+        queue.put(part)
+
+    def _trim(self, batch: Batch, queue: _Queue | None = None) -> Batch:
+        """As much of it as a call may carry now; the rest keeps its place."""
+        while len(batch) > 1 and not self._size.allows(batch.nbytes):
+            batch, rest = batch.halves()
+            if queue is not None:
+                queue.batches.appendleft(rest)
+            else:
+                self._again(rest)
+        return batch
+
+    def _alike(self, one: Batch, other: Batch) -> bool:
+        """May these share a call?
+
+        Not when their attempts differ: a record would be given up for the failures of another. And not while
+        somebody waits for a flush that concerns one of them only: under a lasting throttle what fails would
+        take in what is newer again and again, and the flush would never return.
+        """
+        return (
+            one.attempts == other.attempts
+            and one.restored == other.restored
+            and (one.epoch == other.epoch or not self._waiters)
+        )
+
+    def _gather(self, picked: list[Batch]) -> Batch:
+        epoch = min(batch.epoch for batch in picked)
+        attempts = picked[0].attempts
+        if epoch != _NO_EPOCH:
+            for batch in picked:
+                count = len(batch)
+                self._outstanding[batch.epoch] -= count
+                self._outstanding[epoch] += count
+        first, *rest = Batch.gather(picked)
+        for batch in (first, *rest):
+            batch.epoch = epoch
+            batch.attempts = attempts
+        for batch in reversed(rest):
+            self._queue("").batches.appendleft(batch)
+            self._due = 0.0
+        return first
+
+    def _wake_at(self, when: float) -> None:
+        if self._closing:
+            return
+        if self._timer is not None:
+            if self._timer_at <= when:
+                return
+            self._timer.cancel()
+        self._timer_at = when
+        # uvloop rounds timers down to a millisecond: waking early would spin
+        self._timer = self._loop.call_at(when + 0.001, self._woken)
+
+    def _woken(self) -> None:
+        self._timer = None
+        self.pump()
+
+    # -- one call ------------------------------------------------------------------------------
+
+    async def _call(self, batch: Batch, load: Load) -> None:
+        self.calls += 1
+        self.sent += batch.user_records
+        began = self._loop.time()
+        count = len(batch)
+        epoch, attempts = batch.epoch, batch.attempts
+        nbytes = batch.nbytes
+        try:
+            try:
+                answer = await self._client.call(self._target, batch)
+            finally:
+                self.call_seconds.observe(self._loop.time() - began)
+            failures = batch.settle(answer)
+        except KinesisError as error:
+            self._call_failed(batch, error)
+        except asyncio.CancelledError:
+            self.duplicates_possible += batch.user_records
+            raise
+        except Exception as error:
+            self._broke(batch, epoch, count, error)
+            self._on_settled()
+            raise
+        else:
+            self._size.taken(nbytes)
+            self._answered(epoch, attempts, count, load, failures)
+        self._on_settled()
+
+    def _call_done(self, task: asyncio.Task[None]) -> None:
+        batch = self._tasks.pop(task)
+        del self._began[task]
+        if task.cancelled() and task in self._cut and not self.direct():
+            self._withdrawn.append(batch)  # not for the pump to send again at once
+        elif task.cancelled():
+            # Perhaps before its first step, so this cannot be left to the task itself.
+            self._again(batch)
+        elif (error := task.exception()) is not None:
+            # Nothing may fail here: what does is a bug, and hiding it would lose data quietly.
+            self._loop.call_exception_handler(
+                {
+                    "message": f"fastkin[{self.name}]: the sender failed",
+                    "exception": error,
+                    "task": task,
+                }
+            )
+        self._cut.discard(task)
+        self.pump()
+
+    def _broke(self, batch: Batch, epoch: int, count: int, error: Exception) -> None:
+        """Something that is no answer of Kinesis: a bug, or a setting that shows only now. The data is kept."""
+        try:
+            batch.shard_load()
+        except LibraryError:
+            self._ended(epoch, count)  # it was settled, and one of those who were told raised
+        else:
+            self._call_failed(batch, KinesisError(type(error).__name__, str(error), action=Action.OPERATOR))
+
+    def _resent(self, body: Buffer) -> None:
+        """The transport sent a call again at once: its connection died without an answer."""
+        if isinstance(body, Batch):
+            self.duplicates_possible += body.user_records
+
+    def _answered(self, epoch: int, attempts: int, count: int, load: Load, failures: list[Failure]) -> None:
+        now = self._loop.time()
+        if len(failures) != 1 or len(failures[0].batch) < count:
+            self.answered_at = now
+        self._concurrency.succeeded()
+        self._gate_backoff.reset()
+        self._operator_backoff.reset()
+        self._credentials_backoff.reset()
+        self.last_error = self.unwell = next((queue.why for queue in self._queues.values() if queue.why), None)
+        self._hopeless = 0
+        if len(failures) != 1 or len(failures[0].batch) < count:
+            self._refused = 0
+            self._probe = False
+            self._stored_ever = True
+            if self._doubted:
+                self._doubted.clear()
+                self._tell_doubt()
+        if not failures:
+            self.pacer.stored(now, load)
+            self._throttled_since = None
+            self._ended(epoch, count)
+            return
+        failed = sum(len(failure.batch) for failure in failures)
+        if failed < count:
+            self.pacer.stored(now, _less(load, failures))
+        self._ended(epoch, count - failed)
+        waits = []
+        for failure in failures:
+            failure.batch.epoch = epoch
+            failure.batch.attempts = attempts
+            waits.append(self._entry_failed(failure, now))
+        if failed == count and (delay := min(waits)) > 0.0:
+            # The same for every record: it is the destination's trouble, and what is new would only share it.
+            self._gate = max(self._gate, now + delay)
+            self._wake_at(self._gate)
+
+    def _entry_failed(self, failure: Failure, now: float) -> float:
+        """One kind of failure in an answer. Returns how long to wait when only an operator can mend it, else 0.0."""
+        batch = failure.batch
+        code, message = printable(failure.code, 128), printable(failure.message)
+        self.failed_by_code.add(code, len(batch))
+        action = classify_record(code)
+        if action is not Action.THROTTLE:
+            batch.attempts += 1
+        if action is Action.REJECTED or (action is Action.STRANGE and self._given_up(batch, now)):
+            self._ended(batch.epoch, len(batch))
+            self._set_aside(batch, f"{code}: {message}")
+            return 0.0
+        self.retried += len(batch)
+        self.retried_by_code.add(code, batch.user_records)
+        if action in _HOPELESS:
+            return self._entry_waits(batch, KinesisError(code, message, action=action), now)
+        shard_id = shard_in_message(message) or ""
+        least, most = _ENTRY_BASE_S, min(_ENTRY_CAP_S, _ENTRY_BASE_S * 2.0 ** min(batch.attempts, 10))
+        if action is Action.THROTTLE:
+            most = _ENTRY_BASE_S * 2 if self._throttled_since is None else _THROTTLE_CAP_S
+            self.throttled.add(shard_id, batch.user_records)
+            ordinal = self.shards.ordinal(shard_id) if self.shards is not None else None
+            self.pacer.throttled(now, ordinal, even=-1 in batch.shard_load())
+            self._say_throttled(now, shard_id, len(batch))
+        elif action is Action.STRANGE:
+            most = min(_STRANGE_CAP_S, _ENTRY_BASE_S * 2.0 ** min(batch.attempts, 20))
+            least = most / 2
+            shard_id = code
+            self._errors.say(
+                logging.ERROR, code,
+                "pipeline=%s stage=send %d records failed with %s, which is no code of Kinesis: %s; they go again, and"
+                " after some ten minutes in which others are stored they become dead letters",
+                self.name, len(batch), code, message,
+            )  # fmt: skip
+        else:
+            self._warn("%d records failed with %s: %s; they go again", len(batch), code, message)
+        until = now + self._random.uniform(least, most)
+        if action is not Action.THROTTLE:
+            self._put_by(f"{action.value} {shard_id}", batch, now, until)
+            return 0.0
+        load = batch.shard_load()
+        for shard, part in _apart(batch, list(load)):
+            if self.pacer.knows(shard):
+                self._put_by(shard, part, now, until)
+            elif now - batch.born > _CLAIM_AFTER_S and now >= self._claim_at:
+                self._claim_at = now + _CLAIM_EVERY_S
+                self._put_by(_EVEN, part, now, now + _CLAIM_S)
+            else:
+                self._put_by(f"throttled {shard_id}", part, now, until)
+        return 0.0
+
+    def _put_by(self, key: int | str, batch: Batch, now: float, until: float) -> None:
+        queue = self._queue(key)
+        queue.put(batch)
+        if queue.not_before <= now:
+            self._wait(queue, until)
+
+    def _given_up(self, batch: Batch, now: float) -> bool:
+        """A record failed with a code that nobody documented: has it failed for long enough?"""
+        if batch.attempts < _STRANGE_ATTEMPTS:
+            return False
+        if now - self.answered_at <= _STORED_LATELY_S:
+            return True
+        # Nothing else is stored, perhaps because nothing else can come before this one has ended.
+        self._ask_harmless()
+        if len(batch) > 1 or not self._harmless_said or now - self._gave_up_at < _REFUSED_FOR_S:
+            return False
+        self._gave_up_at = now
+        return True
+
+    def _entry_waits(self, batch: Batch, error: KinesisError, now: float) -> float:
+        """An entry failed with what a call may fail with as well: it is kept and tried again as a call would be."""
+        queue = self._queue(f"operator {error.code}")
+        queue.put(batch)
+        if queue.not_before <= now:
+            keys = error.action is Action.CREDENTIALS
+            delay = (self._credentials_backoff if keys else self._operator_backoff).next()
+            self._wait(queue, now + delay)
+            self._errors.say(
+                logging.ERROR, error.code,
+                "pipeline=%s stage=send %d records failed with %s; the data is kept and tried again in %.0f s%s",
+                self.name, len(batch), error, delay, _cure(error),
+            )  # fmt: skip
+        queue.why = str(error)
+        self.last_error = self.unwell = queue.why
+        return queue.not_before - now
+
+    def _call_failed(self, batch: Batch, error: KinesisError) -> None:
+        now = self._loop.time()
+        self.calls_failed += 1
+        self.last_error = str(error)
+        self.failed_by_code.add(error.code, len(batch))
+        self.calls_failed_by_code.add(error.code, 1)
+        doubted = False
+        if error.action is Action.REJECTED:
+            if len(batch) > 1:
+                self._refused_call(batch, error)
+                return
+            if self._at_fault(batch, now):
+                if self._doubted.pop(batch, None) is not None:
+                    self._tell_doubt()
+                self._ended(batch.epoch, 1)
+                self._set_aside(batch, f"{error.code}: {error.message}")
+                return
+            # Nothing is taken, or nothing any more: the fault may be not this record's but the destination's or ours.
+            self._probe = doubted = True
+            error = _as_operator(error, untold=self._harmless_said is None and not self._stored_ever)
+        elif len(batch) > 1 and _not_taken(error):
+            self._size.late(batch.nbytes)
+        if error.action in _HOPELESS:
+            self._hopeless += 1
+            # keys and clock may be right again with the next attempt
+            if error.action is Action.OPERATOR or self._hopeless > _PATIENCE:
+                self.unwell = str(error)
+        self._concurrency.failed()
+        if error.action is Action.THROTTLE:
+            self.pacer.throttled(now, None, even=True)
+        if _maybe_stored(error):
+            self.duplicates_possible += batch.user_records
+        self.retried += len(batch)
+        self.retried_by_code.add(error.code, batch.user_records)
+        if doubted:
+            self._alone(batch).doubted = True
+            self._tell_doubt()
+        else:
+            self._again(batch)
+        if self._gate <= now:
+            if error.action in _HOPELESS:
+                keys = error.action is Action.CREDENTIALS or error.code == "NoCredentials"
+                delay = (self._credentials_backoff if keys else self._operator_backoff).next()
+                self._errors.say(
+                    logging.ERROR, error.code,
+                    "pipeline=%s stage=send %s; the data is kept and tried again in %.0f s%s",
+                    self.name, error, delay, _cure(error),
+                )  # fmt: skip
+            else:
+                delay = self._gate_backoff.next()
+                if error.action is not Action.THROTTLE or not self._throttled_for_long(now, ""):
+                    self._warn("call failed: %s; again in %.2f s", error, delay)
+            self._gate = now + max(delay, min(error.retry_after or 0.0, _OPERATOR_CAP_S))
+        self._wake_at(self._gate)
+
+    def _refused_call(self, batch: Batch, error: KinesisError) -> None:
+        """Kinesis refuses a whole call for one bad record: halve it until the bad one stands alone."""
+        if _too_large(error) and self._size.late(batch.nbytes):
+            self.retried += len(batch)
+            self.retried_by_code.add(error.code, batch.user_records)
+            self._again(batch)  # it is cut on its way, and so are the next ones
+            return
+        for half in batch.halves():
+            self._alone(half)
+
+    def _alone(self, batch: Batch) -> _Queue:
+        """To be sent in a call of its own. No tokens are taken for it again: its call has stored nothing."""
+        key = f"alone-{next(self._serial)}"
+        queue = self._queues[key] = _Queue(key, alone=True)
+        queue.put(batch)
+        self._due = 0.0
+        return queue
+
+    def _at_fault(self, batch: Batch, now: float) -> bool:
+        """A single record was refused: by its own fault, or by that of the destination or of our settings?"""
+        if self._believe or (self.takes is not None and batch.size > self.takes):
+            return True
+        if self._refused < _REFUSED_IN_A_ROW:
+            self._refused += 1
+            return True
+        since = self._doubted.setdefault(batch, now)
+        self._ask_harmless()
+        if now - max(since, self._gave_up_at) < _REFUSED_FOR_S:
+            return False
+        # The harmless record was asked about with the refusals before this one.
+        if not (self._stored_ever if self._harmless_said is None else self._harmless_said):
+            return False
+        self._gave_up_at = now
+        return True
+
+    def _tell_doubt(self) -> None:
+        self.lane.budget.doubt(sum(batch.user_records for batch in self._doubted if not batch.restored))
+
+    def rows_in_doubt(self) -> dict[int, int]:
+        """Rows of the spool, with how many of their records wait as single ones that were refused."""
+        found: dict[int, int] = {}
+        for queue in self._queues.values():
+            if queue.doubted and queue.batches and queue.batches[0].restored:
+                for row, count in queue.batches[0].rows().items():
+                    found[row] = found.get(row, 0) + count
+        return found
+
+    def _ask_harmless(self) -> None:
+        if self._harmless is not None and self._asking is None:
+            self._asking = self._loop.create_task(self._ask(self._harmless), name=f"fastkin[{self.name}].harmless")
+
+    async def _ask(self, harmless: Callable[[], Awaitable[bool | None]]) -> None:
+        try:
+            self._harmless_said = await harmless()
+        except KinesisError:
+            self._harmless_said = False
+        finally:
+            self._asking = None
+
+    # -- bookkeeping ---------------------------------------------------------------------------
+
+    def _ended(self, epoch: int, count: int) -> None:
+        if epoch != _NO_EPOCH:
+            self._outstanding[epoch] -= count
+        if not self._waiters:
+            return
+        still = []
+        for mark, waiter in self._waiters:
+            if not self._settled_through(mark):
+                still.append((mark, waiter))
+            elif not waiter.done():
+                waiter.set_result(None)
+        self._waiters = still
+
+    def _settled_through(self, mark: int) -> bool:
+        while self._oldest < self._epoch and not self._outstanding[self._oldest]:
+            del self._outstanding[self._oldest]
+            self._oldest += 1
+        return self._oldest > mark
+
+    def _warn(self, message: str, *args: object) -> None:
+        self._warnings.say(logging.WARNING, message, "pipeline=%s stage=send " + message, self.name, *args)
+
+    def _say_throttled(self, now: float, shard_id: str, records: int) -> None:
+        if not self._throttled_for_long(now, shard_id):
+            self._warn("throttled at %s: %d records go again, slower", shard_id or "the stream", records)
+
+    def _throttled_for_long(self, now: float, shard_id: str) -> bool:
+        """Say so as an error, once per `throttle_error_after_s` without a call that went through whole."""
+        if self._throttled_since is None:
+            self._throttled_since, self._throttled_stored = now, self.lane.stored
+        lasted = now - self._throttled_since
+        if lasted <= self._throttle_error_after_s:
+            return False
+        rate = (self.lane.stored - self._throttled_stored) / lasted
+        self._throttled_since, self._throttled_stored = now, self.lane.stored
+        _LOG.error(
+            "pipeline=%s stage=send throttled for %.0f s at %s, %.0f records/s are stored;"
+            " data is kept: add shards, use keys that spread, or send less",
+            self.name, lasted, f"{shard_id} of {self._stream}" if shard_id else f"stream {self._stream}", rate,
+        )  # fmt: skip
+        return True
+
+
+def _less(load: Load, failures: list[Failure]) -> Load:
+    """What of the load was stored."""
+    rest = dict(load)
+    for failure in failures:
+        for shard, (records, nbytes) in failure.batch.shard_load().items():
+            have = rest.get(shard)
+            if have is not None:
+                rest[shard] = (have[0] - records, have[1] - nbytes)
+    return rest
+
+
+def _age(batch: Batch) -> float:
+    return batch.born
+
+
+def _apart(batch: Batch, shards: list[int]) -> Iterator[tuple[int, Batch]]:
+    """The records of each of these shards by themselves; the batch has no others."""
+    if len(shards) == 1:
+        yield shards[0], batch
+        return
+    # by halves: each record is copied as often as the number of shards can be halved
+    middle = len(shards) // 2
+    one, other = batch.split(shards[:middle])
+    if one is not None:
+        yield from _apart(one, shards[:middle])
+    if other is not None:
+        yield from _apart(other, shards[middle:])
+
+
+def _too_large(error: KinesisError) -> bool:
+    return error.http_status == 413 or "EntityTooLarge" in error.code
+
+
+def _not_taken(error: KinesisError) -> bool:
+    """The body of the call had not wholly left when it ended for want of time: a smaller one may."""
+    return bool(isinstance(error, TransportError) and error.unsent_bytes) or error.http_status == 408
+
+
+def _always() -> bool:
+    return True
+
+
+def _closed() -> ClosedError:
+    return ClosedError("closed before everything had ended")
+
+
+def _maybe_stored(error: KinesisError) -> bool:
+    """Whether the records of a failed call may be in the stream: the outcome is unknown, or a 5xx hides it."""
+    if isinstance(error, UnexpectedResponse | TransportError):
+        return not isinstance(error, NotSent)
+    return error.code in _OUTCOME_UNKNOWN or (error.http_status is not None and error.http_status >= 500)
+
+
+def _as_operator(error: KinesisError, *, untold: bool) -> KinesisError:
+    """`untold`: it cannot be known either whether a harmless record would be taken."""
+    cure = ', or set startup_check = "put": then a test record tells whose fault it is' if untold else ""
+    return KinesisError(
+        error.code,
+        f"{error.message}; even single records are refused and none is stored: check the destination and its"
+        f" limits{cure}",
+        action=Action.OPERATOR,
+        http_status=error.http_status,
+        request_id=error.request_id,
+    )
+
+
+def _cure(error: KinesisError) -> str:
+    if error.action is Action.CLOCK:
+        return ": set this machine's clock"
+    if error.action is Action.CREDENTIALS:
+        return ": check the credentials"
+    if "ResourceNotFound" in error.code:
+        return ": check stream name, region and account"
+    if "AccessDenied" in error.code:
+        return ": allow kinesis:PutRecords on the stream"
+    return ""

@@ -1,0 +1,1 @@
+"""The side of the broker: packets, acknowledgements, connections, subscriptions."""

@@ -1,0 +1,1 @@
+"""Connections of any kind: names and addresses, TCP, TLS."""

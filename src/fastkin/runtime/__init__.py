@@ -1,0 +1,1 @@
+"""Helpers around asyncio: threads for disks, deadlines, what outlives a dropped owner."""

@@ -1,0 +1,1 @@
+"""`fastkin run` and Engine: pipelines side by side, reloads, signals to systemd."""
