@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
-from fastkin.aws.client import KinesisClient
+from fastkin.aws.native import KinesisClient
 from fastkin.config import Kinesis
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from aiohttp import web
 from codec_rig import Rig
 from fake_http import FakeServer, Link, Request
 from fastkin._codec import DEAD, Budget, KeyPlan, Lane
-from fastkin.aws.client import error_from
+from fastkin.aws.error_table import error_from
 from fastkin.aws.http import FRAMING_PER_BYTE, MAX_HEADER_COUNT, MAX_HEADERS, PUT_ANSWER, HttpPool, Reply
 from fastkin.config import Broker, Kinesis
 from fastkin.errors import KinesisError, ProtocolError, TransportError

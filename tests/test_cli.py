@@ -801,7 +801,7 @@ def test_the_demo_does_not_kill_on_a_broker_that_loses(tmp_path: Path) -> None:
 
 async def test_check_connect_goes_the_way_that_run_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a proxy, or with transport = "sdk", that is the SDK."""
-    from fastkin.aws.client import KinesisClient
+    from fastkin.aws.native import KinesisClient
     from fastkin.commands import check
     from fastkin.config import Kinesis
 

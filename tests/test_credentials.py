@@ -14,8 +14,8 @@ import pytest
 
 import fastkin.aws.credentials as module
 from fake_http import FakeServer, Link, Request
-from fastkin.aws.client import KinesisClient
 from fastkin.aws.credentials import ChainCredentials, StaticCredentials, make_provider, static_credentials
+from fastkin.aws.native import KinesisClient
 from fastkin.aws.signing import Credentials
 from fastkin.config import Kinesis
 from fastkin.emulator import Emulator, Secret

@@ -199,7 +199,7 @@ def test_plain_cases_never_load_the_sdk() -> None:
     code = (
         "import sys, asyncio\n"
         "from fastkin.config import Kinesis\n"
-        "from fastkin.aws.client import KinesisClient\n"
+        "from fastkin.aws.native import KinesisClient\n"
         "import fastkin.aws.http, fastkin.aws.credentials, fastkin.aws.endpoint\n"
         "async def main():\n"
         "    for more in ({'stream': 'x'}, {'stream_arn': '" + ARN + "'}):\n"

@@ -18,23 +18,16 @@ import orjson
 import pytest
 import trustme
 
-import fastkin.aws.client as module
+import fastkin.aws.native as module
 from fake_http import FakeServer, Link, Request, on_both_loops
 from fastkin._codec import DRAIN, Budget, KeyPlan, Lane
-from fastkin.aws.client import (
-    INLINE_BYTES,
-    REQUEST_ACTIONS,
-    KinesisClient,
-    StreamSummary,
-    classify_record,
-    classify_request,
-    error_from,
-    make_client,
-    retry_after,
-)
+from fastkin.aws.client import StreamSummary
+from fastkin.aws.error_table import REQUEST_ACTIONS, classify_record, classify_request, error_from, retry_after
 from fastkin.aws.http import Reply
+from fastkin.aws.native import INLINE_BYTES, KinesisClient
 from fastkin.aws.shards import Shard
 from fastkin.aws.signing import Credentials
+from fastkin.aws.transports import make_client
 from fastkin.config import Kinesis
 from fastkin.emulator import Emulator
 from fastkin.errors import Action, ConfigError, KinesisError, TransportError, UnexpectedResponse
@@ -753,7 +746,7 @@ def test_which_client(
 
 def test_importing_never_loads_the_sdk() -> None:
     code = (
-        "import sys; import fastkin.aws.client; "
+        "import sys; import fastkin.aws.transports; "
         "bad = [n for n in sys.modules if n.partition('.')[0] in ('aiobotocore', 'botocore', 'boto3', 'aiohttp')]; "
         "assert not bad, bad"
     )

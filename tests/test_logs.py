@@ -18,7 +18,7 @@ import mqtt_wire
 import test_sender as scripted
 from fake_broker import FakeBroker, Peer
 from fastkin._codec import DRAIN, DROPPED, Budget, KeyPlan, Lane
-from fastkin.aws.client import error_from
+from fastkin.aws.error_table import error_from
 from fastkin.aws.http import Reply
 from fastkin.deadletter.handler import Aside
 from fastkin.errors import Action, KinesisError, printable

@@ -16,10 +16,11 @@ import pytest
 import trustme
 
 from fake_http import FakeServer, Link, Request
-from fastkin.aws.client import KinesisClient, make_client
 from fastkin.aws.credentials import make_provider
+from fastkin.aws.native import KinesisClient
 from fastkin.aws.sdk import SdkClient
 from fastkin.aws.signing import Credentials
+from fastkin.aws.transports import make_client
 from fastkin.config import Kinesis
 from fastkin.emulator import Emulator
 from fastkin.emulator.signature import Secret

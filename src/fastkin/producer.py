@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fastkin._codec import DRAIN, FAILED, KeyPlan, Lane, ShardTable
-from fastkin.aws.client import make_client
 from fastkin.aws.shards import ShardMap
+from fastkin.aws.transports import make_client
 from fastkin.config import MIB, Kinesis
 from fastkin.delivery.backlog import Overflow, Policy, batch_limit, shares
 from fastkin.delivery.flusher import Flusher

@@ -13,8 +13,8 @@ import pytest
 
 from fake_broker import until
 from fake_http import FakeServer, Link, Request
-from fastkin.aws.client import error_from
 from fastkin.aws.credentials import make_provider
+from fastkin.aws.error_table import error_from
 from fastkin.aws.http import Reply
 from fastkin.config import Kinesis
 from fastkin.errors import ConfigError, KinesisError

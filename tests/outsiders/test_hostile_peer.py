@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from fake_http import FakeServer, Link, Request
 from fastkin import Producer
-from fastkin.aws.client import KinesisClient, error_from, retry_after
+from fastkin.aws.error_table import error_from, retry_after
 from fastkin.aws.http import Reply
+from fastkin.aws.native import KinesisClient
 from fastkin.aws.shards import Shard
 from fastkin.config import Kinesis
 from fastkin.errors import KinesisError, UnexpectedResponse

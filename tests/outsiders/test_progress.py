@@ -13,8 +13,8 @@ import pytest
 import trustme
 
 from fake_http import FakeServer, Link, Request, on_both_loops
-from fastkin.aws.client import make_client
 from fastkin.aws.http import HttpPool
+from fastkin.aws.transports import make_client
 from fastkin.config import Kinesis
 from fastkin.errors import KinesisError, TransportError
 

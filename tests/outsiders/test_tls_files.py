@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fake_broker import Peer, Rig, until
 from fake_http import FakeServer, Link, Request, on_both_loops
-from fastkin.aws.client import KinesisClient
 from fastkin.aws.client import tls_context as kinesis_context
+from fastkin.aws.native import KinesisClient
 from fastkin.config import Broker, Kinesis, Tls
 from fastkin.errors import Action, KinesisError, MqttError
 from fastkin.mqtt.publisher import Publisher

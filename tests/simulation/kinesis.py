@@ -362,7 +362,7 @@ class SimClient(Client):
 
 
 def _as_error(code: str, message: str, status: int) -> KinesisError:
-    from fastkin.aws.client import classify_request
+    from fastkin.aws.error_table import classify_request
 
     code, action = classify_request(code, status)
     return KinesisError(code, message, action=action, http_status=status)

@@ -6,204 +6,43 @@ error table says. Refreshing keys, correcting the clock and signing again happen
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import email.utils
 import logging
 import os
 import re
 import ssl
-import sys
-import threading
 import time
-import urllib.request
 from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC
-from functools import partial
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from fastkin.aws.credentials import Provider, make_provider
-from fastkin.aws.endpoint import Endpoint, light_endpoint, parse_arn, resolve_endpoint
-from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, MAX_ANSWER, PUT_ANSWER, HttpPool, Reply
+from fastkin.aws.endpoint import parse_arn
+from fastkin.aws.error_table import http_date
 from fastkin.aws.shards import HASH_SPACE, Shard
-from fastkin.aws.signing import Signer
-from fastkin.errors import Action, ConfigError, FastkinError, KinesisError, UnexpectedResponse, masked, printable
-from fastkin.net.tls import Renewed, client_context, system_files
+from fastkin.errors import Action, ConfigError, FastkinError, KinesisError, UnexpectedResponse, printable
+from fastkin.net.tls import client_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from typing_extensions import Buffer
 
+    from fastkin.aws.credentials import Provider
+    from fastkin.aws.http import Reply
     from fastkin.aws.signing import Credentials
     from fastkin.config import Kinesis
 
 log = logging.getLogger("fastkin.kinesis")
 
-API = "Kinesis_20131202"
-JSON = "application/x-amz-json-1.1"
-CBOR = "application/x-amz-cbor-1.1"
-# A larger body is hashed in a thread. 256 KiB are 0.15 ms of the loop; handing over costs 45 us of CPU, so
-# that 500 records of 200 B (169 kB) measured 110 us a call hashed here and 155 us hashed in a thread.
-INLINE_BYTES = 256 * 1024
-# One thread hashes 1.8 GB/s, more than one process sends. A second one measured worse on two cores: a 1 ms
-# ticker was late by 10 ms at p99 instead of 0.9 ms, and 8 calls of 6.8 MB in flight made 170 instead of 305
-# calls a second.
-HASH_THREADS = 1
 RESIGNS = 2  # how often one call is signed again for fresh keys or a corrected clock
 SKEW_S = 60.0  # a clock this far off explains a refused signature (the service allows 300 s)
-MESSAGE_CHARS = 500
-CODE_CHARS = 80
-
-# -- What to do about an error, of a call or of one record in an answer. The codes are those of the service model, of
-# -- the common errors of AWS and of the throttling list of the SDKs; every row is held by a test.
-_THROTTLE = """
-ProvisionedThroughputExceededException Throttling ThrottlingException ThrottledException RequestThrottled
-RequestThrottledException TooManyRequestsException RequestLimitExceeded BandwidthLimitExceeded
-LimitExceededException SlowDown PriorRequestNotComplete TransactionInProgressException EC2ThrottledException
-KMSThrottlingException
-"""
-_RETRY = """
-InternalFailure InternalFailureException InternalServerError InternalServerException InternalError
-InternalServiceError InternalServiceException ServiceUnavailable ServiceUnavailableException
-RequestTimeout RequestTimeoutException RequestAborted RequestAbortedException ResourceInUseException
-ExpiredIteratorException ExpiredNextTokenException
-"""
-_CREDENTIALS = """
-ExpiredToken ExpiredTokenException TokenRefreshRequired UnrecognizedClientException UnrecognizedClient
-InvalidClientTokenId InvalidAccessKeyId InvalidSignatureException InvalidSignature SignatureDoesNotMatch
-IncompleteSignature IncompleteSignatureException MissingAuthenticationToken
-MissingAuthenticationTokenException AuthFailure InvalidToken
-"""
-_CLOCK = "RequestExpired RequestTimeTooSkewed RequestInTheFuture"
-_OPERATOR = """
-AccessDenied AccessDeniedException NotAuthorized KMSAccessDeniedException KMSAccessDenied
-KMSDisabledException KMSDisabled KMSInvalidStateException KMSInvalidState KMSNotFoundException KMSNotFound
-KMSOptInRequired OptInRequired SubscriptionRequiredException ResourceNotFoundException InvalidAction
-UnknownOperationException NotImplemented
-"""
-_REJECTED = """
-InvalidArgumentException ValidationException ValidationError SerializationException
-RequestEntityTooLarge RequestEntityTooLargeException
-"""
-REQUEST_ACTIONS: dict[str, Action] = {
-    code: action
-    for codes, action in (
-        (_THROTTLE, Action.THROTTLE),
-        (_RETRY, Action.RETRY),
-        (_CREDENTIALS, Action.CREDENTIALS),
-        (_CLOCK, Action.CLOCK),
-        (_OPERATOR, Action.OPERATOR),
-        (_REJECTED, Action.REJECTED),
-    )
-    for code in codes.split()
-}
-# For answers whose body names no error: code to report, what to do.
-STATUS_ACTIONS: dict[int, tuple[str, Action]] = {
-    401: ("MissingAuthenticationToken", Action.CREDENTIALS),
-    403: ("AccessDenied", Action.OPERATOR),
-    404: ("NotFound", Action.OPERATOR),
-    407: ("ProxyAuthenticationRequired", Action.OPERATOR),
-    408: ("RequestTimeout", Action.RETRY),
-    413: ("RequestEntityTooLarge", Action.REJECTED),
-    429: ("TooManyRequestsException", Action.THROTTLE),
-    500: ("InternalFailure", Action.RETRY),
-    502: ("BadGateway", Action.RETRY),
-    503: ("ServiceUnavailable", Action.RETRY),
-    504: ("GatewayTimeout", Action.RETRY),
-}
-SIGN_AGAIN = frozenset({Action.CREDENTIALS, Action.CLOCK})
-RETRY_AFTER_S = 3600.0  # no longer, whoever asks
-_SECONDS = re.compile(r"[0-9]{1,30}(\.[0-9]{0,9})?")
-_DATES = (0.0, 4_102_444_800.0)  # 1970 to 2100: what lies outside cannot be written into a signature
 # What an answer may make us keep or ask. A stream has at most some ten thousand shards, a page of DescribeStream 100.
 MOST_SHARDS = 50_000
 MOST_PAGES = 1_000
 DRY_RUN_PASSED = "DryRunOperationException"
 
 CONTROL = frozenset({"DescribeStreamSummary", "DescribeStream", "ListShards", "CreateStream"})
-
-
-def classify_request(code: str | None, status: int) -> tuple[str, Action]:
-    """(code, action) for a whole answer that is not 200. An unknown code is judged by its status."""
-    if code:
-        known = REQUEST_ACTIONS.get(code)
-        if known is not None:
-            return code, known
-    name, action = STATUS_ACTIONS.get(status, (f"Http{status}", None))
-    if action is None:
-        # 5xx passes by itself; an unknown 3xx or 4xx does not, and must not cost data either
-        action = Action.RETRY if status >= 500 else Action.OPERATOR
-    return code or name, action
-
-
-def classify_record(code: str) -> Action:
-    """What to do about one record's own ErrorCode in a 200 answer: what a call with that code would get.
-
-    Only two codes are documented there, and emulators invent others. What says that the record itself is bad is final.
-    """
-    known = REQUEST_ACTIONS.get(code)
-    if known is not None:
-        return known
-    return Action.REJECTED if "InvalidArgument" in code or "Validation" in code else Action.STRANGE
-
-
-def retry_after(headers: dict[str, str], now: float) -> float | None:
-    """Seconds the server asks us to wait: Retry-After as a number or as a date."""
-    text = headers.get("retry-after", "").strip()
-    if _SECONDS.fullmatch(text):
-        return min(float(text), RETRY_AFTER_S)
-    at = _http_date(text)
-    return None if at is None else min(max(at - now, 0.0), RETRY_AFTER_S)
-
-
-def _http_date(text: str | None) -> float | None:
-    """A date of a header, in seconds; None for what is no date."""
-    if not text or len(text) > 64:
-        return None
-    try:
-        told = email.utils.parsedate_to_datetime(text)
-        at = (told if told.tzinfo is not None else told.replace(tzinfo=UTC)).timestamp()
-    except Exception:  # noqa: BLE001 - a peer's text; what the parser makes of it has changed from version to version
-        return None
-    return at if _DATES[0] <= at <= _DATES[1] else None
-
-
-def error_from(reply: Reply, now: float, secrets: tuple[str | None, ...] = ()) -> KinesisError:
-    """The error an answer tells. Secrets are cut out of its text, should the server repeat them."""
-    code: object = None
-    message: object = ""
-    try:
-        told = orjson.loads(reply.body)
-    except orjson.JSONDecodeError:
-        told = None
-        text = reply.body[:200].decode("utf-8", "replace").strip()
-        # an HTML page of some load balancer says nothing that its status does not
-        message = "" if text.startswith("<") else text.partition("\n")[0]
-    if isinstance(told, dict):
-        code = told.get("__type") or told.get("code") or told.get("Code")
-        message = told.get("message") or told.get("Message") or told.get("errorMessage") or ""
-    if not isinstance(code, str) or not code:
-        code = reply.headers.get("x-amzn-errortype")
-    name = code if isinstance(code, str) else ""
-    # "com.amazonaws.kinesis.v20131202#Name", "Name:http://internal.amazon.com/..."
-    name, action = classify_request(name.rpartition("#")[2].partition(":")[0].strip(), reply.status)
-    if name not in REQUEST_ACTIONS:  # what it is was decided before anything is cut out of it
-        name = masked(name, secrets)[:CODE_CHARS]
-    # A refused signature comes with the canonical request, session token and all: first line only.
-    words = message.strip().partition("\n")[0] if isinstance(message, str) else ""
-    return KinesisError(
-        name,
-        masked(words, secrets)[:MESSAGE_CHARS],  # cut when they are out of it: half a secret is one too
-        action=action,
-        http_status=reply.status,
-        request_id=(reply.headers.get("x-amzn-requestid") or reply.headers.get("x-amz-request-id") or "")[:80] or None,
-        retry_after=retry_after(reply.headers, now),
-    )
 
 
 class StreamSummary(NamedTuple):
@@ -274,7 +113,7 @@ class Client(ABC):
 
         `signed_offset`: the clock's correction when the refused call was made.
         """
-        at = _http_date(reply.headers.get("date"))
+        at = http_date(reply.headers.get("date"))
         if at is not None and abs(at - (now + signed_offset)) > SKEW_S:
             error.action = Action.CLOCK  # whatever its code blames
             # of the calls that were open together, the first one has learned the time for all
@@ -499,160 +338,6 @@ def _shard(told: object) -> Shard:
     )
 
 
-class KinesisClient(Client):
-    """The native way: own signature, own connections, nothing of the SDK on the path of a call."""
-
-    def __init__(self, kinesis: Kinesis, *, name: str | None = None, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(kinesis, name=name, clock=clock)
-        self._endpoint: Endpoint | None = None
-        self._account: str | None = None
-        self._signer: Signer | None = None
-        self._pools: dict[str, HttpPool] = {}
-        self._tls: Renewed | None = None
-        self._threads: ThreadPoolExecutor | None = None
-
-    def read_files(self) -> None:
-        bundle = _bundle(self.kinesis)
-        if self._tls is None and bundle and not (self.kinesis.endpoint_url or "").startswith("http:"):
-            self._tls = Renewed(partial(tls_context, self.kinesis), (bundle,), log)
-
-    async def start(self) -> None:
-        """Find keys and endpoint. No call to Kinesis is made. Raises ConfigError, KinesisError."""
-        self._provider = self._provider or await make_provider(self.kinesis, self.name)
-        credentials = await self._provider.get()
-        self._account = credentials.account_id
-        endpoint = await resolve_endpoint(self.kinesis, credentials)
-        if self._signer is None or self._signer.region != endpoint.region:
-            self._signer = Signer(endpoint.region)
-        if self._tls is None and "https:" in endpoint.data.base + endpoint.control.base:
-            bundle = _bundle(self.kinesis)
-            self._tls = Renewed(partial(tls_context, self.kinesis), (bundle,) if bundle else system_files(), log)
-        self._endpoint = endpoint
-        self.at_aws = is_aws(endpoint.data.base)
-
-    def abort(self) -> None:
-        for pool in self._pools.values():
-            pool.abort()
-
-    async def close(self) -> None:
-        """Close connections and threads. The client can be started again."""
-        pools, self._pools = self._pools, {}
-        for pool in pools.values():
-            await pool.close()
-        if self._provider is not None:
-            await self._provider.close()
-        if self._threads is not None:
-            self._threads.shutdown(wait=False)
-            self._threads = None
-        self._endpoint = None
-
-    async def call(self, target: str, body: Buffer) -> bytes:
-        """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome."""
-        assert self._provider is not None
-        self.calls += 1
-        view = memoryview(body)
-        length = view.nbytes
-        view.release()
-        digest = await self._digest(body, length)
-        resigned = 0
-        while True:
-            credentials = await self._provider.get()
-            endpoint = self._endpoint
-            if endpoint is None or credentials.account_id != self._account:
-                await self.start()  # another account has another host
-                endpoint = self._endpoint
-            assert endpoint is not None
-            assert self._signer is not None
-            url = endpoint.control if target in CONTROL else endpoint.data
-            head = partial(self._head, self._signer, credentials, target, url.host, url.path, digest, length)
-            pool = self._pools.get(url.base) or self._new_pool(url.base)
-            offset = self.clock_offset
-            began = time.monotonic()
-            reply = await pool.request(head, body, PUT_ANSWER if target == "PutRecords" else MAX_ANSWER)
-            if log.isEnabledFor(logging.DEBUG):
-                log.debug(
-                    "%s with %d bytes to %s: status %d, %d bytes, %.1f ms", target, length, url.host, reply.status,
-                    len(reply.body), (time.monotonic() - began) * 1000,
-                )  # fmt: skip
-            if reply.status == 200:
-                return reply.body
-            now = self._clock()
-            error = error_from(reply, now, (credentials.token, credentials.secret_key))
-            if error.action in SIGN_AGAIN:
-                again = await self._correct(error, reply, credentials, now, offset)
-                if again and resigned < RESIGNS:
-                    resigned += 1
-                    self.resigned += 1
-                    continue
-            raise error
-
-    def _head(
-        self,
-        signer: Signer,
-        credentials: Credentials,
-        target: str,
-        host: str,
-        path: str,
-        digest: str,
-        length: int,
-    ) -> bytes:
-        return signer.head(
-            credentials,
-            target=f"{API}.{target}",
-            host=host,
-            path=path,
-            content_type=JSON,
-            body_sha256_hex=digest,
-            length=length,
-            now=self._clock() + self.clock_offset,
-        )
-
-    async def _digest(self, body: Any, length: int) -> str:
-        """SHA-256 of the body in hex. Kept with a body that can hold it, so a resend costs none."""
-        kept = getattr(body, "digest", None)
-        if isinstance(kept, str):
-            return kept
-        if length <= INLINE_BYTES:
-            digest = sha256(body).hexdigest()
-        else:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(HASH_THREADS, "fastkin-hash", _step_back)
-            loop = asyncio.get_running_loop()
-            digest = await loop.run_in_executor(self._threads, _sha256, body)
-        if hasattr(body, "digest"):
-            body.digest = digest
-        return digest
-
-    def _resent(self, body: Buffer) -> None:
-        if self.on_resend is not None:
-            self.on_resend(body)
-
-    def _new_pool(self, base: str) -> HttpPool:
-        kinesis = self.kinesis
-        pool = self._pools[base] = HttpPool(
-            base,
-            max_connections=kinesis.max_connections,
-            connect_timeout_s=kinesis.connect_timeout_s,
-            request_timeout_s=kinesis.request_timeout_s,
-            ssl_context=self._tls.context if self._tls is not None else None,
-            ca_bundle=_bundle(kinesis),
-            idle_s=IDLE_AWS_S if is_aws(base) else IDLE_FOREIGN_S,
-            on_resend=self._resent,
-        )
-        return pool
-
-
-def _step_back() -> None:
-    """The loop's thread goes first when cores are scarce: 1 to 2 ms less lateness at p99 on a busy machine."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 5)
-
-
-def _sha256(body: Buffer) -> str:
-    return sha256(body).hexdigest()
-
-
 def is_aws(base: str) -> bool:
     return base.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
@@ -669,26 +354,3 @@ def tls_context(kinesis: Kinesis) -> ssl.SSLContext:
         return client_context(bundle)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(place, f"{bundle}: {error}", "give a file of PEM certificates") from None
-
-
-def proxy_applies(kinesis: Kinesis) -> bool:
-    """Does the environment send calls to this endpoint through a proxy? NO_PROXY is respected."""
-    proxies = urllib.request.getproxies_environment()
-    if not (proxies.get("https") or proxies.get("http")):
-        return False
-    endpoint = light_endpoint(kinesis)
-    if endpoint is None:
-        return True  # only the SDK can say where the call goes: it also knows about the proxy
-    scheme = endpoint.data.base.partition(":")[0]
-    if not proxies.get(scheme):
-        return False
-    return not urllib.request.proxy_bypass(endpoint.data.host)
-
-
-def make_client(kinesis: Kinesis, name: str | None = None) -> Client:
-    """The client that the settings and the environment ask for. `name` of the pipeline, for log lines."""
-    if kinesis.transport == "sdk" or (kinesis.transport == "auto" and proxy_applies(kinesis)):
-        from fastkin.aws.sdk import SdkClient  # the SDK costs 30 MB
-
-        return SdkClient(kinesis, name=name)
-    return KinesisClient(kinesis, name=name)

@@ -33,9 +33,10 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as SdkConnectionError
 
-from fastkin.aws.client import RESIGNS, SIGN_AGAIN, Client, error_from, is_aws, tls_context
+from fastkin.aws.client import RESIGNS, Client, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.endpoint import find_region, split_url
+from fastkin.aws.error_table import SIGN_AGAIN, error_from
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, PATIENCE, Reply
 from fastkin.errors import Action, ConfigError, KinesisError, NotSent, TransportError
 
@@ -64,7 +65,7 @@ class _Finished(list[Any]):
 
 
 class _RawParser:
-    """Gives the answer's bytes out as they came, errors too: kinesis.py reads both."""
+    """Gives the answer's bytes out as they came, errors too: the client reads both."""
 
     async def parse(self, response: dict[str, Any], _shape: object) -> dict[str, Any]:
         return {

@@ -132,7 +132,7 @@ async def _filters(settings: Settings, pipeline: Pipeline, *, own_id: bool) -> b
 
 
 async def _stream(kinesis: Kinesis) -> str:
-    from fastkin.aws.client import make_client
+    from fastkin.aws.transports import make_client
     from fastkin.errors import Action, KinesisError
 
     client = make_client(kinesis)

@@ -17,7 +17,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import DRAIN, FAILED, Budget, KeyPlan, Lane
-from fastkin.aws.client import make_client
+from fastkin.aws.transports import make_client
 from fastkin.deadletter.file import as_json, fields_of
 from fastkin.delivery.flusher import Flusher
 from fastkin.delivery.sender import Sender

@@ -27,7 +27,7 @@ from random import Random
 from typing import TYPE_CHECKING, Protocol
 
 from fastkin._codec import Batch
-from fastkin.aws.client import classify_record
+from fastkin.aws.error_table import classify_record
 from fastkin.aws.shards import shard_in_message
 from fastkin.delivery.pacing import Backoff, CallSize, Concurrency, Pacer
 from fastkin.errors import (

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from fastkin._codec import DRAIN, DROPPED, WINDOW, Budget, FormatSink, KeyPlan, Lane, ShardTable, StraySink
-from fastkin.aws.client import make_client
 from fastkin.aws.shards import ShardMap
+from fastkin.aws.transports import make_client
 from fastkin.config import FORMAT_IDS
 from fastkin.deadletter.handler import Aside, make_store
 from fastkin.delivery.backlog import Overflow, batch_limit, shares

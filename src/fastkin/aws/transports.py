@@ -1,0 +1,36 @@
+"""Which client makes the calls: our own, or the SDK's."""
+
+from __future__ import annotations
+
+import urllib.request
+from typing import TYPE_CHECKING
+
+from fastkin.aws.endpoint import light_endpoint
+from fastkin.aws.native import KinesisClient
+
+if TYPE_CHECKING:
+    from fastkin.aws.client import Client
+    from fastkin.config import Kinesis
+
+
+def proxy_applies(kinesis: Kinesis) -> bool:
+    """Does the environment send calls to this endpoint through a proxy? NO_PROXY is respected."""
+    proxies = urllib.request.getproxies_environment()
+    if not (proxies.get("https") or proxies.get("http")):
+        return False
+    endpoint = light_endpoint(kinesis)
+    if endpoint is None:
+        return True  # only the SDK can say where the call goes: it also knows about the proxy
+    scheme = endpoint.data.base.partition(":")[0]
+    if not proxies.get(scheme):
+        return False
+    return not urllib.request.proxy_bypass(endpoint.data.host)
+
+
+def make_client(kinesis: Kinesis, name: str | None = None) -> Client:
+    """The client that the settings and the environment ask for. `name` of the pipeline, for log lines."""
+    if kinesis.transport == "sdk" or (kinesis.transport == "auto" and proxy_applies(kinesis)):
+        from fastkin.aws.sdk import SdkClient  # the SDK costs 30 MB
+
+        return SdkClient(kinesis, name=name)
+    return KinesisClient(kinesis, name=name)
