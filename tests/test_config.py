@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from fastkin import settings
-from fastkin.config import MIB, Broker, Kinesis, Pipeline, Settings, load_settings
+from fastkin.config import MIB, Broker, Kinesis, Pipeline, Settings
 from fastkin.errors import ConfigError
 from fastkin.formats import partition_key as keys
-from fastkin.settings import SettingsError, envfile, tables
+from fastkin.settings import SettingsError, envfile, load_settings, tables
 from fastkin.settings.show import effective
 
 ARN = "arn:aws:kinesis:eu-west-1:123456789012:stream/welders"

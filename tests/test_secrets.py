@@ -13,8 +13,9 @@ import orjson
 import trustme
 
 from fake_http import FakeServer, Link, Request
-from fastkin.config import Broker, Tls, load_settings
+from fastkin.config import Broker, Tls
 from fastkin.mqtt.transport import tls_context
+from fastkin.settings import load_settings
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ import trustme
 from fastkin import settings
 from fastkin.commands import check
 from fastkin.errors import ConfigError
-from fastkin.settings import SettingsError, places
+from fastkin.settings import SettingsError, toml_lines
 from servers import free_port
 
 HERE = Path(__file__).resolve().parent / "wrong_settings"
@@ -177,14 +177,14 @@ id = 1
 [pipeline.sub]
 k = 3
 '''
-    assert places.lines(text) == {
+    assert toml_lines.lines(text) == {
         ("a",): 1, ("broker",): 5, ("broker", "quoted"): 6, ("broker", "tls"): 7, ("broker", "tls", "ca"): 7,
         ("broker", "list"): 8, ("broker", "after"): 12, ("pipeline",): 13, ("pipeline", 1): 13,
         ("pipeline", 1, "id"): 14, ("pipeline", 2): 15, ("pipeline", 2, "id"): 16, ("pipeline", 2, "sub"): 17,
         ("pipeline", 2, "sub", "k"): 18,
     }  # fmt: skip
-    assert places.nearest(places.lines(text), ("broker", "tls", "no")) == 7
-    assert places.nearest({}, ("x",)) is None
+    assert toml_lines.nearest(toml_lines.lines(text), ("broker", "tls", "no")) == 7
+    assert toml_lines.nearest({}, ("x",)) is None
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ from fastkin.errors import (
 from fastkin.results import FrameResult, PutResult
 
 if TYPE_CHECKING:
-    from fastkin.config import Settings, load_settings
+    from fastkin.config import Settings
     from fastkin.producer import Producer
     from fastkin.service.engine import Changes, Engine
+    from fastkin.settings import load_settings
 
 __version__ = "0.1.0"
 
@@ -66,7 +67,7 @@ _LAZY = {
     "Engine": "fastkin.service.engine",
     "Producer": "fastkin.producer",
     "Settings": "fastkin.config",
-    "load_settings": "fastkin.config",
+    "load_settings": "fastkin.settings",
 }
 
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+from typing import Literal
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -153,19 +149,6 @@ class Settings:
     pipelines: tuple[Pipeline, ...]
     warnings: tuple[str, ...] = ()
     status: Status = field(default_factory=Status)
-
-
-def load_settings(
-    path: str | Path | None = None,
-    *,
-    env: Mapping[str, str] | None = None,
-    env_file: str | Path | None = None,
-) -> Settings:
-    """Read a TOML file, the environment, or both; SettingsError names everything that is wrong."""
-    # imported here: who fills the tables in code does not pay for the reader
-    from fastkin.settings import load
-
-    return load(path, env=env, env_file=env_file)
 
 
 def client_id_of(settings: Settings, pipeline_id: str, owner: str | None = None) -> str:

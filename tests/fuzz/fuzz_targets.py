@@ -33,9 +33,9 @@ from fastkin._codec import (
     decode_frame,
 )  # fmt: skip
 from fastkin.aws.http import MAX_ANSWER, MAX_HEADERS, Reply, _Connection, _StaleConnectionError
-from fastkin.config import load_settings
 from fastkin.errors import ConfigError, DataFormatError, ProtocolError, RecordError, TransportError, UnexpectedResponse
 from fastkin.mqtt import _core as _mqtt
+from fastkin.settings import load_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from fastkin.config import Settings
 
-__all__ = ["SettingsError", "load"]
+__all__ = ["SettingsError", "load", "load_settings"]
 
 
 def load(
@@ -45,3 +45,13 @@ def load(
     report = Report()
     sources = Sources(path, os.environ if env is None else env, env_file, login, report)
     return Checker(sources, report).settings()
+
+
+def load_settings(
+    path: str | Path | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+    env_file: str | Path | None = None,
+) -> Settings:
+    """Read a TOML file, the environment, or both; SettingsError names everything that is wrong."""
+    return load(path, env=env, env_file=env_file)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkin.errors import ConfigError
-from fastkin.settings import envfile, places
+from fastkin.settings import envfile, toml_lines
 from fastkin.settings.tables import (
     ALIASES,
     AWS,
@@ -58,7 +58,7 @@ class Sources:
         self.tls: Raw = {}
         self.kinesis: Raw = {}
         self.status: Raw = {}
-        self.lines: dict[places.Path, int] = {}
+        self.lines: dict[toml_lines.Path, int] = {}
         self.pipelines: list[Raw] = []
         self.vars: dict[str, Value] = {}
         self.from_file: frozenset[str] = frozenset()
@@ -98,7 +98,7 @@ class Sources:
 
     def _toml(self, path: Path) -> None:
         document, text = _read_toml(path)
-        self.lines = places.lines(text)
+        self.lines = toml_lines.lines(text)
         for name, value in document.items():
             if name in {"broker", "kinesis", "status"} and isinstance(value, dict):
                 into = {"broker": self.broker, "kinesis": self.kinesis, "status": self.status}[name]
@@ -122,10 +122,10 @@ class Sources:
 
     def place(self, *at: str | int) -> str:
         """How a message begins: the file, and the line if it can be found."""
-        line = places.nearest(self.lines, at)
+        line = toml_lines.nearest(self.lines, at)
         return f"{self.path}:" if line is None else f"{self.path}:{line}:"
 
-    def _names(self, table: str, kind: str, given: dict[str, Any], into: Raw, at: places.Path) -> None:
+    def _names(self, table: str, kind: str, given: dict[str, Any], into: Raw, at: toml_lines.Path) -> None:
         """Sort the keys of one TOML table, refusing those that mean nothing."""
         known = dict(TABLES[kind])
         if kind == "pipeline":
