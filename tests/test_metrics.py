@@ -317,7 +317,10 @@ async def test_any_thread_may_scrape(server: Server) -> None:
 
 
 def test_prometheus_is_not_loaded_by_who_does_not_ask(tmp_path: Path) -> None:
-    script = "import sys, fastkin.service.engine, fastkin.commands.cli, fastkin.commands.run; print('prometheus_client' in sys.modules)"
+    script = (
+        "import sys, fastkin.service.engine, fastkin.commands.cli, fastkin.commands.run; "
+        "print('prometheus_client' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT / "src")
     assert done.stdout == "False\n", done.stderr
 

@@ -519,7 +519,7 @@ def test_a_run_that_ends_beside_its_successor_turns_no_counter_back() -> None:
 
 
 async def test_every_number_of_a_run_is_known_to_be_a_sum_or_of_now(server: Server, tmp_path: Path) -> None:
-    """Who adds a counter names it in service/counters.py, or a reload would turn it back; what is not named counts as of now."""
+    """Who adds a counter names it in service/counters.py, or a reload would turn it back."""
     async with plant(server) as p:
         spooled = p.pipeline(on_full="spool", spool=str(tmp_path / "spool.db"))
         async with fastkin.Engine(p.settings(spooled)) as engine:
