@@ -17,7 +17,8 @@ from fastkin.aws.http import FRAMING_PER_BYTE, MAX_HEADER_COUNT, MAX_HEADERS, PU
 from fastkin.config import Broker, Kinesis
 from fastkin.errors import KinesisError, ProtocolError, TransportError
 from fastkin.mqtt import _core as _mqtt
-from fastkin.mqtt.subscriber import Intake, _Link
+from fastkin.mqtt.connection import Connection
+from fastkin.mqtt.subscriber import Intake
 from fastkin.mqtt.transport import Receiver, farewell, open_wire, refusal
 from mqtt_wire import CONNACK_5, packet, props, publish, text
 
@@ -160,7 +161,7 @@ class Deaf:
 
 async def test_a_broker_that_does_not_read_our_acknowledgements_is_left() -> None:
     intake = Intake(Broker(client_id="c"), [], router=_mqtt.Router(), ledger=_mqtt.Ledger(), on_read=lambda: None)
-    link = _Link(intake, 5)
+    link = Connection(intake, 5)
     wire = Deaf()
     link.connection_made(wire)  # type: ignore[arg-type]
     link.data_received(CONNACK_5)
@@ -176,7 +177,7 @@ async def test_a_broker_that_does_not_read_our_acknowledgements_is_left() -> Non
 async def test_a_connection_that_is_given_up_does_not_wait_for_room() -> None:
     """It was paused when the next message ended it: nothing will be read, and no watchdog is to say that it waits."""
     intake = Intake(Broker(client_id="c"), [], router=_mqtt.Router(), ledger=_mqtt.Ledger(), on_read=lambda: None)
-    link = intake._link = _Link(intake, 5)
+    link = intake._link = Connection(intake, 5)
     link.connection_made(Deaf())  # type: ignore[arg-type]
     link.data_received(CONNACK_5)
     link.pause(1)

@@ -14,7 +14,7 @@ from fake_broker import FakeBroker, Peer, Rig, lines, until
 from fastkin.bench.source import Source
 from fastkin.mqtt._core import publish
 from fastkin.mqtt.publisher import Publisher
-from fastkin.mqtt.subscriber import Window
+from fastkin.mqtt.window import Window
 
 LOOPS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 

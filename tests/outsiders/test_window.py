@@ -16,7 +16,7 @@ import pytest
 
 from fastkin._codec import DROPPED, WINDOW, Budget, KeyPlan, Lane
 from fastkin.delivery.flusher import Flusher
-from fastkin.mqtt.subscriber import Window
+from fastkin.mqtt.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ import fastkin.deadletter.handler
 import fastkin.deadletter.stream
 import fastkin.delivery.backlog
 import fastkin.delivery.sender
-import fastkin.mqtt.subscriber
+import fastkin.mqtt.connection
 import fastkin.producer
 import fastkin.service.pipeline
 from fastkin import _codec
@@ -50,7 +50,7 @@ def installed(world: World, open_wire: Any, *, real_spool: bool) -> Iterator[Non
         (fastkin.service.pipeline, "make_client", client),
         (fastkin.producer, "make_client", client),
         (fastkin.deadletter.stream, "make_client", client),
-        (fastkin.mqtt.subscriber, "open_wire", open_wire),
+        (fastkin.mqtt.connection, "open_wire", open_wire),
         (fastkin.delivery.sender, "Random", Seeded),
         (fastkin.delivery.backlog, "Spool", disks.RealSpool if real_spool else disks.MemorySpool),
         (fastkin.deadletter.handler, "DeadLetters", disks.SimLetters),
