@@ -414,8 +414,8 @@ async def test_flushes_that_were_given_up_leave_nothing_behind() -> None:
     for _ in range(20):
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(rig.sender.flush(), 0.005)
-    assert rig.sender._waiters == []
-    assert len(rig.sender._outstanding) <= 2
+    assert not rig.sender._generations.awaited
+    assert len(rig.sender._generations._open) <= 2
     await rig.sender.close()
     for batch in rig.sender.unsent():
         batch.finish(DROPPED)
@@ -676,7 +676,7 @@ async def refused_by_all(rig: Rig, seconds: float) -> None:
 @pytest.mark.parametrize("known", [None, False])
 async def test_wrong_settings_cost_no_record(monkeypatch: pytest.MonkeyPatch, known: bool | None) -> None:
     """Nothing was ever stored, and a harmless record is refused as well, or that cannot be known: all is kept."""
-    monkeypatch.setattr("fastkin.delivery.sender._REFUSED_FOR_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.refusals.REFUSED_FOR_S", 0.05)
     monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
     monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
 
@@ -701,7 +701,7 @@ async def test_wrong_settings_cost_no_record(monkeypatch: pytest.MonkeyPatch, kn
 
 async def test_one_record_in_a_minute_at_most_is_given_up_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     """A harmless record would be taken, yet every one of ours is refused: perhaps a limit of the whole stream."""
-    monkeypatch.setattr("fastkin.delivery.sender._REFUSED_FOR_S", 0.4)
+    monkeypatch.setattr("fastkin.delivery.refusals.REFUSED_FOR_S", 0.4)
     monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
     monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
 
@@ -792,8 +792,9 @@ async def test_whatever_happens_somebody_will_look(monkeypatch: pytest.MonkeyPat
     """All that can go wrong, in random order: between any two steps what waits is attended, and all of it ends."""
     for name in ("_OPERATOR_BASE_S", "_OPERATOR_CAP_S", "_CALL_CAP_S", "_ENTRY_CAP_S", "_STRANGE_CAP_S"):
         monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.02)
-    for name in ("_CREDENTIALS_BASE_S", "_CREDENTIALS_CAP_S", "_REFUSED_FOR_S", "_CLAIM_AFTER_S", "_CLAIM_S"):
+    for name in ("_CREDENTIALS_BASE_S", "_CREDENTIALS_CAP_S", "_CLAIM_AFTER_S", "_CLAIM_S"):
         monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.02)
+    monkeypatch.setattr("fastkin.delivery.refusals.REFUSED_FOR_S", 0.02)
     random = Random(seed)
     loop = asyncio.get_running_loop()
     until_s = loop.time() + 1.5

@@ -36,7 +36,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastkin.delivery.sender._REFUSED_FOR_S", 0.5, raising=False)
+    monkeypatch.setattr("fastkin.delivery.refusals.REFUSED_FOR_S", 0.5, raising=False)
     monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.05)
     monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.1)
 
@@ -93,7 +93,7 @@ async def test_alone_and_many_in_a_row() -> None:
 
 async def test_first_in_a_spool_whose_share_of_memory_it_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes back first into a share that holds nothing else: the next row tells whose fault it is."""
-    monkeypatch.setattr("fastkin.delivery.sender._REFUSED_IN_A_ROW", 0)
+    monkeypatch.setattr("fastkin.delivery.refusals.REFUSED_IN_A_ROW", 0)
     place = tmp_path / "letters"
     async with Emulator({"welders": 1}) as emulator:
         settings = pipeline(
@@ -124,7 +124,7 @@ async def test_that_leaves_no_room_for_what_would_tell(
     server: Server, tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A frame that needs all of the memory comes behind it: it is read all the same, and told apart by it."""
-    monkeypatch.setattr("fastkin.delivery.sender._REFUSED_FOR_S", 1e9)  # only what else is stored can tell
+    monkeypatch.setattr("fastkin.delivery.refusals.REFUSED_FOR_S", 1e9)  # only what else is stored can tell
     place = tmp_path / "letters"
     bound = {"budget_records": 1000, "budget_bytes": 1_000_000} if large else {"budget_records": 20}
     poison = b"poison".ljust(200_000 if large else 100, b".")

@@ -18,7 +18,6 @@ calls are kept open.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import math
@@ -29,7 +28,9 @@ from typing import TYPE_CHECKING, Protocol
 from fastkin._codec import Batch
 from fastkin.aws.error_table import classify_record
 from fastkin.aws.shards import shard_in_message
+from fastkin.delivery.generations import NO_GENERATION, Generations
 from fastkin.delivery.pacing import Backoff, CallSize, Concurrency, Pacer
+from fastkin.delivery.refusals import Refusals
 from fastkin.errors import (
     Action,
     ClosedError,
@@ -64,11 +65,6 @@ _WARN_EVERY_S = 5.0
 _HOPELESS = frozenset({Action.OPERATOR, Action.CREDENTIALS, Action.CLOCK})
 # The service gave up on a call that it may have carried out, whatever the status says.
 _OUTCOME_UNKNOWN = frozenset({"RequestTimeout", "RequestTimeoutException", "RequestAborted", "RequestAbortedException"})
-# So many single records refused in a row, none stored in between, and the fault is no longer looked for in the record.
-_REFUSED_IN_A_ROW = 10
-# Nor is a record that comes first, or alone, held for ever: refused again and again for so long, it is given up once it
-# is known that the destination takes others. One in such a time: what is wrong may be the destination all the same.
-_REFUSED_FOR_S = 60.0
 # When somebody must act, ask again slowly and keep the data.
 _OPERATOR_BASE_S = 5.0
 _OPERATOR_CAP_S = 30.0
@@ -82,7 +78,6 @@ _THROTTLE_CAP_S = 0.3  # the pacer keeps the rate: the wait only needs to spread
 _ENTRY_CAP_S = 5.0
 _CALL_BASE_S = 0.05
 _CALL_CAP_S = 5.0
-_NO_EPOCH = -1  # of what came back from the spool: no flush waits for it
 _FARTHEST_S = 60.0  # no wait of the sender's own is as long
 _LEAST_WAIT_S = 0.001  # a shorter one may vanish in the clock's rounding, and the pump would go round for ever
 
@@ -199,21 +194,10 @@ class Sender:
         self.answered_at = self._loop.time()  # when Kinesis last took something
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self._epoch = 0
+        self._generations = Generations()
         self._serial = itertools.count()
-        self._refused = _REFUSED_IN_A_ROW  # single records refused since one was stored; before the first: no trust
-        self._believe = believe
-        self._harmless = harmless
-        self._harmless_said: bool | None = None
-        self._asking: asyncio.Task[None] | None = None
-        self.takes: int | None = None  # the stream's own limit of a record, when it is known
-        self._stored_ever = False
-        self._doubted: dict[Batch, float] = {}  # single records in doubt -> since when
-        self._gave_up_at = -math.inf  # the last of them
+        self.refusals = Refusals(lane.budget, trusted=believe, harmless=harmless, name=name)
         self._probe = False  # in doubt about the destination: something new goes before what was refused
-        self._outstanding: dict[int, int] = {0: 0}  # epoch -> records taken from the lane and not ended
-        self._oldest = 0  # the first epoch of these
-        self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._closing = False
         self._warnings = Repeats(_LOG, self._loop.call_later, most=1, per_s=_WARN_EVERY_S)
         self._errors = Repeats(_LOG, self._loop.call_later, most=1, per_s=_SAY_OPERATOR_EVERY_S)
@@ -304,21 +288,9 @@ class Sender:
             raise _closed()
         while (batch := self.lane.take()) is not None:
             self._queue_fresh(batch)
-        if self._outstanding[self._epoch]:
-            self._epoch += 1
-            self._outstanding[self._epoch] = 0
-        mark = self._epoch - 1
+        mark = self._generations.close_generation()
         self.pump()
-        if self._settled_through(mark):
-            return
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        self._waiters.append((mark, waiter))
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            with contextlib.suppress(ValueError):
-                self._waiters.remove((mark, waiter))
-            raise
+        await self._generations.wait(mark)
 
     def abort(self) -> None:
         """Begin no more calls: the event loop is about to end."""
@@ -332,16 +304,12 @@ class Sender:
         if self._timer is not None:
             self._timer.cancel()
         tasks: list[asyncio.Task[None]] = [*self._tasks]
-        if self._asking is not None:
-            tasks.append(self._asking)
+        tasks += self.refusals.tasks()
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.gather(*tasks, return_exceptions=True)
-        for _, waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_exception(_closed())
-        self._waiters.clear()
+        self._generations.fail(_closed())
 
     def unsent(self) -> list[Batch]:
         """After close(): the batches that never ended, for the owner to fail or forget."""
@@ -395,8 +363,7 @@ class Sender:
                 continue
             # What came back from the spool stays, and its time runs on.
             if queue.doubted and not queue.batches[0].restored:
-                self._doubted.pop(queue.batches[0], None)
-                self._tell_doubt()
+                self.refusals.forget(queue.batches[0])
             out += [batch for batch in queue.batches if not batch.restored]
             queue.batches = deque(batch for batch in queue.batches if batch.restored)
             if not queue.batches:
@@ -417,7 +384,7 @@ class Sender:
 
     def forget(self, epoch: int, count: int) -> None:
         """So many records of what was withdrawn have ended."""
-        self._ended(epoch, count)
+        self._generations.ended(epoch, count)
 
     # -- what goes next ------------------------------------------------------------------------
 
@@ -454,12 +421,11 @@ class Sender:
     def _adopt(self, batch: Batch) -> None:
         batch.born = self._loop.time()
         if batch.restored:
-            batch.epoch = _NO_EPOCH
+            batch.epoch = NO_GENERATION
             return
         self.batched += batch.user_records
         self.batch_fill.observe(max(len(batch) / self._max_records, batch.size / self._max_bytes))
-        batch.epoch = self._epoch
-        self._outstanding[self._epoch] += len(batch)
+        self._generations.take(batch)
 
     def _queue_fresh(self, batch: Batch) -> None:
         self._adopt(batch)
@@ -536,7 +502,7 @@ class Sender:
 
     def _order(self, queue: _Queue) -> tuple[bool, float]:
         """By age. In doubt what was refused goes after all else: what else is stored ends the doubt."""
-        return queue.doubted and self._refused >= _REFUSED_IN_A_ROW, queue.batches[0].born
+        return queue.doubted and self.refusals.doubting, queue.batches[0].born
 
     def _stand(self, queue: _Queue, head: Batch, now: float) -> Batch | None:
         """The head of a line goes when there is room for it. Until then it stays, and the tokens add up."""
@@ -609,17 +575,15 @@ class Sender:
         return (
             one.attempts == other.attempts
             and one.restored == other.restored
-            and (one.epoch == other.epoch or not self._waiters)
+            and (one.epoch == other.epoch or not self._generations.awaited)
         )
 
     def _gather(self, picked: list[Batch]) -> Batch:
         epoch = min(batch.epoch for batch in picked)
         attempts = picked[0].attempts
-        if epoch != _NO_EPOCH:
+        if epoch != NO_GENERATION:
             for batch in picked:
-                count = len(batch)
-                self._outstanding[batch.epoch] -= count
-                self._outstanding[epoch] += count
+                self._generations.move(batch, epoch)
         first, *rest = Batch.gather(picked)
         for batch in (first, *rest):
             batch.epoch = epoch
@@ -698,7 +662,7 @@ class Sender:
         try:
             batch.shard_load()
         except LibraryError:
-            self._ended(epoch, count)  # it was settled, and one of those who were told raised
+            self._generations.ended(epoch, count)  # it was settled, and one of those who were told raised
         else:
             self._call_failed(batch, KinesisError(type(error).__name__, str(error), action=Action.OPERATOR))
 
@@ -718,21 +682,17 @@ class Sender:
         self.last_error = self.unwell = next((queue.why for queue in self._queues.values() if queue.why), None)
         self._hopeless = 0
         if len(failures) != 1 or len(failures[0].batch) < count:
-            self._refused = 0
             self._probe = False
-            self._stored_ever = True
-            if self._doubted:
-                self._doubted.clear()
-                self._tell_doubt()
+            self.refusals.stored()
         if not failures:
             self.pacer.stored(now, load)
             self._throttled_since = None
-            self._ended(epoch, count)
+            self._generations.ended(epoch, count)
             return
         failed = sum(len(failure.batch) for failure in failures)
         if failed < count:
             self.pacer.stored(now, _less(load, failures))
-        self._ended(epoch, count - failed)
+        self._generations.ended(epoch, count - failed)
         waits = []
         for failure in failures:
             failure.batch.epoch = epoch
@@ -752,7 +712,7 @@ class Sender:
         if action is not Action.THROTTLE:
             batch.attempts += 1
         if action is Action.REJECTED or (action is Action.STRANGE and self._given_up(batch, now)):
-            self._ended(batch.epoch, len(batch))
+            self._generations.ended(batch.epoch, len(batch))
             self._set_aside(batch, f"{code}: {message}")
             return 0.0
         self.retried += len(batch)
@@ -807,11 +767,8 @@ class Sender:
         if now - self.answered_at <= _STORED_LATELY_S:
             return True
         # Nothing else is stored, perhaps because nothing else can come before this one has ended.
-        self._ask_harmless()
-        if len(batch) > 1 or not self._harmless_said or now - self._gave_up_at < _REFUSED_FOR_S:
-            return False
-        self._gave_up_at = now
-        return True
+        self.refusals.ask()
+        return len(batch) == 1 and self.refusals.may_give_up(now)
 
     def _entry_waits(self, batch: Batch, error: KinesisError, now: float) -> float:
         """An entry failed with what a call may fail with as well: it is kept and tried again as a call would be."""
@@ -841,15 +798,13 @@ class Sender:
             if len(batch) > 1:
                 self._refused_call(batch, error)
                 return
-            if self._at_fault(batch, now):
-                if self._doubted.pop(batch, None) is not None:
-                    self._tell_doubt()
-                self._ended(batch.epoch, 1)
+            if self.refusals.at_fault(batch, now):
+                self._generations.ended(batch.epoch, 1)
                 self._set_aside(batch, f"{error.code}: {error.message}")
                 return
             # Nothing is taken, or nothing any more: the fault may be not this record's but the destination's or ours.
             self._probe = doubted = True
-            error = _as_operator(error, untold=self._harmless_said is None and not self._stored_ever)
+            error = _as_operator(error, untold=self.refusals.untold)
         elif len(batch) > 1 and _not_taken(error):
             self._size.late(batch.nbytes)
         if error.action in _HOPELESS:
@@ -866,7 +821,6 @@ class Sender:
         self.retried_by_code.add(error.code, batch.user_records)
         if doubted:
             self._alone(batch).doubted = True
-            self._tell_doubt()
         else:
             self._again(batch)
         if self._gate <= now:
@@ -903,26 +857,6 @@ class Sender:
         self._due = 0.0
         return queue
 
-    def _at_fault(self, batch: Batch, now: float) -> bool:
-        """A single record was refused: by its own fault, or by that of the destination or of our settings?"""
-        if self._believe or (self.takes is not None and batch.size > self.takes):
-            return True
-        if self._refused < _REFUSED_IN_A_ROW:
-            self._refused += 1
-            return True
-        since = self._doubted.setdefault(batch, now)
-        self._ask_harmless()
-        if now - max(since, self._gave_up_at) < _REFUSED_FOR_S:
-            return False
-        # The harmless record was asked about with the refusals before this one.
-        if not (self._stored_ever if self._harmless_said is None else self._harmless_said):
-            return False
-        self._gave_up_at = now
-        return True
-
-    def _tell_doubt(self) -> None:
-        self.lane.budget.doubt(sum(batch.user_records for batch in self._doubted if not batch.restored))
-
     def rows_in_doubt(self) -> dict[int, int]:
         """Rows of the spool, with how many of their records wait as single ones that were refused."""
         found: dict[int, int] = {}
@@ -932,38 +866,7 @@ class Sender:
                     found[row] = found.get(row, 0) + count
         return found
 
-    def _ask_harmless(self) -> None:
-        if self._harmless is not None and self._asking is None:
-            self._asking = self._loop.create_task(self._ask(self._harmless), name=f"fastkin[{self.name}].harmless")
-
-    async def _ask(self, harmless: Callable[[], Awaitable[bool | None]]) -> None:
-        try:
-            self._harmless_said = await harmless()
-        except KinesisError:
-            self._harmless_said = False
-        finally:
-            self._asking = None
-
     # -- bookkeeping ---------------------------------------------------------------------------
-
-    def _ended(self, epoch: int, count: int) -> None:
-        if epoch != _NO_EPOCH:
-            self._outstanding[epoch] -= count
-        if not self._waiters:
-            return
-        still = []
-        for mark, waiter in self._waiters:
-            if not self._settled_through(mark):
-                still.append((mark, waiter))
-            elif not waiter.done():
-                waiter.set_result(None)
-        self._waiters = still
-
-    def _settled_through(self, mark: int) -> bool:
-        while self._oldest < self._epoch and not self._outstanding[self._oldest]:
-            del self._outstanding[self._oldest]
-            self._oldest += 1
-        return self._oldest > mark
 
     def _warn(self, message: str, *args: object) -> None:
         self._warnings.say(logging.WARNING, message, "pipeline=%s stage=send " + message, self.name, *args)

@@ -428,7 +428,7 @@ class PipelineRun:
                 f"'none' needs a stream with RecordDistributionStrategy AUTO, {summary.name} is not one",
                 "use uuid",
             )
-        self.sender.takes = summary.max_record_bytes
+        self.sender.refusals.takes = summary.max_record_bytes
         if self.pipeline.max_record_bytes > summary.max_record_bytes:
             _LOG.warning(
                 "pipeline=%s stage=send max_record_bytes %d is above what stream %s takes (%d): larger records"
