@@ -14,6 +14,7 @@ import pytest
 
 from fastkin._codec import DRAIN, DROPPED, Batch, Budget, KeyPlan, Lane, ShardTable
 from fastkin.aws.shards import HASH_SPACE, Shard, ShardMap
+from fastkin.delivery.retry_queue import RetryQueue
 from fastkin.delivery.sender import Sender
 from fastkin.errors import Action, ClosedError, KinesisError, NotSent, TransportError
 
@@ -614,13 +615,13 @@ async def test_keys_that_come_back_are_noticed_soon_and_without_a_storm(monkeypa
 async def test_what_goes_again_is_gathered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Source and copy are both in memory for a moment: large pieces are sent as they are."""
     gathered: list[int] = []
-    gather = Sender._gather
+    gather = RetryQueue._gather
 
     def noting(sender: Sender, picked: list[Batch]) -> Batch:
         gathered.append(sum(batch.nbytes for batch in picked))
         return gather(sender, picked)
 
-    monkeypatch.setattr(Sender, "_gather", noting)
+    monkeypatch.setattr(RetryQueue, "_gather", noting)
 
     def script(call: int, records: list[dict[str, str]]) -> list[Verdict]:
         return [(THROTTLED, TEXT.format(n % 50)) if call <= 4 else None for n in range(len(records))]
@@ -792,7 +793,7 @@ async def test_whatever_happens_somebody_will_look(monkeypatch: pytest.MonkeyPat
     """All that can go wrong, in random order: between any two steps what waits is attended, and all of it ends."""
     for name in ("_OPERATOR_BASE_S", "_OPERATOR_CAP_S", "_CALL_CAP_S", "_ENTRY_CAP_S", "_STRANGE_CAP_S"):
         monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.02)
-    for name in ("_CREDENTIALS_BASE_S", "_CREDENTIALS_CAP_S", "_CLAIM_AFTER_S", "_CLAIM_S"):
+    for name in ("_CREDENTIALS_BASE_S", "_CREDENTIALS_CAP_S", "CLAIM_AFTER_S", "CLAIM_S"):
         monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.02)
     monkeypatch.setattr("fastkin.delivery.refusals.REFUSED_FOR_S", 0.02)
     random = Random(seed)

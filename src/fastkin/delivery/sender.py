@@ -18,10 +18,7 @@ calls are kept open.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-import math
-from collections import deque
 from random import Random
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,6 +28,16 @@ from fastkin.aws.shards import shard_in_message
 from fastkin.delivery.generations import NO_GENERATION, Generations
 from fastkin.delivery.pacing import Backoff, CallSize, Concurrency, Pacer
 from fastkin.delivery.refusals import Refusals
+from fastkin.delivery.retry_queue import (
+    CLAIM_AFTER_S,
+    CLAIM_EVERY_S,
+    CLAIM_S,
+    EVEN,
+    LEAST_WAIT_S,
+    RetryQueue,
+    age,
+    apart,
+)
 from fastkin.errors import (
     Action,
     ClosedError,
@@ -45,7 +52,7 @@ from fastkin.status.logs import Repeats
 from fastkin.status.tallies import Histogram, Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
     from typing_extensions import Buffer
 
@@ -79,21 +86,12 @@ _ENTRY_CAP_S = 5.0
 _CALL_BASE_S = 0.05
 _CALL_CAP_S = 5.0
 _FARTHEST_S = 60.0  # no wait of the sender's own is as long
-_LEAST_WAIT_S = 0.001  # a shorter one may vanish in the clock's rounding, and the pump would go round for ever
+
 
 # upper bounds: seconds of one call, and how full a batch is of what it may hold (records or bytes, the fuller)
 _CALL_BOUNDS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _FILL_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _SHARDS_COUNTED = 256  # shards with a throttle counter of their own
-# Gathered into one call at most: source and copy are both there for a moment, and a call of this size is full enough.
-_GATHER_BYTES = 1 << 20
-_EVEN = -1  # the line of keys that are spread evenly, or whose shard is not known
-# A throttled record whose shard is not known cannot stand in a line of its shard. When it is this old, all that is
-# spread evenly stands behind it for a moment, in which a shard's bucket fills; not again for a while, for the others.
-_CLAIM_AFTER_S = 3.0
-_CLAIM_S = 1.0
-_CLAIM_EVERY_S = 5.0
-
 Load = dict[int, tuple[int, int]]
 
 
@@ -103,34 +101,6 @@ class Client(Protocol):
     on_resend: Callable[[Buffer], None] | None
 
     async def call(self, target: str, body: Batch) -> bytes: ...
-
-
-class _Queue:
-    """What waits for one reason, oldest first."""
-
-    __slots__ = ("alone", "batches", "doubted", "key", "line", "not_before", "why")
-
-    def __init__(self, key: int | str, *, alone: bool = False) -> None:
-        self.key = key  # of a line: the ordinal of its shard
-        self.line = isinstance(key, int)  # whatever comes for this shard stands behind it
-        self.batches: deque[Batch] = deque()
-        self.not_before = 0.0
-        self.alone = alone  # must not share a call: half of one that Kinesis refused
-        self.doubted = False  # a single record that was refused, perhaps through no fault of its own
-        self.why: str | None = None  # what only an operator can mend, if that is what it waits for
-
-    def put(self, batch: Batch) -> None:
-        """Where its age belongs, behind those of the same age."""
-        batches = self.batches
-        if not batches or batches[-1].born <= batch.born:
-            batches.append(batch)
-        elif batch.born < batches[0].born:
-            batches.appendleft(batch)
-        else:
-            at = len(batches)
-            while at and batches[at - 1].born > batch.born:
-                at -= 1
-            batches.insert(at, batch)
 
 
 class Sender:
@@ -170,7 +140,6 @@ class Sender:
         self._max_records = max_records
         self._max_bytes = max_batch_bytes
         self._throttle_error_after_s = throttle_error_after_s
-        self._gather_bytes = min(_GATHER_BYTES, max_batch_bytes // 2)
         self._loop = asyncio.get_running_loop()
         self._random = random or Random()  # noqa: S311 - jitter, not secrets
         self.pacer = Pacer(self._loop.time())
@@ -180,11 +149,7 @@ class Sender:
         self._operator_backoff = Backoff(_OPERATOR_BASE_S, _OPERATOR_CAP_S, self._random)
         self._credentials_backoff = Backoff(_CREDENTIALS_BASE_S, _CREDENTIALS_CAP_S, self._random)
         self._gate = 0.0  # no call before this time
-        self._queues: dict[int | str, _Queue] = {}
-        self._due = math.inf  # before this nothing in the queues can go
-        self._even_waits = False  # a whole batch from the lane stands in the line of even keys, so may the next
         self._claim_at = 0.0  # not before this one more for whose shard is not known
-        self._size = CallSize()
         self._tasks: dict[asyncio.Task[None], Batch] = {}  # calls in flight
         self._began: dict[asyncio.Task[None], float] = {}  # when each was made
         self._cut: set[asyncio.Task[None]] = set()  # those that withdraw() cut short
@@ -195,8 +160,11 @@ class Sender:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._generations = Generations()
-        self._serial = itertools.count()
         self.refusals = Refusals(lane.budget, trusted=believe, harmless=harmless, name=name)
+        self._waits = RetryQueue(
+            self.pacer, CallSize(), self._generations, self.refusals,
+            fresh=self._fresh, most_records=max_records, most_bytes=max_batch_bytes,
+        )  # fmt: skip
         self._probe = False  # in doubt about the destination: something new goes before what was refused
         self._closing = False
         self._warnings = Repeats(_LOG, self._loop.call_later, most=1, per_s=_WARN_EVERY_S)
@@ -230,7 +198,7 @@ class Sender:
 
     @property
     def idle(self) -> bool:
-        return not self._tasks and not self._queues and not self.lane.ready
+        return not self._tasks and not self._waits and not self.lane.ready
 
     def heat(self) -> dict[str, float]:
         """Shard id to the share of its limit that was used lately; empty while the shards are not known."""
@@ -246,15 +214,8 @@ class Sender:
             self.pacer.clear_shards(self._loop.time())
         else:
             self.pacer.set_shards(self._loop.time(), [shard.share for shard in shards.shards])
-        # The lines are those of the former map's shards.
-        lines = [queue for queue in self._queues.values() if queue.line]
-        if not lines:
-            return
-        for queue in lines:
-            del self._queues[queue.key]
-        for batch in sorted((batch for queue in lines for batch in queue.batches), key=_age):
-            self._again(batch)
-        self.pump()
+        if self._waits.leave_lines():
+            self.pump()
 
     def pump(self) -> None:
         """Start as many calls as may go now; arm a timer for the rest. Cheap when there is nothing to do."""
@@ -265,10 +226,10 @@ class Sender:
             if now < self._gate:
                 self._wake_at(self._gate)
                 return
-            batch = self._probed(now) or self._waited(now) or self._taken(now)
+            batch = self._probed(now) or self._waits.due_call(now) or self._waits.admit_new(now)
             if batch is None:
-                if self._queues:  # the one place where the timer is set for what waits
-                    self._wake_at(max(self._due, now + _LEAST_WAIT_S))
+                if self._waits:  # the one place where the timer is set for what waits
+                    self._wake_at(max(self._waits.due, now + LEAST_WAIT_S))
                 return
             load = batch.shard_load()
             task = self._loop.create_task(self._call(batch, load), name=f"fastkin[{self.name}].call")
@@ -313,10 +274,8 @@ class Sender:
 
     def unsent(self) -> list[Batch]:
         """After close(): the batches that never ended, for the owner to fail or forget."""
-        batches = [batch for queue in self._queues.values() for batch in queue.batches]
-        batches += self._withdrawn
+        batches = [*self._waits.clear(), *self._withdrawn]
         self._withdrawn = []
-        self._queues.clear()
         return batches
 
     @property
@@ -329,14 +288,13 @@ class Sender:
     @property
     def oldest(self) -> float | None:
         """When the oldest batch that has not ended was taken (loop time); None without one."""
-        born = [queue.batches[0].born for queue in self._queues.values()]  # each is in the order of age
-        born += [batch.born for batch in (*self._tasks.values(), *self._withdrawn)]
+        born = [*self._waits.born(), *(batch.born for batch in (*self._tasks.values(), *self._withdrawn))]
         return min(born, default=None)
 
     @property
     def waiting(self) -> bool:
         """Something waits to be sent."""
-        return bool(self._queues) or self.lane.ready > 0
+        return bool(self._waits) or self.lane.ready > 0
 
     @property
     def attended(self) -> bool:
@@ -358,17 +316,8 @@ class Sender:
                     self._cut.add(task)
                     task.cancel()
         out, self._withdrawn = self._withdrawn, []
-        for key, queue in list(self._queues.items()):
-            if queue.alone and not alone:
-                continue
-            # What came back from the spool stays, and its time runs on.
-            if queue.doubted and not queue.batches[0].restored:
-                self.refusals.forget(queue.batches[0])
-            out += [batch for batch in queue.batches if not batch.restored]
-            queue.batches = deque(batch for batch in queue.batches if batch.restored)
-            if not queue.batches:
-                del self._queues[key]
-        out.sort(key=_age)
+        out += self._waits.withdraw(alone=alone)
+        out.sort(key=age)
         while (fresh := self.lane.take()) is not None:
             self._adopt(fresh)
             out.append(fresh)
@@ -376,11 +325,15 @@ class Sender:
 
     def give_back(self, batches: list[Batch]) -> None:
         """What was withdrawn shall be sent after all, before everything else; also what waits for withdraw()."""
-        batches = sorted([*self._withdrawn, *batches], key=_age)
+        batches = sorted([*self._withdrawn, *batches], key=age)
         self._withdrawn = []
         for batch in batches:
-            self._again(batch)
+            self._waits.put_back(batch)
         self.pump()
+
+    def rows_in_doubt(self) -> dict[int, int]:
+        """Rows of the spool, with how many of their records wait as single ones that were refused."""
+        return self._waits.rows_in_doubt()
 
     def forget(self, epoch: int, count: int) -> None:
         """So many records of what was withdrawn have ended."""
@@ -396,21 +349,7 @@ class Sender:
         if not self._probe:
             return None
         self._probe = False
-        return self._taken(now)
-
-    def _taken(self, now: float) -> Batch | None:
-        """What is new, as far as its shards have room and nothing stands in their lines."""
-        while not (self._even_waits and _EVEN in self._queues):
-            batch = self._fresh()
-            if batch is None:
-                return None
-            batch = self._trim(batch)
-            part = self._admit(batch, now)
-            if part is not None:
-                return part
-            # What waits for a shard gives way to other shards, so more is taken from the lane. What is spread evenly
-            # waits for all of them: no more than one such batch leaves the lane before its turn.
-        return None
+        return self._waits.admit_new(now)
 
     def _fresh(self) -> Batch | None:
         batch = self.source()
@@ -430,168 +369,9 @@ class Sender:
     def _queue_fresh(self, batch: Batch) -> None:
         self._adopt(batch)
         if self.direct():
-            self._again(batch)
+            self._waits.put_back(batch)
         else:
             self._withdrawn.append(batch)  # not past what is in the spool
-
-    def _queue(self, key: int | str) -> _Queue:
-        queue = self._queues.get(key)
-        if queue is None:
-            queue = self._queues[key] = _Queue(key)
-        return queue
-
-    def _again(self, batch: Batch) -> None:
-        """It may go as soon as the gate is open, in its turn."""
-        self._queue("").put(batch)
-        self._due = 0.0
-
-    def _wait(self, queue: _Queue, until: float) -> None:
-        queue.not_before = until
-        self._due = min(self._due, until)
-
-    def _waited(self, now: float) -> Batch | None:
-        """What waited and may go now, oldest first, gathered over the queues into one call. Its tokens are taken."""
-        if now < self._due:
-            return None
-        self._due = math.inf
-        picked: list[Batch] = []
-        records = size = nbytes = 0
-        queues = list(self._queues.values())
-        if len(queues) > 1:
-            queues.sort(key=self._order)
-        for queue in queues:
-            if queue.not_before > now:
-                self._due = min(self._due, queue.not_before)
-                continue
-            if queue.alone:
-                if picked:
-                    self._due = now
-                    continue
-                del self._queues[queue.key]
-                self._due = now
-                batch = queue.batches.popleft()
-                if len(batch) == 1 or self._size.allows(batch.nbytes):
-                    return batch
-                self._again(batch)
-                return self._waited(now)
-            while queue.batches:
-                head = self._trim(queue.batches.popleft(), queue)
-                if picked and (
-                    records + len(head) > self._max_records
-                    or size + head.size > self._gather_bytes
-                    or not self._alike(picked[0], head)
-                    or not self._size.allows(nbytes + head.nbytes)
-                ):
-                    queue.batches.appendleft(head)
-                    self._due = now
-                    break
-                part = self._stand(queue, head, now) if queue.line else self._admit(head, now)
-                if part is None:
-                    if queue.line:
-                        break
-                    continue
-                picked.append(part)
-                records += len(part)
-                size += part.size
-                nbytes += part.nbytes
-            if not queue.batches and self._queues.get(queue.key) is queue:
-                del self._queues[queue.key]
-        if not picked:
-            return None
-        return picked[0] if len(picked) == 1 else self._gather(picked)
-
-    def _order(self, queue: _Queue) -> tuple[bool, float]:
-        """By age. In doubt what was refused goes after all else: what else is stored ends the doubt."""
-        return queue.doubted and self.refusals.doubting, queue.batches[0].born
-
-    def _stand(self, queue: _Queue, head: Batch, now: float) -> Batch | None:
-        """The head of a line goes when there is room for it. Until then it stays, and the tokens add up."""
-        load = head.shard_load()
-        delay = self.pacer.wait(now, load)
-        if delay > 0.0:
-            queue.batches.appendleft(head)
-            self._wait(queue, now + max(delay, _LEAST_WAIT_S))
-            return None
-        if queue.key == _EVEN:
-            self._even_waits = False
-        self.pacer.sent(load)
-        return head
-
-    def _admit(self, batch: Batch, now: float) -> Batch | None:
-        """What of it may go now; its tokens are taken. The records of shards without room, or with a line, stand in
-        line; the others need not wait for them."""
-        load = batch.shard_load()
-        held: dict[int, int] = {}  # shard as the batch says -> its line
-        for shard, (records, nbytes) in load.items():
-            line = shard if self.pacer.knows(shard) else _EVEN
-            if line in self._queues:
-                held[shard] = line
-            elif (delay := self.pacer.shard_wait(now, shard, records, nbytes)) > 0.0:
-                held[shard] = line
-                self._wait(self._queue(line), now + max(delay, _LEAST_WAIT_S))
-        if not held:
-            self.pacer.sent(load)
-            return batch
-        waits, others = batch.split(held)
-        if others is None and set(held.values()) == {_EVEN}:
-            self._even_waits = True
-        if waits is not None:
-            for shard, part in _apart(waits, list(held)):
-                self._line_up(self._queues[held[shard]], part)
-        if others is not None:
-            self.pacer.sent({shard: load[shard] for shard in load if shard not in held})
-        return others
-
-    def _line_up(self, queue: _Queue, part: Batch) -> None:
-        """Small parts are gathered while they wait, those of like size: each record is copied a few times at most."""
-        while (
-            queue.batches
-            and (last := queue.batches[-1]).born <= part.born
-            and len(last) <= len(part)
-            and len(last) + len(part) <= self._max_records
-            and last.size + part.size <= self._gather_bytes
-            and self._alike(last, part)
-        ):
-            part = self._gather([queue.batches.pop(), part])
-        queue.put(part)
-
-    def _trim(self, batch: Batch, queue: _Queue | None = None) -> Batch:
-        """As much of it as a call may carry now; the rest keeps its place."""
-        while len(batch) > 1 and not self._size.allows(batch.nbytes):
-            batch, rest = batch.halves()
-            if queue is not None:
-                queue.batches.appendleft(rest)
-            else:
-                self._again(rest)
-        return batch
-
-    def _alike(self, one: Batch, other: Batch) -> bool:
-        """May these share a call?
-
-        Not when their attempts differ: a record would be given up for the failures of another. And not while
-        somebody waits for a flush that concerns one of them only: under a lasting throttle what fails would
-        take in what is newer again and again, and the flush would never return.
-        """
-        return (
-            one.attempts == other.attempts
-            and one.restored == other.restored
-            and (one.epoch == other.epoch or not self._generations.awaited)
-        )
-
-    def _gather(self, picked: list[Batch]) -> Batch:
-        epoch = min(batch.epoch for batch in picked)
-        attempts = picked[0].attempts
-        if epoch != NO_GENERATION:
-            for batch in picked:
-                self._generations.move(batch, epoch)
-        first, *rest = Batch.gather(picked)
-        for batch in (first, *rest):
-            batch.epoch = epoch
-            batch.attempts = attempts
-        for batch in reversed(rest):
-            self._queue("").batches.appendleft(batch)
-            self._due = 0.0
-        return first
 
     def _wake_at(self, when: float) -> None:
         if self._closing:
@@ -633,7 +413,7 @@ class Sender:
             self._on_settled()
             raise
         else:
-            self._size.taken(nbytes)
+            self._waits.sizes.taken(nbytes)
             self._answered(epoch, attempts, count, load, failures)
         self._on_settled()
 
@@ -644,7 +424,7 @@ class Sender:
             self._withdrawn.append(batch)  # not for the pump to send again at once
         elif task.cancelled():
             # Perhaps before its first step, so this cannot be left to the task itself.
-            self._again(batch)
+            self._waits.put_back(batch)
         elif (error := task.exception()) is not None:
             # Nothing may fail here: what does is a bug, and hiding it would lose data quietly.
             self._loop.call_exception_handler(
@@ -679,7 +459,7 @@ class Sender:
         self._gate_backoff.reset()
         self._operator_backoff.reset()
         self._credentials_backoff.reset()
-        self.last_error = self.unwell = next((queue.why for queue in self._queues.values() if queue.why), None)
+        self.last_error = self.unwell = self._waits.why
         self._hopeless = 0
         if len(failures) != 1 or len(failures[0].batch) < count:
             self._probe = False
@@ -741,24 +521,18 @@ class Sender:
             self._warn("%d records failed with %s: %s; they go again", len(batch), code, message)
         until = now + self._random.uniform(least, most)
         if action is not Action.THROTTLE:
-            self._put_by(f"{action.value} {shard_id}", batch, now, until)
+            self._waits.put_by(f"{action.value} {shard_id}", batch, now, until)
             return 0.0
         load = batch.shard_load()
-        for shard, part in _apart(batch, list(load)):
+        for shard, part in apart(batch, list(load)):
             if self.pacer.knows(shard):
-                self._put_by(shard, part, now, until)
-            elif now - batch.born > _CLAIM_AFTER_S and now >= self._claim_at:
-                self._claim_at = now + _CLAIM_EVERY_S
-                self._put_by(_EVEN, part, now, now + _CLAIM_S)
+                self._waits.put_by(shard, part, now, until)
+            elif now - batch.born > CLAIM_AFTER_S and now >= self._claim_at:
+                self._claim_at = now + CLAIM_EVERY_S
+                self._waits.put_by(EVEN, part, now, now + CLAIM_S)
             else:
-                self._put_by(f"throttled {shard_id}", part, now, until)
+                self._waits.put_by(f"throttled {shard_id}", part, now, until)
         return 0.0
-
-    def _put_by(self, key: int | str, batch: Batch, now: float, until: float) -> None:
-        queue = self._queue(key)
-        queue.put(batch)
-        if queue.not_before <= now:
-            self._wait(queue, until)
 
     def _given_up(self, batch: Batch, now: float) -> bool:
         """A record failed with a code that nobody documented: has it failed for long enough?"""
@@ -772,12 +546,12 @@ class Sender:
 
     def _entry_waits(self, batch: Batch, error: KinesisError, now: float) -> float:
         """An entry failed with what a call may fail with as well: it is kept and tried again as a call would be."""
-        queue = self._queue(f"operator {error.code}")
+        queue = self._waits.line(f"operator {error.code}")
         queue.put(batch)
         if queue.not_before <= now:
             keys = error.action is Action.CREDENTIALS
             delay = (self._credentials_backoff if keys else self._operator_backoff).next()
-            self._wait(queue, now + delay)
+            self._waits.wait_until(queue, now + delay)
             self._errors.say(
                 logging.ERROR, error.code,
                 "pipeline=%s stage=send %d records failed with %s; the data is kept and tried again in %.0f s%s",
@@ -806,7 +580,7 @@ class Sender:
             self._probe = doubted = True
             error = _as_operator(error, untold=self.refusals.untold)
         elif len(batch) > 1 and _not_taken(error):
-            self._size.late(batch.nbytes)
+            self._waits.sizes.late(batch.nbytes)
         if error.action in _HOPELESS:
             self._hopeless += 1
             # keys and clock may be right again with the next attempt
@@ -820,9 +594,9 @@ class Sender:
         self.retried += len(batch)
         self.retried_by_code.add(error.code, batch.user_records)
         if doubted:
-            self._alone(batch).doubted = True
+            self._waits.put_alone(batch).doubted = True
         else:
-            self._again(batch)
+            self._waits.put_back(batch)
         if self._gate <= now:
             if error.action in _HOPELESS:
                 keys = error.action is Action.CREDENTIALS or error.code == "NoCredentials"
@@ -841,30 +615,13 @@ class Sender:
 
     def _refused_call(self, batch: Batch, error: KinesisError) -> None:
         """Kinesis refuses a whole call for one bad record: halve it until the bad one stands alone."""
-        if _too_large(error) and self._size.late(batch.nbytes):
+        if _too_large(error) and self._waits.sizes.late(batch.nbytes):
             self.retried += len(batch)
             self.retried_by_code.add(error.code, batch.user_records)
-            self._again(batch)  # it is cut on its way, and so are the next ones
+            self._waits.put_back(batch)  # it is cut on its way, and so are the next ones
             return
         for half in batch.halves():
-            self._alone(half)
-
-    def _alone(self, batch: Batch) -> _Queue:
-        """To be sent in a call of its own. No tokens are taken for it again: its call has stored nothing."""
-        key = f"alone-{next(self._serial)}"
-        queue = self._queues[key] = _Queue(key, alone=True)
-        queue.put(batch)
-        self._due = 0.0
-        return queue
-
-    def rows_in_doubt(self) -> dict[int, int]:
-        """Rows of the spool, with how many of their records wait as single ones that were refused."""
-        found: dict[int, int] = {}
-        for queue in self._queues.values():
-            if queue.doubted and queue.batches and queue.batches[0].restored:
-                for row, count in queue.batches[0].rows().items():
-                    found[row] = found.get(row, 0) + count
-        return found
+            self._waits.put_alone(half)
 
     # -- bookkeeping ---------------------------------------------------------------------------
 
@@ -901,24 +658,6 @@ def _less(load: Load, failures: list[Failure]) -> Load:
             if have is not None:
                 rest[shard] = (have[0] - records, have[1] - nbytes)
     return rest
-
-
-def _age(batch: Batch) -> float:
-    return batch.born
-
-
-def _apart(batch: Batch, shards: list[int]) -> Iterator[tuple[int, Batch]]:
-    """The records of each of these shards by themselves; the batch has no others."""
-    if len(shards) == 1:
-        yield shards[0], batch
-        return
-    # by halves: each record is copied as often as the number of shards can be halved
-    middle = len(shards) // 2
-    one, other = batch.split(shards[:middle])
-    if one is not None:
-        yield from _apart(one, shards[:middle])
-    if other is not None:
-        yield from _apart(other, shards[middle:])
 
 
 def _too_large(error: KinesisError) -> bool:
