@@ -36,8 +36,8 @@ TARGETS = {
     "settings": (400, 0.15),
 }
 PYTHON = {  # targets whose code is Python: which files are watched
-    "http": ("fastkin/transport",),
-    "settings": ("fastkin/settings", "fastkin/config", "fastkin/keys", "fastkin/endpoint"),
+    "http": ("fastkin/aws/http",),
+    "settings": ("fastkin/settings", "fastkin/config", "fastkin/formats", "fastkin/aws/endpoint"),
 }
 DONE = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
 
