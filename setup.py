@@ -1,7 +1,7 @@
 """Builds the two extension modules. Metadata lives in pyproject.toml.
 
 FASTKIN_BUILD chooses the mode:
-  release   (default) -O3: its inlining takes a fifth off what a PUBLISH costs; no assertions
+  release   (default) -O3: its inlining takes a tenth off the instructions of a PUBLISH; no assertions
   trace     line tracing for coverage: about four times slower
   sanitize  AddressSanitizer and UBSan; run with ci/variant
   fuzz      the same by clang, with libFuzzer's counters and its driver; needs CC=clang, run with ci/variant

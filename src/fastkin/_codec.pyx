@@ -5,7 +5,7 @@ One module in parts, in the order a record passes them:
   codec/frame.pxi     the bulk frame, MessagePack read and written
   codec/json.pxi      a JSON reader for bytes nobody vouches for: key fields and answers
   codec/keys.pxi      partition keys: drawn, fixed, made of topic and payload; hash key to shard
-  codec/receipt.pxi  one outcome somebody may await
+  codec/receipt.pxi   one outcome somebody may await
   codec/answer.pxi    one PutRecords answer, entry by entry
   codec/batch.pxi     the budget, and one PutRecords body with what it must settle
   codec/restore.pxi   a body that comes back from the disk, read as if a stranger had written it

@@ -342,13 +342,13 @@ def is_aws(base: str) -> bool:
     return base.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
 
-def _bundle(kinesis: Kinesis) -> str | None:
+def bundle_path(kinesis: Kinesis) -> str | None:
     return kinesis.ca_bundle or os.environ.get("AWS_CA_BUNDLE") or None
 
 
 def tls_context(kinesis: Kinesis) -> ssl.SSLContext:
     """TLS with verification: the system's authorities, or the bundle that is asked for."""
-    bundle = _bundle(kinesis)
+    bundle = bundle_path(kinesis)
     place = "kinesis.ca_bundle" if kinesis.ca_bundle else "AWS_CA_BUNDLE"
     try:
         return client_context(bundle)

@@ -14,7 +14,7 @@ from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from fastkin.aws.client import CONTROL, RESIGNS, Client, _bundle, is_aws, tls_context
+from fastkin.aws.client import CONTROL, RESIGNS, Client, bundle_path, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.endpoint import Endpoint, resolve_endpoint
 from fastkin.aws.error_table import SIGN_AGAIN, error_from
@@ -56,7 +56,7 @@ class KinesisClient(Client):
         self._threads: ThreadPoolExecutor | None = None
 
     def read_files(self) -> None:
-        bundle = _bundle(self.kinesis)
+        bundle = bundle_path(self.kinesis)
         if self._tls is None and bundle and not (self.kinesis.endpoint_url or "").startswith("http:"):
             self._tls = Renewed(partial(tls_context, self.kinesis), (bundle,), log)
 
@@ -69,7 +69,7 @@ class KinesisClient(Client):
         if self._signer is None or self._signer.region != endpoint.region:
             self._signer = Signer(endpoint.region)
         if self._tls is None and "https:" in endpoint.data.base + endpoint.control.base:
-            bundle = _bundle(self.kinesis)
+            bundle = bundle_path(self.kinesis)
             self._tls = Renewed(partial(tls_context, self.kinesis), (bundle,) if bundle else system_files(), log)
         self._endpoint = endpoint
         self.at_aws = is_aws(endpoint.data.base)
@@ -179,7 +179,7 @@ class KinesisClient(Client):
             connect_timeout_s=kinesis.connect_timeout_s,
             request_timeout_s=kinesis.request_timeout_s,
             ssl_context=self._tls.context if self._tls is not None else None,
-            ca_bundle=_bundle(kinesis),
+            ca_bundle=bundle_path(kinesis),
             idle_s=IDLE_AWS_S if is_aws(base) else IDLE_FOREIGN_S,
             on_resend=self._resent,
         )

@@ -2,13 +2,13 @@
 """Per-packet work, compiled, sans-io: MQTT 3.1.1 and 5.0 to subscribe, and a little to publish.
 
 One module in parts, in the order a packet passes them:
-  mqtt/packets.pxi     leaf functions on pointers: UTF-8, lengths, properties, matching, PUBLISH
-  mqtt/encode.pxi   what we send, and the texts of reason codes
-  mqtt/events.pxi   control packets as objects
-  mqtt/acks.pxi   which PUBLISH still waits for which records; acknowledgements in order; what comes again
-  mqtt/router.pxi   which sink a message goes to
-  mqtt/large.pxi    messages that can never be a record: too large, ill-formed
-  mqtt/session.pxi  one connection: buffer, walk, stall and resume
+  mqtt/packets.pxi   leaf functions on pointers: UTF-8, lengths, properties, matching, PUBLISH
+  mqtt/encode.pxi    what we send, and the texts of reason codes
+  mqtt/events.pxi    control packets as objects
+  mqtt/acks.pxi      which PUBLISH still waits for which records; acknowledgements in order; what comes again
+  mqtt/router.pxi    which sink a message goes to
+  mqtt/large.pxi     messages that can never be a record: too large, ill-formed
+  mqtt/session.pxi   one connection: buffer, walk, stall and resume
 
 Rules: a length from the wire is unsigned and compared with what is left, never added to a pointer
 first; no Python object is made per PUBLISH; while a sink runs, the session is whole and refuses
