@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from codec_rig import Rig, answer, entry, failure, payloads, stored
 from fastkin import encode_frame
 from fastkin._codec import DEAD, DRAIN, DROPPED, FAILED, Batch, KeyPlan, ShardTable
-from fastkin.errors import RecordError
+from fastkin.errors import LibraryError, RecordError
 from fastkin.results import FrameResult
 
 MAGIC = b"\xf3\x89\x9a\xc2"
+FRAME_OF_CALL = len('{"Records":[],"StreamName":"s"}') - 1  # an entry's comma is charged, the first has none
+ENTRY_BYTES = 32  # what an entry takes besides its text
 ENDS = [2**127 - 1, 2**128 - 1]
 
 
@@ -231,6 +233,68 @@ def test_what_failed_moves_with_all_its_tokens() -> None:
     failed[0].batch.settle(stored(len(failed[0].batch)))
     assert rig.counts() == dict.fromkeys(range(1, 30), 1)
     assert all(receipt.done() for receipt in receipts)
+    rig.settled()
+
+
+def halved(batch: Batch) -> list[Batch]:
+    """Until nothing more can be halved."""
+    if batch.single:
+        return [batch]
+    return [part for half in batch.halves() for part in halved(half)]
+
+
+@pytest.mark.parametrize("sizes", [[0, 0], [1, 2, 3], [50] * 7, [0, 127, 128, 129, 16_383, 16_384, 5]])
+@pytest.mark.parametrize("key", [KeyPlan("uuid"), KeyPlan("parts", [("text", 'a "key"')])], ids=["drawn", "given"])
+def test_an_aggregate_is_halved_by_its_records(sizes: list[int], key: KeyPlan) -> None:
+    """Each half is an aggregate with the same key, one record alone is plain; bytes, waiters and budget add up."""
+    rig = rig_of(1 << 20, key=key)
+    records = [bytes([65 + i]) * size for i, size in enumerate(sizes)]
+    for i, record in enumerate(records):
+        rig.lane.offer(b"t", record, 1 + i // 2)
+    [batch] = rig.drain()
+    assert (len(batch), batch.single) == (1, False)
+    [(whole, key_of_all, _)] = batch.entries()
+    size = batch.size
+    halves = batch.halves()
+    found: list[bytes] = []
+    for half in halves:
+        [(data, key_now, hash_key)] = half.entries()
+        assert (key_now, hash_key) == (key_of_all, None)
+        found += opened(data)[1]
+        assert half.user_records == len(opened(data)[1])
+        assert size - half.size == len(whole) - len(data), "the key is counted once in each"
+    assert found == records
+    assert rig.budget.records == len(records)
+    parts = [part for half in halves for part in halved(half)]
+    assert [data for part in parts for data, _, _ in part.entries()] == records
+    gathered = Batch.gather(parts)
+    assert [len(one) for one in gathered] == [len(parts)]
+    assert rig.budget.bytes == gathered[0].overhead + gathered[0].nbytes - FRAME_OF_CALL + ENTRY_BYTES * len(parts)
+    parts = halved(gathered[0])
+    with pytest.raises(LibraryError, match="cannot be halved"):
+        parts[0].halves()
+    for part in parts:
+        part.settle(stored(1))
+    assert rig.counts() == {1 + i: len(records[2 * i : 2 * i + 2]) for i in range((len(records) + 1) // 2)}
+    rig.settled()
+
+
+def test_waiters_of_every_kind_go_with_their_halves() -> None:
+    rig = rig_of()
+    receipts = [rig.lane.put(b"r%d" % i) for i in range(3)]
+    frame = rig.lane.put_frame(encode_frame([b"f", b"g", b"h"]))
+    for token in (7, 7, 8):
+        rig.lane.add(b"x", token)
+    [batch] = rig.drain()
+    first, *rest = halved(batch)
+    first.finish(FAILED, RecordError("bad"))
+    assert isinstance(receipts[0].exception(), RecordError)
+    for number, part in enumerate(rest):
+        assert not all(receipt.done() for receipt in (*receipts, frame)) or number > 4
+        part.settle(answer([entry(number=str(number))]))
+    assert [receipt.result().sequence_number for receipt in receipts[1:]] == ["0", "1"]  # type: ignore[union-attr]
+    assert frame.result() == FrameResult(3)
+    assert [(token, count) for token, count, *_ in rig.told] == [(7, 1), (7, 1), (8, 1)]
     rig.settled()
 
 

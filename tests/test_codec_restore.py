@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gc
 import json
@@ -168,6 +169,53 @@ def test_failures_splits_and_gathers_keep_rows_apart() -> None:
     rig.lane.settle_spooled(10, DEAD)
     assert rig.lane.dead_lettered == 15
     rig.empty()
+
+
+def test_an_aggregate_from_the_disk_is_halved_too() -> None:
+    rig = Disk(aggregate_bytes=1000)
+    for token in range(5):
+        rig.lane.add(b"%d" % token, token + 1)
+    [(body, counts)] = rig.spool()
+    batch = rig.lane.restore(body, counts, 9)
+    left, right = batch.halves()
+    assert (left.rows(), right.rows(), left.restored) == ({9: 2}, {9: 3}, True)
+    one, other = left.halves()
+    assert [data for part in (one, other) for data, _, _ in part.entries()] == [b"0", b"1"]
+    assert one.single
+    one.finish(DEAD)
+    other.finish(SPOOLED)
+    right.finish(SPOOLED)
+    assert rig.rows == [(9, 1, DEAD), (9, 1, SPOOLED), (9, 3, SPOOLED)]
+    rig.books()
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda data: data[:-17] + data[-16:],  # the last record ends too early
+    lambda data: data[:7] + b"\x1b" + data[8:],
+    lambda data: b"\xf4" + data[1:],
+    lambda data: data[:5] + b"\xff\xff\xff\xff\xff\xff" + data[11:],
+    lambda data: data[:12],
+    lambda data: b"",
+    lambda data: data[:5] + bytes([data[5] + 1]) + data[6:],
+    lambda data: data.replace(b"\x08\x00\x1a", b"\x08\x01\x1a", 1),
+], ids=range(8))  # fmt: skip
+def test_what_says_it_is_several_records_and_is_no_aggregate_stays_whole(spoil: Any) -> None:
+    """A disk may hand back anything: it goes as it is."""
+    rig = Disk(aggregate_bytes=1000, key=KeyPlan("parts", [("text", "k")]))
+    for token in range(5):
+        rig.lane.add(b"%d" % token, token + 1)
+    [(body, counts)] = rig.spool()
+    before = json.loads(body)
+    data = base64.b64decode(before["Records"][0]["Data"])
+    assert data != spoil(data)
+    before["Records"][0]["Data"] = base64.b64encode(spoil(data)).decode()
+    batch = rig.lane.restore(json.dumps(before, separators=(",", ":")).encode(), counts, 9)
+    assert batch.user_records == 5
+    assert batch.single
+    with pytest.raises(LibraryError, match="cannot be halved"):
+        batch.halves()
+    batch.finish(SPOOLED)
+    assert rig.rows == [(9, 5, SPOOLED)]
 
 
 def test_fresh_and_restored_in_one_call_are_paid_by_their_own_budget() -> None:

@@ -11,6 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from aws_kinesis_agg.deaggregator import messages_pb2
 
 from fastkin._codec import DRAIN, DROPPED, Batch, Budget, KeyPlan, Lane, ShardTable
 from fastkin.aws.shards import HASH_SPACE, Shard, ShardMap
@@ -62,10 +63,13 @@ class Scripted:
 
 
 class Rig:
-    def __init__(self, client: Scripted, *, key: str = "uuid", **options: Any) -> None:
+    def __init__(self, client: Scripted, *, key: str = "uuid", aggregate_bytes: int = 0, **options: Any) -> None:
         self.budget = Budget(64 * 2**20, 100_000)
         plan = KeyPlan("uuid") if key == "uuid" else KeyPlan("parts", [("text", key)])
-        self.lane = Lane(settler=None, budget=self.budget, frame="raw", key=plan, target=b'"StreamName":"s"')
+        self.lane = Lane(
+            settler=None, budget=self.budget, frame="raw", key=plan, target=b'"StreamName":"s"',
+            aggregate_bytes=aggregate_bytes,
+        )  # fmt: skip
         self.client = client
         self.aside: list[tuple[bytes, str]] = []
         self.settled = 0
@@ -235,6 +239,35 @@ async def test_an_entry_refused_for_good_is_set_aside_alone() -> None:
     await rig.send(numbered(20))
     assert rig.aside == [(b"5", "InvalidArgumentException: bad key")]
     assert len(rig.client.stored) == 19
+
+
+def records_in(data: bytes) -> list[bytes]:
+    """Of an aggregate, or the plain record."""
+    if not data.startswith(b"\xf3\x89\x9a\xc2"):
+        return [data]
+    return [record.data for record in messages_pb2.AggregatedRecord.FromString(data[4:-16]).records]
+
+
+@pytest.mark.parametrize("how", ["call", "entry", "strange"])
+async def test_one_bad_record_of_an_aggregate_is_set_aside_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that there is may be in one aggregate: nothing else is stored, and none of the others is lost with it."""
+    monkeypatch.setattr("fastkin.delivery.sender._STRANGE_CAP_S", 0.01)
+
+    def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
+        bad = [b"77" in records_in(base64.b64decode(record["Data"])) for record in records]
+        if how == "call" and any(bad):
+            return KinesisError("ValidationException", "no", action=Action.REJECTED, http_status=400)
+        code = "InvalidArgumentException" if how == "entry" else "Strange"
+        return [(code, "bad") if one else None for one in bad]
+
+    rig = Rig(Scripted(script), aggregate_bytes=50_000)
+    await rig.send(numbered(100), timeout=60)
+    assert [data for data, _ in rig.aside] == [b"77"]
+    stored = [one for data, _ in rig.client.stored for one in records_in(data)]
+    assert Counter(stored) == Counter(set(numbered(100)) - {b"77"})
+    assert len({key for _, key in rig.client.stored}) == 1
+    if how != "strange":
+        assert rig.client.calls < 20
 
 
 async def test_an_undocumented_entry_error_is_tried_a_while_then_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from codec_rig import Rig
-from fastkin._codec import Budget
+from fastkin._codec import Budget, Receipt
 from fastkin.delivery.turns import Turns
 
 
@@ -112,3 +112,30 @@ async def test_what_nobody_will_look_at() -> None:
     w.turns.call()
     assert w.turns.stuck(0) is None
     await asyncio.gather(*tasks)
+
+
+def test_room_made_after_the_loop_has_closed_calls_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever drops an engine without closing it drops what it held: that makes room, and wakes receipts."""
+    wrong: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", wrong.append)
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda loop, context: None)  # tasks are pending as it ends: that is the case
+
+    async def begin() -> tuple[Waiters, list[asyncio.Task[None]]]:
+        w = Waiters(1)
+        tasks = w.start(1, 2)
+        w.rig.lane.put(b"y").add_done_callback(lambda receipt: None)
+        tasks.append(asyncio.create_task(wait_for(w.rig.lane.put(b"z"))))
+        await turn_of_the_loop()
+        return w, tasks
+
+    w, tasks = loop.run_until_complete(begin())
+    loop.close()
+    w.rig.store()
+    assert not w.rig.budget.full
+    assert wrong == []
+    del tasks
+
+
+async def wait_for(receipt: Receipt) -> None:
+    await receipt

@@ -124,7 +124,10 @@ class Batch:
     def shard_load(self) -> dict[int, tuple[int, int]]: ...  # shard index (-1 unknown) -> (records, bytes)
     # (entries of those shards, the others); self is spent
     def split(self, shards: Iterable[int]) -> tuple[Batch | None, Batch | None]: ...
-    def halves(self) -> tuple[Batch, Batch]: ...  # bisect; self is spent
+    @property
+    def single(self) -> bool: ...  # it cannot be halved: one record, and no aggregate of several
+    # bisect, an aggregate that stands alone by its records; self is spent; LibraryError when single
+    def halves(self) -> tuple[Batch, Batch]: ...
     # of the same lane; as few as the limits allow; order kept; the inputs are spent
     @staticmethod
     def gather(batches: Sequence[Batch]) -> list[Batch]: ...

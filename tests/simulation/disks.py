@@ -20,6 +20,7 @@ from fastkin.deadletter import file as deadletter
 from fastkin.delivery import spool_file as spool
 from fastkin.errors import SpoolError
 from fastkin.lambdas import deaggregate
+from simulation.loop import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -328,8 +329,8 @@ class Letters:
             self.payloads[payload] += 1
             if letter.get("packet"):
                 self.packets.append(payload)
-            if payload[:4] == KPL:  # refused as a whole: what is in it is set aside with it
-                self.payloads.update(user for _, user in deaggregate(payload))
+            if payload[:4] == KPL:
+                raise Finding(f"an aggregate of {len(deaggregate(payload))} records is a dead letter: one was at fault")
 
     def has(self, payload: bytes) -> bool:
         if payload in self.payloads:

@@ -148,6 +148,8 @@ class Stream:
             raise Finding(f"a call of {total} bytes")
         if refused or (self.poison and any(user in self.poison for users in decoded for user in users)):
             world.mark("a call refused for one record")
+            if len(decoded) == 1 < len(decoded[0]):
+                world.mark("a refused aggregate")
             return 400, _error("ValidationException", "1 validation error detected")
         answers, failed = [], 0
         shard = self.open[0]

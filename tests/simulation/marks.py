@@ -33,6 +33,7 @@ MARKS: frozenset[str] = frozenset(
         "a broker restored from an older save",
         "a call is cut short",
         "a call refused for one record",
+        "a refused aggregate",
         "a call that hangs",
         "a client takes its own session over",
         "a disk hangs",

@@ -131,6 +131,67 @@ cdef int aggregate_finish(Aggregate* group) noexcept nogil:
     return 0
 
 
+cdef size_t varint_read(const uint8_t* p, size_t left, size_t* value) noexcept nogil:
+    """How many bytes it takes; 0 when it is cut off or larger than any length here."""
+    cdef size_t n = 0
+    value[0] = 0
+    while n < left and n < 5:
+        value[0] |= <size_t> (p[n] & 127) << 7 * n
+        n += 1
+        if p[n - 1] < 128:
+            return n
+    return 0
+
+
+cdef list aggregate_records(bytes data):
+    """(begin, begin of its data, end) of each record as aggregate_add writes it; None: this is no such aggregate.
+
+    What comes back from a disk may be anything, so nothing is taken on trust.
+    """
+    cdef const uint8_t* p = <const uint8_t*> PyBytes_AS_STRING(data)
+    cdef size_t end = <size_t> PyBytes_GET_SIZE(data)
+    cdef size_t at = AGGREGATE_MAGIC + 1
+    cdef size_t begin
+    cdef size_t n
+    cdef size_t length = 0
+    cdef size_t inner = 0
+    if end < AGGREGATE_MAGIC + 2 + AGGREGATE_DIGEST or memcmp(p, b"\xf3\x89\x9a\xc2\x0a", AGGREGATE_MAGIC + 1) != 0:
+        return None
+    end -= AGGREGATE_DIGEST
+    n = varint_read(p + at, end - at, &length)
+    at += n
+    if n == 0 or length > end - at:
+        return None
+    at += length
+    records = []
+    while at < end:
+        begin = at
+        if p[at] != 0x1A:
+            return None
+        at += 1
+        n = varint_read(p + at, end - at, &inner)
+        at += n
+        if n == 0 or inner > end - at or inner < 4 or memcmp(p + at, b"\x08\x00\x1a", 3) != 0:
+            return None
+        n = varint_read(p + at + 3, inner - 3, &length)
+        if n == 0 or length != inner - 3 - n:
+            return None
+        at += inner
+        records.append((begin, at - length, at))
+    return records
+
+
+cdef bytes aggregate_of(bytes data, Py_ssize_t head, list records):
+    """Some records of `data`, whose records begin at `head`, with the same key; one alone is plain."""
+    cdef uint8_t digest[AGGREGATE_DIGEST]
+    cdef bytes message
+    if len(records) == 1:
+        return data[records[0][1]:records[0][2]]
+    message = data[AGGREGATE_MAGIC:head] + data[records[0][0]:records[len(records) - 1][2]]
+    fk_md5(<const uint8_t*> PyBytes_AS_STRING(message), <size_t> PyBytes_GET_SIZE(message), digest)
+    return data[:AGGREGATE_MAGIC] + message + digest[:AGGREGATE_DIGEST]
+
+
 cdef void aggregate_free(Aggregate* group) noexcept nogil:
     buf_free(&group.bytes)
     buf_free(&group.runs)

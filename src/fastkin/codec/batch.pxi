@@ -549,6 +549,12 @@ cdef class Batch:
         return self.records
 
     @property
+    def single(self) -> bool:
+        """It cannot be halved: one record, or a Kinesis record that is no aggregate of ours."""
+        self.whole()
+        return self.count == 1 and self._aggregated() is None
+
+    @property
     def reason(self) -> int:
         """Why it was closed."""
         return self.why
@@ -646,11 +652,92 @@ cdef class Batch:
         finally:
             free(mine)
 
+    cdef list _aggregated(self):
+        """Of a batch of one entry: its records, see aggregate_records; None when it is none that can be taken apart."""
+        cdef list records
+        if self.items[0].records < 2:
+            return None
+        records = aggregate_records(self._data())
+        if records is None or len(records) != self.items[0].records:
+            return None
+        return records
+
+    cdef bytes _data(self):
+        """The first entry's data."""
+        cdef const char* p = self.body.p + self.items[0].at + ENTRY_OPEN
+        cdef const char* end = <const char*> memchr(p, c'"', self.items[0].length - ENTRY_OPEN)
+        return base64.b64decode(p[:end - p])
+
+    cdef tuple _halve_aggregate(self, list records):
+        cdef Entry* entry = &self.items[0]
+        cdef bytes data = self._data()
+        cdef size_t whole = <size_t> len(data)
+        cdef uint32_t middle = entry.records // 2
+        cdef Batch left = self.fresh(entry.length + 64, 1)
+        cdef Batch right = self.fresh(entry.length + 64, 1)
+        head = records[0][0]
+        left._take_records(self, aggregate_of(data, head, records[:middle]), whole, 0, middle)
+        right._take_records(self, aggregate_of(data, head, records[middle:]), whole, middle, entry.records - middle)
+        left.finish_body(self.why, self.lane)
+        right.finish_body(self.why, self.lane)
+        cdef Budget payer = self.books.replay if self.restored else self.books.budget
+        payer.charge(entry_cost(&left.items[0]) + entry_cost(&right.items[0]), 0)
+        payer.release(entry_cost(entry), 0)
+        self.spend()
+        left.live = right.live = True
+        return left, right
+
+    cdef int _take_records(self, Batch source, bytes data, size_t whole, uint32_t first, uint32_t count) except -1:
+        """The one entry: `count` records from the `first` on of an aggregate of `whole` bytes, as `data`."""
+        cdef const Entry* from_ = &source.items[0]
+        cdef Entry* entry = self.next_entry()
+        cdef size_t length = <size_t> len(data)
+        cdef size_t encoded = fk_b64_length(length)
+        cdef size_t rest = ENTRY_OPEN + fk_b64_length(whole)  # key and all that follows the data
+        cdef char* p
+        cdef Run* run
+        cdef size_t k
+        cdef uint32_t before = 0
+        cdef uint32_t mine
+        buf_need(&self.body, encoded + from_.length + FK_B64_SLACK)
+        p = self.body.p + self.body.length
+        entry[0] = from_[0]
+        entry.at = <uint32_t> self.body.length
+        memcpy(p, source.body.p + from_.at, ENTRY_OPEN)
+        fk_b64_encode(<const uint8_t*> PyBytes_AS_STRING(data), length, p + ENTRY_OPEN)
+        memcpy(p + ENTRY_OPEN + encoded, source.body.p + from_.at + rest, from_.length - rest)
+        entry.length = <uint32_t> (ENTRY_OPEN + encoded + from_.length - rest)
+        entry.size = <uint32_t> (from_.size - whole + length)
+        entry.records = count
+        self.body.length += entry.length
+        if entry.kind == ENTRY_ROW:
+            self.restored = True
+        else:
+            held = False
+            for k in range(from_.token & UINT32_MAX):
+                run = &source.runs[(from_.token >> 32) + k]
+                if before < first + count and before + run.count > first:
+                    mine = min(before + run.count, first + count) - max(before, first)
+                    self.add_run(run.token, mine, run.kind)
+                    held = held or run.kind == ENTRY_RECEIPT
+                before += run.count
+            entry.token = self.run_count
+            entry.kind = ENTRY_RUNS_HELD if held else ENTRY_RUNS
+            if count == 1:
+                entry.token = self.runs[0].token
+                entry.kind = self.runs[0].kind
+                self.run_count = 0
+        self.close_entry(entry)
+        return 0
+
     def halves(self) -> tuple[Batch, Batch]:
-        """Bisect. Self is spent."""
+        """Bisect, an aggregate that stands alone by its records. Self is spent. LibraryError when it is `single`."""
         self.whole()
-        if self.count < 2:
-            raise LibraryError("one record cannot be halved")
+        if self.count == 1:
+            records = self._aggregated()
+            if records is None:
+                raise LibraryError("one record cannot be halved")
+            return self._halve_aggregate(records)
         cdef size_t i
         cdef uint8_t* mine = <uint8_t*> take_memory(NULL, self.count)
         try:

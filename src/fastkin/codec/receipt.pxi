@@ -84,7 +84,7 @@ cdef class Receipt:
         for waiter in waiters:
             try:
                 if isinstance(waiter, asyncio.Future):
-                    if not waiter.done():
+                    if not waiter.done() and not waiter.get_loop().is_closed():
                         waiter.set_result(None)
                 else:
                     waiter(self)

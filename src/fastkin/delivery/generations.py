@@ -42,6 +42,11 @@ class Generations:
             self._open[batch.epoch] -= len(batch)
             self._open[generation] += len(batch)
 
+    def grew(self, generation: int, records: int) -> None:
+        """So many more records than were taken: one that was an aggregate became two."""
+        if generation != NO_GENERATION:
+            self._open[generation] += records
+
     def ended(self, generation: int, records: int) -> None:
         """So many records have an outcome: whoever waits for no more of them is woken."""
         if generation != NO_GENERATION:

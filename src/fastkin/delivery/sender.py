@@ -492,6 +492,9 @@ class Sender:
         if action is not Action.THROTTLE:
             batch.attempts += 1
         if action is Action.REJECTED or (action is Action.STRANGE and self._given_up(batch, now)):
+            if batch.user_records > len(batch) and not batch.single:
+                self._halve(batch)  # the others of an aggregate are not lost with the one that is at fault
+                return 0.0
             self._generations.ended(batch.epoch, len(batch))
             self._set_aside(batch, f"{code}: {message}")
             return 0.0
@@ -538,6 +541,8 @@ class Sender:
         """A record failed with a code that nobody documented: has it failed for long enough?"""
         if batch.attempts < _STRANGE_ATTEMPTS:
             return False
+        if batch.user_records > len(batch) and not batch.single:
+            return True  # its parts are judged
         if now - self.answered_at <= _STORED_LATELY_S:
             return True
         # Nothing else is stored, perhaps because nothing else can come before this one has ended.
@@ -569,7 +574,7 @@ class Sender:
         self.calls_failed_by_code.add(error.code, 1)
         doubted = False
         if error.action is Action.REJECTED:
-            if len(batch) > 1:
+            if not batch.single:
                 self._refused_call(batch, error)
                 return
             if self.refusals.at_fault(batch, now):
@@ -615,12 +620,19 @@ class Sender:
 
     def _refused_call(self, batch: Batch, error: KinesisError) -> None:
         """Kinesis refuses a whole call for one bad record: halve it until the bad one stands alone."""
-        if _too_large(error) and self._waits.sizes.late(batch.nbytes):
+        if len(batch) > 1 and _too_large(error) and self._waits.sizes.late(batch.nbytes):
             self.retried += len(batch)
             self.retried_by_code.add(error.code, batch.user_records)
             self._waits.put_back(batch)  # it is cut on its way, and so are the next ones
             return
-        for half in batch.halves():
+        self._halve(batch)
+
+    def _halve(self, batch: Batch) -> None:
+        """To be sent by halves. Of an aggregate there is one record more than before, so the flush counts anew."""
+        before = len(batch)
+        halves = batch.halves()
+        self._generations.grew(batch.epoch, sum(map(len, halves)) - before)
+        for half in halves:
             self._waits.put_alone(half)
 
     # -- bookkeeping ---------------------------------------------------------------------------

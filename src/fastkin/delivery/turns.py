@@ -68,7 +68,8 @@ class Turns:
         """There may be room: call who came first, each who is served calls the next."""
         while self._line and len(self._called) < _CALLED_AT_ONCE and not self._budget.full:
             ticket, waiter = heapq.heappop(self._line)
-            if not waiter.done():
+            # What is dropped with a loop that has closed makes room too, and then nobody is there to be called.
+            if not waiter.done() and not waiter.get_loop().is_closed():
                 waiter.set_result(None)
                 self._called.append(ticket)
 
