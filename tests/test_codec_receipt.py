@@ -11,7 +11,7 @@ import pytest
 
 from codec_rig import SHARD, Rig, answer, entry, failure, stored
 from fastkin import encode_frame
-from fastkin._codec import DEAD, DROPPED, FAILED, FILTERED, Receipt
+from fastkin._codec import DEAD, DROPPED, FAILED, FILTERED, Budget, Receipt
 from fastkin.errors import RecordError, RecordFailed
 from fastkin.results import FrameResult, PutResult
 
@@ -295,4 +295,30 @@ def test_dropped_receipts_leave_nothing() -> None:
     work()
     gc.collect()
     assert sys.getallocatedblocks() - before < 50
+    rig.settled()
+
+
+def test_put_if_room_asks_for_attention_and_takes_nothing_without_room() -> None:
+    rig = Rig(budget=Budget(1 << 20, 3), max_records=2)
+    calls: list[bool] = []
+
+    def attend() -> None:
+        calls.append(rig.lane.attention)
+        rig.lane.attention = False
+
+    first = rig.lane.put_if_room(b"a", None, None, attend)
+    assert first is not None
+    assert calls == [True], "a batch was opened"
+    assert rig.lane.put_if_room(b"b", "key", "7", attend) is not None
+    assert calls == [True, True], "it was closed"
+    assert rig.lane.put_if_room(b"c", None, None, attend) is not None
+    assert rig.budget.full
+    before = len(calls)
+    assert rig.lane.put_if_room(b"d", None, None, attend) is None
+    assert (len(calls), rig.lane.received) == (before, 3)
+    with pytest.raises(ZeroDivisionError):
+        Rig().lane.put_if_room(b"e", None, None, lambda: 1 // 0)
+    entries = [one for call in rig.store() for one in call]
+    assert [(data, hash_key) for data, _, hash_key in entries] == [(b"a", None), (b"b", "7"), (b"c", None)]
+    assert first.result().sequence_number
     rig.settled()

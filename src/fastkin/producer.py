@@ -144,7 +144,7 @@ class Producer:
         self._overflow: Overflow | None = None
         self._sender: Sender | None = None
         self._flusher: Flusher | None = None
-        self._open: Flusher | None = None  # what put() goes by: the flusher from start() until close() is called
+        self._attend: Callable[[], None] | None = None  # the flusher's, from start() until close() is called
         self._watchdog: Watchdog | None = None
         self._turns = Turns(self._budget)
         self._closed = False
@@ -209,7 +209,8 @@ class Producer:
             raise self._not_open()
         loop = asyncio.get_running_loop()
         self._overflow = overflow
-        self._flusher = self._open = Flusher(self._lane, overflow or sender, self._linger_s, loop)
+        self._flusher = Flusher(self._lane, overflow or sender, self._linger_s, loop)
+        self._attend = self._flusher.attend
         self._sender = sender
         self._watchdog = Watchdog(self._stream, loop, self.stuck, self._wake)
         self._watchdog.start()
@@ -218,7 +219,7 @@ class Producer:
     def _loop_ended(self) -> None:
         if self._closed:
             return
-        self._closed, self._open = True, None
+        self._closed, self._attend = True, None
         if self._lane.in_flight:
             _LOG.warning(
                 "pipeline=%s stage=engine the event loop ended and close() was never called: %d records were not"
@@ -327,35 +328,33 @@ class Producer:
 
         RecordError: the record can never be stored. ClosedError: the producer is not open.
         """
-        flusher = self._open
-        if flusher is None:
+        attend = self._attend
+        if attend is None:
             raise self._not_open()
-        if self._budget.full or self._turns.waiting:
-            # not a lambda: its closure would make cells of the arguments on every call
-            return await self._in_turn(flusher, partial(self._lane.put, data, partition_key, explicit_hash_key))
-        lane = self._lane
-        receipt = lane.put(data, partition_key, explicit_hash_key)
-        if lane.attention:
-            flusher.attend()
-        return receipt
+        if not self._turns.waiting:
+            receipt = self._lane.put_if_room(data, partition_key, explicit_hash_key, attend)
+            if receipt is not None:
+                return receipt
+        # not a lambda: its closure would make cells of the arguments on every call
+        return await self._in_turn(attend, partial(self._lane.put, data, partition_key, explicit_hash_key))
 
     async def put_frame(self, payload: Buffer) -> Receipt:
         """Take every record of a bulk frame under one receipt (FrameResult). DataFormatError: none was taken."""
-        flusher = self._open
-        if flusher is None:
+        attend = self._attend
+        if attend is None:
             raise self._not_open()
         if self._budget.full or self._turns.waiting:
-            return await self._in_turn(flusher, partial(self._lane.put_frame, payload))
+            return await self._in_turn(attend, partial(self._lane.put_frame, payload))
         receipt = self._lane.put_frame(payload)
         if self._lane.attention:
-            flusher.attend()
+            attend()
         return receipt
 
     async def flush(self) -> None:
         """Send what is open now; return when every receipt given so far has ended, well or not, or is spooled."""
-        if self._open is None or self._sender is None:
+        if self._attend is None or self._flusher is None or self._sender is None:
             raise self._not_open()
-        self._open.close(DRAIN)
+        self._flusher.close(DRAIN)
         await self._sender.flush()
 
     async def close(self, timeout_s: float = 30.0) -> int:
@@ -367,7 +366,7 @@ class Producer:
         raises ClosedError. When the caller is cancelled the flush is cut short, the rest is done all the same.
         """
         if self._closing is None:
-            self._closed, self._open = True, None
+            self._closed, self._attend = True, None
             self._closing = asyncio.create_task(self._close(timeout_s), name=f"fastkin[{self._stream}].close")
         closing = self._closing
         try:
@@ -445,11 +444,12 @@ class Producer:
             return ClosedError("this producer is closed: make a new one")
         return ClosedError("this producer is not started: use `async with Producer(...)` or await start()")
 
-    async def _in_turn(self, flusher: Flusher, put: Callable[[], Receipt]) -> Receipt:
+    async def _in_turn(self, attend: Callable[[], None], put: Callable[[], Receipt]) -> Receipt:
         """The same when the budget is full, or somebody waits already."""
 
         def make_room() -> None:
-            flusher.close(DRAIN)
+            if self._flusher is not None:
+                self._flusher.close(DRAIN)
             if self._overflow is not None:
                 self._overflow.attend()
 
@@ -458,7 +458,7 @@ class Producer:
                 raise self._not_open()
             receipt = put()
         if self._lane.attention:
-            flusher.attend()
+            attend()
         return receipt
 
     def _settled(self) -> None:
