@@ -67,7 +67,7 @@ async def until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
 
 def offer(run: PipelineRun, *payloads: bytes) -> None:
     for payload in payloads:
-        assert run.lane.offer(b"plant/1", payload, 0) >= 0
+        assert run.delivery.lane.offer(b"plant/1", payload, 0) >= 0
     run._read()
 
 
@@ -95,7 +95,7 @@ async def test_letters_are_counted_by_reason_when_they_are_settled(emulator: Emu
     run = run_of(emulator, dead_letter=str(path), max_record_bytes=2000)
     run.start()
     offer(run, b"good", b"poison", b"x" * 3000, b"poison too")
-    await until(lambda: not run.lane.in_flight)
+    await until(lambda: not run.delivery.lane.in_flight)
     identity(run)
     assert run.aside.dead_lettered_by == {"oversize": 1, "InvalidArgumentException": 2}
     assert run.aside.dropped == {}
@@ -109,7 +109,7 @@ async def test_what_kinesis_refused_has_the_topic_where_there_is_only_one(emulat
     run = run_of(emulator, dead_letter=str(path), topics=("plant/1",))
     run.start()
     offer(run, b"good", b"poison")
-    await until(lambda: not run.lane.in_flight)
+    await until(lambda: not run.delivery.lane.in_flight)
     assert [line["topic"] for line in lines(path)] == ["plant/1"]
     await run.stop()
 
@@ -123,9 +123,9 @@ async def test_without_a_place_they_are_dropped_and_counted_as_that(emulator: Em
     run = run_of(emulator, dead_letter="none", format="bulk")
     run.start()
     offer(run, b"\xc0", b"\xc1")
-    await until(lambda: not run.lane.in_flight)
+    await until(lambda: not run.delivery.lane.in_flight)
     identity(run)
-    assert run.lane.dropped == 2
+    assert run.delivery.lane.dropped == 2
     assert run.aside.dropped == {"no_dead_letter": 2}
     assert run.aside.dead_lettered_by == {}
     await run.stop()
@@ -138,7 +138,7 @@ async def test_a_wrong_place_is_told_at_start_and_the_pipeline_goes_on(
     run.start()
     await until(lambda: errors(caplog, "mkdir -p") == 1)
     offer(run, b"good")
-    await until(lambda: run.lane.stored == 1)
+    await until(lambda: run.delivery.lane.stored == 1)
     assert await run.stop() == 0
     path = tmp_path / "dead.jsonl"
     run = run_of(emulator, dead_letter=str(path))
@@ -155,7 +155,7 @@ async def test_rotation_says_what_it_deleted(
     run.start()
     for n in range(8):
         offer(run, b"\xc0%d" % n)
-        await until(lambda n=n: run.lane.dead_lettered == n + 1)  # type: ignore[misc]
+        await until(lambda n=n: run.delivery.lane.dead_lettered == n + 1)  # type: ignore[misc]
     assert run.stats()["dead_letters_deleted"] > 0
     left = len(lines(path)) + len(lines(numbered(path, 1)))
     assert left + run.stats()["dead_letters_deleted"] == 8
@@ -194,7 +194,7 @@ async def test_a_full_disk_pauses_intake_says_so_once_and_loses_nothing(
         while True:
             more.write(b"x" * 4096)
     taken = 0
-    while run.lane.offer(b"plant/1", b"\xc0%0999d" % taken, 0) >= 0:
+    while run.delivery.lane.offer(b"plant/1", b"\xc0%0999d" % taken, 0) >= 0:
         taken += 1
         assert taken < 1000, "the budget never filled"
     run._read()
@@ -204,13 +204,13 @@ async def test_a_full_disk_pauses_intake_says_so_once_and_loses_nothing(
     assert errors(caplog, "No space left") == 1
     assert errors(caplog, str(path)) == 1
     assert errors(caplog, "free space") == 1
-    assert run.budget.full
-    assert run.lane.dead_lettered == 0
+    assert run.delivery.budget.full
+    assert run.delivery.lane.dead_lettered == 0
     for each in (filler, small_disk / "more"):
         each.unlink()
-    await until(lambda: not run.lane.in_flight)
+    await until(lambda: not run.delivery.lane.in_flight)
     identity(run)
-    assert not run.budget.full
+    assert not run.delivery.budget.full
     assert sorted(base64.b64decode(line["payload"]) for line in lines(path)) == [
         b"\xc0%0999d" % n for n in range(taken)
     ]
@@ -234,9 +234,9 @@ async def main():
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
         offer(run, b"\\xc0" + b"x" * 1000)
         await asyncio.sleep(0.5)
-        assert run.lane.in_flight == 1 and run.lane.dead_lettered == 0
+        assert run.delivery.lane.in_flight == 1 and run.delivery.lane.dead_lettered == 0
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        await until(lambda: run.lane.dead_lettered == 1)
+        await until(lambda: run.delivery.lane.dead_lettered == 1)
         assert await run.stop() == 0
 
 asyncio.run(main())
@@ -314,9 +314,9 @@ async def test_letters_go_to_another_stream(emulator: Emulator) -> None:
     run = run_of(emulator, dead_letter="stream:dead", max_record_bytes=2000)
     run.start()
     offer(run, b"good", b"poison", b"x" * 3000)
-    await until(lambda: not run.lane.in_flight)
+    await until(lambda: not run.delivery.lane.in_flight)
     identity(run)
-    assert run.lane.dead_lettered == 2
+    assert run.delivery.lane.dead_lettered == 2
     told = {line["reason"].partition(":")[0][:8]: line for line in letters_in(emulator)}
     assert [record.data for record in emulator.stored("welders")] == [b"good"]
     assert len(told) == 2
@@ -324,7 +324,7 @@ async def test_letters_go_to_another_stream(emulator: Emulator) -> None:
     assert list(poison) == ["time", "pipeline", "topic", "reason", "offset", "index", "partition_key", "payload"]
     assert base64.b64decode(poison["payload"]) == b"poison"
     assert poison["partition_key"]
-    assert run.budget.bytes == 0
+    assert run.delivery.budget.bytes == 0
     assert await run.stop() == 0
 
 
@@ -333,13 +333,13 @@ async def test_a_letter_larger_than_a_record_is_split_and_nothing_of_it_is_gone(
     run = run_of(emulator, dead_letter="stream:dead", format="bulk", max_batch_bytes=4 << 20)
     run.start()
     offer(run, payload)
-    await until(lambda: not run.lane.in_flight, 20)
+    await until(lambda: not run.delivery.lane.in_flight, 20)
     parts = sorted(letters_in(emulator), key=lambda part: part["part"])
     assert [part["part"] for part in parts] == list(range(parts[0]["parts"]))
     assert len({part["id"] for part in parts}) == 1
     assert b"".join(base64.b64decode(part["payload"]) for part in parts) == payload
     assert len({record.partition_key for record in emulator.stored("dead")}) == 1
-    assert run.lane.dead_lettered == 1
+    assert run.delivery.lane.dead_lettered == 1
     await run.stop()
 
 
@@ -366,11 +366,11 @@ async def test_a_dead_letter_that_the_dead_letter_stream_refuses_does_not_loop_a
     identity(run)
     assert errors(caplog, "takes no dead letters") == 1
     assert "set another `dead_letter`" in caplog.text
-    assert run.lane.in_flight == 1
-    assert run.lane.received == 1
+    assert run.delivery.lane.in_flight == 1
+    assert run.delivery.lane.received == 1
     emulator.faults.clear()
     assert fault is not None
-    await until(lambda: run.lane.dead_lettered == 1)
+    await until(lambda: run.delivery.lane.dead_lettered == 1)
     assert len(letters_in(emulator)) == 1
     assert await run.stop() == 0
 
@@ -382,10 +382,10 @@ async def test_a_missing_stream_is_told_at_start_and_records_wait(
     run.start()
     await until(lambda: errors(caplog, "dead letter stream nowhere: ResourceNotFound") == 1)
     offer(run, b"\xc0", fastkin.encode_frame([b"good"]))
-    await until(lambda: run.lane.stored == 1)
+    await until(lambda: run.delivery.lane.stored == 1)
     identity(run)
     assert await run.stop() == 1
-    assert run.lane.dead_lettered == run.lane.dropped == 0
+    assert run.delivery.lane.dead_lettered == run.delivery.lane.dropped == 0
 
 
 async def test_throttled_dead_letters_are_waited_for(emulator: Emulator) -> None:
@@ -393,7 +393,7 @@ async def test_throttled_dead_letters_are_waited_for(emulator: Emulator) -> None
     run = run_of(emulator, dead_letter="stream:dead", format="bulk")
     run.start()
     offer(run, *(b"\xc0%d" % n for n in range(20)))
-    await until(lambda: run.lane.dead_lettered == 20)
+    await until(lambda: run.delivery.lane.dead_lettered == 20)
     assert sorted(base64.b64decode(line["payload"]) for line in letters_in(emulator)) == sorted(
         b"\xc0%d" % n for n in range(20)
     )

@@ -182,7 +182,7 @@ async def test_every_figure_is_what_happened(server: Server, tmp_path: Path) -> 
             assert of("pipeline_ready", name) == of("intake_connected", name) == 1
             assert of("unacknowledged_messages", name) == of("oldest_unacknowledged_seconds", name) == 0
             assert of("budget_bytes", name) == of("calls_open", name) == 0
-            assert of("budget_bytes_limit", name) == engine.pipelines[name].budget.max_bytes
+            assert of("budget_bytes_limit", name) == engine.pipelines[name].delivery.budget.max_bytes
             assert of("intake_connects_total", name) == 1
             assert of("broker_window_messages", name) >= 1
         assert total(found, "fastkin_records_retried_total", code="InternalFailure") == 3

@@ -74,7 +74,7 @@ class Feed:
         taken = 0
         for _ in range(count):
             payload = b"%d-" % self.sent
-            if self.run.lane.offer(b"plant/1", payload.ljust(self.size, b"."), 0) < 0:
+            if self.run.delivery.lane.offer(b"plant/1", payload.ljust(self.size, b"."), 0) < 0:
                 break
             self.sent += 1
             taken += 1
@@ -137,25 +137,25 @@ async def test_an_outage_goes_to_the_disk_and_comes_back(emulator: Emulator, tmp
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
         feed = Feed(run)
         await feed.all(500)
-        await until(lambda: run.lane.stored == 500)
+        await until(lambda: run.delivery.lane.stored == 500)
         away = emulator.faults.cut("before", operation="PutRecords")
         await feed.all(15_000)
-        await until(lambda: run.lane.spooled > 10_000)
+        await until(lambda: run.delivery.lane.spooled > 10_000)
         feed.check()
-        assert run.overflow is not None
-        assert run.budget.bytes < run.budget.max_bytes
+        assert run.delivery.overflow is not None
+        assert run.delivery.budget.bytes < run.delivery.budget.max_bytes
         assert run.stats()["spool_bytes"] > 8 * MIB
         away.remove()
         more = asyncio.create_task(feed.all(1000))
-        await until(lambda: run.lane.stored == 16_500)
+        await until(lambda: run.delivery.lane.stored == 16_500)
         await more
         feed.check()
         assert sorted(numbers(emulator)) == list(range(16_500))
-        await until(lambda: not run.overflow.spooling and run.overflow._rows.held == 0)  # type: ignore[union-attr]
+        await until(lambda: not run.delivery.overflow.spooling and run.delivery.overflow._rows.held == 0)  # type: ignore[union-attr]
         assert run.stats()["spool_rows"] == 0
         await feed.all(100)
-        await until(lambda: run.lane.stored == 16_600)
-        assert run.budget.bytes == 0
+        await until(lambda: run.delivery.lane.stored == 16_600)
+        assert run.delivery.budget.bytes == 0
     assert (tmp_path / "spool.db").stat().st_size < MIB
 
 
@@ -170,16 +170,16 @@ async def test_what_is_held_at_the_end_goes_to_the_disk_and_is_sent_by_the_next_
     await until(lambda: run.ready)
     feed = Feed(run)
     feed.offer(700)
-    await until(lambda: run.sender.calls_failed > 0)
-    assert run.lane.spooled == 0
+    await until(lambda: run.delivery.sender.calls_failed > 0)
+    assert run.delivery.lane.spooled == 0
     assert await run.stop() == 0
     feed.check()
     assert run.stats()["spooled"] == 700
-    assert run.budget.bytes == 0
+    assert run.delivery.budget.bytes == 0
     away.remove()
     async with running(settings) as again:
-        await until(lambda: again.lane.stored == 700)
-        assert again.lane.received == 700
+        await until(lambda: again.delivery.lane.stored == 700)
+        assert again.delivery.lane.received == 700
         assert again.stats()["duplicates_possible"] == 0
         Feed(again).check()
     in_order(emulator, 700)
@@ -193,18 +193,18 @@ async def test_partly_stored_rows_are_written_again_without_what_is_stored(emula
     await until(lambda: run.ready)
     feed = Feed(run)
     feed.offer(100)
-    await until(lambda: run.lane.spooled + run.overflow.safe == 100)  # type: ignore[union-attr]
+    await until(lambda: run.delivery.lane.spooled + run.delivery.overflow.safe == 100)  # type: ignore[union-attr]
     # half of the row is stored, the other half fails for ever
     bad = emulator.faults.record("InternalFailure", match=lambda _shard, _key, data: data[:2].strip(b"-")[-1] % 2 == 0)
     away.remove()
-    await until(lambda: run.lane.stored == 50)
+    await until(lambda: run.delivery.lane.stored == 50)
     assert await run.stop() == 0
-    assert run.lane.spooled == 50
+    assert run.delivery.lane.spooled == 50
     feed.check()
     bad.remove()
     async with running(settings) as again:
-        assert again.lane.received == 50
-        await until(lambda: again.lane.stored == 50)
+        assert again.delivery.lane.received == 50
+        await until(lambda: again.delivery.lane.stored == 50)
     assert sorted(numbers(emulator)) == list(range(100))
 
 
@@ -215,11 +215,11 @@ async def test_order_is_kept_through_the_spool(emulator: Emulator, tmp_path: Pat
         feed = Feed(run)
         away = emulator.faults.cut("before", operation="PutRecords")
         await feed.all(3000)
-        await until(lambda: run.lane.spooled > 1000)
+        await until(lambda: run.delivery.lane.spooled > 1000)
         away.remove()
         for _ in range(20):
             await feed.all(100)
-        await until(lambda: run.lane.stored == 5000)
+        await until(lambda: run.delivery.lane.stored == 5000)
     in_order(emulator, 5000)
 
 
@@ -230,10 +230,10 @@ async def test_spooling_begins_below_the_budget_when_records_wait(
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
         away = emulator.faults.cut("before", operation="PutRecords")
         Feed(run).offer(1)
-        await until(lambda: run.overflow.spooled_total == 1)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.overflow.spooled_total == 1)  # type: ignore[union-attr]
         assert "records have waited" in caplog.text
         away.remove()
-        await until(lambda: run.lane.stored == 1)
+        await until(lambda: run.delivery.lane.stored == 1)
 
 
 async def test_calls_that_hang_are_cut_short(emulator: Emulator, tmp_path: Path) -> None:
@@ -242,30 +242,30 @@ async def test_calls_that_hang_are_cut_short(emulator: Emulator, tmp_path: Path)
         emulator.latency_s = 60.0
         feed = Feed(run)
         feed.offer(10)
-        await until(lambda: run.overflow.spooled_total == 10)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.overflow.spooled_total == 10)  # type: ignore[union-attr]
         feed.check()
         assert run.stats()["duplicates_possible"] == 10
         emulator.latency_s = 0.0
-    assert run.lane.spooled + run.lane.stored == 10
+    assert run.delivery.lane.spooled + run.delivery.lane.stored == 10
 
 
 async def test_while_kinesis_is_away_replay_does_not_spin(emulator: Emulator, tmp_path: Path) -> None:
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
         emulator.faults.cut("before", operation="PutRecords")
         await Feed(run).all(5000)
-        await until(lambda: run.lane.spooled > 3000)
-        calls = run.sender.calls
+        await until(lambda: run.delivery.lane.spooled > 3000)
+        calls = run.delivery.sender.calls
         turns = 0
-        turn = run.overflow._turn  # type: ignore[union-attr]
+        turn = run.delivery.overflow._turn  # type: ignore[union-attr]
 
         async def counted() -> bool:
             nonlocal turns
             turns += 1
             return await turn()
 
-        run.overflow._turn = counted  # type: ignore[union-attr, method-assign]
+        run.delivery.overflow._turn = counted  # type: ignore[union-attr, method-assign]
         await asyncio.sleep(1.5)
-        assert run.sender.calls - calls < 15
+        assert run.delivery.sender.calls - calls < 15
         assert turns < 30
 
 
@@ -297,12 +297,12 @@ async def test_a_disk_that_takes_nothing(
         feed = Feed(run)
         away = emulator.faults.cut("before", operation="PutRecords")
         await feed.all(3000)
-        await until(lambda: run.lane.spooled > 1000)
+        await until(lambda: run.delivery.lane.spooled > 1000)
         error = sqlite3.OperationalError("no")
         error.sqlite_errorcode = getattr(sqlite3, code)
         disk.fails = error
         more = asyncio.create_task(feed.all(5000))
-        await until(lambda: run.overflow.broken is not None and run.budget.full)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.overflow.broken is not None and run.delivery.budget.full)  # type: ignore[union-attr]
         await asyncio.sleep(1.0)
         feed.check()
         assert not more.done(), "memory had room for all of it"
@@ -310,11 +310,11 @@ async def test_a_disk_that_takes_nothing(
         assert len(errors) == 1
         assert str(path) in errors[0]
         disk.fails = None
-        await until(lambda: run.overflow.broken is None)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.overflow.broken is None)  # type: ignore[union-attr]
         await more
         assert "takes batches again" in caplog.text
         away.remove()
-        await until(lambda: run.lane.stored == 8000)
+        await until(lambda: run.delivery.lane.stored == 8000)
         feed.check()
     assert sorted(numbers(emulator)) == list(range(8000))
 
@@ -328,14 +328,14 @@ async def test_with_a_broken_disk_kinesis_still_gets_what_comes(
         feed = Feed(run)
         away = emulator.faults.cut("before", operation="PutRecords")
         await feed.all(1000)
-        await until(lambda: run.lane.spooled > 0)
+        await until(lambda: run.delivery.lane.spooled > 0)
         error = sqlite3.OperationalError("disk I/O error")
         error.sqlite_errorcode = sqlite3.SQLITE_IOERR
         disk.fails = error
         feed.offer(200)
-        await until(lambda: run.overflow.broken is not None)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.overflow.broken is not None)  # type: ignore[union-attr]
         away.remove()
-        await until(lambda: run.lane.stored >= 1200)
+        await until(lambda: run.delivery.lane.stored >= 1200)
         disk.fails = None
     assert sorted(set(numbers(emulator))) == list(range(1200))
 
@@ -346,14 +346,14 @@ async def test_a_full_spool_pauses(emulator: Emulator, tmp_path: Path, caplog: p
         feed = Feed(run)
         away = emulator.faults.cut("before", operation="PutRecords")
         more = asyncio.create_task(feed.all(6000))
-        await until(lambda: run.overflow.full and run.budget.full)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.overflow.full and run.delivery.budget.full)  # type: ignore[union-attr]
         await asyncio.sleep(0.3)
         assert not more.done()
         assert run.stats()["spool_bytes"] <= 2 * MIB
         assert sum("is full" in r.getMessage() and "spool_max_bytes" in r.getMessage() for r in caplog.records) == 1
         away.remove()
         await more
-        await until(lambda: run.lane.stored == 6000)
+        await until(lambda: run.delivery.lane.stored == 6000)
         feed.check()
     assert sorted(numbers(emulator)) == list(range(6000))
 
@@ -366,14 +366,14 @@ async def test_a_spool_that_cannot_be_opened_is_opened_later(
     async with running(pipeline(emulator.url, folder / "spool.db")) as run:
         feed = Feed(run)
         feed.offer(10)
-        await until(lambda: run.lane.stored == 10)
+        await until(lambda: run.delivery.lane.stored == 10)
         assert "mkdir -p), or set another `spool`" in caplog.text
         folder.mkdir()
         away = emulator.faults.cut("before", operation="PutRecords")
         feed.offer(10)
-        await until(lambda: run.overflow.spooled_total == 10)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.overflow.spooled_total == 10)  # type: ignore[union-attr]
         away.remove()
-        await until(lambda: run.lane.stored == 20)
+        await until(lambda: run.delivery.lane.stored == 20)
 
 
 async def test_a_damaged_row_is_set_aside_and_the_others_go_on(
@@ -394,9 +394,9 @@ async def test_a_damaged_row_is_set_aside_and_the_others_go_on(
         db.execute("UPDATE bodies SET body = ? WHERE id = ?", (body, rows[2]))
         db.execute("UPDATE rows SET crc = ? WHERE id = ?", (crc, rows[2]))
     async with running(settings) as again:
-        await until(lambda: again.lane.stored + again.lane.dead_lettered == 300)
+        await until(lambda: again.delivery.lane.stored + again.delivery.lane.dead_lettered == 300)
         Feed(again).check()
-        assert again.lane.stored == 100
+        assert again.delivery.lane.stored == 100
         errors = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
         assert len(errors) == 2
     assert sorted(numbers(emulator)) == list(range(100))
@@ -411,14 +411,14 @@ async def test_calls_cut_short_go_again_when_the_disk_breaks(
     monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
     disk = Disk(monkeypatch)
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
-        overflow = run.overflow
+        overflow = run.delivery.overflow
         assert overflow is not None
         emulator.faults.latency(60_000, operation="PutRecords", times=1)
         error = disk.fails = sqlite3.OperationalError("no")
         error.sqlite_errorcode = sqlite3.SQLITE_FULL
         feed = Feed(run)
         feed.offer(10)
-        await until(lambda: run.sender.in_flight == 1)
+        await until(lambda: run.delivery.sender.in_flight == 1)
         await until(lambda: overflow.broken is not None)
         opens = Spool.open
 
@@ -428,7 +428,7 @@ async def test_calls_cut_short_go_again_when_the_disk_breaks(
             return opens(spool)
 
         monkeypatch.setattr(Spool, "open", refuse)
-        await until(lambda: run.lane.stored == 10)
+        await until(lambda: run.delivery.lane.stored == 10)
         feed.check()
         disk.fails = None
 
@@ -440,7 +440,7 @@ async def test_spooling_begins_once_in_an_outage(
     """What was read back and is on its way is not yet taken: nothing new passes it, and the log stands still."""
     caplog.set_level(logging.INFO)
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
-        overflow = run.overflow
+        overflow = run.delivery.overflow
         assert overflow is not None
         if how == "hangs":
             fault = emulator.faults.latency(60_000, operation="PutRecords")
@@ -460,7 +460,7 @@ async def test_spooling_begins_once_in_an_outage(
         said = [record.getMessage() for record in caplog.records if record.name == "fastkin.spool"]
         assert [line.split("stage=spool ")[1].split(" ")[0] for line in said] == ["spooling"]
         feed.check()
-        assert (run.lane.stored > 0) == (how == "throttles")
+        assert (run.delivery.lane.stored > 0) == (how == "throttles")
         fault.remove()
 
 
@@ -472,7 +472,7 @@ async def test_a_full_disk_and_full_memory_do_not_fill_the_log(
     monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
     caplog.set_level(logging.INFO)
     async with running(pipeline(emulator.url, tmp_path / "spool.db", spool_after_s=5.0)) as run:
-        overflow = run.overflow
+        overflow = run.delivery.overflow
         assert overflow is not None
         assert overflow.spool is not None
         overflow.spool.tight = True
@@ -481,13 +481,13 @@ async def test_a_full_disk_and_full_memory_do_not_fill_the_log(
         full = 0
         for _ in range(300):
             feed.offer(2000)
-            full += run.budget.full
+            full += run.delivery.budget.full
             await asyncio.sleep(0.005)
         assert full > 10
         said = [record.getMessage() for record in caplog.records if record.name == "fastkin.spool"]
         assert len(said) == 1
         assert "the disk is full" in said[0]
-        await until(lambda: run.lane.stored == feed.sent)
+        await until(lambda: run.delivery.lane.stored == feed.sent)
 
 
 @pytest.mark.parametrize(
@@ -503,12 +503,12 @@ async def test_a_rotten_header_holds_up_nobody(
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.execute(f"UPDATE rows SET {wrong} WHERE id = (SELECT min(id) FROM rows)")
     async with running(settings) as again:
-        await until(lambda: again.lane.stored == 200)
+        await until(lambda: again.delivery.lane.stored == 200)
         assert "keeps 1 damaged batches" in caplog.text
-        await until(lambda: not again.overflow.spooling)  # type: ignore[union-attr]
+        await until(lambda: not again.delivery.overflow.spooling)  # type: ignore[union-attr]
         Feed(again).offer(10)
-        await until(lambda: again.lane.stored == 210)
-        assert (again.lane.spooled, again.lane.in_flight) == (0, 0)
+        await until(lambda: again.delivery.lane.stored == 210)
+        assert (again.delivery.lane.spooled, again.delivery.lane.in_flight) == (0, 0)
 
 
 async def test_a_disk_that_opens_and_takes_nothing_stops_no_call(
@@ -525,7 +525,7 @@ async def test_a_disk_that_opens_and_takes_nothing_stops_no_call(
         for _ in range(10):
             feed.offer(1)
             await asyncio.sleep(0.2)
-        await until(lambda: run.lane.stored == 10)
+        await until(lambda: run.delivery.lane.stored == 10)
         feed.check()
 
 
@@ -534,18 +534,18 @@ async def test_a_stop_does_not_wait_for_records_that_are_safe(tmp_path: Path) ->
     path = tmp_path / "spool.db"
     settings = pipeline(f"http://127.0.0.1:{free_port()}", path, aggregation="kpl", shutdown_timeout_s=15.0)
     run = PipelineRun(settings, broker())
-    assert run.overflow is not None
-    await run.overflow.start()
-    assert run.lane.offer(b"plant/1", b"0", 0) == 1
-    await run.sender.close()
-    await run.overflow.close()
+    assert run.delivery.overflow is not None
+    await run.delivery.overflow.start()
+    assert run.delivery.lane.offer(b"plant/1", b"0", 0) == 1
+    await run.delivery.sender.close()
+    await run.delivery.overflow.close()
     await run.client.close()
-    assert run.lane.spooled == 1
+    assert run.delivery.lane.spooled == 1
     async with running(settings) as again:
-        await until(lambda: again.lane.in_flight == 1)
+        await until(lambda: again.delivery.lane.in_flight == 1)
         began = asyncio.get_running_loop().time()
     assert asyncio.get_running_loop().time() - began < 10
-    assert (again.lane.spooled, again.lane.in_flight) == (1, 0)
+    assert (again.delivery.lane.spooled, again.delivery.lane.in_flight) == (1, 0)
 
 
 async def test_what_comes_back_is_bounded_in_records_too(emulator: Emulator, tmp_path: Path) -> None:
@@ -557,31 +557,31 @@ async def test_what_comes_back_is_bounded_in_records_too(emulator: Emulator, tmp
         for _ in range(200):
             feed.offer(100)
             await asyncio.sleep(0.005)
-            most = max(most, run.overflow._rows.budget.records)  # type: ignore[union-attr]
-        assert run.lane.spooled > 1000
+            most = max(most, run.delivery.overflow._rows.budget.records)  # type: ignore[union-attr]
+        assert run.delivery.lane.spooled > 1000
         assert 0 < most <= 100
 
 
 async def test_flush_does_not_pass_the_spool(emulator: Emulator, tmp_path: Path) -> None:
     """Who waits for a flush while older records are on the disk: what is new goes behind them."""
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
-        overflow = run.overflow
+        overflow = run.delivery.overflow
         assert overflow is not None
         away = emulator.faults.cut("before", operation="PutRecords")
         feed = Feed(run)
         await feed.all(8000)
-        await until(lambda: run.lane.spooled > 5000)
+        await until(lambda: run.delivery.lane.spooled > 5000)
         away.remove()
-        await until(lambda: run.sender.flowing and overflow.spooling)
+        await until(lambda: run.delivery.sender.flowing and overflow.spooling)
         feed.offer(1)
-        run.lane.seal(DRAIN)
-        fresh = run.sender.batched
+        run.delivery.lane.seal(DRAIN)
+        fresh = run.delivery.sender.batched
         async with asyncio.timeout(20):
-            await run.sender.flush()
-        assert run.sender.batched > fresh
-        assert run.lane.spooled > 0, "the flush waited for the disk only"
+            await run.delivery.sender.flush()
+        assert run.delivery.sender.batched > fresh
+        assert run.delivery.lane.spooled > 0, "the flush waited for the disk only"
         assert 8000 not in numbers(emulator)
-        await until(lambda: run.lane.stored == 8001)
+        await until(lambda: run.delivery.lane.stored == 8001)
         feed.check()
     assert sorted(numbers(emulator)) == list(range(8001))
 
@@ -604,11 +604,11 @@ async def test_a_bug_does_not_end_the_spool_quietly(
         away = emulator.faults.cut("before", operation="PutRecords")
         feed = Feed(run)
         feed.offer(10)
-        await until(lambda: run.overflow.spooled_total == 10)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.overflow.spooled_total == 10)  # type: ignore[union-attr]
         assert [type(context["exception"]) for context in told] == [ZeroDivisionError]
         assert "unforeseen: ZeroDivisionError: oh" in caplog.text
         away.remove()
-        await until(lambda: run.lane.stored == 10)
+        await until(lambda: run.delivery.lane.stored == 10)
         feed.check()
 
 
@@ -635,25 +635,25 @@ async def test_a_damaged_row_counts_once_it_is_marked(
     monkeypatch.setattr(Spool, "set_aside", refuse)
     async with running(pipeline(emulator.url, path)) as run:
         feed = Feed(run)
-        await until(lambda: run.lane.dead_lettered == 10)
+        await until(lambda: run.delivery.lane.dead_lettered == 10)
         feed.check()
         assert tries == 4
         stats = run.stats()
         assert (stats["spool_rows"], stats["spool_bytes"], stats["spooled"]) == (0, 0, 0)
         feed.offer(5)
-        await until(lambda: run.lane.stored == 5)
+        await until(lambda: run.delivery.lane.stored == 5)
 
 
 async def test_closing_counts_what_nobody_took_from_the_lane(emulator: Emulator, tmp_path: Path) -> None:
     run = PipelineRun(pipeline(emulator.url, tmp_path / "spool.db"), broker())
-    assert run.overflow is not None
-    await run.overflow.start()
-    await run.sender.flush()
-    await run.sender.flush()
-    assert run.lane.offer(b"plant/1", b"0", 0) == 1
-    await run.sender.close()
-    await run.overflow.close()
-    assert (run.lane.spooled, run.lane.in_flight) == (1, 0)
+    assert run.delivery.overflow is not None
+    await run.delivery.overflow.start()
+    await run.delivery.sender.flush()
+    await run.delivery.sender.flush()
+    assert run.delivery.lane.offer(b"plant/1", b"0", 0) == 1
+    await run.delivery.sender.close()
+    await run.delivery.overflow.close()
+    assert (run.delivery.lane.spooled, run.delivery.lane.in_flight) == (1, 0)
     await run.client.close()
 
 
@@ -669,15 +669,15 @@ async def test_dropping_is_counted_and_acknowledged(
         away = emulator.faults.cut("before", operation="PutRecords")
         await feed.all(10_000)
         feed.check()
-        dropped = run.lane.dropped
+        dropped = run.delivery.lane.dropped
         assert dropped > 5000
         assert run.stats()["dropped_by"] == {policy: dropped}
         assert sum("records dropped" in r.getMessage() for r in caplog.records) == 1
         away.remove()
-        await until(lambda: run.lane.in_flight == 0)
+        await until(lambda: run.delivery.lane.in_flight == 0)
         feed.check()
         kept = sorted(numbers(emulator))
-        assert len(kept) == 10_000 - run.lane.dropped
+        assert len(kept) == 10_000 - run.delivery.lane.dropped
         if policy == "drop_oldest":
             assert kept[-1] == 9999
             assert kept[0] > 1000
@@ -694,8 +694,8 @@ async def test_a_payload_larger_than_what_is_free_at_the_low_mark(emulator: Emul
         emulator.faults.cut("before", operation="PutRecords")
         feed = Feed(run, 100_000)
         await feed.all(4)
-        assert not run.budget.full
+        assert not run.delivery.budget.full
         feed.size = 400_000
         await feed.all(1, timeout=10.0)
         feed.check()
-        assert 0 < run.lane.dropped <= 4
+        assert 0 < run.delivery.lane.dropped <= 4

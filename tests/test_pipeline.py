@@ -363,7 +363,7 @@ async def test_what_comes_before_kinesis_can_be_reached_is_kept(
         faults.pop().remove()
         await r.settled(20)
         assert len(r.stored()) == 20
-        await r.until(lambda: r.run.ready and len(r.run.sender.shards) == 2, "the stream was looked at")
+        await r.until(lambda: r.run.ready and len(r.run.delivery.sender.shards) == 2, "the stream was looked at")
     said = any("not ready" in record.getMessage() for record in caplog.records)
     assert said is (operation == "*")
 
@@ -635,7 +635,7 @@ async def test_the_put_check_writes_one_connection_test(server: Server) -> None:
 async def test_a_shard_map_that_is_refused_at_first_is_read_later(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.service.pipeline._SHARDS_LOOK_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.stream_watch._EVERY_S", 0.05)
     denied: list[Any] = []
 
     def prepare(emulator: Emulator) -> None:
@@ -643,10 +643,10 @@ async def test_a_shard_map_that_is_refused_at_first_is_read_later(
 
     async with rig(server, prepare=prepare) as r:
         await r.until(lambda: r.emulator.counters.operations.get("ListShards", 0) >= 4, "asked again")
-        assert r.run.sender.shards is None
+        assert r.run.delivery.sender.shards is None
         denied[0].remove()
-        await r.until(lambda: r.run.sender.shards is not None, "the map is there")
-        assert len(r.run.sender.shards) == 2
+        await r.until(lambda: r.run.delivery.sender.shards is not None, "the map is there")
+        assert len(r.run.delivery.sender.shards) == 2
     said = [record for record in caplog.records if "no shard map" in record.getMessage()]
     assert len([record for record in said if record.levelno >= logging.WARNING]) == 1
     assert "kinesis:ListShards" in said[0].getMessage()

@@ -57,7 +57,7 @@ async def running(run: PipelineRun) -> PipelineRun:
 
 def offer(run: PipelineRun, *payloads: bytes) -> None:
     for payload in payloads:
-        assert run.lane.offer(b"plant/1", payload, 0) >= 0
+        assert run.delivery.lane.offer(b"plant/1", payload, 0) >= 0
     run._read()
 
 
@@ -72,7 +72,7 @@ async def test_stopped_while_the_dead_letter_disk_is_full(emulator: Emulator, tm
     assert await run.stop() == 1
     gc.collect()
     assert run.stats()["in_flight"] == 1
-    assert run.lane.dead_lettered == run.lane.dropped == 0
+    assert run.delivery.lane.dead_lettered == run.delivery.lane.dropped == 0
 
 
 async def test_dead_letters_are_written_when_the_disk_is_back(
@@ -83,13 +83,13 @@ async def test_dead_letters_are_written_when_the_disk_is_back(
     emulator.faults.record("InvalidArgumentException", contains=b"bad")
     run = await running(PipelineRun(pipeline(emulator.url, dead_letter=str(path)), broker()))
     offer(run, b"good", b"bad")
-    await until(lambda: run.lane.stored == 1)
+    await until(lambda: run.delivery.lane.stored == 1)
     await asyncio.sleep(0.1)
-    assert run.lane.in_flight == 1
+    assert run.delivery.lane.in_flight == 1
     path.parent.mkdir()
-    await until(lambda: run.lane.dead_lettered == 1)
+    await until(lambda: run.delivery.lane.dead_lettered == 1)
     assert path.read_bytes().count(b"\n") == 1
-    assert run.budget.bytes == 0
+    assert run.delivery.budget.bytes == 0
     assert await run.stop() == 0
 
 
@@ -97,7 +97,7 @@ async def test_stopped_before_a_call_took_its_first_step(emulator: Emulator) -> 
     run = await running(PipelineRun(pipeline(emulator.url, shutdown_timeout_s=0.0, dead_letter=None), broker()))
     offer(run, b"one", b"two")
     assert await run.stop() == 2
-    assert run.lane.dropped == 0
+    assert run.delivery.lane.dropped == 0
 
 
 async def test_stopped_before_it_started_and_while_it_starts() -> None:
@@ -119,7 +119,7 @@ async def test_two_who_stop_the_engine_both_wait(emulator: Emulator) -> None:
     first = asyncio.create_task(engine.stop())
     await asyncio.sleep(0)
     assert await engine.stop() == 0
-    assert run.lane.stored == 1, "the second came back before everything was stored"
+    assert run.delivery.lane.stored == 1, "the second came back before everything was stored"
     assert first.done()
     assert await first == 0
 
@@ -129,8 +129,8 @@ async def test_an_engine_that_is_stopped_before_it_started() -> None:
 
 
 async def test_a_shard_that_is_gone_is_asked_about_once(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastkin.service.pipeline, "_SHARDS_LOOK_S", 0.02)
-    monkeypatch.setattr(fastkin.service.pipeline, "_SHARDS_LOOKS", 10_000)
+    monkeypatch.setattr("fastkin.delivery.stream_watch._EVERY_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.stream_watch._LOOKS", 10_000)
     run = PipelineRun(pipeline(emulator.url), broker())
     asked = 0
     list_shards = run.client.list_shards
@@ -142,7 +142,7 @@ async def test_a_shard_that_is_gone_is_asked_about_once(emulator: Emulator, monk
 
     monkeypatch.setattr(run.client, "list_shards", counted)
     await running(run)
-    run.sender.throttled["shardId-000000000077"] = 1
+    run.delivery.sender.throttled["shardId-000000000077"] = 1
     await asyncio.sleep(0.4)
     assert asked == 2
     await run.stop()
@@ -154,12 +154,12 @@ async def test_a_new_shard_map_while_batches_of_the_old_one_wait(emulator: Emula
     await running(run)
     emulator.faults.record(for_s=0.5)
     for n in range(300):
-        assert run.lane.offer(b"plant/%d" % (n % 40), b"%d" % n, 0) == 1
+        assert run.delivery.lane.offer(b"plant/%d" % (n % 40), b"%d" % n, 0) == 1
     run._read()
-    await until(lambda: bool(run.sender.throttled))
+    await until(lambda: bool(run.delivery.sender.throttled))
     merged = ShardMap([Shard("shardId-000000000002", 0, HASH_SPACE - 1)])
-    run.lane.shards = ShardTable(merged.ends)
-    run.sender.set_shards(merged)
+    run.delivery.lane.shards = ShardTable(merged.ends)
+    run.delivery.sender.set_shards(merged)
     offer(run, b"after")
-    await until(lambda: run.lane.stored == 301, 10)
+    await until(lambda: run.delivery.lane.stored == 301, 10)
     assert await run.stop() == 0

@@ -278,16 +278,15 @@ async def test_a_cut_on_a_new_connection_is_counted_too() -> None:
 
 async def test_a_split_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A map of yesterday would pace a closed shard, and its children not at all."""
-    monkeypatch.setattr("fastkin.producer._SHARDS_LOOK_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.stream_watch._EVERY_S", 0.02)
     async with Emulator({"welders": 1}) as emulator:
         async with producer(emulator.url) as one:
-            assert one._sender is not None
-            assert one._sender.shards is not None
-            assert len(one._sender.shards) == 1
+            assert one._delivery.sender.shards is not None
+            assert len(one._delivery.sender.shards) == 1
             split = {"ShardToSplit": "shardId-000000000000", "NewStartingHashKey": str(HASH_SPACE // 2)}
             await one._client.call("SplitShard", json.dumps({"StreamName": "welders", **split}).encode())
             async with asyncio.timeout(20):
-                while len(one._sender.shards) != 2:
+                while len(one._delivery.sender.shards) != 2:
                     await asyncio.sleep(0.02)
             result = await (await one.put(b"x"))
             assert result.shard_id in {"shardId-000000000001", "shardId-000000000002"}

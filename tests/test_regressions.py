@@ -147,7 +147,7 @@ async def test_mode_what_is_throttled_is_kept_and_not_reduced(server: Server) ->
         r.emulator.scale_limits("welders", 0.2)
         await r.publish(*payloads)
         await r.settled(600)
-        assert sum(r.run.sender.throttled.values()) > 0, "nothing was throttled: this run proves nothing"
+        assert sum(r.run.delivery.sender.throttled.values()) > 0, "nothing was throttled: this run proves nothing"
         assert Counter(record.data for record in r.stored()) == Counter(payloads)
         assert r.stats["dropped"] == r.stats["dead_lettered"] == 0
 
@@ -235,7 +235,7 @@ async def test_spark_a_put_error_discards_nothing(server: Server, kind: str) -> 
     async with rig(server, prepare=prepare) as r:
         await r.publish(*payloads)
         await r.settled(50)
-        assert r.run.sender.retried > 0, "nothing failed: this run proves nothing"
+        assert r.run.delivery.sender.retried > 0, "nothing failed: this run proves nothing"
         assert Counter(record.data for record in r.stored()) == Counter(payloads)
         assert r.stats["dropped"] == 0
 
@@ -569,8 +569,8 @@ async def test_go_service_request_errors_drop_nothing(
         arrived = Counter(record.data for record in r.stored())
         assert arrived.keys() == set(payloads)
         assert fault is None or fault.hits > 0, "the fault did not strike: this run proves nothing"
-        assert r.run.sender.calls_failed + r.run.sender.duplicates_possible > 0
-        assert arrived.total() - 100 <= r.run.sender.duplicates_possible
+        assert r.run.delivery.sender.calls_failed + r.run.delivery.sender.duplicates_possible > 0
+        assert arrived.total() - 100 <= r.run.delivery.sender.duplicates_possible
         assert r.stats["dropped"] == r.stats["dead_lettered"] == 0
 
 

@@ -348,7 +348,7 @@ async def test_records_that_do_not_end_in_time_come_again(server: Server) -> Non
             stats = engine.stats()["p"]
             assert (stats["received"], stats["in_flight"]) == (30, 30)
             await connected(engine)
-            await until(lambda: engine.pipelines["p"].lane.received == 30)
+            await until(lambda: engine.pipelines["p"].delivery.lane.received == 30)
             stats = engine.stats()["p"]
             assert (stats["received"], stats["in_flight"]) == (30, 30), "not counted twice"
             fault.remove()

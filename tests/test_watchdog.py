@@ -78,7 +78,7 @@ async def test_nothing_is_ever_unattended(emulator: Emulator, tmp_path: Any, pol
     def look() -> None:
         nonlocal looks
         looks += 1
-        if run.lane.attention:
+        if run.delivery.lane.attention:
             run._read()
         if (what := run.stuck()) is not None:
             found.append(what)
@@ -92,13 +92,13 @@ async def test_nothing_is_ever_unattended(emulator: Emulator, tmp_path: Any, pol
     async with asyncio.timeout(60):
         while n < 3000:
             for _ in range(40):
-                n += run.lane.offer(b"plant/1", b"%d" % n, 0) > 0
+                n += run.delivery.lane.offer(b"plant/1", b"%d" % n, 0) > 0
             run._read()
             for _ in range(5):
                 look()
                 await asyncio.sleep(0)
             await asyncio.sleep(0.002)
-        while run.lane.in_flight or run.lane.spooled:
+        while run.delivery.lane.in_flight or run.delivery.lane.spooled:
             look()
             await asyncio.sleep(0.001)
     fault.remove()

@@ -7,16 +7,13 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from fastkin._codec import DRAIN, FAILED, KeyPlan, Lane, ShardTable
-from fastkin.aws.shards import ShardMap
+from fastkin._codec import DRAIN, KeyPlan
 from fastkin.aws.transports import make_client
 from fastkin.config import MIB, Kinesis
-from fastkin.delivery.backlog import Overflow, Policy, batch_limit, shares
-from fastkin.delivery.flusher import Flusher
-from fastkin.delivery.sender import Sender
+from fastkin.delivery.delivery import Delivery, Options
+from fastkin.delivery.stream_watch import StreamWatch
 from fastkin.delivery.turns import Turns
-from fastkin.delivery.watchdog import Watchdog, unattended
-from fastkin.errors import ClosedError, ConfigError, KinesisError, LibraryError, RecordFailed
+from fastkin.errors import ClosedError, ConfigError, LibraryError
 from fastkin.formats.partition_key import KeySpecError, key_plan
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive, quiet
@@ -27,15 +24,14 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from fastkin._codec import Batch, Receipt
+    from fastkin._codec import Receipt
+    from fastkin.delivery.backlog import Policy
 
 _LOG = logging.getLogger("fastkin.producer")
 
 _FIRST_LOOK_S = 3.0  # for the stream's mode and shards before the first put
-_SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that the map does not have
 _SPOOL_S = 5.0  # of the time that close() has, or a quarter of it: for what the spool has to take
 _CLOSE_S = 1.0  # after that time: for what close() does besides
-_SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
 
 
 class Producer:
@@ -105,53 +101,45 @@ class Producer:
             raise LibraryError(f"on_full is pause, spool, drop_oldest or drop_newest, not {on_full!r}")
         if (on_full == "spool") != (spool is not None):
             raise LibraryError('on_full="spool" and spool="FILE" go together')
-        max_batch_bytes = batch_limit(max_batch_bytes, max_record_bytes, budget_bytes, on_full)
         try:
             kind, parts = key_plan(partition_key)
             if any(part[0] in {"topic", "level"} for part in parts):
                 raise LibraryError(f"partition_key {partition_key!r}: what is put has no topic; name the key in put()")
-            self._settings = Kinesis(
+            settings = Kinesis(
                 stream=stream, stream_arn=stream_arn, region=region, endpoint_url=endpoint_url,
                 access_key=access_key, secret_key=secret_key, session_token=session_token,
                 profile=profile, role_arn=role_arn, external_id=external_id, session_name=session_name,
                 transport=transport, max_connections=max_connections, request_timeout_s=request_timeout_s,
             )  # fmt: skip
-            self._client = make_client(self._settings, stream or stream_arn)
-            self._budget, self._rows = shares(budget_bytes - budget_bytes // 8, budget_records, on_full)
-            self._lane = Lane(
-                settler=None, budget=self._budget, frame="raw", key=KeyPlan(kind, parts),
-                target=self._client.target_json(), max_records=max_records,
-                max_batch_bytes=max_batch_bytes, max_record_bytes=max_record_bytes,
-                aggregate_bytes=aggregate_bytes,
-                rows=None if self._rows is None else self._rows.settler,
-                replay=None if self._rows is None else self._rows.budget,
+            self._name = stream or str(stream_arn)
+            self._client = make_client(settings, self._name)
+            options = Options(
+                budget_bytes=budget_bytes, budget_records=budget_records, max_records=max_records,
+                max_batch_bytes=max_batch_bytes, max_record_bytes=max_record_bytes, max_calls=max_connections,
+                aggregate_bytes=aggregate_bytes, linger_s=linger_ms / 1000, on_full=on_full, spool=spool,
+                spool_max_bytes=spool_max_bytes, spool_after_s=spool_after_s,
+            )  # fmt: skip
+            # An eighth is left for what is not charged record by record: answers, buffers, the allocator.
+            self._delivery = Delivery(
+                self._client, options, name=self._name, stream=self._name, key=KeyPlan(kind, parts),
+                keep_bytes=budget_bytes // 8,
             )  # fmt: skip
         except (ConfigError, KeySpecError) as error:
             raise LibraryError(str(error)) from None
-        # Nothing is aggregated before it is known that the stream does not choose shards itself.
-        self._aggregate_bytes = self._lane.aggregate_bytes
-        self._lane.aggregate_bytes = 0
-        self._said = ""
-        self._stream = stream or str(stream_arn)
-        self._linger_s = linger_ms / 1000
-        self._max_records = max_records
-        self._max_batch_bytes = max_batch_bytes
-        self._wants_shards = shard_map
-        self._on_full: Policy = on_full
-        self._spool = spool
-        self._spool_max_bytes = spool_max_bytes
-        self._spool_after_s = spool_after_s
-        self._overflow: Overflow | None = None
-        self._sender: Sender | None = None
-        self._flusher: Flusher | None = None
-        self._attend: Callable[[], None] | None = None  # the flusher's, from start() until close() is called
-        self._watchdog: Watchdog | None = None
-        self._turns = Turns(self._budget)
+        self._lane = self._delivery.lane
+        self._watch = StreamWatch(
+            self._delivery, shards=shard_map, limits=False, cure="leave aggregate_bytes 0",
+            misfit=lambda problem: LibraryError(f"aggregate_bytes: {problem}; leave it 0"),
+        )  # fmt: skip
+        self._looks = shard_map or aggregate_bytes > 0
+        self._spools = on_full == "spool"
+        self._attend: Callable[[], None] | None = None  # from start() until close() is called
+        self._turns = Turns(self._delivery.budget)
+        self._opened = False  # what sends was made
         self._closed = False
         self._closing: asyncio.Task[int] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._guard: asyncio.Task[None] | None = None
-        self._flowing = False  # the first look at the stream is over
         self._hurry = asyncio.Event()  # who closes us will not wait
         self._starting = asyncio.Lock()
 
@@ -170,7 +158,7 @@ class Producer:
         async with self._starting:
             if self._closed:
                 raise self._not_open()
-            if self._sender is not None:
+            if self._attend is not None:
                 return
             try:
                 await self._start()
@@ -179,42 +167,23 @@ class Producer:
                 raise
 
     async def _start(self) -> None:
+        delivery = self._delivery
         await self._client.start()
-        sender = Sender(
-            self._lane,
-            self._client,
-            name=self._stream,
-            stream=self._stream,
-            max_calls=self._settings.max_connections,
-            set_aside=_refuse,
-            on_settled=self._settled,
-            max_records=self._max_records,
-            max_batch_bytes=self._max_batch_bytes,
-            harmless=self._client.harmless,
-        )
-        if self._wants_shards or self._aggregate_bytes:
-            await self._first_look(sender)
-        overflow: Overflow | None = None
-        if self._on_full != "pause":
-            overflow = Overflow(
-                self._lane, sender, self._budget, name=self._stream, policy=self._on_full, on_settled=self._settled,
-                rows=self._rows, path=self._spool, max_bytes=self._spool_max_bytes, after_s=self._spool_after_s,
-                max_records=self._max_records, max_batch_bytes=self._max_batch_bytes,
-            )  # fmt: skip
-            await overflow.start()
+        delivery.open(on_settled=self._turns.call, stuck=self.stuck)
+        if self._looks:
+            await self._first_look()
+        if delivery.overflow is not None:
+            await delivery.overflow.start()
         if self._closed:  # close() came while we were asking
-            if overflow is not None:
-                await overflow.close()
+            if delivery.overflow is not None:
+                await delivery.overflow.close()
             await self._end_watch()
             raise self._not_open()
-        loop = asyncio.get_running_loop()
-        self._overflow = overflow
-        self._flusher = Flusher(self._lane, overflow or sender, self._linger_s, loop)
-        self._attend = self._flusher.attend
-        self._sender = sender
-        self._watchdog = Watchdog(self._stream, loop, self.stuck, self._wake)
-        self._watchdog.start()
-        self._guard = quiet(loop.create_task(outlive(self._loop_ended), name=f"fastkin[{self._stream}].guard"))
+        self._opened = True
+        self._attend = delivery.flusher.attend
+        delivery.watchdog.start()
+        guard = asyncio.get_running_loop().create_task(outlive(self._loop_ended), name=f"fastkin[{self._name}].guard")
+        self._guard = quiet(guard)
 
     def _loop_ended(self) -> None:
         if self._closed:
@@ -223,17 +192,14 @@ class Producer:
         if self._lane.in_flight:
             _LOG.warning(
                 "pipeline=%s stage=engine the event loop ended and close() was never called: %d records were not"
-                " stored; use `async with Producer(...)`", self._stream, self._lane.in_flight,
+                " stored; use `async with Producer(...)`", self._name, self._lane.in_flight,
             )  # fmt: skip
-        if self._sender is not None and self._flusher is not None:
-            self._sender.abort()
-            self._flusher.stop()
-        self._client.abort()
+        self._delivery.abort()
 
-    async def _first_look(self, sender: Sender) -> None:
+    async def _first_look(self) -> None:
         """At the stream's mode and shards. Not needed to put, so not waited for long."""
         first = asyncio.Event()
-        watch = asyncio.create_task(self._watch(sender, first), name=f"fastkin[{self._stream}].shards")
+        watch = asyncio.create_task(self._watch_stream(first), name=f"fastkin[{self._name}].shards")
         self._watching = quiet(watch)
         looked = asyncio.create_task(first.wait())
         try:
@@ -245,69 +211,13 @@ class Producer:
             raise
         finally:
             looked.cancel()
-        self._flowing = True
-        if self._aggregate_bytes and not self._lane.aggregate_bytes:
-            self._say(
-                logging.WARNING,
-                f"it is not known whether stream {self._stream} chooses shards itself, and there consumers drop"
-                " aggregates: records go out one by one until it is; allow kinesis:DescribeStreamSummary",
-            )
+        self._watch.settled_in = True
+        self._watch.say_unknown_mode()
 
-    async def _look_at_mode(self) -> None:
-        """Aggregate on a stream that is known to take it."""
-        if not self._aggregate_bytes:
-            return
-        try:
-            summary = await self._client.describe()
-        except KinesisError:
-            return  # not known now: asked again
-        if not summary.auto_keys:
-            self._lane.aggregate_bytes = self._aggregate_bytes
-        else:
-            problem = f"stream {summary.name} chooses shards itself, and consumers drop aggregates on it"
-            if not self._flowing:
-                raise LibraryError(f"aggregate_bytes: {problem}; leave it 0")
-            self._lane.aggregate_bytes = 0
-            self._say(logging.ERROR, f"{problem}: records go out one by one; leave aggregate_bytes 0")
-        if self._lane.attention and self._flusher is not None:
-            self._flusher.attend()
-
-    def _say(self, level: int, text: str) -> None:
-        if text != self._said:
-            _LOG.log(level, "pipeline=%s stage=batch %s", self._stream, text)
-        self._said = text
-
-    async def _read_shards(self, sender: Sender) -> None:
-        try:
-            shards = ShardMap(await self._client.list_shards())
-            if sender.shards is None or sender.shards.ids != shards.ids:
-                self._lane.shards = ShardTable(shards.ends)
-                sender.set_shards(shards)
-        except Exception as error:  # noqa: BLE001 - no answer may end what sends the records
-            # not allowed, or the stream is not there yet: throttles are learned from answers
-            _LOG.debug("pipeline=%s stage=send no shard map: %s", self._stream, error)
-
-    async def _watch(self, sender: Sender, first: asyncio.Event) -> None:
-        """Splits and merges: look again now and then, sooner when an answer names a shard that is not known."""
-        looks = 0
-        seen: set[str] = set()  # asked about once
-        await self._look_at_mode()
-        if self._wants_shards:
-            await self._read_shards(sender)
+    async def _watch_stream(self, first: asyncio.Event) -> None:
+        await self._watch.look()
         first.set()
-        while True:
-            await asyncio.sleep(_SHARDS_LOOK_S)
-            looks += 1
-            known = sender.shards
-            strange = {s for s in sender.throttled if s and known is not None and known.ordinal(s) is None} - seen
-            again = looks >= _SHARDS_LOOKS
-            if again or not self._lane.aggregate_bytes:
-                await self._look_at_mode()
-            if self._wants_shards and (strange or again):
-                seen |= strange
-                await self._read_shards(sender)
-            if again:
-                looks = 0
+        await self._watch.run()
 
     async def _end_watch(self) -> None:
         if self._watching is not None:
@@ -343,7 +253,7 @@ class Producer:
         attend = self._attend
         if attend is None:
             raise self._not_open()
-        if self._budget.full or self._turns.waiting:
+        if self._delivery.budget.full or self._turns.waiting:
             return await self._in_turn(attend, partial(self._lane.put_frame, payload))
         receipt = self._lane.put_frame(payload)
         if self._lane.attention:
@@ -352,10 +262,9 @@ class Producer:
 
     async def flush(self) -> None:
         """Send what is open now; return when every receipt given so far has ended, well or not, or is spooled."""
-        if self._attend is None or self._flusher is None or self._sender is None:
+        if self._attend is None:
             raise self._not_open()
-        self._flusher.close(DRAIN)
-        await self._sender.flush()
+        await self._delivery.flush()
 
     async def close(self, timeout_s: float = 30.0) -> int:
         """Flush, then close. Returns how many records did not end in time: their receipts raise ClosedError.
@@ -367,7 +276,7 @@ class Producer:
         """
         if self._closing is None:
             self._closed, self._attend = True, None
-            self._closing = asyncio.create_task(self._close(timeout_s), name=f"fastkin[{self._stream}].close")
+            self._closing = asyncio.create_task(self._close(timeout_s), name=f"fastkin[{self._name}].close")
         closing = self._closing
         try:
             return await asyncio.shield(closing)
@@ -380,64 +289,39 @@ class Producer:
     async def _close(self, timeout_s: float) -> int:
         error = ClosedError("the producer was closed before Kinesis stored the record")
         self._turns.close(error)
-        sender, flusher = self._sender, self._flusher
         if self._guard is not None:
             self._guard.cancel()
         unsettled = 0
-        limit = Deadline(timeout_s + _CLOSE_S, self._stream)
+        limit = Deadline(timeout_s + _CLOSE_S, self._name)
         await self._end_watch()
         try:
-            if sender is not None and flusher is not None:
-                flusher.close(DRAIN)
-                if self._overflow is not None:
-                    self._overflow.drain()
-                flushed = asyncio.create_task(sender.flush())
-                hurried = asyncio.create_task(self._hurry.wait())
-                # with a spool, a part of the time is for what it has to take
-                share = timeout_s - min(timeout_s / 4, _SPOOL_S) if self._on_full == "spool" else timeout_s
-                await asyncio.wait([flushed, hurried], timeout=share, return_when=asyncio.FIRST_COMPLETED)
-                for task in (flushed, hurried):
-                    task.cancel()
-                await asyncio.gather(flushed, hurried, return_exceptions=True)
+            if self._opened:
+                await self._drain(timeout_s)
         finally:
-            if sender is not None and flusher is not None:
-                self._flusher = None
-                if self._watchdog is not None:
-                    self._watchdog.stop()
-                flusher.stop()
-                await limit.wait(sender.close(), "ending the calls")
-                if self._overflow is not None:
-                    await self._overflow.close(limit.until(before=_CLOSE_S / 2))
-                unsettled = self._lane.in_flight
-                unsaved = self._overflow.unsaved() if self._overflow is not None else []
-                for batch in (*sender.unsent(), *unsaved):
-                    batch.finish(FAILED, error)
-                self._lane.abandon(error)
+            if self._opened:
+                await self._delivery.close(limit, spool_limit=limit.until(before=_CLOSE_S / 2))
+                unsettled = self._delivery.give_up(error)
             await limit.wait(self._client.close(), "closing the connections")
         return unsettled
+
+    async def _drain(self, timeout_s: float) -> None:
+        """Until all has ended, or the time for that is over, or somebody is in a hurry."""
+        self._delivery.drain()
+        flushed = asyncio.create_task(self._delivery.sender.flush())
+        hurried = asyncio.create_task(self._hurry.wait())
+        # with a spool, a part of the time is for what it has to take
+        share = timeout_s - min(timeout_s / 4, _SPOOL_S) if self._spools else timeout_s
+        await asyncio.wait([flushed, hurried], timeout=share, return_when=asyncio.FIRST_COMPLETED)
+        for task in (flushed, hurried):
+            task.cancel()
+        await asyncio.gather(flushed, hurried, return_exceptions=True)
 
     def stats(self) -> dict[str, Any]:
         """Counters, in records: received == stored + dead_lettered + dropped + in_flight + spooled.
 
         dropped: refused, given up by `on_full`, or closed too early; dead_lettered: damaged in the spool.
         """
-        lane, sender = self._lane, self._sender
-        return {
-            "received": lane.received,
-            "stored": lane.stored,
-            "dropped": lane.dropped,
-            "dead_lettered": lane.dead_lettered,
-            "in_flight": lane.in_flight,
-            "spooled": lane.spooled,
-            "buffered_bytes": self._budget.bytes,
-            "peak_bytes": self._budget.peak_bytes,
-            "calls": sender.calls if sender else 0,
-            "retries": sender.retried if sender else 0,
-            "throttled": sum(sender.throttled.values()) if sender else 0,
-            "duplicates_possible": sender.duplicates_possible if sender else 0,
-            "last_error": sender.last_error if sender else None,
-            "stalls": self._watchdog.stalls if self._watchdog else 0,
-        } | (self._overflow.stats() if self._overflow is not None else {})
+        return self._delivery.stats()
 
     def _not_open(self) -> ClosedError:
         if self._closed:
@@ -448,10 +332,9 @@ class Producer:
         """The same when the budget is full, or somebody waits already."""
 
         def make_room() -> None:
-            if self._flusher is not None:
-                self._flusher.close(DRAIN)
-            if self._overflow is not None:
-                self._overflow.attend()
+            self._delivery.flusher.close(DRAIN)
+            if self._delivery.overflow is not None:
+                self._delivery.overflow.attend()
 
         async with self._turns.turn(make_room):
             if self._closed:  # meanwhile: nobody would send what we put
@@ -461,33 +344,8 @@ class Producer:
             attend()
         return receipt
 
-    def _settled(self) -> None:
-        if self._overflow is not None and self._budget.full:
-            self._overflow.attend()
-        self._turns.call()
-
     def stuck(self) -> str | None:
         """What waits and will be looked at by nobody; None between any two callbacks, or there is a bug."""
-        if self._sender is None or self._flusher is None:
+        if self._attend is None:
             return None
-        found = unattended(self._lane, self._sender, self._flusher, self._overflow)
-        if found is None:
-            found = self._turns.stuck(self._lane.in_flight)
-        return found
-
-    def _wake(self) -> None:
-        if self._flusher is not None and self._sender is not None:
-            self._flusher.attend()
-            self._flusher.close(DRAIN)
-            self._sender.pump()
-            self._settled()
-
-
-def _refuse(batch: Batch, reason: str) -> None:
-    code, _, message = reason.partition(": ")
-    if batch.restored:  # its receipts said "spooled" long ago: nobody is told of its end
-        _LOG.error(
-            "stage=send %d records that came back from the spool are refused for good and dropped: %s",
-            batch.user_records, reason,
-        )  # fmt: skip
-    batch.finish(FAILED, RecordFailed(code, message))
+        return self._delivery.stuck() or self._turns.stuck(self._lane.in_flight)

@@ -152,7 +152,7 @@ def test_one_shard_takes_a_tenth(tmp_path: Path) -> None:
 @pytest.mark.faults_full
 def test_shards_split_and_merge_in_flow(tmp_path: Path) -> None:
     with Rig(
-        tmp_path, emulator={"limits": True}, patch={"set": {"fastkin.service.pipeline:_SHARDS_LOOK_S": 0.3}}
+        tmp_path, emulator={"limits": True}, patch={"set": {"fastkin.delivery.stream_watch:_EVERY_S": 0.3}}
     ) as rig:
         rig.flow(2500)
         rig.stored(500)
@@ -167,7 +167,7 @@ def test_shards_split_and_merge_in_flow(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", ["ResourceInUseException", "ExpiredIteratorException", "ExpiredNextTokenException"])
 def test_the_shards_cannot_be_listed_while_they_split(tmp_path: Path, code: str) -> None:
     """The old map paces on; the new one is there as soon as somebody tells it."""
-    often = {"fastkin.service.pipeline:_SHARDS_LOOK_S": 0.2, "fastkin.service.pipeline:_SHARDS_LOOKS": 1}
+    often = {"fastkin.delivery.stream_watch:_EVERY_S": 0.2, "fastkin.delivery.stream_watch:_LOOKS": 1}
     with Rig(tmp_path, emulator={"limits": True}, patch={"set": often}) as rig:
         struck = rig.call(lambda: rig.kinesis.faults.call(code, operation="ListShards"))
         rig.flow(2500)

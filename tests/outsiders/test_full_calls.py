@@ -32,7 +32,7 @@ def calls(emulator: Emulator) -> int:
 
 async def one_by_one(run: object, first: int, count: int, pause_s: float = 0.0) -> None:
     for n in range(first, first + count):
-        assert run.lane.offer(b"plant/1", b"%d" % n, 0) == 1  # type: ignore[attr-defined]
+        assert run.delivery.lane.offer(b"plant/1", b"%d" % n, 0) == 1  # type: ignore[attr-defined]
         run._read()  # type: ignore[attr-defined]
         if n % 50 == 0:
             await asyncio.sleep(pause_s)
@@ -48,11 +48,11 @@ async def test_of_a_pipeline(emulator: Emulator, linger_ms: float) -> None:
     async with running(settings) as run:
         away = emulator.faults.cut("before", operation="PutRecords")
         await one_by_one(run, 0, 100)
-        await until(lambda: run.sender.calls_failed > 0)
+        await until(lambda: run.delivery.sender.calls_failed > 0)
         await one_by_one(run, 100, COUNT - 100, pause_s=linger_ms * 1.2e-3)
         before = calls(emulator)
         away.remove()
-        await until(lambda: run.lane.stored == COUNT)
+        await until(lambda: run.delivery.lane.stored == COUNT)
         assert stored(emulator) == list(range(COUNT))
         assert calls(emulator) - before <= CALLS
 
@@ -63,11 +63,11 @@ async def test_of_a_pipeline_behind_a_gate(emulator: Emulator) -> None:
     async with running(settings) as run:
         away = emulator.faults.call("ServiceUnavailable", status=503, operation="PutRecords")
         await one_by_one(run, 0, 10)
-        await until(lambda: run.sender.calls_failed > 0 and run.sender.in_flight == 0)
+        await until(lambda: run.delivery.sender.calls_failed > 0 and run.delivery.sender.in_flight == 0)
         await one_by_one(run, 10, COUNT - 10)
         before = calls(emulator)
         away.remove()
-        await until(lambda: run.lane.stored == COUNT)
+        await until(lambda: run.delivery.lane.stored == COUNT)
         assert stored(emulator) == list(range(COUNT))
         assert calls(emulator) - before <= CALLS
 
@@ -80,9 +80,9 @@ async def test_of_a_pipeline_while_every_connection_waits(emulator: Emulator) ->
         await until(lambda: calls(emulator) == 16)
         slow.remove()
         await one_by_one(run, 16, COUNT - 16)
-        await until(lambda: run.lane.stored == COUNT)
+        await until(lambda: run.delivery.lane.stored == COUNT)
         assert stored(emulator) == list(range(COUNT))
-        assert run.sender.calls <= CALLS
+        assert run.delivery.sender.calls <= CALLS
 
 
 async def test_that_went_through_the_spool(emulator: Emulator, tmp_path: Path) -> None:
@@ -92,14 +92,14 @@ async def test_that_went_through_the_spool(emulator: Emulator, tmp_path: Path) -
     async with running(settings) as run:
         away = emulator.faults.cut("before", operation="PutRecords")
         await one_by_one(run, 0, 10)
-        await until(lambda: run.overflow is not None and run.overflow.spooling)
+        await until(lambda: run.delivery.overflow is not None and run.delivery.overflow.spooling)
         for n in range(10, COUNT, 20):  # rows of few records
             await one_by_one(run, n, min(20, COUNT - n))
             await asyncio.sleep(0.005)
         await until(lambda: run.stats()["spooled_ever"] > COUNT // 2)
         before = calls(emulator)
         away.remove()
-        await until(lambda: run.lane.stored == COUNT)
+        await until(lambda: run.delivery.lane.stored == COUNT)
         assert stored(emulator) == list(range(COUNT))
         assert calls(emulator) - before <= CALLS
 

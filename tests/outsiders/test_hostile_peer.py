@@ -308,8 +308,8 @@ NONSENSE: list[Any] = [
 async def test_a_pipeline_outlives_nonsense_about_its_shards(
     server: Server, nonsense: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastkin.service.pipeline._SHARDS_LOOK_S", 0.02)
-    monkeypatch.setattr("fastkin.service.pipeline._SHARDS_LOOKS", 1)
+    monkeypatch.setattr("fastkin.delivery.stream_watch._EVERY_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.stream_watch._LOOKS", 1)
     kinesis = Kept()
     kinesis.question = {
         "Shards": [WHOLE],
@@ -328,8 +328,8 @@ async def test_a_pipeline_outlives_nonsense_about_its_shards(
 
 @pytest.mark.parametrize("nonsense", NONSENSE)
 async def test_a_producer_outlives_nonsense_about_its_shards(nonsense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastkin.producer._SHARDS_LOOK_S", 0.02)
-    monkeypatch.setattr("fastkin.producer._SHARDS_LOOKS", 1)
+    monkeypatch.setattr("fastkin.delivery.stream_watch._EVERY_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.stream_watch._LOOKS", 1)
     kinesis = Kept()
     keys = {"access_key": ACCESS_KEY, "secret_key": SECRET_KEY}
     async with (

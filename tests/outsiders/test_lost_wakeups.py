@@ -84,7 +84,7 @@ async def test_intake_goes_on_when_closing_a_batch_made_room(server: Server, pol
             await r.publisher.publish("plant/1", frame, 1)
         await r.publisher.drain()
         await r.until(lambda: r.stats["messages"] == 20, "all are taken")
-        r.run.flusher.close(DRAIN)
+        r.run.delivery.flusher.close(DRAIN)
         await r.settled(10_000)
         assert r.stats["stored"] + r.stats["dropped"] == 10_000
         assert not r.run.intake.paused

@@ -77,7 +77,7 @@ async def test_records_go_one_by_one_until_the_mode_is_known(
 
 async def test_aggregation_begins_when_the_mode_is_known(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastkin.service.pipeline._RETRY_S", 0.05)
-    monkeypatch.setattr("fastkin.service.pipeline._SHARDS_LOOK_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.stream_watch._EVERY_S", 0.05)
     async with rig(server, prepare=lambda emulator: deny(emulator, *QUESTIONS), aggregation="kpl") as r:
         await r.publish(*PAYLOADS)
         await r.settled(100)
@@ -100,8 +100,8 @@ async def test_aggregation_begins_when_the_mode_is_known(server: Server, monkeyp
 async def test_a_stream_that_comes_to_choose_shards_gets_no_aggregates_any_more(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.service.pipeline._SHARDS_LOOK_S", 0.02)
-    monkeypatch.setattr("fastkin.service.pipeline._SHARDS_LOOKS", 1)
+    monkeypatch.setattr("fastkin.delivery.stream_watch._EVERY_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.stream_watch._LOOKS", 1)
     spec = StreamSpec(shards=2, mode="ON_DEMAND")
     async with rig(server, shards=spec, aggregation="kpl") as r:
         await r.publish(*PAYLOADS)

@@ -144,12 +144,12 @@ def memory(world: World, run: Any) -> None:
     Looked at when nothing is open, nothing waits to be set aside, and there are no aggregates, whose runs cannot be
     seen from outside.
     """
-    lane = run.lane
+    lane = run.delivery.lane
     if lane.open_records or lane.ready or run.aside.waiting or run.aside.writing or lane.aggregate_bytes:
         return
-    charged = run.budget.bytes
-    if run.overflow is not None and run.overflow.spool is not None:
-        charged += run.overflow._rows.budget.bytes
+    charged = run.delivery.budget.bytes
+    if run.delivery.overflow is not None and run.delivery.overflow.spool is not None:
+        charged += run.delivery.overflow._rows.budget.bytes
     frame = len(b'{"Records":[],}') - 1 + len(run.client.target_json())
     held = 0
     for batch in live_batches(lane):
@@ -179,13 +179,13 @@ def look(world: World, run: Any, stats: dict[str, Any]) -> None:
             mark(f"a batch closed: {name}")
     if run.intake.paused:
         mark("reading is paused")
-    if run.budget.full:
+    if run.delivery.budget.full:
         mark("the budget is full")
     if stats["redelivered"]:
         mark("messages came again")
     if stats["throttled"]:
         mark("throttled")
-    if run.sender.unwell:
+    if run.delivery.sender.unwell:
         mark("an operator must act")
     if stats["dead_lettered"]:
         mark("dead-lettered")
@@ -199,9 +199,9 @@ def look(world: World, run: Any, stats: dict[str, Any]) -> None:
         mark("spooling")
     if stats.get("spool_error"):
         mark("the spool is broken")
-    if run.overflow is not None and run.overflow.full:
+    if run.delivery.overflow is not None and run.delivery.overflow.full:
         mark("the spool is full")
-    if run.overflow is not None and run.overflow.safe:
+    if run.delivery.overflow is not None and run.delivery.overflow.safe:
         mark("spooled records are in memory again")
     if run.intake.granted_window < 20:
         mark("a small window was learned")

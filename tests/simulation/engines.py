@@ -246,7 +246,9 @@ class EngineScenario(PipelineScenario):
                 and len(runs) == len(self.base.pipelines)
                 and self.busy() == 0
                 and all(
-                    run.lane.in_flight == 0 and run.lane.spooled == 0 and run.intake.connected.is_set()
+                    run.delivery.lane.in_flight == 0
+                    and run.delivery.lane.spooled == 0
+                    and run.intake.connected.is_set()
                     for run in self.runs()
                 )
             )
@@ -254,7 +256,7 @@ class EngineScenario(PipelineScenario):
         def progress() -> Any:
             return (
                 books.answers, self.busy(), len(self.reloading),
-                [(run.lane.stored, run.lane.spooled, run.intake.state) for run in self.runs()],
+                [(run.delivery.lane.stored, run.delivery.lane.spooled, run.intake.state) for run in self.runs()],
             )  # fmt: skip
 
         await self.until(done, progress, self.state)
@@ -275,9 +277,9 @@ class EngineScenario(PipelineScenario):
     def state(self) -> str:
         assert self.engine is not None
         told = [
-            f"{run.name} {run.intake.state} in_flight {run.lane.in_flight} spooled {run.lane.spooled} error"
-            f" {run.last_error}"
+            f"{run.name} {run.intake.state} in_flight {lane.in_flight} spooled {lane.spooled} error {run.last_error}"
             for run in self.runs()
+            for lane in [run.delivery.lane]
         ]
         return f"busy {self.busy()}, leaving {len(self.engine.leaving)}, reloading {len(self.reloading)}: {told}"
 
@@ -286,12 +288,12 @@ class EngineScenario(PipelineScenario):
         self.inspect()
         runs = self.runs()
         for run in runs:
-            if run.budget.bytes or run.budget.records:
-                raise Finding(f"the budget of {run.name} ends at {run.budget.bytes} bytes")
+            if run.delivery.budget.bytes or run.delivery.budget.records:
+                raise Finding(f"the budget of {run.name} ends at {run.delivery.budget.bytes} bytes")
         if left := await self.ended():
             raise Finding(f"stop() says {left} records did not end")
         for run in runs:
-            if batches := check.live_batches(run.lane):
+            if batches := check.live_batches(run.delivery.lane):
                 raise Finding(f"{len(batches)} batches live on that nobody is charged for")
         check.bugs(self.world)
         self.books.settle(0, 0)

@@ -384,15 +384,15 @@ class PipelineScenario(Scenario):
             assert run is not None
             return (
                 broker.busy() == 0
-                and run.lane.in_flight == 0
-                and run.lane.spooled == 0
+                and run.delivery.lane.in_flight == 0
+                and run.delivery.lane.spooled == 0
                 and run.intake.connected.is_set()
-                and run.budget.records == 0
+                and run.delivery.budget.records == 0
             )
 
         def progress() -> Any:
             assert self.run is not None
-            lane = self.run.lane
+            lane = self.run.delivery.lane
             return (
                 books.answers, lane.stored, lane.dead_lettered, lane.spooled, broker.busy(), self.run.intake.state,
                 lane.dropped,
@@ -403,14 +403,15 @@ class PipelineScenario(Scenario):
     def state(self) -> str:
         run = self.run
         assert run is not None
-        lane, sender = run.lane, run.sender
+        delivery = run.delivery
+        lane, sender, budget, overflow = delivery.lane, delivery.sender, delivery.budget, delivery.overflow
         return (
             f"broker queue {self.broker.busy()}, unacked {run.ledger.unacked}, in_flight {lane.in_flight}, spooled"
             f" {lane.spooled}, open {lane.open_records}, ready {lane.ready}, intake {run.intake.state}, paused"
-            f" {run.intake.paused}, budget {run.budget.bytes}/{run.budget.max_bytes}"
-            f" {run.budget.records}/{run.budget.max_records} full {run.budget.full}, calls {sender.in_flight}, sender"
+            f" {run.intake.paused}, budget {budget.bytes}/{budget.max_bytes}"
+            f" {budget.records}/{budget.max_records} full {budget.full}, calls {sender.in_flight}, sender"
             f" idle {sender.idle}, aside {run.aside.waiting}, last error {run.last_error}, overflow"
-            f" {run.overflow and (run.overflow.spooling, run.overflow.broken, run.overflow.full)}, kpl"
+            f" {overflow and (overflow.spooling, overflow.broken, overflow.full)}, kpl"
             f" {self.pipeline.aggregation}, {self.pipeline.on_full}"
         )
 
@@ -419,13 +420,15 @@ class PipelineScenario(Scenario):
         assert run is not None
         await asyncio.sleep(0.5)
         self.inspect()
-        if run.budget.bytes or run.budget.records:
-            raise Finding(f"the budget ends at {run.budget.bytes} bytes, {run.budget.records} records")
+        if run.delivery.budget.bytes or run.delivery.budget.records:
+            raise Finding(
+                f"the budget ends at {run.delivery.budget.bytes} bytes, {run.delivery.budget.records} records"
+            )
         if run.ledger.unacked:
             raise Finding(f"{run.ledger.unacked} messages of this connection are unanswered at the end")
         if left := await self.ended():
             raise Finding(f"stop() says {left} records did not end")
-        if batches := check.live_batches(run.lane):
+        if batches := check.live_batches(run.delivery.lane):
             raise Finding(f"{len(batches)} batches live on that nobody is charged for: {[len(one) for one in batches]}")
         check.bugs(self.world)
         self.books.settle(0, 0)

@@ -239,7 +239,7 @@ class ProducerScenario(Scenario):
         stats = self.producer.stats()
         if stats["calls"] or stats["received"]:
             check.identity(stats)
-        if self.producer._sender is not None and (found := self.producer.stuck()):
+        if found := self.producer.stuck():
             raise Finding(f"nobody will look at what waits: {found}")
 
     async def drive(self) -> None:
@@ -266,9 +266,9 @@ class ProducerScenario(Scenario):
         await self.until(done, progress, lambda: str(self.producer and self.producer.stats()))
         check.bugs(world)
         assert self.producer is not None
-        if self.producer._budget.bytes or self.producer._budget.records:
-            raise Finding(f"the budget ends at {self.producer._budget.bytes} bytes")
-        if batches := check.live_batches(self.producer._lane):
+        if self.producer._delivery.budget.bytes or self.producer._delivery.budget.records:
+            raise Finding(f"the budget ends at {self.producer._delivery.budget.bytes} bytes")
+        if batches := check.live_batches(self.producer._delivery.lane):
             raise Finding(f"{len(batches)} batches live on that nobody is charged for")
         if left := await self.closed(30.0):
             raise Finding(f"close() says {left} records did not end")

@@ -477,7 +477,7 @@ async def _open(
             )
             return None
         route = route_of(named[0], settings.broker.client_id, form)
-    post = Post(pipeline or "-", route.kinesis, max_calls=min(4, route.kinesis.max_connections), believe=True)
+    post = Post(pipeline or "-", route.kinesis, max_calls=min(4, route.kinesis.max_connections), trusted=True)
     stack.push_async_callback(post.close)
     await post.client.start()
     largest = await _largest(post)

@@ -16,18 +16,17 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from fastkin._codec import DRAIN, FAILED, Budget, KeyPlan, Lane
+from fastkin._codec import KeyPlan
 from fastkin.aws.transports import make_client
 from fastkin.deadletter.file import as_json, fields_of
-from fastkin.delivery.flusher import Flusher
-from fastkin.delivery.sender import Sender
-from fastkin.delivery.watchdog import Watchdog, unattended
-from fastkin.errors import Action, ClosedError, ConfigError, KinesisError, RecordFailed
+from fastkin.delivery.delivery import Delivery, Options
+from fastkin.errors import Action, ClosedError, ConfigError, KinesisError
+from fastkin.runtime.deadline import Deadline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from fastkin._codec import Batch, Receipt
+    from fastkin._codec import Receipt
     from fastkin.config import Kinesis
     from fastkin.deadletter.file import Spill
 
@@ -39,6 +38,7 @@ _HEAD_BYTES = 160  # id, part and parts
 _BATCH_BYTES = 5 * 1024 * 1024
 _BUDGET_BYTES = 1 << 40  # bounded by who calls: one chunk at a time
 _RETRY_S = 5.0
+_CLOSE_S = 30.0  # for ending the calls: they are cancelled, so this is never used up
 _ERROR_EVERY_S = 60.0
 
 
@@ -60,76 +60,49 @@ def records_of(letter: Mapping[str, Any]) -> Iterator[tuple[bytes, str]]:
 
 
 class Post:
-    """One stream, a lane and a sender: what is put has a receipt, and what is refused fails it."""
+    """A delivery of its own, opened when it is first needed: what is put has a receipt, what is refused fails it."""
 
-    def __init__(self, name: str, kinesis: Kinesis, *, max_calls: int = 1, believe: bool = False) -> None:
-        """`name` is that of the log lines, `believe` is the Sender's. Nothing is opened here."""
+    def __init__(self, name: str, kinesis: Kinesis, *, max_calls: int = 1, trusted: bool = False) -> None:
+        """`name` is that of the log lines, `trusted` is the delivery's. Nothing is opened here."""
         self.stream = kinesis.stream_arn or kinesis.stream or ""
         self.client = make_client(kinesis, name)
         self._name = name
         self._max_calls = max_calls
-        self._believe = believe
-        self._lane: Lane | None = None
-        self._sender: Sender | None = None
-        self._flusher: Flusher | None = None
-        self._watchdog: Watchdog | None = None
+        self._trusted = trusted
+        self._delivery: Delivery | None = None
         self._starting = asyncio.Lock()
 
     async def start(self, *, key: KeyPlan | None = None, max_record_bytes: int = RECORD_BYTES) -> None:
         """Find credentials and endpoint, once. ConfigError, KinesisError."""
         async with self._starting:
-            if self._sender is not None:
+            if self._delivery is not None:
                 return
             await self.client.start()
-            self._lane = Lane(
-                settler=None, budget=Budget(_BUDGET_BYTES, 1 << 30), frame="raw", key=key or KeyPlan("uuid"),
-                target=self.client.target_json(), max_record_bytes=max_record_bytes,
-                max_batch_bytes=max(_BATCH_BYTES, max_record_bytes),
+            options = Options(
+                budget_bytes=_BUDGET_BYTES, budget_records=1 << 30, max_record_bytes=max_record_bytes,
+                max_batch_bytes=max(_BATCH_BYTES, max_record_bytes), max_calls=self._max_calls, trusted=self._trusted,
             )  # fmt: skip
-            self._sender = Sender(
-                self._lane, self.client, name=self._name, stream=self.stream, max_calls=self._max_calls,
-                set_aside=_refuse, on_settled=_nothing, max_batch_bytes=max(_BATCH_BYTES, max_record_bytes),
-                believe=self._believe, harmless=self.client.harmless,
-            )  # fmt: skip
-            loop = asyncio.get_running_loop()
-            self._flusher = Flusher(self._lane, self._sender, 0.0, loop)
-            self._watchdog = Watchdog(self._name, loop, self.stuck, self._wake)
-            self._watchdog.start()
-
-    def stuck(self) -> str | None:
-        """What waits and will be looked at by nobody: see `unattended`."""
-        if self._lane is None or self._sender is None or self._flusher is None:
-            return None
-        return unattended(self._lane, self._sender, self._flusher)
-
-    def _wake(self) -> None:
-        if self._flusher is not None and self._sender is not None:
-            self._flusher.close(DRAIN)
-            self._sender.pump()
+            delivery = Delivery(self.client, options, name=self._name, stream=self.stream, key=key or KeyPlan("uuid"))
+            delivery.open()
+            delivery.watchdog.start()
+            self._delivery = delivery
 
     def put(self, data: bytes, key: str | None) -> Receipt:
         """RecordError: it can never be stored as it is."""
-        assert self._lane is not None, "start() first"
-        return self._lane.put(data, key)
+        assert self._delivery is not None, "start() first"
+        return self._delivery.lane.put(data, key)
 
     async def flush(self) -> None:
         """Every receipt so far has ended, well or not; failures that pass are waited out."""
-        assert self._flusher is not None, "start() first"
-        assert self._sender is not None
-        self._flusher.close(DRAIN)
-        await self._sender.flush()
+        assert self._delivery is not None, "start() first"
+        await self._delivery.flush()
 
     async def close(self) -> None:
-        if self._watchdog is not None:
-            self._watchdog.stop()
-        if self._flusher is not None:
-            self._flusher.stop()
-        if self._sender is not None and self._lane is not None:
-            await self._sender.close()
-            error = ClosedError("closed before the record was stored")
-            for batch in self._sender.unsent():
-                batch.finish(FAILED, error)
-            self._lane.abandon(error)
+        """What was not stored by then fails with ClosedError."""
+        limit = Deadline(_CLOSE_S, self._name)
+        if self._delivery is not None:
+            await self._delivery.close(limit, spool_limit=limit)
+            self._delivery.give_up(ClosedError("closed before the record was stored"))
         await self.client.close()
 
 
@@ -199,12 +172,3 @@ class LetterStream:
 
     async def close(self) -> None:
         await self._post.close()
-
-
-def _refuse(batch: Batch, reason: str) -> None:
-    code, _, message = reason.partition(": ")
-    batch.finish(FAILED, RecordFailed(code, message))
-
-
-def _nothing() -> None:
-    pass

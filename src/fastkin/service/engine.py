@@ -373,7 +373,7 @@ class Engine:
         for run, result in zip(old.values(), results, strict=True):
             if isinstance(result, BaseException):
                 _LOG.error("pipeline=%s stage=engine could not stop in order", run.name, exc_info=result)
-                unsettled += run.lane.in_flight
+                unsettled += run.delivery.lane.in_flight
             else:
                 unsettled += result
 
@@ -446,7 +446,7 @@ class Engine:
             self._halts.pop(run)
             beside = [each for each in (*self.leaving, *self.pipelines.values()) if each.name == run.name]
             self._carried.setdefault(run.name, Carry()).add(
-                _stats(run), beside=sum(each.lane.received for each in beside)
+                _stats(run), beside=sum(each.delivery.lane.received for each in beside)
             )
             self._say_spool(run)
 
@@ -463,14 +463,14 @@ class Engine:
 
     def _say_spool(self, run: PipelineRun) -> None:
         spool = run.pipeline.spool if run.pipeline.on_full == "spool" else None
-        if not spool or not run.lane.spooled or self._stopping is not None:
+        if not spool or not run.delivery.lane.spooled or self._stopping is not None:
             return
         wanted = [each for each in self.settings.pipelines if each.enabled and each.on_full == "spool"]
         if os.path.realpath(spool) not in {os.path.realpath(each.spool) for each in wanted if each.spool}:
             _LOG.warning(
                 "pipeline=%s stage=engine spool %s keeps %d records that were acknowledged, and nobody sends them now:"
                 " set it again as the spool of a pipeline with on_full = spool, until it is empty",
-                run.name, spool, run.lane.spooled,
+                run.name, spool, run.delivery.lane.spooled,
             )  # fmt: skip
 
     def _say(self, settings: Settings, changes: Changes) -> None:
@@ -519,7 +519,7 @@ class Engine:
                 unsettled += halt.result()
             else:
                 _LOG.error("pipeline=%s stage=engine did not stop in time and is left behind", run.name)
-                unsettled += run.lane.in_flight
+                unsettled += run.delivery.lane.in_flight
         return unsettled
 
     async def _reload_is_over(self) -> None:
@@ -572,7 +572,7 @@ def _volatile(run: PipelineRun) -> bool:
 
 def _stats(run: PipelineRun) -> dict[str, Any]:
     stats = run.stats()
-    safe = run.overflow.safe if run.overflow is not None else 0
+    safe = run.delivery.overflow.safe if run.delivery.overflow is not None else 0
     stats["volatile"] = max(0, stats["in_flight"] - safe) if _volatile(run) else 0
     return stats
 

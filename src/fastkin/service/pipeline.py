@@ -8,23 +8,19 @@ connection would make every pipeline wait for the slowest.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from fastkin._codec import DRAIN, DROPPED, WINDOW, Budget, FormatSink, KeyPlan, Lane, ShardTable, StraySink
-from fastkin.aws.shards import ShardMap
+from fastkin._codec import DRAIN, DROPPED, WINDOW, Budget, FormatSink, KeyPlan, Lane, StraySink
 from fastkin.aws.transports import make_client
 from fastkin.config import FORMAT_IDS
 from fastkin.deadletter.handler import Aside, make_store
-from fastkin.delivery.backlog import Overflow, batch_limit, shares
-from fastkin.delivery.flusher import Flusher
-from fastkin.delivery.sender import Sender
-from fastkin.delivery.watchdog import Watchdog, unattended
-from fastkin.errors import Action, ConfigError, FastkinError, KinesisError
+from fastkin.delivery.delivery import Delivery, Options
+from fastkin.delivery.stream_watch import StreamWatch
+from fastkin.errors import ConfigError, FastkinError, KinesisError
 from fastkin.formats.partition_key import key_plan
 from fastkin.mqtt._core import CallbackSink, Ledger, Router
 from fastkin.mqtt.subscriber import Intake
@@ -46,8 +42,6 @@ _FIRST_LOOK_S = 3.0  # for credentials and the stream before the broker is conne
 _RETRY_S = 5.0  # between attempts at what an operator must mend
 _UNROUTED_EVERY_S = 60.0  # how often to say that messages came which nobody wants
 _FILTERS_SHOWN = 10
-_SHARDS_LOOK_S = 30.0  # how often to see whether an answer named a shard that the map does not have
-_SHARDS_LOOKS = 10  # the map is read again after this many looks in any case
 # KPL's AggregationMaxSize: a record costs a few bytes of overhead, and a retry stays cheap
 _AGGREGATE_BYTES = 51_200
 CLOSE_S = 1.0  # after the shutdown timeout: for the last acknowledgements and goodbyes
@@ -55,6 +49,24 @@ _LAST_ACKS_S = 0.6  # of that, what is kept from the spool
 _SPOOL_S = 5.0  # of the shutdown timeout, or a quarter of it: for what the spool has to take
 _LEAVE_S = 5.0  # for a run that lingers to leave the broker
 _FLUSH_REASONS = ("full_count", "full_bytes", "linger", "window", "idle", "drain")  # as in Lane.flushes
+
+
+def _options(pipeline: Pipeline) -> Options:
+    return Options(
+        budget_bytes=pipeline.budget_bytes,
+        budget_records=pipeline.budget_records,
+        max_records=pipeline.max_records,
+        max_batch_bytes=pipeline.max_batch_bytes,
+        max_record_bytes=pipeline.max_record_bytes,
+        max_calls=pipeline.kinesis.max_connections,
+        aggregate_bytes=min(_AGGREGATE_BYTES, pipeline.max_record_bytes) if pipeline.aggregation == "kpl" else 0,
+        linger_s=pipeline.linger_ms / 1000,
+        on_full=pipeline.on_full,
+        spool=pipeline.spool,
+        spool_max_bytes=pipeline.spool_max_bytes,
+        spool_after_s=pipeline.spool_after_s,
+        throttle_error_after_s=pipeline.throttle_error_after_s,
+    )
 
 
 class PipelineRun:
@@ -76,80 +88,43 @@ class PipelineRun:
         self._on_message = on_message
         self.failure: asyncio.Future[None] = self._loop.create_future()
         self.client: Client = make_client(pipeline.kinesis, pipeline.id)
+        kind, parts = key_plan(pipeline.partition_key, client_id=broker.client_id, hostname=socket.gethostname())
+        self.ledger = Ledger()
         # An eighth is left for what is not charged record by record: ledger, receive buffer, answers, allocator. And
         # one for WebSocket frames that were read: aiohttp counts their bytes, and an object each is much more.
-        self.budget, rows = shares(
-            pipeline.budget_bytes - pipeline.budget_bytes // 8 * (2 if broker.scheme in {"ws", "wss"} else 1),
-            pipeline.budget_records,
-            pipeline.on_full,
-        )
-        max_batch_bytes = batch_limit(
-            pipeline.max_batch_bytes, pipeline.max_record_bytes, pipeline.budget_bytes, pipeline.on_full
-        )
-        self.ledger = Ledger()
-        kind, parts = key_plan(pipeline.partition_key, client_id=broker.client_id, hostname=socket.gethostname())
-        self.lane = Lane(
-            settler=self.ledger,
-            budget=self.budget,
-            frame=pipeline.format,
-            key=KeyPlan(kind, parts),
-            target=self.client.target_json(),
-            max_records=pipeline.max_records,
-            max_batch_bytes=max_batch_bytes,
-            max_record_bytes=pipeline.max_record_bytes,
-            aggregate_bytes=min(_AGGREGATE_BYTES, pipeline.max_record_bytes) if pipeline.aggregation == "kpl" else 0,
-            rows=None if rows is None else rows.settler,
-            replay=None if rows is None else rows.budget,
-        )
+        self.delivery = Delivery(
+            self.client, _options(pipeline), name=self.name, stream=self._stream, key=KeyPlan(kind, parts),
+            frame=pipeline.format, settler=self.ledger,
+            keep_bytes=pipeline.budget_bytes // 8 * (2 if broker.scheme in {"ws", "wss"} else 1),
+        )  # fmt: skip
+        self._lane = self.delivery.lane
         self._static_key = kind == "parts" and all(part[0] == "text" for part in parts)
         self._router, several = self._routes()
         self._unrouted = 0  # of the router, when it was last looked at
         self._unrouted_at = -_UNROUTED_EVERY_S
         self.aside = Aside(
             self.name,
-            self.lane,
+            self._lane,
             make_store(pipeline),
             topics=pipeline.topics,
             spawn=self._spawn,
-            on_settled=self._settled,
+            on_settled=self.delivery.settled,
             max_packet_bytes=broker.max_packet_bytes,
         )
-        self.sender = Sender(
-            self.lane,
-            self.client,
-            name=self.name,
-            stream=self._stream,
-            max_calls=pipeline.kinesis.max_connections,
-            set_aside=self.aside.refused,
-            on_settled=self._settled,
-            max_records=pipeline.max_records,
-            max_batch_bytes=max_batch_bytes,
-            throttle_error_after_s=pipeline.throttle_error_after_s,
-            harmless=self.client.harmless,
+        self.delivery.open(
+            refused=self.aside.refused, rejected=self.aside.rejected, on_settled=self._settled, stuck=self.stuck,
+            wake=self._wake,
+        )  # fmt: skip
+        self.watch = StreamWatch(
+            self.delivery,
+            shards=pipeline.startup_check != "none",
+            limits=pipeline.startup_check != "none",
+            misfit=lambda problem: ConfigError(
+                f"pipeline {self.name!r} aggregation", problem, 'set aggregation = "none"'
+            ),
+            fits=self._fits,
+            cure='set aggregation = "none"',
         )
-        # Nothing is aggregated before it is known that the stream does not choose shards itself.
-        self._aggregate_bytes = self.lane.aggregate_bytes
-        self.lane.aggregate_bytes = 0
-        self._described = False
-        self._describe_failed = False
-        self._shards_failed = False
-        self.overflow: Overflow | None = None
-        if pipeline.on_full != "pause":
-            self.overflow = Overflow(
-                self.lane,
-                self.sender,
-                self.budget,
-                name=self.name,
-                policy=pipeline.on_full,
-                on_settled=self._settled,
-                rows=rows,
-                path=pipeline.spool,
-                max_bytes=pipeline.spool_max_bytes,
-                after_s=pipeline.spool_after_s,
-                max_records=pipeline.max_records,
-                max_batch_bytes=max_batch_bytes,
-            )
-        self.flusher = Flusher(self.lane, self.overflow or self.sender, pipeline.linger_ms / 1000, self._loop)
         self.intake = Intake(
             broker,
             [(topic, pipeline.qos) for topic in pipeline.topics],
@@ -161,12 +136,10 @@ class PipelineRun:
             identifiers={topic: FORMAT_IDS[kind] for topic, kind in pipeline.formats} if several else {},
             linger_s=pipeline.linger_ms / 1000,
         )
-        self.watchdog = Watchdog(self.name, self._loop, self.stuck, self._wake)
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress = asyncio.Event()
         self._lines = Repeats(_LOG, self._loop.call_later, most=5, per_s=60.0)
         self.ready = False  # the stream was reached: it answered, or it stored something
-        self._flowing = False  # the broker is being connected, or was
         self.start_error: str | None = None  # why it was not yet
         self._hurried = False
         self._stopping = False
@@ -185,22 +158,20 @@ class PipelineRun:
 
     def start(self) -> None:
         self.aside.start()
-        self.watchdog.start()
+        self.delivery.watchdog.start()
         self._spawn(self._run(), "run").add_done_callback(self._run_over)
         self._spawn(outlive(self._loop_ended), "guard")
 
     def _loop_ended(self) -> None:
         if self._stopping:
             return
-        if self.lane.in_flight:
+        if self._lane.in_flight:
             _LOG.warning(
                 "pipeline=%s stage=engine the event loop ended and stop() was never called: %d records are not"
-                " acknowledged; use `async with Engine(...)`", self.name, self.lane.in_flight,
+                " acknowledged; use `async with Engine(...)`", self.name, self._lane.in_flight,
             )  # fmt: skip
-        self.sender.abort()
-        self.flusher.stop()
+        self.delivery.abort()
         self.intake.abort()
-        self.client.abort()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = quiet(self._loop.create_task(coroutine, name=f"fastkin[{self.name}].{name}"))
@@ -223,10 +194,11 @@ class PipelineRun:
         self.failure.set_exception(FastkinError(f"pipeline {self.name!r}: its work {how}: this is a bug, report it"))
 
     async def _run(self) -> None:
-        if self.overflow is not None:
-            await self.overflow.start()
-            if self.overflow.task is not None:
-                self.overflow.task.add_done_callback(self._task_done)
+        overflow = self.delivery.overflow
+        if overflow is not None:
+            await overflow.start()
+            if overflow.task is not None:
+                overflow.task.add_done_callback(self._task_done)
         # Only the first look is waited for, and not for long: while Kinesis cannot be reached the messages are taken
         # up to the budget all the same, else the broker would not even know our session yet and drop them.
         first = self._spawn(self._prepare_first(), "prepare")
@@ -234,13 +206,8 @@ class PipelineRun:
         if first.done() and not first.cancelled() and first.exception() is not None:
             self._first_failed = True
             return  # _task_done has it
-        self._flowing = True
-        if self._aggregate_bytes and not self._described:
-            _LOG.warning(
-                "pipeline=%s stage=batch it is not known whether stream %s chooses shards itself, and there consumers"
-                " drop aggregates: records go out one by one until it is; allow kinesis:DescribeStreamSummary, and see"
-                " that the control endpoint can be reached", self.name, self._stream,
-            )  # fmt: skip
+        self.watch.settled_in = True
+        self.watch.say_unknown_mode()
         await self.intake.run()
 
     async def _prepare_first(self) -> None:
@@ -258,7 +225,7 @@ class PipelineRun:
                 await self._put_connection_test()
                 self.client.took = True
             elif check == "describe":
-                await self._look_at_stream()
+                await self.watch.look_at_stream()
         except KinesisError as error:
             if not self.ready:  # else records are stored: it is only the question that was not answered
                 self.start_error = str(error)
@@ -270,8 +237,8 @@ class PipelineRun:
                 return False
         self._reached()
         # What is asked from here on makes us better and is not needed: nothing waits for it but the first connect.
-        await self._look_again()
-        self._spawn(self._watch_stream(), "shards")
+        await self.watch.look()
+        self._spawn(self.watch.run(), "shards")
         return True
 
     async def _prepare_later(self) -> None:
@@ -307,27 +274,25 @@ class PipelineRun:
         if linger:
             await Deadline(_LEAVE_S, self.name).wait(self.intake.close(), "leaving the broker")
             self.left.set()
-        self.flusher.close(DRAIN)
-        if self.overflow is not None:
-            self.overflow.drain()
+        self.delivery.drain()
         try:
             self._drain = asyncio.timeout(None if linger and not self._hurried else self._drain_s)
             async with self._drain:
-                while self._to_drain():
+                while self.delivery.to_wait_for:
                     self._progress.clear()
-                    self._attend()
+                    self.delivery.attend()
                     await self._progress.wait()
         except TimeoutError:
             pass
         self._drain = None
         await self._close(Deadline(self.pipeline.shutdown_timeout_s - self._drain_s + CLOSE_S, self.name))
-        unsettled = self.lane.in_flight
+        unsettled = self._lane.in_flight
         say = _LOG.info if unsettled == 0 else _LOG.error
         say(
             "pipeline=%s stage=engine stopped: received=%d stored=%d dead_lettered=%d dropped=%d spooled=%d"
             " unsettled=%d%s",
-            self.name, self.lane.received, self.lane.stored, self.lane.dead_lettered, self.lane.dropped,
-            self.lane.spooled, unsettled,
+            self.name, self._lane.received, self._lane.stored, self._lane.dead_lettered, self._lane.dropped,
+            self._lane.spooled, unsettled,
             "" if unsettled == 0 else " (not acknowledged: the broker keeps QoS 1 and 2 of a persistent session)",
         )  # fmt: skip
         return unsettled
@@ -335,12 +300,8 @@ class PipelineRun:
     async def _close(self, limit: Deadline) -> None:
         """Close every stage. One that hangs or fails does not keep the others from it."""
         self._lines.close()
-        self.watchdog.stop()
-        self.flusher.stop()
-        await self._end(limit, self.sender.close(), "ending the calls")
-        if self.overflow is not None:
-            # what is on the disk by then is acknowledged by what comes next
-            await self._end(limit, self.overflow.close(limit.until(before=_LAST_ACKS_S)), "closing the spool")
+        # What is on the disk by then is acknowledged by what comes next.
+        await self.delivery.close(limit, spool_limit=limit.until(before=_LAST_ACKS_S))
         await self._end(limit.until(before=_LAST_ACKS_S / 2), self.intake.close(), "leaving the broker")
         for task in self._tasks:
             task.cancel()
@@ -354,71 +315,7 @@ class PipelineRun:
         except Exception:  # noqa: BLE001 - whatever it is, the others are closed all the same
             _LOG.exception("pipeline=%s stage=engine %s failed", self.name, what)
 
-    def _to_drain(self) -> bool:
-        """Is there something that waiting for Kinesis may still settle?"""
-        if self.overflow is not None and not self.sender.flowing:
-            return self.lane.in_flight > self.overflow.safe
-        return self.lane.in_flight > 0
-
     # -- the stream ----------------------------------------------------------------------------
-
-    async def _look_at_stream(self) -> None:
-        """What the stream is, if we may know. KinesisError: it is not there, or nobody answers."""
-        try:
-            summary = await self.client.describe()
-        except KinesisError as error:
-            if error.action is not Action.OPERATOR or "ResourceNotFound" in error.code:
-                raise
-            self._say_undescribed(error)
-            return
-        self._aggregate(summary)
-        if self._described:
-            return
-        self._described = True
-        self._fits(summary)
-
-    async def _look_again(self) -> None:
-        """What is optional: the stream's mode and limits, its shards."""
-        wanted = self.pipeline.startup_check != "none"
-        if (self._aggregate_bytes or wanted) and not (self._described or self._describe_failed):
-            try:
-                await self._look_at_stream()
-            except KinesisError as error:
-                self._say_undescribed(error)
-        if wanted or self._described:
-            await self._read_shards()
-
-    def _say_undescribed(self, error: KinesisError) -> None:
-        if not self._describe_failed:
-            _LOG.warning(
-                "pipeline=%s stage=send the stream cannot be described (%s): going on without its limits and shard"
-                " map; allow kinesis:DescribeStreamSummary and kinesis:ListShards to pace by shard",
-                self.name, error.code,
-            )  # fmt: skip
-        self._describe_failed = True
-
-    def _aggregate(self, summary: StreamSummary) -> None:
-        """Aggregate on a stream that is known to take it. One may be told to choose shards itself at any time."""
-        if not self._aggregate_bytes:
-            return
-        if not summary.auto_keys:
-            if not self.lane.aggregate_bytes:
-                self.lane.aggregate_bytes = self._aggregate_bytes
-                self._attend()
-            return
-        problem = (
-            f"stream {summary.name} chooses shards itself (RecordDistributionStrategy AUTO) and consumers drop"
-            " aggregates on it"
-        )
-        if not self._flowing:
-            raise ConfigError(f"pipeline {self.name!r} aggregation", problem, 'set aggregation = "none"')
-        if self.lane.aggregate_bytes or not self._described:
-            self.lane.aggregate_bytes = 0
-            self._attend()
-            _LOG.error(
-                "pipeline=%s stage=batch %s: records go out one by one from now on; set aggregation = \"none\"",
-                self.name, problem,
-            )  # fmt: skip
 
     def _fits(self, summary: StreamSummary) -> None:
         """Do the settings fit the stream? ConfigError, or a WARNING."""
@@ -428,7 +325,7 @@ class PipelineRun:
                 f"'none' needs a stream with RecordDistributionStrategy AUTO, {summary.name} is not one",
                 "use uuid",
             )
-        self.sender.refusals.takes = summary.max_record_bytes
+        self.delivery.sender.refusals.takes = summary.max_record_bytes
         if self.pipeline.max_record_bytes > summary.max_record_bytes:
             _LOG.warning(
                 "pipeline=%s stage=send max_record_bytes %d is above what stream %s takes (%d): larger records"
@@ -457,48 +354,6 @@ class PipelineRun:
             failure.batch.finish(DROPPED)
             raise KinesisError(failure.code, failure.message)
 
-    async def _read_shards(self) -> None:
-        try:
-            shards = ShardMap(await self.client.list_shards())
-            current = self.sender.shards
-            if current is not None and current.ids == shards.ids:
-                self._shards_failed = False
-                return
-            self.lane.shards = ShardTable(shards.ends)
-            self.sender.set_shards(shards)
-        except Exception as error:  # noqa: BLE001 - records go out without a map: no answer may end what sends them
-            level = logging.DEBUG if self._shards_failed else logging.WARNING  # asked again and again, said once
-            _LOG.log(
-                level,
-                "pipeline=%s stage=send no shard map (%s): throttles are learned from answers until there is one;"
-                " allow kinesis:ListShards", self.name, error,
-            )  # fmt: skip
-            self._shards_failed = True
-            return
-        self._shards_failed = False
-        _LOG.info("pipeline=%s stage=send %d open shards", self.name, len(shards))
-
-    async def _watch_stream(self) -> None:
-        """Splits and merges: look again now and then, sooner when an answer names a shard that is not known."""
-        looks = 0
-        seen: set[str] = set()  # shards that answers named and the map did not know: asked about once
-        while True:
-            await asyncio.sleep(_SHARDS_LOOK_S)
-            looks += 1
-            if self._aggregate_bytes and (not self._described or looks >= _SHARDS_LOOKS):
-                with contextlib.suppress(KinesisError):  # said once
-                    await self._look_at_stream()
-            known = self.sender.shards
-            if known is None:
-                if self.pipeline.startup_check != "none":
-                    await self._read_shards()
-                continue
-            strange = {s for s in self.sender.throttled if s and known.ordinal(s) is None} - seen
-            if strange or looks >= _SHARDS_LOOKS:
-                looks = 0
-                seen |= strange
-                await self._read_shards()
-
     # -- what the stages call ------------------------------------------------------------------
 
     def _routes(self) -> tuple[Router, bool]:
@@ -506,11 +361,11 @@ class PipelineRun:
         router = Router()
         kinds = dict.fromkeys(kind for _, kind in self.pipeline.formats)
         if len(kinds) == 1:
-            sinks = {kind: self._tapped(self.lane) for kind in kinds}
+            sinks = {kind: self._tapped(self._lane) for kind in kinds}
         else:
-            sinks = {kind: self._tapped(FormatSink(self.lane, kind)) for kind in kinds}
+            sinks = {kind: self._tapped(FormatSink(self._lane, kind)) for kind in kinds}
             filters = ", ".join(f"{topic!a} ({kind})" for topic, kind in self.pipeline.formats[:_FILTERS_SHOWN])
-            router.otherwise = self._tapped(StraySink(self.lane, filters))
+            router.otherwise = self._tapped(StraySink(self._lane, filters))
         for topic, kind in self.pipeline.formats:
             router.add(topic, sinks[kind], FORMAT_IDS[kind])
         return router, len(kinds) > 1
@@ -546,27 +401,20 @@ class PipelineRun:
     def _read(self) -> None:
         if self._router.unrouted != self._unrouted:
             self._say_unrouted()
-        if self.lane.attention:
-            self._attend()
-        if self.overflow is not None and self.budget.full:
-            self.overflow.attend()
+        delivery = self.delivery
+        if self._lane.attention:
+            delivery.attend()
+        delivery.make_room()
         # Everything the broker will hand out is here: waiting for more records would only wait for the linger.
         intake = self.intake
-        if self.lane.open_records and intake.window.exhausted(self.ledger.unacked, intake.last_read):
-            self.flusher.close(WINDOW)
-
-    def _attend(self) -> None:
-        for reject in self.lane.take_rejects():
-            self.aside.rejected(reject)
-        self.flusher.attend()
+        if self._lane.open_records and intake.window.exhausted(self.ledger.unacked, intake.last_read):
+            delivery.flusher.close(WINDOW)
 
     def _settled(self) -> None:
-        if not self.ready and self.lane.stored:
+        if not self.ready and self._lane.stored:
             self._reached()
-        if self.overflow is not None and self.budget.full:
-            self.overflow.attend()
         self.intake.flush_acks()
-        if self.budget.low:
+        if self.delivery.budget.low:
             self.intake.resume()
         self._progress.set()
         if self._hook is not None:
@@ -574,11 +422,11 @@ class PipelineRun:
 
     def stuck(self) -> str | None:
         """What waits and will be looked at by nobody; None between any two callbacks, or there is a bug."""
-        found = unattended(self.lane, self.sender, self.flusher, self.overflow, aside=self.aside.waiting)
+        found = self.delivery.stuck(aside=self.aside.waiting)
         if found is None and self.aside.waiting and not self.aside.writing:
             found = f"{self.aside.waiting} groups of dead letters wait and nobody writes them"
         # What is unacknowledged may be the broker's turn, or a message that is set aside piece by piece.
-        open_ = self.lane.in_flight or self.ledger.unacked
+        open_ = self._lane.in_flight or self.ledger.unacked
         if found is None and self.intake.paused and not open_ and not self.intake.stopping:
             found = f"reading is paused after {self.intake.messages} messages, and nothing is in flight"
         if found is None and self.intake.forgotten:
@@ -586,32 +434,18 @@ class PipelineRun:
         return found
 
     def _wake(self) -> None:
-        self._attend()
-        self.flusher.close(DRAIN)
-        self._settled()
+        self.delivery.wake()
         self.intake.carry_on()
-        self.sender.pump()
 
     # -- seen from outside ---------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        lane, sender, intake = self.lane, self.sender, self.intake
-        return {
-            "received": lane.received,
-            "stored": lane.stored,
+        lane, sender, intake = self._lane, self.delivery.sender, self.intake
+        return self.delivery.stats() | {
             "decoded": lane.received - sum(self.aside.format_errors.values()),
-            "dead_lettered": lane.dead_lettered,
             "filtered": lane.filtered,
-            "dropped": lane.dropped,
-            "in_flight": lane.in_flight,
-            "spooled": lane.spooled,
-            "buffered_bytes": self.budget.bytes,
-            "peak_bytes": self.budget.peak_bytes,
-            "calls": sender.calls,
             "calls_failed": sender.calls_failed,
             "calls_open": sender.in_flight,
-            "retries": sender.retried,
-            "throttled": sum(sender.throttled.values()),
             "duplicates_possible": sender.duplicates_possible + self.ledger.repeated,
             "redelivered": self.ledger.repeated,
             "format_errors": dict(self.aside.format_errors),
@@ -622,7 +456,6 @@ class PipelineRun:
             "connects": intake.connects,
             "state": intake.state,
             "flushes": lane.flushes,
-            "stalls": self.watchdog.stalls,
             "last_error": self.last_error,
             # by name; the first two sum up to their totals above
             "dead_lettered_by": self.aside.dead_lettered_by.summing_to(lane.dead_lettered),
@@ -636,19 +469,20 @@ class PipelineRun:
             "paused_s": intake.paused_s,
             "call_seconds": sender.call_seconds.told(),
             "batch_fill": sender.batch_fill.told(),
-        } | (self.overflow.stats() if self.overflow is not None else {})
+        }
 
     @property
     def last_error(self) -> str | None:
         """What is wrong now, for a person; it clears when the same goes well."""
-        return self.start_error or self.sender.last_error or self.intake.last_error
+        return self.start_error or self.delivery.sender.last_error or self.intake.last_error
 
     def _dropped(self) -> Tally:
         """Records that were given up, by policy."""
         dropped = Tally()
         dropped.update(self.aside.dropped)
-        if self.overflow is not None and self.overflow.dropped:
-            dropped.add(self.pipeline.on_full, self.overflow.dropped)
+        overflow = self.delivery.overflow
+        if overflow is not None and overflow.dropped:
+            dropped.add(self.pipeline.on_full, overflow.dropped)
         return dropped
 
     def oldest_s(self) -> float:
@@ -665,12 +499,13 @@ class PipelineRun:
         """Why it does not do its work, or None when it is connected, subscribed and can store in its stream."""
         if reason := self.failed():
             return reason
-        if self.overflow is not None and self.overflow.hangs:  # nothing passes it, in either direction
-            return self.overflow.hangs
+        overflow = self.delivery.overflow
+        if overflow is not None and overflow.hangs:  # nothing passes it, in either direction
+            return overflow.hangs
         if not self.ready:
             return f"the stream was not reached: {self.start_error or 'not tried yet'}"
-        if self.sender.unwell:
-            return f"the stream: {self.sender.unwell}"
+        if unwell := self.delivery.sender.unwell:
+            return f"the stream: {unwell}"
         if not self.intake.connected.is_set():
             return f"the broker: {self.intake.state}{f': {self.intake.last_error}' if self.intake.last_error else ''}"
         return None

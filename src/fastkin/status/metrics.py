@@ -168,16 +168,16 @@ class EngineCollector(Collector):
             "fastkin_shard_heat", "Share of a shard's limit that we used lately.", labels=("pipeline", "shard")
         )
         for pipeline, run in self._engine.pipelines.items():
-            overflow = run.overflow
+            overflow = run.delivery.overflow
             spool = overflow.spool if overflow is not None else None
             spool_bytes.add_metric((pipeline,), spool.bytes if spool is not None else 0)
             spool_limit.add_metric((pipeline,), spool.max_bytes if spool is not None else 0)
             spool_broken.add_metric((pipeline,), overflow is not None and overflow.broken is not None)
-            limit.add_metric((pipeline,), run.budget.max_bytes)
+            limit.add_metric((pipeline,), run.delivery.budget.max_bytes)
             oldest.add_metric((pipeline,), run.oldest_s())
             window.add_metric((pipeline,), run.intake.granted_window)
             connected.add_metric((pipeline,), run.intake.connected.is_set())
-            hottest = sorted(run.sender.heat().items(), key=lambda item: item[1], reverse=True)
+            hottest = sorted(run.delivery.sender.heat().items(), key=lambda item: item[1], reverse=True)
             for shard, share in hottest[:_SHARDS_SHOWN]:
                 heat.add_metric((pipeline, shard), share)
         for pipeline, why in self._engine.unready().items():

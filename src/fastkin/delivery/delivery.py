@@ -1,0 +1,257 @@
+"""The way of a record into a stream, in one piece. A pipeline, a producer, the dead letter stream and replay use it.
+
+    put(), or what a session offers
+      |
+    lane       a record becomes an entry of the open batch: its key, its shard, base64, what it costs
+      |        a batch closes when it holds 500 entries or 5 MiB
+    flusher    ... or its time has come: linger, an idle sender, an exhausted window, the end
+      |
+    backlog    what memory cannot hold goes to the disk, or is dropped, as `on_full` says
+      |
+    sender     takes batches as long as shards have room (pacing) and calls are free, and makes the call
+      |
+    answer     entry by entry: stored         -> the settler or the receipt is told, the budget has room again
+                               failed for now -> the retry queue; it goes again, first come first served per shard
+                               refused        -> `refused`: dead letters, or an error for who holds the receipt
+
+Everything that ends, ends in the lane's books: received = stored + dead-lettered + filtered + dropped + in flight
++ spooled, after every callback. `stuck` says in words what would wait for ever, and the watchdog asks it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastkin._codec import DRAIN, FAILED, KeyPlan, Lane
+from fastkin.delivery.backlog import Overflow, Policy, batch_limit, shares
+from fastkin.delivery.flusher import Flusher
+from fastkin.delivery.sender import Sender
+from fastkin.delivery.watchdog import Watchdog, unattended
+from fastkin.errors import RecordFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from fastkin._codec import Batch, Reject, Settler
+    from fastkin.aws.client import Client
+    from fastkin.runtime.deadline import Deadline
+
+_LOG = logging.getLogger("fastkin.pipeline")
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Limits and times. Bytes of records are data before base64 plus key, as Kinesis counts them."""
+
+    budget_bytes: int  # what may be held, buffered and in flight together
+    budget_records: int
+    max_records: int = 500  # of one call
+    max_batch_bytes: int = 5 * MIB
+    max_record_bytes: int = MIB
+    max_calls: int = 16  # open at a time
+    aggregate_bytes: int = 0
+    linger_s: float = 0.0
+    on_full: Policy = "pause"
+    spool: str | Path | None = None
+    spool_max_bytes: int = 0
+    spool_after_s: float = 5.0
+    throttle_error_after_s: float = 60.0
+    trusted: bool = False  # a single record that is refused is at fault itself, also when all are
+
+
+class Delivery:
+    """Lane, flusher, backlog, sender and watchdog of one stream. Made anywhere; open() needs the running loop."""
+
+    def __init__(
+        self,
+        client: Client,
+        options: Options,
+        *,
+        name: str,
+        stream: str,
+        key: KeyPlan,
+        frame: Literal["raw", "bulk"] = "raw",
+        settler: Settler | None = None,
+        keep_bytes: int = 0,
+    ) -> None:
+        """`name` is that of the log lines. `keep_bytes` of the budget are for what is not charged record by record."""
+        self.client = client
+        self.name = name
+        self.stream = stream
+        # Whoever splits or gathers has a batch twice for a moment, so one may be no large part of the budget.
+        limit = batch_limit(options.max_batch_bytes, options.max_record_bytes, options.budget_bytes, options.on_full)
+        self._options = options = replace(options, max_batch_bytes=limit)
+        self.budget, self._rows = shares(options.budget_bytes - keep_bytes, options.budget_records, options.on_full)
+        self.lane = Lane(
+            settler=settler, budget=self.budget, frame=frame, key=key, target=client.target_json(),
+            max_records=options.max_records, max_batch_bytes=options.max_batch_bytes,
+            max_record_bytes=options.max_record_bytes, aggregate_bytes=options.aggregate_bytes,
+            rows=None if self._rows is None else self._rows.settler,
+            replay=None if self._rows is None else self._rows.budget,
+        )  # fmt: skip
+        self.overflow: Overflow | None = None
+        self.sender: Sender  # these three from open() on
+        self.flusher: Flusher
+        self.watchdog: Watchdog
+        self.opened = False
+        self._on_settled: Callable[[], None] = _nothing
+        self._rejected: Callable[[Reject], None] | None = None
+
+    def open(
+        self,
+        *,
+        refused: Callable[[Batch, str], None] | None = None,
+        on_settled: Callable[[], None] | None = None,
+        rejected: Callable[[Reject], None] | None = None,
+        stuck: Callable[[], str | None] | None = None,
+        wake: Callable[[], None] | None = None,
+    ) -> None:
+        """Make what sends. `refused(batch, reason)` and `rejected(reject)` take over what can never be stored, without
+        them it fails; `on_settled()` runs whenever something has ended. `stuck`, `wake`: the owner has more to see to.
+        """
+        options = self._options
+        loop = asyncio.get_running_loop()
+        self._on_settled = on_settled or _nothing
+        self._rejected = rejected
+        self.sender = Sender(
+            self.lane, self.client, name=self.name, stream=self.stream, max_calls=options.max_calls,
+            set_aside=refused or self.fail, on_settled=self.settled, max_records=options.max_records,
+            max_batch_bytes=options.max_batch_bytes, throttle_error_after_s=options.throttle_error_after_s,
+            believe=options.trusted, harmless=self.client.harmless,
+        )  # fmt: skip
+        if options.on_full != "pause":
+            self.overflow = Overflow(
+                self.lane, self.sender, self.budget, name=self.name, policy=options.on_full,
+                on_settled=self.settled, rows=self._rows, path=options.spool, max_bytes=options.spool_max_bytes,
+                after_s=options.spool_after_s, max_records=options.max_records,
+                max_batch_bytes=options.max_batch_bytes,
+            )  # fmt: skip
+        self.flusher = Flusher(self.lane, self.overflow or self.sender, options.linger_s, loop)
+        self.watchdog = Watchdog(self.name, loop, stuck or self.stuck, wake or self.wake)
+        self.opened = True
+
+    # -- while it runs -------------------------------------------------------------------------
+
+    def attend(self) -> None:
+        """The lane has news: what was rejected is handed over, what is closed is sent, what is open will be in time."""
+        if self._rejected is not None:
+            for reject in self.lane.take_rejects():
+                self._rejected(reject)
+        self.flusher.attend()
+
+    def make_room(self) -> None:
+        """The budget may be full: that is when a backlog has work."""
+        if self.overflow is not None and self.budget.full:
+            self.overflow.attend()
+
+    def settled(self) -> None:
+        """Something has ended."""
+        self.make_room()
+        self._on_settled()
+
+    def drain(self) -> None:
+        """Send all that is here, read nothing more from the disk: the owner is about to stop."""
+        self.flusher.close(DRAIN)
+        if self.overflow is not None:
+            self.overflow.drain()
+
+    async def flush(self) -> None:
+        """Until all that was taken so far has ended, well or not, or is spooled. ClosedError: closed before."""
+        self.flusher.close(DRAIN)
+        await self.sender.flush()
+
+    @property
+    def to_wait_for(self) -> bool:
+        """Waiting for Kinesis may still settle something: what is on the disk too needs no waiting for."""
+        if self.overflow is not None and not self.sender.flowing:
+            return self.lane.in_flight > self.overflow.safe
+        return self.lane.in_flight > 0
+
+    def stuck(self, *, aside: int = 0) -> str | None:
+        """What waits and will be looked at by nobody; None between any two callbacks, or there is a bug.
+
+        `aside`: groups of dead letters that the owner has.
+        """
+        return unattended(self.lane, self.sender, self.flusher, self.overflow, aside=aside)
+
+    def wake(self) -> None:
+        """Look at everything once, as if all of it had just happened."""
+        self.attend()
+        self.flusher.close(DRAIN)
+        self.sender.pump()
+        self.settled()
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def abort(self) -> None:
+        """The event loop is about to end, and nobody called close()."""
+        self.sender.abort()
+        self.flusher.stop()
+        self.client.abort()
+
+    async def close(self, limit: Deadline, *, spool_limit: Deadline) -> None:
+        """End the calls; what has not ended then goes to the disk, if there is one, as far as it takes it in time.
+
+        The rest stays unsettled: see give_up(). A part that fails or hangs does not keep the others from closing.
+        """
+        self.watchdog.stop()
+        self.flusher.stop()
+        await self._end(limit, self.sender.close(), "ending the calls")
+        if self.overflow is not None:
+            await self._end(limit, self.overflow.close(spool_limit), "closing the spool")
+
+    async def _end(self, limit: Deadline, work: Awaitable[object], what: str) -> None:
+        try:
+            await limit.wait(work, what)
+        except Exception:  # noqa: BLE001 - whatever it is, the others are closed all the same
+            _LOG.exception("pipeline=%s stage=engine %s failed", self.name, what)
+
+    def fail(self, batch: Batch, reason: str) -> None:
+        """It can never be stored: who holds its receipts is told."""
+        if batch.restored:  # its receipts said "spooled" long ago
+            _LOG.error(
+                "pipeline=%s stage=send %d records that came back from the spool are refused for good and dropped: %s",
+                self.name, batch.user_records, reason,
+            )  # fmt: skip
+        code, _, message = reason.partition(": ")
+        batch.finish(FAILED, RecordFailed(code, message))
+
+    def give_up(self, error: Exception) -> int:
+        """After close(): what has not ended fails with `error`, for who holds receipts. Returns how many records."""
+        left = self.lane.in_flight
+        for batch in (*self.sender.unsent(), *(self.overflow.unsaved() if self.overflow is not None else ())):
+            batch.finish(FAILED, error)
+        self.lane.abandon(error)
+        return left
+
+    # -- seen from outside ---------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Counters, in records unless the name says otherwise."""
+        lane, sender = self.lane, self.sender if self.opened else None
+        return {
+            "received": lane.received,
+            "stored": lane.stored,
+            "dropped": lane.dropped,
+            "dead_lettered": lane.dead_lettered,
+            "in_flight": lane.in_flight,
+            "spooled": lane.spooled,
+            "buffered_bytes": self.budget.bytes,
+            "peak_bytes": self.budget.peak_bytes,
+            "calls": sender.calls if sender else 0,
+            "retries": sender.retried if sender else 0,
+            "throttled": sum(sender.throttled.values()) if sender else 0,
+            "duplicates_possible": sender.duplicates_possible if sender else 0,
+            "last_error": sender.last_error if sender else None,
+            "stalls": self.watchdog.stalls if sender else 0,
+        } | (self.overflow.stats() if self.overflow is not None else {})
+
+
+def _nothing() -> None:
+    pass
