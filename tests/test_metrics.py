@@ -27,9 +27,9 @@ from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.delivery.pacing import Pacer
 from fastkin.emulator import Emulator
 from fastkin.mqtt.publisher import Publisher
+from fastkin.status.instruments import Histogram, LabelledCounter
 from fastkin.status.metrics import EngineCollector
 from fastkin.status.server import StatusServer
-from fastkin.status.tallies import Histogram, Tally
 from servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
@@ -329,24 +329,24 @@ def test_prometheus_is_not_loaded_by_who_does_not_ask(tmp_path: Path) -> None:
 
 
 def test_names_that_a_peer_makes_up_are_bounded() -> None:
-    tally = Tally(32)
+    counter = LabelledCounter(32)
     for n in range(10_000):
-        tally.add(f"Code{n}", 2)
+        counter.add(f"Code{n}", 2)
     for name in ("a b", 'x"} 1\nforged 2', "ü", "n" * 65, "\u2028"):
-        tally.add(name, 1)
-    assert len(tally) == 33
-    assert sum(tally.values()) == 20_005
-    assert tally["Code0"] == 2
-    assert tally["other"] == 20_005 - 64
+        counter.add(name, 1)
+    assert len(counter) == 33
+    assert sum(counter.values()) == 20_005
+    assert counter["Code0"] == 2
+    assert counter["other"] == 20_005 - 64
 
 
-def test_a_tally_sums_up_to_the_total() -> None:
-    tally = Tally()
-    assert tally.summing_to(0) == {}
-    assert tally.summing_to(3, "rest") == {"rest": 3}
-    tally.add("a", 2)
-    tally.add("b", 0)
-    assert tally.summing_to(5) == {"a": 2, "other": 3}
+def test_a_labelled_counter_sums_up_to_the_total() -> None:
+    counter = LabelledCounter()
+    assert counter.summing_to(0) == {}
+    assert counter.summing_to(3, "rest") == {"rest": 3}
+    counter.add("a", 2)
+    counter.add("b", 0)
+    assert counter.summing_to(5) == {"a": 2, "other": 3}
 
 
 async def test_hostile_names_do_not_break_the_page() -> None:

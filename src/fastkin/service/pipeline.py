@@ -30,8 +30,8 @@ from fastkin.mqtt._core import CallbackSink, Ledger, Router
 from fastkin.mqtt.subscriber import Intake
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive, quiet
+from fastkin.status.instruments import LabelledCounter
 from fastkin.status.logs import Repeats
-from fastkin.status.tallies import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -643,9 +643,9 @@ class PipelineRun:
         """What is wrong now, for a person; it clears when the same goes well."""
         return self.start_error or self.sender.last_error or self.intake.last_error
 
-    def _dropped(self) -> Tally:
+    def _dropped(self) -> LabelledCounter:
         """Records that were given up, by policy."""
-        dropped = Tally()
+        dropped = LabelledCounter()
         dropped.update(self.aside.dropped)
         if self.overflow is not None and self.overflow.dropped:
             dropped.add(self.pipeline.on_full, self.overflow.dropped)
