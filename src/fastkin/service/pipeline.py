@@ -30,8 +30,8 @@ from fastkin.mqtt._core import CallbackSink, Ledger, Router
 from fastkin.mqtt.subscriber import Intake
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive, quiet
-from fastkin.status.instruments import LabelledCounter
 from fastkin.status.logs import Repeats
+from fastkin.status.registry import figures
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -54,7 +54,6 @@ CLOSE_S = 1.0  # after the shutdown timeout: for the last acknowledgements and g
 _LAST_ACKS_S = 0.6  # of that, what is kept from the spool
 _SPOOL_S = 5.0  # of the shutdown timeout, or a quarter of it: for what the spool has to take
 _LEAVE_S = 5.0  # for a run that lingers to leave the broker
-_FLUSH_REASONS = ("full_count", "full_bytes", "linger", "window", "idle", "drain")  # as in Lane.flushes
 
 
 class PipelineRun:
@@ -595,61 +594,13 @@ class PipelineRun:
     # -- seen from outside ---------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        lane, sender, intake = self.lane, self.sender, self.intake
-        return {
-            "received": lane.received,
-            "stored": lane.stored,
-            "decoded": lane.received - sum(self.aside.format_errors.values()),
-            "dead_lettered": lane.dead_lettered,
-            "filtered": lane.filtered,
-            "dropped": lane.dropped,
-            "in_flight": lane.in_flight,
-            "spooled": lane.spooled,
-            "buffered_bytes": self.budget.bytes,
-            "peak_bytes": self.budget.peak_bytes,
-            "calls": sender.calls,
-            "calls_failed": sender.calls_failed,
-            "calls_open": sender.in_flight,
-            "retries": sender.retried,
-            "throttled": sum(sender.throttled.values()),
-            "duplicates_possible": sender.duplicates_possible + self.ledger.repeated,
-            "redelivered": self.ledger.repeated,
-            "format_errors": dict(self.aside.format_errors),
-            "dead_letters_deleted": self.aside.deleted,
-            "unacked": self.ledger.unacked,
-            "messages": intake.messages,
-            "unrouted": self._router.unrouted,
-            "connects": intake.connects,
-            "state": intake.state,
-            "flushes": lane.flushes,
-            "stalls": self.watchdog.stalls,
-            "last_error": self.last_error,
-            # by name; the first two sum up to their totals above
-            "dead_lettered_by": self.aside.dead_lettered_by.summing_to(lane.dead_lettered),
-            "dropped_by": self._dropped().summing_to(lane.dropped, "failed"),
-            "retried_by_code": dict(sender.retried_by_code),
-            "throttled_by_shard": dict(sender.throttled),
-            "calls_failed_by_code": dict(sender.calls_failed_by_code),
-            "flushed_by_reason": dict(zip(_FLUSH_REASONS, lane.flushes, strict=True)),
-            "batched": sender.batched,
-            "sent": sender.sent,
-            "paused_s": intake.paused_s,
-            "call_seconds": sender.call_seconds.told(),
-            "batch_fill": sender.batch_fill.told(),
-        } | (self.overflow.stats() if self.overflow is not None else {})
+        """The figures of status/registry.py, by key."""
+        return figures(self)
 
     @property
     def last_error(self) -> str | None:
         """What is wrong now, for a person; it clears when the same goes well."""
         return self.start_error or self.sender.last_error or self.intake.last_error
-
-    def _dropped(self) -> LabelledCounter:
-        """Records that were given up, by policy."""
-        dropped = LabelledCounter()
-        dropped.update(self.aside.dropped)
-        if self.overflow is not None and self.overflow.dropped:
-            dropped.add(self.pipeline.on_full, self.overflow.dropped)
-        return dropped
 
     def oldest_s(self) -> float:
         """Age of the oldest message that is not acknowledged; 0.0 when there is none."""
