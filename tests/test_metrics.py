@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -301,6 +302,30 @@ async def test_the_books_balance_while_a_spool_fills_and_drains(server: Server, 
         away.remove()
         await until(lambda: total(balanced(), "fastkin_records_stored_total") == 600)
         assert total(balanced(), "fastkin_spool_records") == 0
+
+
+async def test_a_key_whose_field_is_missing_is_counted_and_goes_on_over_a_reload(server: Server) -> None:
+    async with rig(server, {"id": "p", "topics": ("k/#",), "partition_key": "field:id"}) as (
+        engine,
+        publisher,
+        emulator,
+    ):
+        for payload in (b'{"id":"m1"}', b'{"no":1}', b"no JSON"):
+            await publisher.publish("k/1", payload, 1)
+        await publisher.drain()
+        await until(lambda: ended(engine, p=3))
+        assert engine.stats()["p"]["keys_missing"] == 2
+        assert total(scrape(engine), "fastkin_keys_missing_total", pipeline="p") == 2
+        keys = {record.data: record.partition_key for record in emulator.stored("welders")}
+        assert keys[b'{"id":"m1"}'] == "m1"
+        assert all(uuid.UUID(keys[data]).version == 4 for data in (b'{"no":1}', b"no JSON"))
+
+        changed = dataclasses.replace(engine.settings.pipelines[0], linger_ms=1.0)
+        await engine.reload(dataclasses.replace(engine.settings, pipelines=(changed,)))
+        await publisher.publish("k/1", b"{}", 1)
+        await publisher.drain()
+        await until(lambda: ended(engine, p=4))
+        assert total(scrape(engine), "fastkin_keys_missing_total", pipeline="p") == 3
 
 
 async def test_any_thread_may_scrape(server: Server) -> None:

@@ -217,6 +217,9 @@ OF_RUN: tuple[Row, ...] = (
              lambda run: run.lane.received - sum(run.aside.format_errors.values())),
     _labelled("format_errors", "fastkin_format_errors_total", "reason", "records",
               "Payloads and records that were malformed", lambda run: dict(run.aside.format_errors), _FORMAT_ERRORS),
+    _counter("keys_missing", "fastkin_keys_missing_total", "records",
+             "Records without the field or topic level that their partition key is made of: they got a UUID",
+             lambda run: run.lane.keys_missing),
     _counter("filtered", "fastkin_records_filtered_total", "records", "Records that were not wanted",
              lambda run: run.lane.filtered),
     # batch
