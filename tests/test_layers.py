@@ -32,7 +32,7 @@ PURE = {
     "mqtt.dialect", "mqtt.frames", "mqtt.reasons", "mqtt.subscriptions",
     "net.tcp",
     "service.counters", "service.systemd",
-    "status.logs", "status.tallies",
+    "status.instruments", "status.logs", "status.registry",
 }  # fmt: skip
 
 

@@ -16,13 +16,14 @@ from fastkin import settings
 from fastkin.config import Broker, Kinesis, Pipeline, Status, Tls
 from fastkin.emulator import Emulator
 from fastkin.settings import tables as keys
+from fastkin.status.registry import OF_ENGINE, OF_RUN
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-BEGIN, END = "<!-- settings: written by tests/test_readme.py -->\n", "<!-- end of settings -->"
+_MARKS = ("<!-- {}: written by tests/test_readme.py -->\n", "<!-- end of {} -->")
 
 
-def tables() -> str:
+def settings_tables() -> str:
     lines = []
     for title, kind, names in (
         ("`[broker]`", Broker, keys.BROKER_KEYS),
@@ -52,14 +53,32 @@ def allowed(key: keys.Key) -> str:
     return {"flag": "`true`, `false`", "list": "list of texts"}.get(key.kind, "text")
 
 
-def parts() -> tuple[str, str, str]:
-    before, _, rest = README.read_text().partition(BEGIN)
-    inside, _, after = rest.partition(END)
-    return before, inside, after
+def metrics_table() -> str:
+    lines = ["", "| metric, its label | kind | unit | what it says |", "| --- | --- | --- | --- |"]
+    for row in (*OF_ENGINE, *OF_RUN):
+        if (metric := row.metric) is not None:
+            (label,) = set(metric.labels) - {"pipeline"} or {""}
+            name = f"`{metric.name}`" + (f" by `{label}`" if label else "")
+            lines.append(f"| {name} | {metric.kind} | {metric.unit} | {metric.doc} |")
+    return "\n".join([*lines, "", ""])
 
 
-def test_the_settings_tables_are_those_of_the_code() -> None:
-    assert parts()[1] == tables(), "run: python tests/test_readme.py"
+WRITTEN = {"settings": settings_tables, "metrics": metrics_table}
+
+
+def parts(title: str) -> tuple[str, str, str]:
+    """README before a written part, the part itself, and README behind it; the marks are not in the part."""
+    begin, end = (mark.format(title) for mark in _MARKS)
+    text = README.read_text()
+    assert text.count(begin) == text.count(end) == 1
+    before, _, rest = text.partition(begin)
+    inside, _, after = rest.partition(end)
+    return before + begin, inside, end + after
+
+
+@pytest.mark.parametrize("title", WRITTEN)
+def test_the_written_tables_are_those_of_the_code(title: str) -> None:
+    assert parts(title)[1] == WRITTEN[title](), "run: python tests/test_readme.py"
 
 
 def code(language: str) -> list[str]:
@@ -134,5 +153,6 @@ def test_links_of_the_readme_lead_somewhere() -> None:
 
 
 if __name__ == "__main__":
-    before, _, after = parts()
-    README.write_text(before + BEGIN + tables() + END + after)
+    for each, written in WRITTEN.items():
+        before, _, after = parts(each)
+        README.write_text(before + written() + after)

@@ -18,13 +18,15 @@ from fastkin.config import Broker, Kinesis, Pipeline, Settings, Tls
 from fastkin.emulator import Emulator
 from fastkin.errors import ClosedError, ConfigError, LibraryError
 from fastkin.mqtt.publisher import Publisher
-from fastkin.service.counters import SUMS, Carry, merged
+from fastkin.service.counters import Carry, merged
+from fastkin.status.registry import BY_KEY, Reload
 from servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
+    from fastkin.status.registry import Row
     from servers import Server
 
 _NAMES = itertools.count()
@@ -518,21 +520,58 @@ def test_a_run_that_ends_beside_its_successor_turns_no_counter_back() -> None:
     assert (now["received"], now["stored"], now["in_flight"]) == (20, 20, 0)
 
 
-async def test_every_number_of_a_run_is_known_to_be_a_sum_or_of_now(server: Server, tmp_path: Path) -> None:
-    """Who adds a counter names it in service/counters.py, or a reload would turn it back."""
+async def test_every_figure_of_stats_has_a_row_and_each_row_is_told(server: Server, tmp_path: Path) -> None:
+    """A figure without a row would restart at zero with a reload."""
     async with plant(server) as p:
         spooled = p.pipeline(on_full="spool", spool=str(tmp_path / "spool.db"))
         async with fastkin.Engine(p.settings(spooled)) as engine:
-            told = engine.stats()["p"]
-        assert set(told) - SUMS == {
-            "in_flight", "spooled", "volatile", "buffered_bytes", "peak_bytes", "calls_open", "unacked", "state",
-            "last_error", "spooling", "spool_rows", "spool_bytes", "spool_bytes_limit", "spool_error",
-        }  # fmt: skip
-        assert set(told) >= SUMS, "no name that nobody has"
+            await connected(engine)
+            assert engine.stats()["p"].keys() == BY_KEY.keys()
+            await engine.reload(p.settings(dataclasses.replace(spooled, on_full="pause", spool=None)))
+            await connected(engine)
+            assert engine.stats()["p"].keys() == BY_KEY.keys(), "with an ended run, and without a spool"
+            await engine.reload(p.settings())
+            stats = engine.stats()["p"]
+            assert stats.keys() == BY_KEY.keys(), "without a run"
+            assert (stats["state"], stats["spooling"], stats["connects"]) == ("closed", False, 2)
+
+
+def example(row: Row) -> Any:
+    """A figure as the row tells it, nothing being in flight."""
+    if row.key in {"in_flight", "volatile", "spooled"}:
+        return 0
+    if row.key == "flushes":
+        return (1, 2)
+    if row.metric is not None and row.metric.kind == "histogram":
+        return {"1.0": 2, "+Inf": 1, "sum": 3.5}
+    return {"a": 1, "b": 2} if row.metric is not None and row.metric.labels[1:] else 3
+
+
+def twice(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: 2 * count for name, count in value.items()}
+    return tuple(2 * count for count in value) if isinstance(value, tuple) else 2 * value
+
+
+@pytest.mark.parametrize("key", BY_KEY)
+def test_each_figure_goes_over_a_reload_as_its_row_says(key: str) -> None:
+    row, value = BY_KEY[key], example(BY_KEY[key])
+    run = {name: example(other) for name, other in BY_KEY.items()}
     carry = Carry()
-    carry.add({"received": 1, "stored": 1, "in_flight": 0, "a gauge of tomorrow": 5})
-    now = merged(carry, [{"received": 0, "stored": 0, "in_flight": 0, "a gauge of tomorrow": 2}])
-    assert now["a gauge of tomorrow"] == 2
+    carry.add(run)
+    summed = row.reload is Reload.SUMMED
+    assert merged(carry, [run])[key] == (twice(value) if summed else value), "one ended, one is at work"
+    assert merged(carry, [])[key] == (value if summed else row.idle), "none is at work"
+    latest = row.reload is Reload.LATEST
+    assert merged(None, [run, run])[key] == (value if latest else twice(value)), "two are at work"
+    assert run[key] == value, "what a run has said stays as it was"
+
+
+def test_labels_that_one_run_alone_has_are_kept() -> None:
+    one, other = ({"received": 0, "in_flight": 0, "retried_by_code": codes} for codes in ({"a": 1, "b": 2}, {"b": 3}))
+    carry = Carry()
+    carry.add(one)
+    assert merged(carry, [other])["retried_by_code"] == {"a": 1, "b": 5}
 
 
 async def test_another_broker_and_records_that_do_not_end_turn_no_counter_back(server: Server) -> None:

@@ -25,8 +25,8 @@ from fastkin.deadletter.destination import destination
 from fastkin.deadletter.file import DeadLetterError, DeadLetters, Spill
 from fastkin.deadletter.stream import LetterStream
 from fastkin.runtime.worker import Worker
+from fastkin.status.instruments import LabelledCounter
 from fastkin.status.logs import Repeats
-from fastkin.status.tallies import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -199,8 +199,8 @@ class Aside:
         self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=_LINES_PER_S, per_s=1.0)
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
         # records, by kind of a bad payload or code of Kinesis: sums to lane.dead_lettered
-        self.dead_lettered_by = Tally()
-        self.dropped = Tally()  # records that ended here without a letter, for there is no `dead_letter`
+        self.dead_lettered_by = LabelledCounter()
+        self.dropped = LabelledCounter()  # records that ended here without a letter, for there is no `dead_letter`
         self._deleted_said = 0
         self._carried_cost = 0  # of messages that can be no record and are not stored yet
         self._waiting: list[_Group] = []

@@ -48,8 +48,8 @@ from fastkin.errors import (
     UnexpectedResponse,
     printable,
 )
+from fastkin.status.instruments import Histogram, LabelledCounter
 from fastkin.status.logs import Repeats
-from fastkin.status.tallies import Histogram, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -177,13 +177,13 @@ class Sender:
         self.calls = 0
         self.calls_failed = 0
         self.retried = 0  # records sent again
-        self.throttled = Tally(_SHARDS_COUNTED)  # shard id ("" when not told) -> records
-        self.failed_by_code = Tally()
+        self.throttled = LabelledCounter(_SHARDS_COUNTED)  # shard id ("" when not told) -> records
+        self.failed_by_code = LabelledCounter()
         # These count records as they were given: an aggregate counts as what is in it.
         self.batched = 0  # records of batches taken from the lane
         self.sent = 0  # records of calls made, repeats included
-        self.retried_by_code = Tally()  # records that go again, by what failed
-        self.calls_failed_by_code = Tally()
+        self.retried_by_code = LabelledCounter()  # records that go again, by what failed
+        self.calls_failed_by_code = LabelledCounter()
         self.call_seconds = Histogram(_CALL_BOUNDS_S)
         self.batch_fill = Histogram(_FILL_BOUNDS)
         self.duplicates_possible = 0  # records of calls whose outcome stayed unknown

@@ -8,20 +8,14 @@ receives are not counted twice.
 
 from __future__ import annotations
 
+from operator import add
 from typing import Any
 
-# What adds up over runs. Everything else is of now, and an ended run has none of it.
-SUMS = frozenset({
-    "received", "decoded", "stored", "dead_lettered", "filtered", "dropped", "messages", "unrouted", "batched", "sent",
-    "calls", "calls_failed", "retries", "throttled", "duplicates_possible", "redelivered", "connects", "paused_s",
-    "flushes", "spooled_ever", "spool_damaged_rows", "dead_letters_deleted", "format_errors", "dead_lettered_by",
-    "dropped_by", "retried_by_code", "throttled_by_shard", "calls_failed_by_code", "flushed_by_reason", "call_seconds",
-    "batch_fill", "stalls",
-})  # fmt: skip
-# of now: the present run's alone; of runs that are at work at once the other numbers add up
-_PRESENT = frozenset({"peak_bytes", "state", "last_error", "spooling", "spool_error"})
+from fastkin.status.registry import BY_KEY, Reload
+
+_SUMS = frozenset(key for key, row in BY_KEY.items() if row.reload is Reload.SUMMED)
 # what is told of a pipeline that has no run just now
-_GAUGES = ("volatile", "buffered_bytes", "calls_open", "unacked", "spool_rows", "spool_bytes", "spool_bytes_limit")
+_IDLE = {key: row.idle for key, row in BY_KEY.items() if key not in _SUMS}
 
 
 class Carry:
@@ -45,7 +39,7 @@ class Carry:
         self.lost += lost
         self.owed += stats.get("in_flight", 0) + stats.get("spooled", 0) - lost - paid
         self._from = beside
-        _add(self.sums, {name: value for name, value in stats.items() if name in SUMS})
+        _add(self.sums, {key: value for key, value in stats.items() if key in _SUMS})
         self.sums["received"] = self.sums.get("received", 0) - paid
 
 
@@ -53,11 +47,10 @@ def merged(carry: Carry | None, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The numbers of one pipeline: what ended, what is leaving, and what is at work, which comes last."""
     if carry is None and len(runs) == 1:
         return runs[0]
-    found: dict[str, Any] = {"state": "closed", "last_error": None}
+    found: dict[str, Any] = {}
     for run in runs:
         _add(found, run)
-    for name in ("in_flight", "spooled", "peak_bytes", *_GAUGES):
-        found.setdefault(name, 0)
+    found = _IDLE | found
     if carry is not None:
         again = carry.paid(found.get("received", 0))
         _add(found, carry.sums)
@@ -68,16 +61,15 @@ def merged(carry: Carry | None, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _add(into: dict[str, Any], more: dict[str, Any]) -> None:
-    for name, value in more.items():
-        if name in _PRESENT or isinstance(value, bool):
-            into[name] = value
-        elif isinstance(value, dict):
-            into[name] = dict(into.get(name, {}))
-            _add(into[name], value)
-        elif isinstance(value, list | tuple) and value and all(isinstance(each, int | float) for each in value):
-            before = into.get(name) or [0] * len(value)
-            into[name] = type(value)(one + other for one, other in zip(before, value, strict=True))
-        elif isinstance(value, int | float):
-            into[name] = into.get(name, 0) + value
-        else:
-            into[name] = value
+    for key, value in more.items():
+        latest = key not in into or BY_KEY[key].reload is Reload.LATEST
+        into[key] = value if latest else _sum(into[key], value)
+
+
+def _sum(one: Any, other: Any) -> Any:
+    """Of two figures of a kind: label by label, bucket by bucket, place by place. Both stay as they are."""
+    if isinstance(one, dict):
+        return {name: one.get(name, 0) + other.get(name, 0) for name in one | other}
+    if isinstance(one, tuple):
+        return tuple(map(add, one, other))
+    return one + other

@@ -24,6 +24,7 @@ from fastkin.errors import ClosedError, ConfigError, LibraryError
 from fastkin.runtime.deadline import Deadline
 from fastkin.service.counters import Carry, merged
 from fastkin.service.pipeline import CLOSE_S, PipelineRun
+from fastkin.status.registry import unkept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -211,7 +212,7 @@ class Engine:
             replaced = self.pipelines.get(run.name) is not run
             if not replaced:
                 self._wanted.pop(run.name, None)
-            halt = self._halt(run, linger=replaced and _volatile(run) and not run.pipeline.spool)
+            halt = self._halt(run, linger=replaced and unkept(run) and not run.pipeline.spool)
             former = self._former.pop(run, None)
             if not replaced and former is not None and not run.ready:
                 task = asyncio.create_task(self._go_back(run, former, halt, str(error)))
@@ -362,7 +363,7 @@ class Engine:
         waits = []
         for name, run in old.items():
             self._leave(run)
-            linger = _volatile(run) and not run.pipeline.spool
+            linger = unkept(run) and not run.pipeline.spool
             waits.append(_out_of_the_way(run, self._halt(run, linger=linger), linger))
             if name in gone:
                 self._say_gone(run)
@@ -446,7 +447,7 @@ class Engine:
             self._halts.pop(run)
             beside = [each for each in (*self.leaving, *self.pipelines.values()) if each.name == run.name]
             self._carried.setdefault(run.name, Carry()).add(
-                _stats(run), beside=sum(each.delivery.lane.received for each in beside)
+                run.stats(), beside=sum(each.delivery.lane.received for each in beside)
             )
             self._say_spool(run)
 
@@ -560,21 +561,9 @@ class Engine:
         """
         found: dict[str, list[dict[str, Any]]] = {}
         for run in (*self.leaving, *self.pipelines.values()):  # the present one last
-            found.setdefault(run.name, []).append(_stats(run))
+            found.setdefault(run.name, []).append(run.stats())
         names = dict.fromkeys((*self.pipelines, *found, *self._carried))
         return {name: merged(self._carried.get(name), found.get(name, [])) for name in names}
-
-
-def _volatile(run: PipelineRun) -> bool:
-    """Nobody keeps the records that are in flight but we."""
-    return run.pipeline.qos == 0 or run.intake.broker.clean_session
-
-
-def _stats(run: PipelineRun) -> dict[str, Any]:
-    stats = run.stats()
-    safe = run.delivery.overflow.safe if run.delivery.overflow is not None else 0
-    stats["volatile"] = max(0, stats["in_flight"] - safe) if _volatile(run) else 0
-    return stats
 
 
 async def _out_of_the_way(run: PipelineRun, stopping: asyncio.Task[int], linger: bool) -> int:

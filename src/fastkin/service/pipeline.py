@@ -27,7 +27,7 @@ from fastkin.mqtt.subscriber import Intake
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive, quiet
 from fastkin.status.logs import Repeats
-from fastkin.status.tallies import Tally
+from fastkin.status.registry import figures
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -48,7 +48,6 @@ CLOSE_S = 1.0  # after the shutdown timeout: for the last acknowledgements and g
 _LAST_ACKS_S = 0.6  # of that, what is kept from the spool
 _SPOOL_S = 5.0  # of the shutdown timeout, or a quarter of it: for what the spool has to take
 _LEAVE_S = 5.0  # for a run that lingers to leave the broker
-_FLUSH_REASONS = ("full_count", "full_bytes", "linger", "window", "idle", "drain")  # as in Lane.flushes
 
 
 def _options(pipeline: Pipeline) -> Options:
@@ -440,50 +439,13 @@ class PipelineRun:
     # -- seen from outside ---------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        lane, sender, intake = self._lane, self.delivery.sender, self.intake
-        return self.delivery.stats() | {
-            "decoded": lane.received - sum(self.aside.format_errors.values()),
-            "filtered": lane.filtered,
-            "calls_failed": sender.calls_failed,
-            "calls_open": sender.in_flight,
-            "duplicates_possible": sender.duplicates_possible + self.ledger.repeated,
-            "redelivered": self.ledger.repeated,
-            "format_errors": dict(self.aside.format_errors),
-            "dead_letters_deleted": self.aside.deleted,
-            "unacked": self.ledger.unacked,
-            "messages": intake.messages,
-            "unrouted": self._router.unrouted,
-            "connects": intake.connects,
-            "state": intake.state,
-            "flushes": lane.flushes,
-            "last_error": self.last_error,
-            # by name; the first two sum up to their totals above
-            "dead_lettered_by": self.aside.dead_lettered_by.summing_to(lane.dead_lettered),
-            "dropped_by": self._dropped().summing_to(lane.dropped, "failed"),
-            "retried_by_code": dict(sender.retried_by_code),
-            "throttled_by_shard": dict(sender.throttled),
-            "calls_failed_by_code": dict(sender.calls_failed_by_code),
-            "flushed_by_reason": dict(zip(_FLUSH_REASONS, lane.flushes, strict=True)),
-            "batched": sender.batched,
-            "sent": sender.sent,
-            "paused_s": intake.paused_s,
-            "call_seconds": sender.call_seconds.told(),
-            "batch_fill": sender.batch_fill.told(),
-        }
+        """The figures of status/registry.py, by key."""
+        return figures(self)
 
     @property
     def last_error(self) -> str | None:
         """What is wrong now, for a person; it clears when the same goes well."""
         return self.start_error or self.delivery.sender.last_error or self.intake.last_error
-
-    def _dropped(self) -> Tally:
-        """Records that were given up, by policy."""
-        dropped = Tally()
-        dropped.update(self.aside.dropped)
-        overflow = self.delivery.overflow
-        if overflow is not None and overflow.dropped:
-            dropped.add(self.pipeline.on_full, overflow.dropped)
-        return dropped
 
     def oldest_s(self) -> float:
         """Age of the oldest message that is not acknowledged; 0.0 when there is none."""

@@ -28,7 +28,7 @@ from fastkin.status.metrics import EngineCollector
 
 if TYPE_CHECKING:
     from fastkin.config import Status
-    from fastkin.status.metrics import Engine
+    from fastkin.status.registry import Engine
 
 _LOG = logging.getLogger("fastkin.status")
 

@@ -1,4 +1,4 @@
-"""Counters that cost a list or dict access and stay small, whatever names a peer chooses. Pure."""
+"""What stages count with: a list or dict access a count, and small whatever names a peer chooses. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OTHER = "other"
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{0,64}")
 
 
-class Tally(dict[str, int]):
+class LabelledCounter(dict[str, int]):
     """Counts by name. Names come from peers: what is not fit for a label, or one too many, counts as "other"."""
 
     def __init__(self, most: int = 32) -> None:
