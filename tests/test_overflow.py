@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import fastkin.delivery.backlog
+import fastkin.delivery.spool_backlog
 import fastkin.delivery.spool_file
 from fastkin._codec import DRAIN
 from fastkin.config import Broker, Kinesis, Pipeline
@@ -142,7 +142,7 @@ async def test_an_outage_goes_to_the_disk_and_comes_back(emulator: Emulator, tmp
         await feed.all(15_000)
         await until(lambda: run.delivery.lane.spooled > 10_000)
         feed.check()
-        assert run.delivery.overflow is not None
+        assert run.delivery.backlog is not None
         assert run.delivery.budget.bytes < run.delivery.budget.max_bytes
         assert run.stats()["spool_bytes"] > 8 * MIB
         away.remove()
@@ -151,7 +151,7 @@ async def test_an_outage_goes_to_the_disk_and_comes_back(emulator: Emulator, tmp
         await more
         feed.check()
         assert sorted(numbers(emulator)) == list(range(16_500))
-        await until(lambda: not run.delivery.overflow.spooling and run.delivery.overflow._rows.held == 0)  # type: ignore[union-attr]
+        await until(lambda: not run.delivery.backlog.spooling and run.delivery.backlog.window.held == 0)  # type: ignore[union-attr]
         assert run.stats()["spool_rows"] == 0
         await feed.all(100)
         await until(lambda: run.delivery.lane.stored == 16_600)
@@ -193,7 +193,7 @@ async def test_partly_stored_rows_are_written_again_without_what_is_stored(emula
     await until(lambda: run.ready)
     feed = Feed(run)
     feed.offer(100)
-    await until(lambda: run.delivery.lane.spooled + run.delivery.overflow.safe == 100)  # type: ignore[union-attr]
+    await until(lambda: run.delivery.lane.spooled + run.delivery.backlog.safe == 100)  # type: ignore[union-attr]
     # half of the row is stored, the other half fails for ever
     bad = emulator.faults.record("InternalFailure", match=lambda _shard, _key, data: data[:2].strip(b"-")[-1] % 2 == 0)
     away.remove()
@@ -230,7 +230,7 @@ async def test_spooling_begins_below_the_budget_when_records_wait(
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
         away = emulator.faults.cut("before", operation="PutRecords")
         Feed(run).offer(1)
-        await until(lambda: run.delivery.overflow.spooled_total == 1)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.backlog.spooled_total == 1)  # type: ignore[union-attr]
         assert "records have waited" in caplog.text
         away.remove()
         await until(lambda: run.delivery.lane.stored == 1)
@@ -242,7 +242,7 @@ async def test_calls_that_hang_are_cut_short(emulator: Emulator, tmp_path: Path)
         emulator.latency_s = 60.0
         feed = Feed(run)
         feed.offer(10)
-        await until(lambda: run.delivery.overflow.spooled_total == 10)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.backlog.spooled_total == 10)  # type: ignore[union-attr]
         feed.check()
         assert run.stats()["duplicates_possible"] == 10
         emulator.latency_s = 0.0
@@ -256,14 +256,14 @@ async def test_while_kinesis_is_away_replay_does_not_spin(emulator: Emulator, tm
         await until(lambda: run.delivery.lane.spooled > 3000)
         calls = run.delivery.sender.calls
         turns = 0
-        turn = run.delivery.overflow._turn  # type: ignore[union-attr]
+        turn = run.delivery.backlog._turn  # type: ignore[union-attr]
 
         async def counted() -> bool:
             nonlocal turns
             turns += 1
             return await turn()
 
-        run.delivery.overflow._turn = counted  # type: ignore[union-attr, method-assign]
+        run.delivery.backlog._turn = counted  # type: ignore[union-attr, method-assign]
         await asyncio.sleep(1.5)
         assert run.delivery.sender.calls - calls < 15
         assert turns < 30
@@ -289,7 +289,7 @@ async def test_a_disk_that_takes_nothing(
     emulator: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
     """Intake pauses, one ERROR names path and cure, nothing is lost, it goes on when the disk is back."""
-    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
     caplog.set_level(logging.INFO)
     disk = Disk(monkeypatch)
     path = tmp_path / "spool.db"
@@ -302,7 +302,7 @@ async def test_a_disk_that_takes_nothing(
         error.sqlite_errorcode = getattr(sqlite3, code)
         disk.fails = error
         more = asyncio.create_task(feed.all(5000))
-        await until(lambda: run.delivery.overflow.broken is not None and run.delivery.budget.full)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.backlog.broken is not None and run.delivery.budget.full)  # type: ignore[union-attr]
         await asyncio.sleep(1.0)
         feed.check()
         assert not more.done(), "memory had room for all of it"
@@ -310,7 +310,7 @@ async def test_a_disk_that_takes_nothing(
         assert len(errors) == 1
         assert str(path) in errors[0]
         disk.fails = None
-        await until(lambda: run.delivery.overflow.broken is None)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.backlog.broken is None)  # type: ignore[union-attr]
         await more
         assert "takes batches again" in caplog.text
         away.remove()
@@ -322,7 +322,7 @@ async def test_a_disk_that_takes_nothing(
 async def test_with_a_broken_disk_kinesis_still_gets_what_comes(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
     disk = Disk(monkeypatch)
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
         feed = Feed(run)
@@ -333,7 +333,7 @@ async def test_with_a_broken_disk_kinesis_still_gets_what_comes(
         error.sqlite_errorcode = sqlite3.SQLITE_IOERR
         disk.fails = error
         feed.offer(200)
-        await until(lambda: run.delivery.overflow.broken is not None)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.backlog.broken is not None)  # type: ignore[union-attr]
         away.remove()
         await until(lambda: run.delivery.lane.stored >= 1200)
         disk.fails = None
@@ -346,7 +346,7 @@ async def test_a_full_spool_pauses(emulator: Emulator, tmp_path: Path, caplog: p
         feed = Feed(run)
         away = emulator.faults.cut("before", operation="PutRecords")
         more = asyncio.create_task(feed.all(6000))
-        await until(lambda: run.delivery.overflow.full and run.delivery.budget.full)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.backlog.full and run.delivery.budget.full)  # type: ignore[union-attr]
         await asyncio.sleep(0.3)
         assert not more.done()
         assert run.stats()["spool_bytes"] <= 2 * MIB
@@ -361,7 +361,7 @@ async def test_a_full_spool_pauses(emulator: Emulator, tmp_path: Path, caplog: p
 async def test_a_spool_that_cannot_be_opened_is_opened_later(
     emulator: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
     folder = tmp_path / "later"
     async with running(pipeline(emulator.url, folder / "spool.db")) as run:
         feed = Feed(run)
@@ -371,7 +371,7 @@ async def test_a_spool_that_cannot_be_opened_is_opened_later(
         folder.mkdir()
         away = emulator.faults.cut("before", operation="PutRecords")
         feed.offer(10)
-        await until(lambda: run.delivery.overflow.spooled_total == 10)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.backlog.spooled_total == 10)  # type: ignore[union-attr]
         away.remove()
         await until(lambda: run.delivery.lane.stored == 20)
 
@@ -408,10 +408,10 @@ async def test_calls_cut_short_go_again_when_the_disk_breaks(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They wait for the disk; when it breaks before it has them, Kinesis must get them."""
-    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
     disk = Disk(monkeypatch)
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
-        overflow = run.delivery.overflow
+        overflow = run.delivery.backlog
         assert overflow is not None
         emulator.faults.latency(60_000, operation="PutRecords", times=1)
         error = disk.fails = sqlite3.OperationalError("no")
@@ -440,7 +440,7 @@ async def test_spooling_begins_once_in_an_outage(
     """What was read back and is on its way is not yet taken: nothing new passes it, and the log stands still."""
     caplog.set_level(logging.INFO)
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
-        overflow = run.delivery.overflow
+        overflow = run.delivery.backlog
         assert overflow is not None
         if how == "hangs":
             fault = emulator.faults.latency(60_000, operation="PutRecords")
@@ -469,10 +469,10 @@ async def test_a_full_disk_and_full_memory_do_not_fill_the_log(
 ) -> None:
     """Kinesis is slower than the source, and the disk takes nothing: records go straight, as without a spool."""
     monkeypatch.setattr(Spool, "regain", lambda _: False)
-    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
     caplog.set_level(logging.INFO)
     async with running(pipeline(emulator.url, tmp_path / "spool.db", spool_after_s=5.0)) as run:
-        overflow = run.delivery.overflow
+        overflow = run.delivery.backlog
         assert overflow is not None
         assert overflow.spool is not None
         overflow.spool.tight = True
@@ -505,7 +505,7 @@ async def test_a_rotten_header_holds_up_nobody(
     async with running(settings) as again:
         await until(lambda: again.delivery.lane.stored == 200)
         assert "keeps 1 damaged batches" in caplog.text
-        await until(lambda: not again.delivery.overflow.spooling)  # type: ignore[union-attr]
+        await until(lambda: not again.delivery.backlog.spooling)  # type: ignore[union-attr]
         Feed(again).offer(10)
         await until(lambda: again.delivery.lane.stored == 210)
         assert (again.delivery.lane.spooled, again.delivery.lane.in_flight) == (0, 0)
@@ -515,7 +515,7 @@ async def test_a_disk_that_opens_and_takes_nothing_stops_no_call(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kinesis is slow, and calls were cut short again and again for a disk that then did not take them."""
-    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
     disk = Disk(monkeypatch)
     error = disk.fails = sqlite3.OperationalError("no")
     error.sqlite_errorcode = sqlite3.SQLITE_READONLY
@@ -534,11 +534,11 @@ async def test_a_stop_does_not_wait_for_records_that_are_safe(tmp_path: Path) ->
     path = tmp_path / "spool.db"
     settings = pipeline(f"http://127.0.0.1:{free_port()}", path, aggregation="kpl", shutdown_timeout_s=15.0)
     run = PipelineRun(settings, broker())
-    assert run.delivery.overflow is not None
-    await run.delivery.overflow.start()
+    assert run.delivery.backlog is not None
+    await run.delivery.backlog.start()
     assert run.delivery.lane.offer(b"plant/1", b"0", 0) == 1
     await run.delivery.sender.close()
-    await run.delivery.overflow.close()
+    await run.delivery.backlog.close()
     await run.client.close()
     assert run.delivery.lane.spooled == 1
     async with running(settings) as again:
@@ -557,7 +557,7 @@ async def test_what_comes_back_is_bounded_in_records_too(emulator: Emulator, tmp
         for _ in range(200):
             feed.offer(100)
             await asyncio.sleep(0.005)
-            most = max(most, run.delivery.overflow._rows.budget.records)  # type: ignore[union-attr]
+            most = max(most, run.delivery.backlog.window.budget.records)  # type: ignore[union-attr]
         assert run.delivery.lane.spooled > 1000
         assert 0 < most <= 100
 
@@ -565,7 +565,7 @@ async def test_what_comes_back_is_bounded_in_records_too(emulator: Emulator, tmp
 async def test_flush_does_not_pass_the_spool(emulator: Emulator, tmp_path: Path) -> None:
     """Who waits for a flush while older records are on the disk: what is new goes behind them."""
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
-        overflow = run.delivery.overflow
+        overflow = run.delivery.backlog
         assert overflow is not None
         away = emulator.faults.cut("before", operation="PutRecords")
         feed = Feed(run)
@@ -589,7 +589,7 @@ async def test_flush_does_not_pass_the_spool(emulator: Emulator, tmp_path: Path)
 async def test_a_bug_does_not_end_the_spool_quietly(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
     told: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
     fits = Spool.fits
@@ -604,7 +604,7 @@ async def test_a_bug_does_not_end_the_spool_quietly(
         away = emulator.faults.cut("before", operation="PutRecords")
         feed = Feed(run)
         feed.offer(10)
-        await until(lambda: run.delivery.overflow.spooled_total == 10)  # type: ignore[union-attr]
+        await until(lambda: run.delivery.backlog.spooled_total == 10)  # type: ignore[union-attr]
         assert [type(context["exception"]) for context in told] == [ZeroDivisionError]
         assert "unforeseen: ZeroDivisionError: oh" in caplog.text
         away.remove()
@@ -616,7 +616,7 @@ async def test_a_damaged_row_counts_once_it_is_marked(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk takes no mark: the row stays where it is until it does, and is dead-lettered once."""
-    monkeypatch.setattr(fastkin.delivery.backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
     path = tmp_path / "spool.db"
     with Spool(path, max_bytes=MIB) as spool:
         spool.write([Put(b"nonsense", b"", 10, 10)])
@@ -646,13 +646,13 @@ async def test_a_damaged_row_counts_once_it_is_marked(
 
 async def test_closing_counts_what_nobody_took_from_the_lane(emulator: Emulator, tmp_path: Path) -> None:
     run = PipelineRun(pipeline(emulator.url, tmp_path / "spool.db"), broker())
-    assert run.delivery.overflow is not None
-    await run.delivery.overflow.start()
+    assert run.delivery.backlog is not None
+    await run.delivery.backlog.start()
     await run.delivery.sender.flush()
     await run.delivery.sender.flush()
     assert run.delivery.lane.offer(b"plant/1", b"0", 0) == 1
     await run.delivery.sender.close()
-    await run.delivery.overflow.close()
+    await run.delivery.backlog.close()
     assert (run.delivery.lane.spooled, run.delivery.lane.in_flight) == (1, 0)
     await run.client.close()
 

@@ -172,11 +172,9 @@ class Producer:
         delivery.open(on_settled=self._turns.call, stuck=self.stuck)
         if self._looks:
             await self._first_look()
-        if delivery.overflow is not None:
-            await delivery.overflow.start()
+        await delivery.backlog.start()
         if self._closed:  # close() came while we were asking
-            if delivery.overflow is not None:
-                await delivery.overflow.close()
+            await delivery.backlog.close()
             await self._end_watch()
             raise self._not_open()
         self._opened = True
@@ -333,8 +331,7 @@ class Producer:
 
         def make_room() -> None:
             self._delivery.flusher.close(DRAIN)
-            if self._delivery.overflow is not None:
-                self._delivery.overflow.attend()
+            self._delivery.backlog.attend()
 
         async with self._turns.turn(make_room):
             if self._closed:  # meanwhile: nobody would send what we put

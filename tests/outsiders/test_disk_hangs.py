@@ -54,7 +54,7 @@ async def test_a_spool_that_hangs_is_told_and_not_ready(
     go_on = hanging(monkeypatch, Spool, "write")
     run.start()
     try:
-        await until(lambda: run.delivery.overflow is not None and run.delivery.overflow.task is not None)
+        await until(lambda: run.delivery.backlog is not None and run.delivery.backlog.task is not None)
         Feed(run).offer(10)
         with contextlib.suppress(TimeoutError):
             await until(lambda: f"spool {path} has not answered" in str(run.unready()), 5.0)

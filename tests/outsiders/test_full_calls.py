@@ -92,7 +92,7 @@ async def test_that_went_through_the_spool(emulator: Emulator, tmp_path: Path) -
     async with running(settings) as run:
         away = emulator.faults.cut("before", operation="PutRecords")
         await one_by_one(run, 0, 10)
-        await until(lambda: run.delivery.overflow is not None and run.delivery.overflow.spooling)
+        await until(lambda: run.delivery.backlog is not None and run.delivery.backlog.spooling)
         for n in range(10, COUNT, 20):  # rows of few records
             await one_by_one(run, n, min(20, COUNT - n))
             await asyncio.sleep(0.005)

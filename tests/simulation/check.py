@@ -148,8 +148,8 @@ def memory(world: World, run: Any) -> None:
     if lane.open_records or lane.ready or run.aside.waiting or run.aside.writing or lane.aggregate_bytes:
         return
     charged = run.delivery.budget.bytes
-    if run.delivery.overflow is not None and run.delivery.overflow.spool is not None:
-        charged += run.delivery.overflow._rows.budget.bytes
+    if run.delivery.backlog is not None and run.delivery.backlog.spool is not None:
+        charged += run.delivery.backlog.window.budget.bytes
     frame = len(b'{"Records":[],}') - 1 + len(run.client.target_json())
     held = 0
     for batch in live_batches(lane):
@@ -199,9 +199,9 @@ def look(world: World, run: Any, stats: dict[str, Any]) -> None:
         mark("spooling")
     if stats.get("spool_error"):
         mark("the spool is broken")
-    if run.delivery.overflow is not None and run.delivery.overflow.full:
+    if run.delivery.backlog is not None and run.delivery.backlog.full:
         mark("the spool is full")
-    if run.delivery.overflow is not None and run.delivery.overflow.safe:
+    if run.delivery.backlog is not None and run.delivery.backlog.safe:
         mark("spooled records are in memory again")
     if run.intake.granted_window < 20:
         mark("a small window was learned")

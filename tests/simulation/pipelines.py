@@ -404,7 +404,7 @@ class PipelineScenario(Scenario):
         run = self.run
         assert run is not None
         delivery = run.delivery
-        lane, sender, budget, overflow = delivery.lane, delivery.sender, delivery.budget, delivery.overflow
+        lane, sender, budget, overflow = delivery.lane, delivery.sender, delivery.budget, delivery.backlog
         return (
             f"broker queue {self.broker.busy()}, unacked {run.ledger.unacked}, in_flight {lane.in_flight}, spooled"
             f" {lane.spooled}, open {lane.open_records}, ready {lane.ready}, intake {run.intake.state}, paused"

@@ -219,7 +219,7 @@ class Scenario:
         if run.failure.done() and not run.failure.cancelled() and (error := run.failure.exception()) is not None:
             raise Finding(f"the pipeline has failed: {error!r}") from error
         check.identity(stats)
-        held = run.delivery.budget.records + (run.delivery.overflow.safe if run.delivery.overflow is not None else 0)
+        held = run.delivery.budget.records + (run.delivery.backlog.safe if run.delivery.backlog is not None else 0)
         if held != stats["in_flight"]:
             raise Finding(f"in_flight is {stats['in_flight']}, the budget holds {held} records")
         found = None if run in self.stopped else run.stuck()

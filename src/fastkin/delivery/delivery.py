@@ -25,12 +25,13 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastkin._codec import DRAIN, FAILED, KeyPlan, Lane
-from fastkin.delivery.backlog import Overflow, Policy, batch_limit, shares
+from fastkin._codec import DRAIN, FAILED, Budget, KeyPlan, Lane
+from fastkin.delivery.backlog import Backlog, DropBacklog, Policy, batch_limit
 from fastkin.delivery.flusher import Flusher
 from fastkin.delivery.sender import Sender
+from fastkin.delivery.spool_backlog import SpoolBacklog, split_budget
 from fastkin.delivery.watchdog import Watchdog, unattended
-from fastkin.errors import RecordFailed
+from fastkin.errors import LibraryError, RecordFailed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from fastkin._codec import Batch, Reject, Settler
     from fastkin.aws.client import Client
+    from fastkin.delivery.replay import ReplayWindow
     from fastkin.runtime.deadline import Deadline
 
 _LOG = logging.getLogger("fastkin.pipeline")
@@ -87,16 +89,19 @@ class Delivery:
         # Whoever splits or gathers has a batch twice for a moment, so one may be no large part of the budget.
         limit = batch_limit(options.max_batch_bytes, options.max_record_bytes, options.budget_bytes, options.on_full)
         self._options = options = replace(options, max_batch_bytes=limit)
-        self.budget, self._rows = shares(options.budget_bytes - keep_bytes, options.budget_records, options.on_full)
+        self.budget = Budget(options.budget_bytes - keep_bytes, options.budget_records)
+        self._window: ReplayWindow | None = None
+        if options.on_full == "spool":
+            self.budget, self._window = split_budget(self.budget)
         self.lane = Lane(
             settler=settler, budget=self.budget, frame=frame, key=key, target=client.target_json(),
             max_records=options.max_records, max_batch_bytes=options.max_batch_bytes,
             max_record_bytes=options.max_record_bytes, aggregate_bytes=options.aggregate_bytes,
-            rows=None if self._rows is None else self._rows.settler,
-            replay=None if self._rows is None else self._rows.budget,
+            rows=None if self._window is None else self._window.settler,
+            replay=None if self._window is None else self._window.budget,
         )  # fmt: skip
-        self.overflow: Overflow | None = None
-        self.sender: Sender  # these three from open() on
+        self.sender: Sender  # these four from open() on
+        self.backlog: Backlog
         self.flusher: Flusher
         self.watchdog: Watchdog
         self.opened = False
@@ -125,16 +130,24 @@ class Delivery:
             max_batch_bytes=options.max_batch_bytes, throttle_error_after_s=options.throttle_error_after_s,
             believe=options.trusted, harmless=self.client.harmless,
         )  # fmt: skip
-        if options.on_full != "pause":
-            self.overflow = Overflow(
-                self.lane, self.sender, self.budget, name=self.name, policy=options.on_full,
-                on_settled=self.settled, rows=self._rows, path=options.spool, max_bytes=options.spool_max_bytes,
-                after_s=options.spool_after_s, max_records=options.max_records,
-                max_batch_bytes=options.max_batch_bytes,
-            )  # fmt: skip
-        self.flusher = Flusher(self.lane, self.overflow or self.sender, options.linger_s, loop)
+        self.backlog = self._make_backlog(options)
+        self.flusher = Flusher(self.lane, self.backlog, options.linger_s, loop)
         self.watchdog = Watchdog(self.name, loop, stuck or self.stuck, wake or self.wake)
         self.opened = True
+
+    def _make_backlog(self, options: Options) -> Backlog:
+        lane, sender, budget, name = self.lane, self.sender, self.budget, self.name
+        if options.on_full == "pause":
+            return Backlog(lane, sender, budget, name=name, on_settled=self.settled)
+        if options.on_full != "spool":
+            return DropBacklog(lane, sender, budget, name=name, on_settled=self.settled, policy=options.on_full)
+        if options.spool is None or self._window is None:
+            raise LibraryError("on_full 'spool' needs a path")
+        return SpoolBacklog(
+            lane, sender, budget, name=name, on_settled=self.settled, window=self._window, path=options.spool,
+            max_bytes=options.spool_max_bytes, after_s=options.spool_after_s, max_records=options.max_records,
+            max_batch_bytes=options.max_batch_bytes,
+        )  # fmt: skip
 
     # -- while it runs -------------------------------------------------------------------------
 
@@ -147,8 +160,8 @@ class Delivery:
 
     def make_room(self) -> None:
         """The budget may be full: that is when a backlog has work."""
-        if self.overflow is not None and self.budget.full:
-            self.overflow.attend()
+        if self.budget.full:
+            self.backlog.attend()
 
     def settled(self) -> None:
         """Something has ended."""
@@ -158,8 +171,7 @@ class Delivery:
     def drain(self) -> None:
         """Send all that is here, read nothing more from the disk: the owner is about to stop."""
         self.flusher.close(DRAIN)
-        if self.overflow is not None:
-            self.overflow.drain()
+        self.backlog.drain()
 
     async def flush(self) -> None:
         """Until all that was taken so far has ended, well or not, or is spooled. ClosedError: closed before."""
@@ -169,16 +181,14 @@ class Delivery:
     @property
     def to_wait_for(self) -> bool:
         """Waiting for Kinesis may still settle something: what is on the disk too needs no waiting for."""
-        if self.overflow is not None and not self.sender.flowing:
-            return self.lane.in_flight > self.overflow.safe
-        return self.lane.in_flight > 0
+        return self.lane.in_flight > (0 if self.sender.flowing else self.backlog.safe)
 
     def stuck(self, *, aside: int = 0) -> str | None:
         """What waits and will be looked at by nobody; None between any two callbacks, or there is a bug.
 
         `aside`: groups of dead letters that the owner has.
         """
-        return unattended(self.lane, self.sender, self.flusher, self.overflow, aside=aside)
+        return unattended(self.lane, self.sender, self.flusher, self.backlog, aside=aside)
 
     def wake(self) -> None:
         """Look at everything once, as if all of it had just happened."""
@@ -203,8 +213,8 @@ class Delivery:
         self.watchdog.stop()
         self.flusher.stop()
         await self._end(limit, self.sender.close(), "ending the calls")
-        if self.overflow is not None:
-            await self._end(limit, self.overflow.close(spool_limit), "closing the spool")
+        if self.backlog.spool is not None:  # only a disk takes time
+            await self._end(limit, self.backlog.close(spool_limit), "closing the spool")
 
     async def _end(self, limit: Deadline, work: Awaitable[object], what: str) -> None:
         try:
@@ -225,7 +235,7 @@ class Delivery:
     def give_up(self, error: Exception) -> int:
         """After close(): what has not ended fails with `error`, for who holds receipts. Returns how many records."""
         left = self.lane.in_flight
-        for batch in (*self.sender.unsent(), *(self.overflow.unsaved() if self.overflow is not None else ())):
+        for batch in (*self.sender.unsent(), *self.backlog.unsaved()):
             batch.finish(FAILED, error)
         self.lane.abandon(error)
         return left
@@ -250,7 +260,7 @@ class Delivery:
             "duplicates_possible": sender.duplicates_possible if sender else 0,
             "last_error": sender.last_error if sender else None,
             "stalls": self.watchdog.stalls if sender else 0,
-        } | (self.overflow.stats() if self.overflow is not None else {})
+        } | (self.backlog.stats() if self.opened else {})
 
 
 def _nothing() -> None:

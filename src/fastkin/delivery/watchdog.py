@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastkin._codec import Lane
-    from fastkin.delivery.backlog import Overflow
+    from fastkin.delivery.backlog import Backlog
     from fastkin.delivery.flusher import Flusher
     from fastkin.delivery.sender import Sender
 
@@ -30,23 +30,21 @@ _AGAIN_S = 1.0  # before a finding is believed: a moment between two callbacks i
 on_stall: list[Callable[[str, str], None]] = []
 
 
-def unattended(
-    lane: Lane, sender: Sender, flusher: Flusher, overflow: Overflow | None = None, *, aside: int = 0
-) -> str | None:
+def unattended(lane: Lane, sender: Sender, flusher: Flusher, backlog: Backlog, *, aside: int = 0) -> str | None:
     """What waits in these and will be looked at by nobody, in words; None when there is no such thing.
 
     `aside`: groups of dead letters that are being stored.
     """
-    spool = overflow is not None and overflow.attended
+    spool = backlog.attended
     if sender.waiting and not (sender.attended or spool):
         return f"batches wait to be sent, {lane.in_flight} records are in flight, no call is open and no timer is set"
     if lane.open_records and not (lane.offered or flusher.armed):  # what is offered waits for the sender: see above
         return f"{lane.open_records} records wait in the open batch and no timer will close it"
-    if overflow is not None and overflow.holds and not (sender.attended or spool or overflow.writing):
+    if backlog.holds and not (sender.attended or spool or backlog.writing):
         return f"batches wait between memory and disk, {lane.in_flight} records are in flight"
     if not lane.in_flight or lane.open_records or sender.waiting or sender.attended or aside:
         return None
-    if overflow is not None and (overflow.holds or spool):
+    if backlog.holds or spool:
         return None
     return f"{lane.in_flight} records are in flight and in nobody's hands"
 

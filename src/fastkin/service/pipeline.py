@@ -193,11 +193,10 @@ class PipelineRun:
         self.failure.set_exception(FastkinError(f"pipeline {self.name!r}: its work {how}: this is a bug, report it"))
 
     async def _run(self) -> None:
-        overflow = self.delivery.overflow
-        if overflow is not None:
-            await overflow.start()
-            if overflow.task is not None:
-                overflow.task.add_done_callback(self._task_done)
+        backlog = self.delivery.backlog
+        await backlog.start()
+        if backlog.task is not None:
+            backlog.task.add_done_callback(self._task_done)
         # Only the first look is waited for, and not for long: while Kinesis cannot be reached the messages are taken
         # up to the budget all the same, else the broker would not even know our session yet and drop them.
         first = self._spawn(self._prepare_first(), "prepare")
@@ -461,9 +460,8 @@ class PipelineRun:
         """Why it does not do its work, or None when it is connected, subscribed and can store in its stream."""
         if reason := self.failed():
             return reason
-        overflow = self.delivery.overflow
-        if overflow is not None and overflow.hangs:  # nothing passes it, in either direction
-            return overflow.hangs
+        if hangs := self.delivery.backlog.hangs:  # nothing passes it, in either direction
+            return hangs
         if not self.ready:
             return f"the stream was not reached: {self.start_error or 'not tried yet'}"
         if unwell := self.delivery.sender.unwell:

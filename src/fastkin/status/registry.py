@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fastkin import __version__
 from fastkin.status.instruments import LabelledCounter
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from fastkin.config import Pipeline
     from fastkin.deadletter.handler import Aside
-    from fastkin.delivery.backlog import Overflow
     from fastkin.delivery.delivery import Delivery
     from fastkin.delivery.spool_file import Spool
     from fastkin.mqtt._core import Ledger
@@ -29,7 +28,6 @@ Unit = Literal[
     "messages", "records", "batches", "calls", "connections", "dead letters", "wake-ups", "bytes", "seconds", "share",
     "0 or 1",
 ]  # fmt: skip
-_Value = TypeVar("_Value")
 
 _SHARDS_SHOWN = 256  # the busiest ones
 _FLUSH_REASONS = ("full_count", "full_bytes", "linger", "window", "idle", "drain")  # as in Lane.flushes
@@ -151,27 +149,21 @@ def unkept(run: Run) -> bool:
 
 
 def _volatile(run: Run) -> int:
-    safe = run.delivery.overflow.safe if run.delivery.overflow is not None else 0
-    return max(0, run.delivery.lane.in_flight - safe) if unkept(run) else 0
+    return max(0, run.delivery.lane.in_flight - run.delivery.backlog.safe) if unkept(run) else 0
 
 
 def _dropped_by(run: Run) -> dict[str, int]:
     """Records that were given up, by policy: sums up to lane.dropped."""
     dropped = LabelledCounter()
     dropped.update(run.aside.dropped)
-    if run.delivery.overflow is not None and run.delivery.overflow.dropped:
-        dropped.add(run.pipeline.on_full, run.delivery.overflow.dropped)
+    if run.delivery.backlog.dropped:
+        dropped.add(run.pipeline.on_full, run.delivery.backlog.dropped)
     return dropped.summing_to(run.delivery.lane.dropped, "failed")
-
-
-def _overflow(read: Callable[[Overflow], _Value], without: _Value) -> Callable[[Run], _Value]:
-    """`read` of the run's overflow, or `without` when it pauses instead of having one."""
-    return lambda run: without if run.delivery.overflow is None else read(run.delivery.overflow)
 
 
 def _spool(read: Callable[[Spool], int]) -> Callable[[Run], int]:
     """`read` of the run's spool, or 0 without one."""
-    return _overflow(lambda overflow: read(overflow.spool) if overflow.spool is not None else 0, 0)
+    return lambda run: 0 if run.delivery.backlog.spool is None else read(run.delivery.backlog.spool)
 
 
 def _busiest_shards(run: Run) -> dict[str, float]:
@@ -245,18 +237,18 @@ OF_RUN: tuple[Row, ...] = (
     _gauge("spooled", "fastkin_spool_records", "records", "Records that are on disk only",
            lambda run: run.delivery.lane.spooled),
     _counter("spooled_ever", "fastkin_records_spooled_total", "records", "Records that went to disk, ever",
-             _overflow(lambda overflow: overflow.spooled_total, 0)),
+             lambda run: run.delivery.backlog.spooled_total),
     _counter("spool_damaged_rows", "fastkin_spool_damaged_rows_total", "batches",
-             "Batches that could not be read back from disk", _overflow(lambda overflow: overflow.damaged, 0)),
+             "Batches that could not be read back from disk", lambda run: run.delivery.backlog.damaged),
     _gauge("spool_bytes", "fastkin_spool_bytes", "bytes", "Size of the spool on disk",
            _spool(lambda spool: spool.bytes)),
     _gauge("spool_bytes_limit", "fastkin_spool_bytes_limit", "bytes", "What the spool may grow to; 0 without one",
            _spool(lambda spool: spool.max_bytes)),
     _stat("spool_rows", Reload.ADDED, _spool(lambda spool: spool.rows)),
     _present("fastkin_spool_broken", "0 or 1", "1: the spool cannot be used now",
-             _overflow(lambda overflow: overflow.broken is not None, without=False)),
-    _stat("spooling", Reload.LATEST, _overflow(lambda overflow: overflow.spooling, without=False), False),
-    _stat("spool_error", Reload.LATEST, _overflow(lambda overflow: overflow.broken, None), None),
+             lambda run: run.delivery.backlog.broken is not None),
+    _stat("spooling", Reload.LATEST, lambda run: run.delivery.backlog.spooling, False),
+    _stat("spool_error", Reload.LATEST, lambda run: run.delivery.backlog.broken, None),
     # send
     _counter("calls", "fastkin_calls_total", "calls", "Calls made to Kinesis", lambda run: run.delivery.sender.calls),
     _gauge("calls_open", "fastkin_calls_open", "calls", "Calls without an answer yet",

@@ -1,0 +1,183 @@
+"""What comes back from the spool: the oldest rows, in order, into a share of the budget that is theirs alone.
+
+A row stays in the file until each of its records is stored or set aside. So a crash sends no more than that share a
+second time, and nobody but `ReplayWindow` needs to know which rows are in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import TYPE_CHECKING
+
+from fastkin._codec import DEAD, Batch, Budget, CallbackSettler
+from fastkin.delivery.spool_file import ENTRY_BYTES
+from fastkin.errors import DataFormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastkin._codec import Lane
+    from fastkin.delivery.sender import Sender
+    from fastkin.delivery.spool_file import Row, Spool
+    from fastkin.runtime.worker import Worker
+
+_LOG = logging.getLogger("fastkin.spool")
+
+_GATHER_BYTES = 1 << 20  # of restored rows in one call: source and copy are both there for a moment
+_DOUBTED_MOST = 8  # rows of refused records beside which one more is read
+_SHARE = 4  # the part of the window that one read may fill
+
+
+class _Loaded:
+    """A row whose records are in memory."""
+
+    __slots__ = ("cost", "keep", "pending", "records", "size")
+
+    def __init__(self, records: int, size: int, cost: int) -> None:
+        self.records = self.pending = records
+        self.size = size
+        self.cost = cost
+        self.keep = False  # it stays in the file
+
+
+class ReplayWindow:
+    """What of the spool is in memory. The lane tells it how restored records end."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.settler = CallbackSettler(self._ended)
+        self.loaded: dict[int, _Loaded] = {}
+        self.ended: list[tuple[int, int, int]] = []  # (id, records, size): to be deleted
+        self.held = 0  # memory that loaded and not yet deleted rows were counted with
+        self.closed = False
+        self.on_ended: Callable[[], None] = nothing
+        self._costs: dict[int, int] = {}
+
+    def load(self, row: int, records: int, size: int, cost: int) -> None:
+        self.loaded[row] = _Loaded(records, size, cost)
+        self.held += cost
+
+    def deleted(self, rows: list[tuple[int, int, int]]) -> None:
+        for row, _, _ in rows:
+            self.held -= self._costs.pop(row, 0)
+
+    def _ended(self, row: int, count: int, *_: object) -> None:
+        if self.closed:  # a batch that nobody sends any more is freed: its row stays
+            return
+        loaded = self.loaded[row]
+        loaded.pending -= count
+        if loaded.pending:
+            return
+        del self.loaded[row]
+        if loaded.keep:
+            self.held -= loaded.cost
+            return
+        self._costs[row] = loaded.cost
+        self.ended.append((row, loaded.records, loaded.size))
+        self.on_ended()
+
+
+def nothing() -> None:
+    pass
+
+
+class Replay:
+    """Reads rows, makes batches of them, and hands these to the sender when it asks for more."""
+
+    def __init__(
+        self, lane: Lane, sender: Sender, window: ReplayWindow, *, name: str, most_records: int, most_bytes: int,
+        news: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """`most_records`, `most_bytes` of one call; `news()` is called when there is room for more rows."""
+        self._lane = lane
+        self._sender = sender
+        self._window = window
+        self._name = name
+        self._most_records = most_records
+        self._gather_bytes = min(_GATHER_BYTES, most_bytes // 2)
+        self._news = news
+        self.ready: deque[Batch] = deque()  # restored, not handed to the sender yet
+        self.unread = 0  # rows that are on the disk only
+        self.damaged = 0  # rows set aside
+        self._after = 0  # the last row that was read
+
+    def next(self) -> Batch | None:
+        """The oldest rows that were read, as one call: each may hold a single record."""
+        if not self.ready:
+            return None
+        picked = [self.ready.popleft()]
+        records, size = len(picked[0]), picked[0].size
+        while self.ready:
+            records += len(self.ready[0])
+            size += self.ready[0].size
+            if records > self._most_records or size > self._gather_bytes:
+                break
+            picked.append(self.ready.popleft())
+        batch, *rest = Batch.gather(picked)
+        self.ready.extendleft(reversed(rest))
+        if not self.ready:
+            self._news()
+        return batch
+
+    async def read(self, spool: Spool, worker: Worker) -> bool:
+        """The oldest rows, as many as their share of the budget has room for."""
+        share = self._window.budget.max_bytes
+        room = share - self._window.held
+        alone = not self._window.ended and self._only_doubted()
+        places = self._window.budget.max_records - self._window.budget.records
+        if (room <= 0 or places <= 0) and not alone:
+            return False
+        # a part of the room: until a row is restored its bytes are there twice
+        most = min(room, max(share // _SHARE, room // 2))
+        rows: list[Row] = await worker.run(
+            lambda: spool.read(self._after, most_bytes=most, most_records=places, at_least_one=alone)
+        )
+        for row in rows:
+            await self._restore(row, spool, worker)
+            self._after = row.id
+            self.unread -= 1
+        if not rows:
+            if alone and not self._window.loaded:
+                self.unread = 0  # the file has none: rows that vanished must not hold up what comes
+            return False
+        self._sender.pump()
+        return True
+
+    def _only_doubted(self) -> bool:
+        """Nothing is read back, or only records that Kinesis refuses one by one, nobody knows for whose fault.
+
+        The next row may tell: if Kinesis stores it, the fault is theirs. A few rows may so be held beyond the share.
+        """
+        loaded = self._window.loaded
+        if not loaded:
+            return True
+        if len(loaded) > _DOUBTED_MOST:
+            return False
+        doubted = self._sender.rows_in_doubt()
+        return all(doubted.get(row) == each.pending for row, each in loaded.items())
+
+    async def _restore(self, row: Row, spool: Spool, worker: Worker) -> None:
+        fault = row.fault
+        if fault is None:
+            cost = row.size + row.entries * ENTRY_BYTES
+            self._window.load(row.id, row.records, row.size, cost)
+            try:
+                batch = self._lane.restore(row.body, row.counts, row.id)
+            except BaseException as error:
+                del self._window.loaded[row.id]
+                self._window.held -= cost
+                if not isinstance(error, DataFormatError):
+                    raise
+                fault = str(error)
+            else:
+                self.ready.append(batch)
+                return
+        await worker.run(spool.set_aside, row)  # else it is read again
+        self.damaged += 1
+        self._lane.settle_spooled(min(row.records, self._lane.spooled), DEAD)
+        _LOG.error(
+            "pipeline=%s stage=spool spool %s: batch %d with %d records is damaged (%s); it stays in the file, the"
+            " others go on: look after the disk, and after the row with `sqlite3`",
+            self._name, spool.path, row.id, row.records, fault,
+        )  # fmt: skip
