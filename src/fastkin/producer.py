@@ -20,6 +20,7 @@ from fastkin.errors import ClosedError, ConfigError, KinesisError, LibraryError,
 from fastkin.formats.partition_key import KeySpecError, key_plan
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive, quiet
+from fastkin.settings.arguments import check_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,10 +100,9 @@ class Producer:
 
         LibraryError: an argument is wrong. Nothing is sent and no file or socket is opened here.
         """
+        check_arguments(locals())
         if not (stream or stream_arn):
             raise LibraryError("Non empty argument required: stream or stream_arn")
-        if on_full not in ("pause", "spool", "drop_oldest", "drop_newest"):
-            raise LibraryError(f"on_full is pause, spool, drop_oldest or drop_newest, not {on_full!r}")
         if (on_full == "spool") != (spool is not None):
             raise LibraryError('on_full="spool" and spool="FILE" go together')
         max_batch_bytes = batch_limit(max_batch_bytes, max_record_bytes, budget_bytes, on_full)
