@@ -6,51 +6,45 @@ import ast
 import json
 import re
 import runpy
-from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from fastkin import settings
-from fastkin.config import Broker, Kinesis, Pipeline, Status, Tls
 from fastkin.emulator import Emulator
 from fastkin.settings import tables as keys
 from fastkin.status.registry import OF_ENGINE, OF_RUN
+
+if TYPE_CHECKING:
+    from fastkin.setting_row import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 _MARKS = ("<!-- {}: written by tests/test_readme.py -->\n", "<!-- end of {} -->")
 
 
+TITLES = {"kinesis": "`[kinesis]`, and in a `[[pipeline]]` that differs", "pipeline": "`[[pipeline]]`"}
+
+
 def settings_tables() -> str:
     lines = []
-    for title, kind, names in (
-        ("`[broker]`", Broker, keys.BROKER_KEYS),
-        ("`[broker.tls]`", Tls, keys.TLS_KEYS),
-        ("`[kinesis]`, and in a `[[pipeline]]` that differs", Kinesis, keys.KINESIS_KEYS),
-        ("`[[pipeline]]`", Pipeline, keys.PIPELINE_KEYS),
-        ("`[status]`", Status, keys.STATUS_KEYS),
-    ):
+    for section, rows in keys.TABLES.items():
+        title = TITLES.get(section, f"`[{section}]`")
         lines += ["", f"**{title}**", "", "| key | default | allowed | |", "| --- | --- | --- | --- |"]
-        defaults = {each.name: each.default for each in fields(kind)}
-        for name, key in names.items():
-            default = defaults.get(name, MISSING)
-            shown = "" if default in (None, "", (), MISSING) else f"`{toml(default)}`"
-            lines.append(f"| `{name}` | {shown} | {allowed(key)} | {key.doc} |".replace("|  |", "| |"))
+        for name, row in rows.items():
+            default = "" if row.default in (None, "", ()) else f"`{json.dumps(row.default)}`"
+            lines.append(f"| `{name}` | {default} | {allowed(row)} | {row.doc} |".replace("|  |", "| |"))
     return "\n".join([*lines, "", ""])
 
 
-def toml(value: object) -> str:
-    return json.dumps(value)
-
-
-def allowed(key: keys.Key) -> str:
-    if key.choices:
-        return ", ".join(f"`{choice}`" for choice in key.choices)
-    if key.low is not None and key.high is not None:
-        return f"{key.low:,} to {key.high:,}"
-    return {"flag": "`true`, `false`", "list": "list of texts"}.get(key.kind, "text")
+def allowed(row: Row) -> str:
+    if row.choices:
+        return ", ".join(f"`{choice}`" for choice in row.choices)
+    if row.least is not None:
+        return f"{row.least:,} to {row.most:,} {row.unit}".rstrip()
+    return {"flag": "`true`, `false`", "list": "list of texts"}.get(row.kind, "text")
 
 
 def metrics_table() -> str:

@@ -1,48 +1,116 @@
-"""What the user says, as frozen tables: broker, stream, pipelines. settings/ fills them."""
+"""What the user says, as frozen tables: broker, stream, pipelines. settings/ fills them.
+
+A field with a row is a setting: the line here is all that is needed to read it from a file and the environment, to
+check it, to show it and to write it into the README (setting_row.py says how). Fields without a row are made, not said.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from fastkin.net.names import is_endpoint
+from fastkin.setting_row import Row, Shape, meta, row
 
 KIB = 1024
 MIB = 1024 * KIB
+_TIB = 1024 * 1024 * MIB
+
+# What texts must look like. The names of AWS are those of its API reference.
+_HOST = Shape(
+    r"[A-Za-z0-9._:%-]{1,255}",
+    "is not a host name or address",
+    "a name or address alone; user and password have keys of their own",
+    hidden_with="@",  # before it stands a password
+)
+_PATH = Shape(r"/.*", "does not begin with /", "for example /mqtt", shown=False)
+_CLIENT_ID = Shape(
+    lambda text: len(text.encode()) <= 65_535, "is longer than 65,535 bytes", "MQTT takes no more", shown=False
+)
+_STREAM = Shape(r"[a-zA-Z0-9_.-]{1,128}", "is not a stream name", "1 to 128 letters, digits and _ . -")
+_STREAM_ARN = Shape(
+    r"arn:aws[a-z-]*:kinesis:[a-z0-9]+(-[a-z0-9]+)*:\d{12}:stream/[a-zA-Z0-9_.-]{1,128}",
+    "is not the ARN of a stream",
+    "arn:aws:kinesis:REGION:123456789012:stream/NAME",
+)
+_REGION = Shape(r"[a-z0-9]+(-[a-z0-9]+)*", "is not a region", "for example eu-west-1")
+_ENDPOINT = Shape(is_endpoint, "is not an endpoint", "for example http://localhost:4567", shown=False, hidden_with="@")
+_ROLE_ARN = Shape(
+    r"arn:aws[a-z-]*:iam::\d{12,}:role/[\w+=,.@/-]{1,512}",
+    "is not the ARN of a role",
+    "arn:aws:iam::123456789012:role/NAME",
+)
+_EXTERNAL_ID = Shape(
+    r"[\w+=,.@:/-]{2,1224}", "is not an external id", "2 to 1224 letters, digits and _ + = , . @ : / -", shown=False
+)
+_SESSION = Shape(r"[\w+=,.@-]{2,64}", "is not a session name", "2 to 64 letters, digits and _ + = , . @ -")
+_ID = Shape(r"[A-Za-z0-9_.:/-]{1,64}", "is not fit for a log line", "use 1 to 64 letters, digits and _ . : / -")
+_LABEL = Shape(r"[^+#/]+", "is not one level of a topic", "without + # /")
+
+# Not stored: it is taken apart into the fields of Broker.
+URL = Row(
+    section="broker",
+    key="url",
+    doc="`mqtt://`, `mqtts://`, `ws://` or `wss://`: stands for scheme, host, port and path",
+    secret=True,  # it may hold user and password
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tls:
-    ca: str | None = None
-    cert: str | None = None
-    key: str | None = None
-    key_password: str | None = field(default=None, repr=False)
-    alpn: tuple[str, ...] = ()
-    insecure_skip_verify: bool = False
+    ca: str | None = row(None, "PEM file of authorities to trust instead of the system's", file=True)
+    cert: str | None = row(None, "PEM file with the client certificate", file=True)
+    key: str | None = row(None, "PEM file with its key", file=True)
+    key_password: str | None = row(None, "password of the key", secret=True)
+    alpn: tuple[str, ...] = row((), "ALPN protocols, for example `x-amzn-mqtt-ca`")
+    insecure_skip_verify: bool = row(False, "true: believe any broker. For tests only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Broker:
-    host: str = "localhost"
-    port: int = 1883
-    scheme: Literal["mqtt", "mqtts", "ws", "wss"] = "mqtt"
-    path: str = "/mqtt"
-    user: str | None = None
-    password: str | None = field(default=None, repr=False)
-    client_id: str = ""
+    scheme: Literal["mqtt", "mqtts", "ws", "wss"] = row("mqtt", "how to connect")
+    host: str = row("localhost", "broker's name or address", shape=_HOST)
+    port: int = row(1883, "1883 for mqtt, 8883 for mqtts, 80 for ws, 443 for wss when left out", least=1, most=65_535)
+    path: str = row(
+        "/mqtt", "path of the WebSocket; a query behind it is never shown, for it may be a token", shape=_PATH
+    )
+    user: str | None = row(None, "user name")
+    password: str | None = row(None, "password", secret=True)
+    client_id: str = row(
+        "",
+        "set it to lose nothing over a restart; left out: random, with a clean session",
+        shape=_CLIENT_ID,
+        microservice="CLIENTID",
+    )
     client_id_drawn: bool = False  # nobody chose it: each reading of the settings draws another
-    protocol: Literal["auto", "5", "3.1.1"] = "auto"
-    clean_session: bool = False
-    session_expiry_s: int = 86_400
-    keep_alive_s: int = 30
-    receive_maximum: int = 10_000
-    inflight: int = 20  # what a 3.1.1 broker grants unacknowledged; learned upwards and downwards
-    max_packet_bytes: int = 8 * MIB
-    topic_alias_maximum: int = 0
-    connect_timeout_s: float = 10.0
-    reconnect_min_s: float = 0.5
-    reconnect_max_s: float = 30.0
+    protocol: Literal["auto", "5", "3.1.1"] = row(
+        "auto", "`auto` tries 5 first, then 3.1.1; it comes back to 5 later, and stays where 5 has worked"
+    )
+    clean_session: bool = row(False, "false: the broker keeps what we have not acknowledged while we are away")
+    session_expiry_s: int = row(86_400, "how long a 5.0 broker keeps the session", least=0, most=4_294_967_295)
+    keep_alive_s: int = row(
+        30, "0: none; TCP's own finds a dead peer within a minute all the same", least=0, most=65_535
+    )
+    receive_maximum: int = row(10_000, "unacknowledged messages a 5.0 broker may send us", least=1, most=65_535)
+    # what a 3.1.1 broker grants unacknowledged; learned upwards and downwards
+    inflight: int = row(20, "the same, as guessed for a 3.1.1 broker until it is learned", least=1, most=65_535)
+    max_packet_bytes: int = row(
+        8 * MIB, "larger messages are set aside, not held in memory", least=1024, most=268_435_460
+    )
+    topic_alias_maximum: int = row(0, "topic aliases a 5.0 broker may use", least=0, most=65_535)
+    connect_timeout_s: float = row(
+        10.0,
+        "for the connection with its handshakes; then for CONNACK and SUBACK, each time without a byte",
+        least=0.1,
+        most=600,
+    )
+    reconnect_min_s: float = row(0.5, "first wait before a reconnect; doubles, with jitter", least=0.01, most=3600)
+    reconnect_max_s: float = row(30.0, "longest wait before a reconnect", least=0.01, most=3600)
     # what a 5.0 broker does with retained messages when we subscribe again to what we are subscribed to
-    retain_handling: Literal["new", "always", "never"] = "new"
-    coalesce_ms: float = 2.0  # 0: never pause between reads
+    retain_handling: Literal["new", "always", "never"] = row(
+        "new", "retained messages of a 5.0 broker: with a `new` subscription, `always` (each reconnect) or `never`"
+    )
+    coalesce_ms: float = row(2.0, "pause between small reads at high rates; 0: never", least=0, most=1000)
     tls: Tls = field(default_factory=Tls)
 
     @property
@@ -65,22 +133,67 @@ class Broker:
 class Kinesis:
     """One destination and how to get there."""
 
-    stream: str | None = None
-    stream_arn: str | None = None
-    region: str | None = None
-    endpoint_url: str | None = None
-    access_key: str | None = field(default=None, repr=False)
-    secret_key: str | None = field(default=None, repr=False)
-    session_token: str | None = field(default=None, repr=False)
-    profile: str | None = None
-    role_arn: str | None = None
-    external_id: str | None = field(default=None, repr=False)
-    session_name: str | None = None
-    transport: Literal["auto", "native", "sdk"] = "auto"  # auto: native, sdk behind a proxy
-    max_connections: int = 16  # 1..256
-    connect_timeout_s: float = 6.0
-    request_timeout_s: float = 30.0
-    ca_bundle: str | None = None
+    stream: str | None = row(
+        None,
+        "stream name",
+        shape=_STREAM,
+        argument=True,
+        aliases=("kinesisStreamName", "stream_name"),
+        microservice="KIN_STREAM_NAME",
+    )
+    stream_arn: str | None = row(
+        None, "stream ARN: preferred over the name, brings its region", shape=_STREAM_ARN, argument=True
+    )
+    region: str | None = row(
+        None, "for example `eu-west-1`", shape=_REGION, argument=True, aws=("AWS_REGION", "AWS_DEFAULT_REGION")
+    )
+    endpoint_url: str | None = row(
+        None,
+        "another endpoint: a VPC endpoint, an emulator",
+        shape=_ENDPOINT,
+        argument=True,
+        aws=("AWS_ENDPOINT_URL_KINESIS", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    )
+    access_key: str | None = row(
+        None,
+        "left out: the AWS SDK's chain of credentials",
+        secret=True,
+        argument=True,
+        aliases=("accessKeyId", "access_key_id"),
+        aws=("AWS_ACCESS_KEY_ID",),
+    )
+    secret_key: str | None = row(
+        None,
+        "the secret of that key",
+        secret=True,
+        argument=True,
+        aliases=("secretAccessKey", "secret_access_key"),
+        aws=("AWS_SECRET_ACCESS_KEY",),
+    )
+    session_token: str | None = row(
+        None, "the token of temporary keys", secret=True, argument=True, aws=("AWS_SESSION_TOKEN",)
+    )
+    profile: str | None = row(None, "profile of the AWS configuration files", argument=True)
+    role_arn: str | None = row(
+        None, "role to assume", shape=_ROLE_ARN, argument=True, microservice="AWS_ASSUME_ROLE_ARN"
+    )
+    external_id: str | None = row(None, "external id for that role", shape=_EXTERNAL_ID, secret=True, argument=True)
+    session_name: str | None = row(
+        None, "session name for that role", shape=_SESSION, argument=True, microservice="KIN_SESSION_NAME"
+    )
+    transport: Literal["auto", "native", "sdk"] = row(
+        "auto", "`native`, or `sdk` (aiobotocore); auto: native, sdk behind a proxy", argument=True
+    )
+    max_connections: int = row(
+        16, "calls in flight at most", least=1, most=256, argument=True, microservice="KIN_MAXCONN"
+    )
+    connect_timeout_s: float = row(6.0, "for a connection with its handshakes", least=0.1, most=600)
+    request_timeout_s: float = row(
+        30.0, "the longest time in which nothing of a call moves, out or in", least=0.1, most=600, argument=True
+    )
+    ca_bundle: str | None = row(
+        None, "PEM file of authorities to trust instead of the system's", file=True, aws=("AWS_CA_BUNDLE",)
+    )
 
 
 Format = Literal["raw", "bulk"]
@@ -97,33 +210,92 @@ def label_filter(label: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    id: str
+    # without a default, which row() would be for type checkers
+    id: str = field(metadata=meta(Row(doc="names the pipeline in every log line; unique", shape=_ID, own=True)))
     kinesis: Kinesis
-    description: str = ""
-    enabled: bool = True
-    topics: tuple[str, ...] = ()  # what is subscribed: the filter of bulk_label is among them
-    bulk_label: str | None = None
-    qos: int = 1
-    format: Format = "raw"  # of what comes by topics; what comes by a bulk_label beside them is bulk
-    partition_key: str = "uuid"
-    aggregation: Literal["none", "kpl"] = "none"
-    linger_ms: float = 50.0
-    max_records: int = 500
-    max_batch_bytes: int = 5 * MIB
-    max_record_bytes: int = 1 * MIB
-    budget_bytes: int = 64 * MIB
-    budget_records: int = 1_000_000
-    on_full: Literal["pause", "spool", "drop_oldest", "drop_newest"] = "pause"
-    spool: str | None = None  # the file; one per pipeline
-    spool_max_bytes: int = 1024 * MIB
-    throttle_error_after_s: float = 60.0  # a throttle that lasts is told as an error this often
-    spool_after_s: float = 5.0  # how long the oldest record may wait before a pipeline spools
-    dead_letter: str | None = None
-    dead_letter_max_bytes: int = 64 * MIB
-    dead_letter_keep: int = 5
-    startup_check: Literal["none", "describe", "dry_run", "put"] = "describe"
-    shutdown_timeout_s: float = 30.0
-    stdout: bool = False
+    description: str = row("", "a note for people", own=True)
+    enabled: bool = row(True, "false: the pipeline opens nothing")
+    # what is subscribed: the filter of bulk_label is among them
+    topics: tuple[str, ...] = row(
+        (), "topic filters, `+`, `#` and `$share/GROUP/` included", own=True, microservice="TOPIC"
+    )
+    bulk_label: str | None = row(
+        None,
+        "stands for the topic filter `/devices/+/bulkData/LABEL`, whose payloads are `bulk`",
+        shape=_LABEL,
+        own=True,
+    )
+    qos: int = row(1, "QoS to subscribe with; 0 is at most once", least=0, most=2, microservice="QOS")
+    # of what comes by topics; what comes by a bulk_label beside them is bulk
+    format: Format = row("raw", "of `topics`. `raw`: a payload is a record; `bulk`: a frame of records")
+    partition_key: str = row("uuid", "see partition keys", argument=True)
+    aggregation: Literal["none", "kpl"] = row("none", "`kpl`: many records in one Kinesis record")
+    linger_ms: float = row(50.0, "how long a record may wait for others", least=0, most=60_000, argument=True)
+    max_records: int = row(
+        500, "records per call", least=1, most=500, why="one PutRecords call takes 500", argument=True
+    )
+    max_batch_bytes: int = row(
+        5 * MIB,
+        "bytes per call, data and keys",
+        least=1024,
+        most=10 * MIB,
+        why="one PutRecords call takes 10 MiB",
+        argument=True,
+    )
+    max_record_bytes: int = row(
+        1 * MIB,
+        "bytes per record, with its key; larger: set aside",
+        least=1024,
+        most=10 * MIB,
+        why="Kinesis takes records of up to 10 MiB",
+        argument=True,
+        argument_least=1,
+    )
+    budget_bytes: int = row(
+        64 * MIB,
+        "bytes held at most, waiting and in flight",
+        least=64 * KIB,
+        most=_TIB,
+        argument=True,
+        argument_least=1,  # one record at a time
+    )
+    budget_records: int = row(
+        1_000_000, "records held at most", least=1, most=1_000_000_000, argument=True, microservice="BACKLOG_COUNT"
+    )
+    on_full: Literal["pause", "spool", "drop_oldest", "drop_newest"] = row(
+        "pause", "when memory is full: wait, go to disk, or lose the oldest or newest", argument=True
+    )
+    spool: str | None = row(
+        None, 'file for `on_full = "spool"`; each pipeline has its own', argument=True, file=True, own=True
+    )
+    spool_max_bytes: int = row(
+        1024 * MIB, "bytes in the spool at most", least=1 * MIB, most=_TIB, argument=True, argument_least=64 * KIB
+    )
+    spool_after_s: float = row(
+        5.0,
+        "spool when the oldest record has waited so long, even if memory is not full",
+        least=0.1,
+        most=3600,
+        argument=True,
+    )
+    throttle_error_after_s: float = row(
+        60.0, "a throttle that lasts this long is an ERROR, again each time", least=1, most=86_400
+    )
+    dead_letter: str | None = row(
+        None, "what can never be stored: a file, `stream:NAME` or `stream:ARN`; `none`: it is only logged"
+    )
+    dead_letter_max_bytes: int = row(
+        64 * MIB, "the file is rotated before it grows larger; 0: never", least=0, most=_TIB
+    )
+    dead_letter_keep: int = row(
+        5, "rotated files to keep; the oldest is deleted. 0: a full file is deleted", least=0, most=999
+    )
+    startup_check: Literal["none", "describe", "dry_run", "put"] = row(
+        "describe",
+        'how to try the stream at start; put stores a record `{"type":"connection_test",...}`, dry_run asks only',
+    )
+    shutdown_timeout_s: float = row(30.0, "for storing what is held after SIGTERM", least=0, most=3600)
+    stdout: bool = row(False, "true: `fastkin run` prints every message", microservice="STDOUT")
 
     @property
     def formats(self) -> tuple[tuple[str, Format], ...]:
@@ -139,8 +311,28 @@ class Pipeline:
 class Status:
     """The HTTP port for metrics and health."""
 
-    port: int = 0  # 0: none
-    host: str = "127.0.0.1"
+    port: int = row(0, "serves `/metrics`, `/healthz` and `/readyz`; 0: none", least=0, most=65_535)
+    host: str = row("127.0.0.1", "address to listen on", shape=_HOST)
+
+
+# Each table of a settings file, by its name there.
+SECTIONS: dict[str, type[Any]] = {
+    "broker": Broker,
+    "broker.tls": Tls,
+    "kinesis": Kinesis,
+    "pipeline": Pipeline,
+    "status": Status,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProducerOnly:
+    """Arguments of `Producer` that no file has. Its others are the rows above with `argument=True`."""
+
+    aggregate_bytes: int = row(
+        0, "size of a KPL aggregate; 0: records go one by one", least=0, most=10 * MIB, argument=True
+    )
+    shard_map: bool = row(True, "read the stream's shards, to pace by shard", argument=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

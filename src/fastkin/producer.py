@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from fastkin._codec import DRAIN, KeyPlan
 from fastkin.aws.transports import make_client
 from fastkin.config import MIB, Kinesis
+from fastkin.delivery.backlog import Policy  # noqa: TC001 - who reads our annotations needs it
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.delivery.stream_watch import StreamWatch
 from fastkin.delivery.turns import Turns
@@ -17,6 +18,7 @@ from fastkin.errors import ClosedError, ConfigError, LibraryError
 from fastkin.formats.partition_key import KeySpecError, key_plan
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive, quiet
+from fastkin.settings.arguments import check_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from fastkin._codec import Receipt
-    from fastkin.delivery.backlog import Policy
 
 _LOG = logging.getLogger("fastkin.producer")
 
@@ -95,10 +96,9 @@ class Producer:
 
         LibraryError: an argument is wrong. Nothing is sent and no file or socket is opened here.
         """
+        check_arguments(locals())
         if not (stream or stream_arn):
             raise LibraryError("Non empty argument required: stream or stream_arn")
-        if on_full not in ("pause", "spool", "drop_oldest", "drop_newest"):
-            raise LibraryError(f"on_full is pause, spool, drop_oldest or drop_newest, not {on_full!r}")
         if (on_full == "spool") != (spool is not None):
             raise LibraryError('on_full="spool" and spool="FILE" go together')
         try:

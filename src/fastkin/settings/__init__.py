@@ -7,10 +7,11 @@ KIN_STREAM_NAME, ...) are read too, under the FASTKIN_ names. An empty variable 
 tomllib and dataclasses do all of it: pydantic costs 15 MB a process, and one process per core is
 how fastkin is run; msgspec stops at the first wrong value, and here all are reported at once.
 
-    sources.py   reads files and variables, and decides who wins
-    values.py    one value: is it what its key allows?
-    checks.py    all values together: defaults, contradictions, what is missing
-    tables.py    the keys themselves
+    tables.py     the rows of config.py, by table and by name
+    sources.py    reads files and variables, and decides who wins
+    values.py     one value: is it what its row allows?
+    checks.py     all values together, by the rules of rules_*.py: contradictions, what is missing
+    arguments.py  the arguments of `Producer`, by the same rows
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from fastkin.settings.checks import Checker
-from fastkin.settings.sources import Sources
 from fastkin.settings.values import Report, SettingsError
 
 if TYPE_CHECKING:
@@ -42,9 +41,12 @@ def load(
 
     `login` is the login name: a USER variable that equals it is the shell's, not the broker's.
     """
+    # imported here: who imports this package for arguments.py reads no files
+    from fastkin.settings.checks import check
+    from fastkin.settings.sources import Sources
+
     report = Report()
-    sources = Sources(path, os.environ if env is None else env, env_file, login, report)
-    return Checker(sources, report).settings()
+    return check(Sources(path, os.environ if env is None else env, env_file, login, report), report)
 
 
 def load_settings(

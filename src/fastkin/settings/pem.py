@@ -20,3 +20,14 @@ def holds(path: str, what: str, *, strict: bool = False) -> bool:
     kind = rb"(?:TRUSTED |X509 )?" if what == "CERTIFICATE" else rb"(?:[A-Z]+ )?"
     block = rb"-----BEGIN (" + kind + what.encode() + rb")-----\s[^-]+-----END \1-----"
     return re.search(block, text) is not None
+
+
+def problem(path: str, what: str) -> tuple[str, str] | None:
+    """What is wrong with a file that should hold such a block, and the cure."""
+    try:
+        good = holds(path, what, strict=True)
+    except OSError as error:
+        return f"{path}: {error.strerror}", "check path and permissions"
+    if good:
+        return None
+    return f"{path} has no {what.lower()} in PEM form", f"it needs the lines BEGIN and END {what}"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from fastkin.config import Pipeline, Settings, Status, Tls, label_filter
+from fastkin.config import URL, Pipeline, Settings, Status, Tls, label_filter
 from fastkin.settings.tables import BROKER_KEYS, KINESIS_KEYS, PIPELINE_KEYS, STATUS_KEYS, TLS_KEYS
 from fastkin.settings.values import HIDDEN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fastkin.settings.tables import Key
+    from fastkin.setting_row import Row
 
 
 def effective(settings: Settings) -> str:
@@ -30,10 +30,10 @@ def effective(settings: Settings) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shown_table(table: object, names: Mapping[str, Key]) -> list[str]:
+def _shown_table(table: object, names: Mapping[str, Row]) -> list[str]:
     lines = []
     for name, key in names.items():
-        if name == "url":
+        if name == URL.key:
             continue
         value = getattr(table, name)
         if value is None or value == ():

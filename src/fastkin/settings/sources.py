@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkin.errors import ConfigError
+from fastkin.setting_row import close
 from fastkin.settings import envfile, toml_lines
 from fastkin.settings.tables import (
     ALIASES,
@@ -17,15 +18,15 @@ from fastkin.settings.tables import (
     MICROSERVICE,
     MICROSERVICE_MORE,
     NOT_SETTINGS,
-    OWN,
+    PIPELINE_KEYS,
     TABLES,
 )
-from fastkin.settings.values import SettingsError, Value, close, nearest
+from fastkin.settings.values import SettingsError, Value, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fastkin.settings.tables import Key
+    from fastkin.setting_row import Row
     from fastkin.settings.values import Raw, Report
 
 _SECRETS = frozenset({"access_key", "secret_key", "session_token"})
@@ -173,7 +174,7 @@ class Sources:
                         raw.pop(each, None)
 
     def _pipeline_name_of_all(self, key: str, value: Value) -> None:
-        if key in OWN and len(self.pipelines) > 1:
+        if PIPELINE_KEYS[key].own and len(self.pipelines) > 1:
             self.report.problem(
                 value.place,
                 f"cannot mean {len(self.pipelines)} pipelines at once",
@@ -349,7 +350,7 @@ def _has_port(host: str) -> bool:
     return re.fullmatch(r"(\[[^\]]*\]|[^:]*):\d+", host) is not None
 
 
-def _nearest_key(name: str, kind: str, known: Mapping[str, Key]) -> str:
+def _nearest_key(name: str, kind: str, known: Mapping[str, Row]) -> str:
     if name in known:
         return ""
     for other, names in TABLES.items():

@@ -1,16 +1,16 @@
-"""One value at a time: text or TOML to what the tables say, or a problem that names place and cure."""
+"""One value at a time: text or TOML to what its row in config.py says, or a problem that names place and cure."""
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkin.errors import ConfigError
+from fastkin.setting_row import Fault, close, fault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from fastkin.settings.tables import Key
+    from fastkin.setting_row import Row
 
 
 class SettingsError(ConfigError):
@@ -54,27 +54,43 @@ class Value(NamedTuple):
 Raw = dict[str, Value]
 
 
-def parse_table(keys: Mapping[str, Key], raw: Raw, report: Report) -> dict[str, Any]:
-    """The values of one table, those that are right; the others are problems."""
-    good: dict[str, Any] = {}
-    for name, value in raw.items():
+class Given:
+    """What was said in one table and is right by itself; the rest is in the report. The rules go on from here."""
+
+    def __init__(self, rows: Mapping[str, Row], raw: Raw, report: Report) -> None:
+        self.rows = rows
+        self.raw = raw
+        self.report = report
+        self.values: dict[str, Any] = {}
+        for key, value in raw.items():
+            self.take(key, value)
+
+    def take(self, key: str, value: Value) -> None:
+        """One value more, or a problem."""
         try:
-            good[name] = parse(keys[name], value)
+            self.values[key] = parse(self.rows[key], value)
         except ConfigError as error:
-            report.add(error)
-    return good
+            self.report.add(error)
 
+    def __contains__(self, key: str) -> bool:
+        """Was it said, and rightly?"""
+        return key in self.values
 
-def parse(key: Key, value: Value) -> Any:
-    return _PARSERS[key.kind](key, value)
+    def __getitem__(self, key: str) -> Any:
+        """What was said, else the default."""
+        return self.values.get(key, self.rows[key].default)
 
+    def is_wrong(self, key: str) -> bool:
+        """Was it said, and wrongly? Then that was told, and nothing more is to say about it."""
+        return key in self.raw and key not in self.values
 
-def close(name: str, known: Iterable[str]) -> str | None:
-    import difflib
+    def place(self, *keys: str) -> str:
+        """Where the first of them that was said stands: how a message begins."""
+        return next(self.raw[key].place for key in keys if key in self.raw)
 
-    folded = {each.casefold().replace("_", ""): each for each in known}
-    near = difflib.get_close_matches(name.casefold().replace("_", ""), folded, 1, 0.7)
-    return folded[near[0]] if near else None
+    def problem(self, key: str, problem: str, cure: str) -> None:
+        """That one of these values does not fit to something else."""
+        self.report.problem(self.raw[key].place, problem, cure)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -91,108 +107,68 @@ _TRUE = frozenset({"true", "1", "yes", "on", "t", "y"})
 _FALSE = frozenset({"false", "0", "no", "off", "f", "n"})
 
 
-def _shown(key: Key, value: Value) -> str:
-    return "what is given" if key.secret or key.name == "url" else repr(value.raw)
-
-
-def _wrong(key: Key, value: Value, wanted: str) -> ConfigError:
-    return ConfigError(value.place, f"{_shown(key, value)} is not {wanted}", _range(key))
-
-
-_WRITE = {
-    "text": 'write "..."',
-    "int": "write a number without quotes and point",
-    "number": "write a number without quotes",
-    "flag": "write true or false, without quotes",
-    "list": 'write ["...", "..."]',
-}
-
-
-def _range(key: Key) -> str:
-    return _WRITE[key.kind] if key.low is None or key.high is None else f"use {key.low} to {key.high}"
-
-
-def _parse_text(key: Key, value: Value) -> str:
-    text = value.raw
-    if not isinstance(text, str):
-        raise _wrong(key, value, "text in quotes")
-    if re.search(r"[\x00-\x1f\x7f]", text):
-        raise ConfigError(value.place, "has a control character in it", "remove it")
-    if key.secret and text == HIDDEN:
+def parse(row: Row, value: Value) -> Any:
+    """What was said, as the row wants it. ConfigError: it is not that."""
+    said: Any = _from_text(row, str(value.raw)) if value.text else value.raw
+    if row.kind == "list" and isinstance(said, str):
+        said = [said]
+    if row.secret and said == HIDDEN:
         raise ConfigError(
             value.place,
             f'is "{HIDDEN}", which stands for a secret that `fastkin check` did not show',
             "write the secret itself, or remove the key and give the secret in the environment",
         )
-    if key.choices and text not in key.choices:
-        near = close(text, key.choices)
-        cure = f"{near} is meant?" if near else f"use {', '.join(key.choices)}"
-        raise ConfigError(value.place, f"{text!r} is not a {key.name}", cure)
-    if not text and key.name not in {"client_id", "description"}:
-        raise ConfigError(value.place, "is empty", "leave it out or fill it")
+    wrong = fault(row, said)
+    if wrong is not None:
+        raise ConfigError(value.place, *_told(row, value, said, wrong))
+    match row.kind:
+        case "number":
+            return float(said)
+        case "list":
+            return tuple(said)
+    return said
+
+
+def _from_text(row: Row, text: str) -> Any:
+    """From the environment, where everything is text. What cannot be read stays as it is: a value of the wrong kind."""
+    match row.kind:
+        case "int" | "number":
+            try:
+                return int(text, 10) if row.kind == "int" else float(text)
+            except ValueError:
+                return text
+        case "flag":
+            word = text.strip().casefold()
+            return True if word in _TRUE else False if word in _FALSE else text
+        case "list":
+            return [item.strip() for item in text.split(",") if item.strip()]
     return text
 
 
-def _parse_int(key: Key, value: Value) -> int:
-    number = value.raw
-    if value.text:
-        try:
-            number = int(str(number), 10)
-        except ValueError:
-            raise _wrong(key, value, "a whole number") from None
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise _wrong(key, value, "a whole number")
-    return int(_in_range(key, value, number))
-
-
-def _parse_number(key: Key, value: Value) -> float:
-    number = value.raw
-    if value.text:
-        try:
-            number = float(str(number))
-        except ValueError:
-            raise _wrong(key, value, "a number") from None
-    if not isinstance(number, int | float) or isinstance(number, bool) or number != number:
-        raise _wrong(key, value, "a number")
-    return float(_in_range(key, value, number))
-
-
-def _in_range(key: Key, value: Value, number: float) -> float:
-    if key.low is not None and key.high is not None and not key.low <= number <= key.high:
-        raise ConfigError(value.place, f"{number} is out of range", _range(key))
-    return number
-
-
-def _parse_flag(key: Key, value: Value) -> bool:
-    flag = value.raw
-    if value.text:
-        word = str(flag).strip().casefold()
-        if word in _TRUE:
-            return True
-        if word in _FALSE:
-            return False
-    elif isinstance(flag, bool):
-        return flag
-    raise _wrong(key, value, "true or false")
-
-
-def _parse_list(key: Key, value: Value) -> tuple[str, ...]:
-    items = value.raw
-    if value.text:
-        items = [item.strip() for item in str(items).split(",") if item.strip()]
-    if isinstance(items, str):
-        items = [items]
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise _wrong(key, value, "a list of texts")
-    if any(not item for item in items):
-        raise ConfigError(value.place, "has an empty text in it", "remove it")
-    return tuple(items)
-
-
-_PARSERS: dict[str, Callable[[Key, Value], Any]] = {
-    "text": _parse_text,
-    "int": _parse_int,
-    "number": _parse_number,
-    "flag": _parse_flag,
-    "list": _parse_list,
+_KINDS = {
+    "text": ("text in quotes", 'write "..."'),
+    "int": ("a whole number", "write a number without quotes and point"),
+    "number": ("a number", "write a number without quotes"),
+    "flag": ("true or false", "write true or false, without quotes"),
+    "list": ("a list of texts", 'write ["...", "..."]'),
 }
+
+
+def _told(row: Row, value: Value, said: Any, wrong: Fault) -> tuple[str, str]:
+    """Problem and cure."""
+    shown = "what is given" if row.hides(value.raw) else repr(value.raw)
+    allowed = "" if row.most is None else f"use {row.least} to {row.most}"
+    match wrong:
+        case Fault.RANGE:
+            return f"{said} is out of range", f"{allowed}: {row.why}" if row.why else allowed
+        case Fault.CHOICE:
+            near = close(said, row.choices)
+            return f"{shown} is not a {row.key}", f"{near} is meant?" if near else f"use {', '.join(row.choices)}"
+        case Fault.EMPTY:
+            return ("has an empty text in it", "remove it") if said else ("is empty", "leave it out or fill it")
+        case Fault.CONTROL:
+            return "has a control character in it", "remove it"
+        case Fault.SHAPE if row.shape is not None:
+            return f"{shown} {row.shape.problem}" if row.shape.shown else row.shape.problem, row.shape.cure
+    wanted, cure = _KINDS[row.kind]
+    return f"{shown} is not {wanted}", allowed or cure

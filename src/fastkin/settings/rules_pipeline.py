@@ -1,0 +1,171 @@
+"""The rules of one [[pipeline]], without those of its stream."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastkin.config import Broker, Pipeline, label_filter
+from fastkin.deadletter import destination
+from fastkin.formats import partition_key
+from fastkin.settings import rules_stream
+from fastkin.settings.sources import pipeline_name
+from fastkin.settings.tables import PIPELINE_KEYS
+from fastkin.settings.values import Given
+
+if TYPE_CHECKING:
+    from fastkin.settings.sources import Sources
+    from fastkin.settings.values import Report
+
+
+def check(sources: Sources, number: int, broker: Broker | None, report: Report) -> Pipeline | None:
+    """The pipeline of this number, from 1. None: there are problems, and they are in the report."""
+    before = len(report.problems)
+    raw = sources.pipelines[number - 1]
+    given = Given(PIPELINE_KEYS, {key: value for key, value in raw.items() if key in PIPELINE_KEYS}, report)
+    in_file = sources.path is not None
+    where = "environment"
+    if in_file:
+        name = raw["id"].raw if "id" in raw else None
+        where = f"{sources.place('pipeline', number)} {pipeline_name(number, name)}"
+    if "id" not in raw:
+        if in_file:
+            report.problem(where, "has no id", "name the pipeline: id = ...")
+        given.values["id"] = "default"
+    _topics(given, where, in_file)
+    _partition_key(given, broker)
+    _sizes(given)
+    if given["dead_letter"] not in {None, "none"}:
+        _dead_letter(given)
+    _spool(given, in_file)
+    kinesis = rules_stream.check(sources, raw, where, report)
+    if len(report.problems) > before or kinesis is None:
+        return None
+    made = Pipeline(kinesis=kinesis, **given.values)
+    if destination.is_own(made):
+        given.problem("dead_letter", "is the stream that refuses what would go there", "name another stream, or a file")
+        return None
+    return made
+
+
+def record_cost(nbytes: int) -> int:
+    """What one record costs the budget at most: base64, its key and the JSON around it."""
+    return 4 * ((nbytes + 2) // 3) + 1024
+
+
+def _topics(given: Given, where: str, in_file: bool) -> None:
+    """`topics` as the pipeline has them: that of `bulk_label` is among them, and nothing twice."""
+    topics = dict.fromkeys(given["topics"])
+    for topic in topics:
+        if wrong := _filter_problem(topic):
+            cure = "+ and # stand for whole levels, # comes last; $share/GROUP/FILTER for a shared one"
+            given.problem("topics", f"{topic!r} is not a topic filter: {wrong}", cure)
+    if label := given["bulk_label"]:
+        topics[label_filter(label)] = None
+        if len(topics) == 1:  # else `format` is that of the others
+            if given.values.get("format") == "raw":
+                given.report.warn(f"{given.place('format')}: raw with bulk_label: frames are stored as they come")
+            given.values.setdefault("format", "bulk")
+    if not topics and not {"topics", "bulk_label"} & given.raw.keys():
+        cure = "set topics or bulk_label"
+        if not in_file:
+            cure = "set TOPIC, FASTKIN_PIPELINE_TOPICS or FASTKIN_PIPELINE_BULK_LABEL"
+        given.report.problem(where, "has neither topics nor bulk_label", cure)
+    elif not topics and "topics" in given and not given.is_wrong("bulk_label"):
+        given.problem("topics", "is empty", "name a topic filter")
+    given.values["topics"] = tuple(topics)
+
+
+def _filter_problem(topic: str) -> str | None:
+    # imported here: `fastkin --help` does without the compiled modules
+    from fastkin.mqtt._core import valid_filter
+
+    return valid_filter(topic)
+
+
+def _partition_key(given: Given, broker: Broker | None) -> None:
+    client_id = "?"  # no broker: that is a problem of its own, and told
+    if broker is not None:
+        client_id = "" if broker.client_id_drawn else broker.client_id
+    try:
+        kind, _ = partition_key.key_plan(given["partition_key"], client_id=client_id)
+    except partition_key.KeySpecError as error:
+        given.problem("partition_key", error.problem, error.cure)
+        return
+    if given["aggregation"] == "kpl" and kind == "none":
+        problem = "cannot go with partition_key none: such streams do not take aggregates apart"
+        given.problem("aggregation", problem, "choose one of them")
+
+
+def _sizes(given: Given) -> None:
+    record, batch, budget = given["max_record_bytes"], given["max_batch_bytes"], given["budget_bytes"]
+    if record > batch:
+        given.report.problem(
+            given.place("max_batch_bytes", "max_record_bytes"),
+            f"max_batch_bytes {batch} holds no record of max_record_bytes {record}",
+            "raise the one or lower the other",
+        )
+    need = record_cost(record)
+    if budget < need:
+        given.report.problem(
+            given.place("budget_bytes", "max_record_bytes"),
+            f"budget_bytes {budget} holds no record of max_record_bytes {record}",
+            f"at least {need} (base64 takes a third more)",
+        )
+
+
+def _dead_letter(given: Given) -> None:
+    """A stream that can be one, or a file in a directory that is there."""
+    text = given["dead_letter"]
+    if text.startswith(destination.PREFIX):
+        if problem := destination.wrong(text):
+            cure = "stream:NAME or stream:arn:aws:kinesis:REGION:123456789012:stream/NAME"
+            given.problem("dead_letter", problem, cure)
+        return
+    path = Path(text).absolute()
+    if _no_place(given, "dead_letter", path):
+        return
+    if not (os.access(path, os.W_OK) if path.exists() else os.access(path.parent, os.W_OK | os.X_OK)):
+        who = f"user id {os.geteuid()}"
+        place = given.place("dead_letter")
+        given.report.warn(f"{place}: {path} cannot be written by {who}: let the service's user write there")
+
+
+def _no_place(given: Given, key: str, path: Path) -> bool:
+    """Is there no place for such a file?"""
+    if not path.parent.is_dir():
+        given.problem(key, f"there is no directory {path.parent}", "make it")
+    elif path.is_dir():
+        given.problem(key, f"{path} is a directory", "name a file in it")
+    else:
+        return False
+    return True
+
+
+def _spool(given: Given, in_file: bool) -> None:
+    """`spool` goes with on_full = "spool": a file that can be written."""
+    if given["on_full"] != "spool":
+        for key in ("spool",) if "spool" in given else ("spool_max_bytes", "spool_after_s"):
+            if key in given.raw:
+                given.report.warn(f'{given.place(key)}: not used without on_full = "spool"')
+    elif "spool" in given:
+        _spool_file(given, Path(given["spool"]).absolute())
+    elif "spool" not in given.raw:
+        cure = 'set spool, for example to "spool.db"' if in_file else "set FASTKIN_PIPELINE_SPOOL"
+        given.problem("on_full", "on_full is spool, and no file is named", cure)
+
+
+def _spool_file(given: Given, path: Path) -> None:
+    record, most = given["max_record_bytes"], given["spool_max_bytes"]
+    if most < 2 * record_cost(record):
+        given.report.problem(
+            given.place("spool_max_bytes", "max_record_bytes"),
+            f"spool_max_bytes {most} holds no two records of max_record_bytes {record}",
+            f"at least {2 * record_cost(record)}",
+        )
+    if _no_place(given, "spool", path):
+        return
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.R_OK | os.W_OK)):
+        cure = f"let user id {os.geteuid()} read and write the file and its directory, or name another"
+        given.problem("spool", f"{path} cannot be written", cure)
