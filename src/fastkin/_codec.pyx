@@ -7,6 +7,7 @@ One module in parts, in the order a record passes them:
   codec/keys.pxi      partition keys: drawn, fixed, made of topic and payload; hash key to shard
   codec/receipt.pxi   one outcome somebody may await
   codec/answer.pxi    one PutRecords answer, entry by entry
+  codec/entry.pxi     the text of an entry, for PutRecords and for the disk
   codec/batch.pxi     the budget, and one PutRecords body with what it must settle
   codec/restore.pxi   a body that comes back from the disk, read as if a stranger had written it
   codec/lane.pxi      payloads in, closed batches out
@@ -233,6 +234,7 @@ include "codec/json.pxi"
 include "codec/keys.pxi"
 include "codec/receipt.pxi"
 include "codec/answer.pxi"
+include "codec/entry.pxi"
 include "codec/batch.pxi"
 include "codec/restore.pxi"
 include "codec/aggregate.pxi"

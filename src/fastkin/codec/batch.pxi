@@ -38,11 +38,6 @@ cdef enum:
     # whoever has it: a queue, a task, a group of dead letters with its closures.
     BATCH_BYTES = 1024
 
-cdef const char* HEAD = '{"Records":['
-cdef enum:
-    HEAD_LENGTH = 12
-
-
 cdef inline bint entry_has_runs(const Entry* entry) noexcept nogil:
     return entry.kind == ENTRY_RUNS or entry.kind == ENTRY_RUNS_HELD
 
@@ -297,9 +292,9 @@ cdef class Batch:
         self.why = FLUSH_DRAIN
         self.items = <Entry*> take_memory(NULL, count * sizeof(Entry))
         self.room = count
-        buf_need(&self.body, body + HEAD_LENGTH)
-        memcpy(self.body.p, HEAD, HEAD_LENGTH)
-        self.body.length = HEAD_LENGTH
+        buf_need(&self.body, body + LIST_OPEN)
+        entry_list_open(self.body.p)
+        self.body.length = LIST_OPEN
         self.live = True
         return self
 
@@ -345,7 +340,7 @@ cdef class Batch:
         entry[0] = from_[0]
         buf_need(&self.body, <size_t> from_.length + 1)
         if self.count:
-            self.body.p[self.body.length] = c","
+            entry_list_next(self.body.p + self.body.length)
             self.body.length += 1
         entry.at = <uint32_t> self.body.length
         memcpy(self.body.p + self.body.length, source.body.p + from_.at, from_.length)
@@ -367,12 +362,9 @@ cdef class Batch:
         cdef size_t length = <size_t> PyBytes_GET_SIZE(self.books.target)
         cdef char* p
         cdef Entry* items
-        buf_need(&self.body, length + 3)
-        p = self.body.p + self.body.length
-        memcpy(p, b"],", 2)
-        memcpy(p + 2, PyBytes_AS_STRING(self.books.target), length)
-        p[length + 2] = c"}"
-        self.body.length += length + 3
+        buf_need(&self.body, length + LIST_CLOSE)
+        entry_list_close(self.body.p + self.body.length, PyBytes_AS_STRING(self.books.target), length)
+        self.body.length += length + LIST_CLOSE
         if self.body.room - self.body.length > 1024 + self.body.length // 8:
             p = <char*> realloc(self.body.p, self.body.length)
             if p != NULL:
@@ -664,9 +656,7 @@ cdef class Batch:
 
     cdef bytes _data(self):
         """The first entry's data."""
-        cdef const char* p = self.body.p + self.items[0].at + ENTRY_OPEN
-        cdef const char* end = <const char*> memchr(p, c'"', self.items[0].length - ENTRY_OPEN)
-        return base64.b64decode(p[:end - p])
+        return entry_data(self.body.p + self.items[0].at, self.items[0].length)
 
     cdef tuple _halve_aggregate(self, list records):
         cdef Entry* entry = &self.items[0]
@@ -692,21 +682,17 @@ cdef class Batch:
         cdef const Entry* from_ = &source.items[0]
         cdef Entry* entry = self.next_entry()
         cdef size_t length = <size_t> len(data)
-        cdef size_t encoded = fk_b64_length(length)
-        cdef size_t rest = ENTRY_OPEN + fk_b64_length(whole)  # key and all that follows the data
         cdef char* p
         cdef Run* run
         cdef size_t k
         cdef uint32_t before = 0
         cdef uint32_t mine
-        buf_need(&self.body, encoded + from_.length + FK_B64_SLACK)
+        buf_need(&self.body, fk_b64_length(length) + from_.length + FK_B64_SLACK)
         p = self.body.p + self.body.length
         entry[0] = from_[0]
         entry.at = <uint32_t> self.body.length
-        memcpy(p, source.body.p + from_.at, ENTRY_OPEN)
-        fk_b64_encode(<const uint8_t*> PyBytes_AS_STRING(data), length, p + ENTRY_OPEN)
-        memcpy(p + ENTRY_OPEN + encoded, source.body.p + from_.at + rest, from_.length - rest)
-        entry.length = <uint32_t> (ENTRY_OPEN + encoded + from_.length - rest)
+        entry.length = <uint32_t> (entry_write_other(
+            p, source.body.p + from_.at, from_.length, whole, <const uint8_t*> PyBytes_AS_STRING(data), length) - p)
         entry.size = <uint32_t> (from_.size - whole + length)
         entry.records = count
         self.body.length += entry.length
@@ -862,8 +848,5 @@ cdef class Batch:
         cdef size_t i
         out = []
         for i in range(self.count):
-            entry = json.loads(self.body.p[self.items[i].at:self.items[i].at + self.items[i].length])
-            out.append((
-                base64.b64decode(entry["Data"]), entry.get("PartitionKey"), entry.get("ExplicitHashKey"),
-            ))
+            out.append(entry_fields(self.body.p + self.items[i].at, self.items[i].length))
         return out

@@ -7,10 +7,6 @@ cdef enum:
     REJECT_BYTES = 1536
     REJECT_TOPIC = 5  # the topic as bytes, and as text of up to four bytes a character
     OVERHEAD_LEAST = 4194304  # bytes the records of one frame may cost besides their data, in any budget
-    ENTRY_OPEN = 9  # {"Data":"
-    ENTRY_KEY = 18  # ","PartitionKey":"
-    ENTRY_HASH = 21  # ","ExplicitHashKey":"
-    ENTRY_CLOSE = 2  # "}
 
 cdef struct Slot:
     # of one record in a payload whose records differ: its verdict, and its key in the arena
@@ -20,25 +16,6 @@ cdef struct Slot:
     size_t raw_length
     size_t body
     size_t body_length
-
-
-cdef inline size_t key_counts(const Key* key) noexcept nogil:
-    """The bytes of the key that Kinesis counts."""
-    if key.verdict == KEY_TEXT:
-        return key.raw_length
-    return 0 if key.verdict == KEY_NONE else FK_UUID_LENGTH
-
-
-cdef inline size_t entry_frame(const Key* key, size_t hash_length) noexcept nogil:
-    """Everything of an entry but its base64."""
-    cdef size_t n = ENTRY_OPEN + ENTRY_CLOSE
-    if key.verdict == KEY_TEXT:
-        n += ENTRY_KEY + key.body_length
-    elif key.verdict != KEY_NONE:
-        n += ENTRY_KEY + FK_UUID_LENGTH
-    if hash_length:
-        n += ENTRY_HASH + hash_length
-    return n
 
 
 @cython.final
@@ -219,7 +196,6 @@ cdef class Lane(Sink):
                     size_t hash_length, uint64_t token, uint32_t kind, uint32_t records) except -1:
         """One entry into the open body; the record was checked. Charges the budget."""
         cdef size_t size = length + key_counts(key)
-        cdef size_t encoded = fk_b64_length(length)
         cdef Batch batch = self.open
         cdef Entry* entry
         cdef Run* run
@@ -231,32 +207,13 @@ cdef class Lane(Sink):
         if batch is None:
             batch = self.start()
         entry = batch.next_entry()
-        buf_need(&batch.body, encoded + entry_frame(key, hash_length) + 1 + FK_B64_SLACK)
+        buf_need(&batch.body, entry_most(length, key, hash_length) + 1)
         p = batch.body.p + batch.body.length
         if batch.count:
             p[0] = c","
             p += 1
         entry.at = <uint32_t> (p - batch.body.p)
-        memcpy(p, b'{"Data":"', ENTRY_OPEN)
-        p += ENTRY_OPEN
-        fk_b64_encode(data, length, p)
-        p += encoded
-        if key.verdict == KEY_TEXT:
-            memcpy(p, b'","PartitionKey":"', ENTRY_KEY)
-            p += ENTRY_KEY
-            memcpy(p, key.body, key.body_length)
-            p += key.body_length
-        elif key.verdict != KEY_NONE:
-            memcpy(p, b'","PartitionKey":"', ENTRY_KEY)
-            fk_uuid4(p + ENTRY_KEY)
-            p += ENTRY_KEY + FK_UUID_LENGTH
-        if hash_length:
-            memcpy(p, b'","ExplicitHashKey":"', ENTRY_HASH)
-            p += ENTRY_HASH
-            memcpy(p, hash_key, hash_length)
-            p += hash_length
-        memcpy(p, b'"}', ENTRY_CLOSE)
-        p += ENTRY_CLOSE
+        p = entry_write(p, data, length, key, hash_key, hash_length)
         if kind >= ENTRY_RUNS:
             token = <uint64_t> batch.run_count << 32 | self.group.run_count
             for i in range(self.group.run_count):
