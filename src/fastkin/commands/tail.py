@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import click
 
 from fastkin.aws.client import MOST_PAGES, MOST_SHARDS
-from fastkin.errors import ConfigError, FastkinError, printable
+from fastkin.errors import ConfigError, FastkinError, escaped
 from fastkin.lambdas import deaggregate
 
 if TYPE_CHECKING:
@@ -115,14 +115,10 @@ def render(record: Mapping[str, Any], shard: str, form: Form) -> bytes:
         else:
             line["data"] = text
         return json.dumps(line).encode("ascii") + b"\n"
-    shown = f"base64:{base64.b64encode(data).decode()}" if text is None else _plain(text)
+    shown = f"base64:{base64.b64encode(data).decode()}" if text is None else escaped(text)
     # shardId-000000000003 -> 3
     number = shard.rpartition("-")[2].lstrip("0") or "0"
-    return f"{stamp} {number} {_plain(key or '-')} {shown}\n".encode()
-
-
-def _plain(text: str) -> str:
-    return printable(text, len(text))
+    return f"{stamp} {number} {escaped(key or '-')} {shown}\n".encode()
 
 
 def apart(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
