@@ -42,7 +42,7 @@ MOST_SHARDS = 50_000
 MOST_PAGES = 1_000
 DRY_RUN_PASSED = "DryRunOperationException"
 
-CONTROL = frozenset({"DescribeStreamSummary", "DescribeStream", "ListShards", "CreateStream"})
+CONTROL = frozenset({"DescribeStreamSummary", "DescribeStream", "ListShards"})
 
 
 class StreamSummary(NamedTuple):

@@ -54,7 +54,6 @@ _METHODS = {
     "DescribeStreamSummary": "describe_stream_summary",
     "DescribeStream": "describe_stream",
     "ListShards": "list_shards",
-    "CreateStream": "create_stream",
 }
 
 

@@ -1,4 +1,4 @@
-"""Signature Version 4 for one kind of request: POST, JSON or CBOR, a few fixed headers.
+"""Signature Version 4 for one kind of request: POST, a few fixed headers.
 
 The signing key is kept per credentials and day and the date text per second, so a request costs two
 hashes of a few hundred bytes. What is signed is what is sent: the whole request head is made here.
