@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fastkin.commands.watch import Watch
 from fastkin.errors import ClosedError, ConfigError
+from fastkin.runtime.loops import loop_factory
 from fastkin.runtime.worker import Worker
 from fastkin.service.systemd import notify
 
@@ -41,7 +42,7 @@ def run(settings: Settings, read_again: Callable[[], tuple[Settings, bool]] | No
     # what was made so far lives as long as the process: no collection needs to look at it again
     gc.collect()
     gc.freeze()
-    with Watch() as watch, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with Watch() as watch, asyncio.Runner(loop_factory=loop_factory()) as runner:
         try:
             return runner.run(_serve(settings, read_again, watch))
         finally:
@@ -55,15 +56,6 @@ def _return_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library has no mallopt
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:  # it is no dependency on Windows
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 async def _serve(settings: Settings, read_again: Callable[[], tuple[Settings, bool]] | None, watch: Watch) -> int:
