@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import pytest
 
+from fastkin import __version__
 from fastkin.bench.plant import welder_payload
 from fastkin.commands import cli
 from fastkin.commands import run as run_command
@@ -108,7 +109,7 @@ def test_every_command_has_help_and_version(capsys: pytest.CaptureFixture[str], 
     for option in ("--help", "--version", "--verbose", "--quiet"):
         assert option in out
     code, out, _ = invoke(capsys, command, "--version")
-    assert (code, out) == (0, f"fastkin {cli.version()}\n")
+    assert (code, out) == (0, f"fastkin {__version__}\n")
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ from hashlib import sha256
 from typing import NamedTuple
 from urllib.parse import quote
 
+from fastkin import __version__
+
 ALGORITHM = "AWS4-HMAC-SHA256"
-USER_AGENT = "fastkin/0.1"
+USER_AGENT = f"fastkin/{__version__}"
 
 
 class Credentials(NamedTuple):

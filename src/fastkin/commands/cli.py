@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from fastkin import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -20,19 +22,9 @@ if TYPE_CHECKING:
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def version() -> str:
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        return installed("fastkin")
-    except PackageNotFoundError:
-        return "unknown (not installed)"
-
-
 def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
-        click.echo(f"fastkin {version()}")
+        click.echo(f"fastkin {__version__}")
         context.exit()
 
 
