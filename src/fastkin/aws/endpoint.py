@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
+from fastkin.arn import stream_arn
 from fastkin.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fastkin.arn import StreamArn
     from fastkin.aws.signing import Credentials
     from fastkin.config import Kinesis
 
@@ -39,29 +41,21 @@ class Endpoint(NamedTuple):
     region: str
 
 
-class Arn(NamedTuple):
-    partition: str
-    region: str
-    account: str
-    stream: str
-
-
-_ARN = re.compile(r"arn:(aws[a-z-]*):kinesis:([a-z0-9-]+):(\d{12}):stream/([a-zA-Z0-9_.-]{1,128})")
 # Regions of the partitions whose host names have one plain form.
 _AWS = re.compile(r"((us|eu|ap|sa|ca|me|af|il|mx)-[a-z]+-\d+|us-gov-(east|west)-1)")
 _CN = re.compile(r"cn-[a-z]+-\d+")
 
 
-def parse_arn(text: str) -> Arn:
+def parse_arn(text: str) -> StreamArn:
     """The parts of a stream's ARN. Raises ConfigError."""
-    found = _ARN.fullmatch(text)
-    if found is None:
+    arn = stream_arn(text)
+    if arn is None:
         raise ConfigError(
             "kinesis.stream_arn",
             f"{text!r} is not the ARN of a stream",
             "it looks like arn:aws:kinesis:eu-west-1:123456789012:stream/NAME",
         )
-    return Arn(*found.groups())
+    return arn
 
 
 def split_url(url: str, place: str = "kinesis.endpoint_url") -> Url:
