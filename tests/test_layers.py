@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "fastkin"
 
 # Modules and packages of the top level from the ground up: the floors of DESIGN.md section 4.
 FLOORS = [
-    {"errors", "results", "arn", "_codec", "lambdas"},
+    {"errors", "results", "arn", "limits", "_codec", "lambdas"},
     {"formats", "net", "runtime", "status"},
     {"aws", "mqtt"},
     {"delivery"},
@@ -25,7 +25,7 @@ FLOORS = [
 ]
 # They know no event loop: what they do can be tried by a call.
 PURE = {
-    "errors", "results", "arn", "lambdas", "config", "formats", "settings",
+    "errors", "results", "arn", "limits", "lambdas", "config", "formats", "settings",
     "aws.shards", "aws.signing",
     "deadletter.destination", "deadletter.file", "deadletter.reader",
     "delivery.pacing", "delivery.spool_file",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-KIB = 1024
-MIB = 1024 * KIB
+from fastkin.limits import CALL_RECORDS, DEFAULT_CALL_BYTES, RECORD_BYTES
+from fastkin.limits import KIB as KIB  # for who fills tables in code
+from fastkin.limits import MIB as MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +109,9 @@ class Pipeline:
     partition_key: str = "uuid"
     aggregation: Literal["none", "kpl"] = "none"
     linger_ms: float = 50.0
-    max_records: int = 500
-    max_batch_bytes: int = 5 * MIB
-    max_record_bytes: int = 1 * MIB
+    max_records: int = CALL_RECORDS
+    max_batch_bytes: int = DEFAULT_CALL_BYTES
+    max_record_bytes: int = RECORD_BYTES
     budget_bytes: int = 64 * MIB
     budget_records: int = 1_000_000
     on_full: Literal["pause", "spool", "drop_oldest", "drop_newest"] = "pause"

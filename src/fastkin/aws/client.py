@@ -21,6 +21,7 @@ from fastkin.aws.endpoint import parse_arn
 from fastkin.aws.error_table import http_date
 from fastkin.aws.shards import HASH_SPACE, Shard
 from fastkin.errors import Action, ConfigError, FastkinError, KinesisError, UnexpectedResponse, printable
+from fastkin.limits import KIB, RECORD_BYTES
 from fastkin.net.tls import client_context
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class Client(ABC):
                 arn=printable(_text(told, "StreamARN") or self.kinesis.stream_arn or ""),
                 status=printable(_text(told, "StreamStatus"), 128),
                 shard_count=shards,
-                max_record_bytes=_number(told, "MaxRecordSizeInKiB", 1, 2**20, 1024) * 1024,
+                max_record_bytes=_number(told, "MaxRecordSizeInKiB", 1, 2**20, RECORD_BYTES // KIB) * KIB,
                 mode=printable(_text(_table(told, "StreamModeDetails", {}), "StreamMode") or "PROVISIONED", 128),
                 auto_keys=_is_auto(told.get("RecordDistributionStrategy")),
             )

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING
 import click
 
 from fastkin._codec import KeyPlan, decode_frame
-from fastkin.config import MIB, Kinesis
+from fastkin.config import Kinesis
 from fastkin.deadletter.destination import PREFIX
 from fastkin.deadletter.reader import Damaged, Letter, LetterFiles, Stored, since
-from fastkin.deadletter.stream import RECORD_BYTES, Post
+from fastkin.deadletter.stream import Post
 from fastkin.errors import Action, DataFormatError, FastkinError, KinesisError, LibraryError, RecordError, escaped
 from fastkin.formats.partition_key import key_plan
+from fastkin.limits import MIB, RECORD_BYTES
 from fastkin.mqtt._core import CountSink, Router, matches
 
 if TYPE_CHECKING:
