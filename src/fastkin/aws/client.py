@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from fastkin.aws.endpoint import parse_arn
-from fastkin.aws.error_table import http_date
+from fastkin.aws.error_table import SIGN_AGAIN, error_from, http_date
 from fastkin.aws.shards import HASH_SPACE, Shard
 from fastkin.errors import Action, ConfigError, FastkinError, KinesisError, UnexpectedResponse, printable
 from fastkin.limits import KIB, RECORD_BYTES
@@ -106,6 +106,19 @@ class Client(ABC):
         if self.kinesis.stream_arn:
             return {"StreamARN": self.kinesis.stream_arn}
         return {"StreamName": self.kinesis.stream}
+
+    async def _mend(self, reply: Reply, credentials: Credentials, signed_offset: float, resigned: int) -> None:
+        """Raise the error that a refused call was answered with. Return when signing it again may help instead.
+
+        `signed_offset`: the clock's correction when the call was made; `resigned`: how often it was signed again.
+        """
+        now = self._clock()
+        error = error_from(reply, now, (credentials.token, credentials.secret_key))
+        # asked in any case: what is wrong may be the clock, and then the error says so
+        again = error.action in SIGN_AGAIN and await self._correct(error, reply, credentials, now, signed_offset)
+        if not again or resigned >= RESIGNS:
+            raise error
+        self.resigned += 1
 
     async def _correct(
         self, error: KinesisError, reply: Reply, credentials: Credentials, now: float, signed_offset: float
