@@ -123,45 +123,34 @@ class FileStore:
         return Spill(self._file.path)
 
     async def collect(self, spill: Spill, piece: bytes) -> None:
-        said: float | None = None
-        while True:
-            try:
-                await self._thread(spill.write, piece)
-            except DeadLetterError as error:
-                now = time.monotonic()
-                if said is None or now - said >= _ERROR_EVERY_S:
-                    said = now
-                    _LOG.error(
-                        "pipeline=%s stage=settle %s; a message waits for it, and all that comes after that, trying"
-                        " again every %.0f s", self._name, error, _RETRY_S,
-                    )  # fmt: skip
-                await asyncio.sleep(_RETRY_S)
-            else:
-                return
+        await self._insist("a message waits for it, and all that comes after that", spill.write, piece)
 
     async def store(self, letters: Sequence[dict[str, Any]]) -> None:
+        waits = f"{len(letters)} dead letters and all that comes after them wait unacknowledged"
+        waited_s = await self._insist(waits, self._file.write, letters)
+        if waited_s is not None:
+            _LOG.warning(
+                "pipeline=%s stage=settle dead letter file %s takes letters again after %.0f s",
+                self._name, self._file.path, waited_s,
+            )  # fmt: skip
+
+    async def _insist(self, waits: str, call: Callable[..., object], *args: object) -> float | None:
+        """Try until the disk takes it, and say what waits for that. How many seconds it took; None: it did at once."""
         began = time.monotonic()
         said: float | None = None
         while True:
             try:
-                await self._thread(self._file.write, letters)
+                await self._thread(call, *args)
             except DeadLetterError as error:
                 now = time.monotonic()
                 if said is None or now - said >= _ERROR_EVERY_S:
                     said = now
                     _LOG.error(
-                        "pipeline=%s stage=settle %s; %d dead letters and all that comes after them wait"
-                        " unacknowledged, trying again every %.0f s",
-                        self._name, error, len(letters), _RETRY_S,
-                    )  # fmt: skip
+                        "pipeline=%s stage=settle %s; %s, trying again every %.0f s", self._name, error, waits, _RETRY_S
+                    )
                 await asyncio.sleep(_RETRY_S)
             else:
-                break
-        if said is not None:
-            _LOG.warning(
-                "pipeline=%s stage=settle dead letter file %s takes letters again after %.0f s",
-                self._name, self._file.path, time.monotonic() - began,
-            )  # fmt: skip
+                return None if said is None else time.monotonic() - began
 
     async def close(self) -> None:
         self._file.give_up()
