@@ -352,6 +352,20 @@ cdef int enter_properties(
     return 0
 
 
+cdef int last_properties(
+    const uint8_t* p, size_t left, size_t offset, uint64_t allowed, size_t* head, size_t* length, Fault* fault
+) noexcept nogil:
+    """Reads the property length at p and checks the properties, which must fill the rest of the packet."""
+    cdef uint16_t alias = 0
+    if enter_properties(p, left, offset, head, length, fault) < 0:
+        return -1
+    if check_properties(p + head[0], length[0], offset + head[0], allowed, False, &alias, fault) < 0:
+        return -1
+    if length[0] != left - head[0]:
+        return fail(fault, "bytes after the properties", offset + head[0] + length[0], CODE_MALFORMED)
+    return 0
+
+
 cdef inline int parse_publish(
     const uint8_t* body, size_t left, size_t offset, uint8_t first, bint v5, Publish* out,
     Fault* fault
