@@ -31,7 +31,7 @@ PURE = {
     "delivery.pacing", "delivery.spool_file",
     "mqtt.dialect", "mqtt.frames", "mqtt.reasons", "mqtt.subscriptions",
     "net.tcp",
-    "service.counters", "service.systemd",
+    "service.counters", "service.plan", "service.systemd",
     "status.logs", "status.tallies",
 }  # fmt: skip
 
