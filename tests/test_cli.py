@@ -565,11 +565,11 @@ async def test_tail_gets_a_new_iterator_when_one_expires() -> None:
 async def test_tail_lists_shards_from_the_first_page_when_the_token_of_the_next_one_expires(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from fastkin.emulator.service import Service
+    from fastkin.emulator.control import Control
 
     # 8 shards make three pages, not one
-    whole = Service._list_shards
-    monkeypatch.setattr(Service, "_list_shards", lambda self, body: whole(self, {**body, "MaxResults": 3}))
+    whole = Control.list_shards
+    monkeypatch.setattr(Control, "list_shards", lambda self, body: whole(self, {**body, "MaxResults": 3}))
     payloads = [welder_payload(n) for n in range(100)]
     async with Emulator({"s": 8}) as emulator:
         await fill(emulator, "s", payloads)
