@@ -104,18 +104,24 @@ def find_region(kinesis: Kinesis, environ: Mapping[str, str] | None = None) -> s
 def region_of(kinesis: Kinesis) -> str:
     """The region, from the SDK's configuration files too. Raises ConfigError."""
     region = find_region(kinesis)
-    if region is None:
-        # imported here: only who keeps the region in those files pays for the SDK
-        from botocore.exceptions import BotoCoreError
-        from botocore.session import Session
+    if region is not None:
+        return region
+    # imported here: only who keeps the region in those files pays for the SDK
+    from botocore.exceptions import BotoCoreError
+    from botocore.session import Session
 
-        try:
-            region = Session(profile=kinesis.profile).get_config_variable("region")
-        except BotoCoreError as error:
-            raise ConfigError("kinesis", f"the SDK refuses the settings: {error}") from None
+    try:
+        return session_region(kinesis, Session(profile=kinesis.profile))
+    except BotoCoreError as error:
+        raise ConfigError("kinesis", f"the SDK refuses the settings: {error}") from None
+
+
+def session_region(kinesis: Kinesis, session: Any) -> str:
+    """The region: what find_region() finds, else that of the SDK's session. Raises ConfigError."""
+    region = find_region(kinesis) or session.get_config_variable("region")
     if not region:
         raise ConfigError("kinesis.region", "is missing", "set it, or AWS_REGION")
-    return region
+    return str(region)
 
 
 def light_endpoint(
@@ -195,9 +201,7 @@ async def captured_endpoint(kinesis: Kinesis, credentials: Credentials) -> Endpo
         return AioAWSResponse(request.url, 200, {}, _Nothing())
 
     try:
-        region = find_region(kinesis) or session.get_config_variable("region")
-        if not region:
-            raise ConfigError("kinesis.region", "is missing", "set it, or AWS_REGION")
+        region = session_region(kinesis, session)
         async with session.create_client(
             "kinesis",
             region_name=region,

@@ -35,7 +35,7 @@ from botocore.exceptions import ConnectionError as SdkConnectionError
 
 from fastkin.aws.client import Client, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
-from fastkin.aws.endpoint import find_region, split_url
+from fastkin.aws.endpoint import session_region, split_url
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, PATIENCE, Reply
 from fastkin.errors import Action, ConfigError, KinesisError, NotSent, TransportError
 
@@ -127,9 +127,7 @@ class SdkClient(Client):
         credentials = await self._provider.get()
         try:
             session = AioSession(profile=kinesis.profile)
-            region = find_region(kinesis) or session.get_config_variable("region")
-            if not region:
-                raise ConfigError("kinesis.region", "is missing", "set it, or AWS_REGION")
+            region = session_region(kinesis, session)
             if kinesis.endpoint_url:
                 split_url(kinesis.endpoint_url)
             if kinesis.ca_bundle or os.environ.get("AWS_CA_BUNDLE"):

@@ -24,6 +24,7 @@ from fastkin._codec import DEAD, DROPPED
 from fastkin.deadletter.destination import destination
 from fastkin.deadletter.file import DeadLetterError, DeadLetters, Spill
 from fastkin.deadletter.stream import LetterStream
+from fastkin.mqtt.subscriptions import SHARED
 from fastkin.runtime.worker import Worker
 from fastkin.status.logs import Repeats
 from fastkin.status.tallies import Tally
@@ -401,6 +402,6 @@ class Carrier:
 
 def _only(topics: Sequence[str]) -> str | None:
     """The topic of every message, when the subscription leaves no other."""
-    if len(topics) != 1 or topics[0].startswith("$share/") or "+" in topics[0] or "#" in topics[0]:
+    if len(topics) != 1 or topics[0].startswith(SHARED) or "+" in topics[0] or "#" in topics[0]:
         return None
     return topics[0]

@@ -28,7 +28,7 @@ from fastkin.mqtt.handshake import Asker, Handshake
 from fastkin.mqtt.keep_alive import KeepAlive
 from fastkin.mqtt.reading import COALESCE, PIECE, STALL, STOPPED, Coalescing, Reading
 from fastkin.mqtt.set_apart import SetApart
-from fastkin.mqtt.transport import Receiver, blame, explain, farewell, open_wire, refusal, while_heard
+from fastkin.mqtt.transport import GONE_S, Receiver, blame, explain, farewell, open_wire, refusal, while_heard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -43,7 +43,6 @@ T = TypeVar("T")
 _LEAVE_S = 2.0  # for the broker to take our last acknowledgements and close
 _LINGER_S = 2.0  # for a connection that we give up to write what waits
 _UNREAD_MOST = 1 << 20  # bytes: four times the acknowledgements that can be due at once
-_GONE_S = 1.0  # for an event loop to say that a connection is gone that we have aborted
 _QUOTA = 0x97
 
 
@@ -394,7 +393,7 @@ class Connection(Receiver):
         if self.wire is not None and not over and not self.loop.is_closed():
             self.wire.abort()
             # No wait for the end may hang on an event loop that forgets to tell of it.
-            self._timers["gone"] = self.loop.call_later(_GONE_S, self.connection_lost, None)
+            self._timers["gone"] = self.loop.call_later(GONE_S, self.connection_lost, None)
 
     def eof_received(self) -> bool:
         return False  # close

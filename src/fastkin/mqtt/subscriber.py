@@ -25,7 +25,7 @@ from fastkin.mqtt._core import (
     Unfit,
 )
 from fastkin.mqtt.connection import Connection
-from fastkin.mqtt.dialect import Dialect
+from fastkin.mqtt.dialect import REFUSALS, Dialect
 from fastkin.mqtt.handshake import SHARED_QUIET_S
 from fastkin.mqtt.reading import STOPPED
 from fastkin.mqtt.reasons import UNAVAILABLE
@@ -54,7 +54,6 @@ _EARLY_MOST = 3  # so many connections that die right after SUBSCRIBE are no acc
 _TROUBLE_LINES = 5
 _TROUBLE_S = 60.0
 _AUTH_CODES = frozenset({0x04, 0x05, 0x86, 0x87, 0x8A, 0x8C})
-_VERSION_CODES = frozenset({0x01, 0x84})
 _UNAVAILABLE_S = 600.0  # how long we do not ask for what ended a connection
 _ID_CODES = frozenset({0x02, 0x80, 0x85})  # mosquitto says 0x80
 _TAKEN_OVER = 0x8E
@@ -312,7 +311,7 @@ class Intake:
         now = link.loop.time()
         timed_out = isinstance(error, TimeoutError) and error.errno is None
         other = "3.1.1" if link.version == 5 else "5.0"
-        if code in _VERSION_CODES:
+        if code in REFUSALS:
             if self._dialect.refused(link.version, now):
                 self._lines.say(
                     logging.INFO, "version", "%s broker=%s does not take MQTT %s: trying %s",
