@@ -18,6 +18,7 @@ from fastkin.config import Broker, Kinesis
 from fastkin.errors import KinesisError, ProtocolError, TransportError
 from fastkin.mqtt import _core as _mqtt
 from fastkin.mqtt.connection import Connection
+from fastkin.mqtt.reading import STALL
 from fastkin.mqtt.subscriber import Intake
 from fastkin.mqtt.transport import Receiver, farewell, open_wire, refusal
 from mqtt_wire import CONNACK_5, packet, props, publish, text
@@ -180,7 +181,7 @@ async def test_a_connection_that_is_given_up_does_not_wait_for_room() -> None:
     link = intake._link = Connection(intake, 5)
     link.connection_made(Deaf())  # type: ignore[arg-type]
     link.data_received(CONNACK_5)
-    link.pause(1)
+    link.reading.pause(STALL)
     assert intake.paused
     link.data_received(b"\xf0\x00")  # no packet that a broker sends: AUTH was not asked for
     assert link.reason

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import pytest
 
+from fastkin import __version__
 from fastkin.bench.plant import welder_payload
 from fastkin.commands import cli
 from fastkin.commands import run as run_command
@@ -108,7 +109,7 @@ def test_every_command_has_help_and_version(capsys: pytest.CaptureFixture[str], 
     for option in ("--help", "--version", "--verbose", "--quiet"):
         assert option in out
     code, out, _ = invoke(capsys, command, "--version")
-    assert (code, out) == (0, f"fastkin {cli.version()}\n")
+    assert (code, out) == (0, f"fastkin {__version__}\n")
 
 
 @pytest.mark.parametrize(
@@ -564,11 +565,11 @@ async def test_tail_gets_a_new_iterator_when_one_expires() -> None:
 async def test_tail_lists_shards_from_the_first_page_when_the_token_of_the_next_one_expires(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from fastkin.emulator.service import Service
+    from fastkin.emulator.control import Control
 
     # 8 shards make three pages, not one
-    whole = Service._list_shards
-    monkeypatch.setattr(Service, "_list_shards", lambda self, body: whole(self, {**body, "MaxResults": 3}))
+    whole = Control.list_shards
+    monkeypatch.setattr(Control, "list_shards", lambda self, body: whole(self, {**body, "MaxResults": 3}))
     payloads = [welder_payload(n) for n in range(100)]
     async with Emulator({"s": 8}) as emulator:
         await fill(emulator, "s", payloads)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fastkin.arn import StreamArn
 from fastkin.aws.endpoint import (
-    Arn,
     Endpoint,
     Url,
     captured_endpoint,
@@ -157,7 +157,7 @@ def test_a_region_that_is_not_the_streams() -> None:
 
 
 def test_arn() -> None:
-    assert parse_arn(ARN) == Arn("aws", "eu-west-1", "210987654321", "welders")
+    assert parse_arn(ARN) == StreamArn("aws", "eu-west-1", "210987654321", "welders")
     for bad in ("", "welders", ARN + "/consumer/c:1", ARN.replace("stream", "table"), ARN + "\n"):
         with pytest.raises(ConfigError, match="is not the ARN of a stream"):
             parse_arn(bad)

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "fastkin"
 
 # Modules and packages of the top level from the ground up: the floors of DESIGN.md section 4.
 FLOORS = [
-    {"errors", "results", "_codec", "lambdas", "setting_row"},
+    {"errors", "results", "arn", "limits", "_codec", "lambdas", "setting_row"},
     {"formats", "net", "runtime", "status"},
     {"aws", "mqtt"},
     {"delivery"},
@@ -25,13 +25,13 @@ FLOORS = [
 ]
 # They know no event loop: what they do can be tried by a call.
 PURE = {
-    "errors", "results", "lambdas", "setting_row", "config", "formats", "settings",
+    "errors", "results", "arn", "limits", "lambdas", "setting_row", "config", "formats", "settings",
     "aws.shards", "aws.signing",
     "deadletter.destination", "deadletter.file", "deadletter.reader",
     "delivery.pacing", "delivery.spool_file",
     "mqtt.dialect", "mqtt.frames", "mqtt.reasons", "mqtt.subscriptions",
     "net.names", "net.tcp",
-    "service.counters", "service.systemd",
+    "service.counters", "service.plan", "service.systemd",
     "status.instruments", "status.logs", "status.registry",
 }  # fmt: skip
 

@@ -664,10 +664,10 @@ async def test_a_pipeline_that_could_not_go_on_is_stopped_once(server: Server, t
         async with fastkin.Engine(p.settings(p.pipeline("a"))) as engine:
             await connected(engine)
             await engine.reload(p.settings(p.pipeline("a"), wrong))
-            await until(lambda: all(task.done() for task in engine._halts.values()) and bool(engine._halts))
+            await until(lambda: all(task.done() for task in engine._runs.halts.values()) and bool(engine._runs.halts))
             right = dataclasses.replace(wrong, partition_key="uuid")
             assert (await engine.reload(p.settings(p.pipeline("a"), right))).restarted == ("b",)
-            assert not engine._halts
+            assert not engine._runs.halts
             await connected(engine)
             await p.publish(3, "b/1")
             await p.all_stored()

@@ -12,6 +12,7 @@ from botocore.credentials import ReadOnlyCredentials
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fastkin import __version__
 from fastkin.aws.signing import Credentials, Signer, canonical_path
 
 # the example keys of AWS's own pages
@@ -168,8 +169,8 @@ def test_one_request_byte_for_byte() -> None:
         b"Authorization: AWS4-HMAC-SHA256 Credential=AKIDEXAMPLE/20260304/us-east-1/kinesis/aws4_request, "
         b"SignedHeaders=content-type;host;x-amz-date;x-amz-target, "
         b"Signature=a54d67cb5ada5b749936ea991ef03d209b8569740a8e2ef830fd38b3d88243ad\r\n"
-        b"User-Agent: fastkin/0.1\r\n"
-        b"Content-Length: 75\r\n\r\n"
+        + f"User-Agent: fastkin/{__version__}\r\n".encode()
+        + b"Content-Length: 75\r\n\r\n"
     )
 
 

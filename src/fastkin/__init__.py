@@ -32,7 +32,8 @@ from fastkin.results import FrameResult, PutResult
 if TYPE_CHECKING:
     from fastkin.config import Settings
     from fastkin.producer import Producer
-    from fastkin.service.engine import Changes, Engine
+    from fastkin.service.engine import Engine
+    from fastkin.service.reload import Changes
     from fastkin.settings import load_settings
 
 __version__ = "0.1.0"
@@ -63,7 +64,7 @@ __all__ = [
 
 # Loaded on first use: a service that only needs the frame codec pays for nothing else.
 _LAZY = {
-    "Changes": "fastkin.service.engine",
+    "Changes": "fastkin.service.reload",
     "Engine": "fastkin.service.engine",
     "Producer": "fastkin.producer",
     "Settings": "fastkin.config",

@@ -169,9 +169,9 @@ class Lane(Sink):
         frame: Literal["raw", "bulk"],
         key: KeyPlan,
         target: bytes,
-        max_records: int = 500,
-        max_batch_bytes: int = 5242880,
-        max_record_bytes: int = 1048576,
+        max_records: int = ...,  # those of fastkin.limits
+        max_batch_bytes: int = ...,
+        max_record_bytes: int = ...,
         aggregate_bytes: int = 0,
         rows: Settler | None = None,  # is told how restored records end
         replay: Budget | None = None,  # pays for them; None: `budget`

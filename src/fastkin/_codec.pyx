@@ -50,6 +50,7 @@ import base64
 import json
 from collections import deque
 
+from fastkin import limits
 from fastkin.errors import DataFormatError, LibraryError, RecordError, UnexpectedResponse
 from fastkin.results import FrameResult, PutResult
 

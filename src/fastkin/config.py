@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastkin.limits import CALL_BYTES, CALL_RECORDS, DEFAULT_CALL_BYTES, LARGE_RECORD_BYTES, RECORD_BYTES
+from fastkin.limits import KIB as KIB  # for who fills tables in code
+from fastkin.limits import MIB as MIB
 from fastkin.net.names import is_endpoint
 from fastkin.setting_row import Row, Shape, meta, row
 
-KIB = 1024
-MIB = 1024 * KIB
 _TIB = 1024 * 1024 * MIB
 
 # What texts must look like. The names of AWS are those of its API reference.
@@ -232,21 +233,21 @@ class Pipeline:
     aggregation: Literal["none", "kpl"] = row("none", "`kpl`: many records in one Kinesis record")
     linger_ms: float = row(50.0, "how long a record may wait for others", least=0, most=60_000, argument=True)
     max_records: int = row(
-        500, "records per call", least=1, most=500, why="one PutRecords call takes 500", argument=True
+        CALL_RECORDS, "records per call", least=1, most=CALL_RECORDS, why="one PutRecords call takes 500", argument=True
     )
     max_batch_bytes: int = row(
-        5 * MIB,
+        DEFAULT_CALL_BYTES,
         "bytes per call, data and keys",
         least=1024,
-        most=10 * MIB,
+        most=CALL_BYTES,
         why="one PutRecords call takes 10 MiB",
         argument=True,
     )
     max_record_bytes: int = row(
-        1 * MIB,
+        RECORD_BYTES,
         "bytes per record, with its key; larger: set aside",
         least=1024,
-        most=10 * MIB,
+        most=LARGE_RECORD_BYTES,
         why="Kinesis takes records of up to 10 MiB",
         argument=True,
         argument_least=1,

@@ -15,14 +15,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def printable(text: str, most: int = 1000) -> str:
-    """Fit for one line of a log or a terminal, whoever chose the text: what does not print is escaped, also what
-    ends a line for some reader, or turns the direction of reading; at most so many characters of it."""
-    if len(text) > most:
-        text = f"{text[:most]}... ({len(text):,} characters)"
+def escaped(text: str) -> str:
+    """The whole text, fit for a terminal whoever chose it: what does not print is written as an escape, also what ends
+    a line for some reader, or turns the direction of reading."""
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+def printable(text: str, most: int = 1000) -> str:
+    """Fit for one line of a log: escaped(), and at most so many characters of the text."""
+    if len(text) > most:
+        text = f"{text[:most]}... ({len(text):,} characters)"
+    return escaped(text)
 
 
 def masked(text: str, secrets: Iterable[str | None]) -> str:

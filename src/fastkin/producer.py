@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fastkin._codec import DRAIN, KeyPlan
 from fastkin.aws.transports import make_client
-from fastkin.config import MIB, Kinesis
+from fastkin.config import Kinesis
 from fastkin.delivery.backlog import Policy  # noqa: TC001 - who reads our annotations needs it
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.delivery.stream_watch import StreamWatch
 from fastkin.delivery.turns import Turns
 from fastkin.errors import ClosedError, ConfigError, LibraryError
 from fastkin.formats.partition_key import KeySpecError, key_plan
+from fastkin.limits import CALL_RECORDS, DEFAULT_CALL_BYTES, MIB, RECORD_BYTES
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive, quiet
 from fastkin.settings.arguments import check_arguments
@@ -63,9 +64,9 @@ class Producer:
         transport: Literal["auto", "native", "sdk"] = "auto",
         partition_key: str = "uuid",
         linger_ms: float = 50.0,
-        max_records: int = 500,
-        max_batch_bytes: int = 5 * MIB,
-        max_record_bytes: int = 1 * MIB,
+        max_records: int = CALL_RECORDS,
+        max_batch_bytes: int = DEFAULT_CALL_BYTES,
+        max_record_bytes: int = RECORD_BYTES,
         max_connections: int = 16,
         request_timeout_s: float = 30.0,
         budget_bytes: int = 64 * MIB,

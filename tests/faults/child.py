@@ -83,7 +83,7 @@ def _no_names(path: Path) -> None:
     """uvloop asks the C library; asyncio's own loop asks `socket`, which can be told to fail."""
     import fastkin.commands.run as run
 
-    run._loop_factory = lambda: None
+    run.loop_factory = lambda: None
     real = socket.getaddrinfo
 
     def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import fastkin.mqtt.connection
+import fastkin.mqtt.handshake
 from fake_broker import FakeBroker, Peer, Rig, lines, until
 from fastkin.config import Broker
 from fastkin.errors import MqttError
@@ -361,7 +361,7 @@ def test_a_shared_subscription_over_3_1_1_that_brings_nothing_is_told(
     caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """aedes, NATS, amqtt, Moquette and RabbitMQ grant $share/... as a plain topic."""
-    monkeypatch.setattr(fastkin.mqtt.connection, "SHARED_QUIET_S", 0.2, raising=False)
+    monkeypatch.setattr(fastkin.mqtt.handshake, "SHARED_QUIET_S", 0.2)
     caplog.set_level(logging.INFO)
 
     async def script(peer: Peer) -> None:
@@ -384,7 +384,7 @@ def test_a_shared_subscription_over_3_1_1_that_brings_nothing_is_told(
 def test_a_shared_subscription_over_3_1_1_that_brings_something_is_not_doubted(
     caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastkin.mqtt.connection, "SHARED_QUIET_S", 0.2, raising=False)
+    monkeypatch.setattr(fastkin.mqtt.handshake, "SHARED_QUIET_S", 0.2)
 
     async def script(peer: Peer) -> None:
         await peer.connect()

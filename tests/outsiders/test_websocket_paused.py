@@ -233,7 +233,7 @@ def test_many_messages_above_the_limit_in_a_row(run: Any) -> None:
 
 
 def test_the_pings_of_a_proxy_do_not_stand_for_a_broker_that_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastkin.mqtt.connection._TRICKLE_MOST", 1, raising=False)
+    monkeypatch.setattr("fastkin.mqtt.keep_alive._TRICKLE_MOST", 1)
 
     async def script(websocket: web.WebSocketResponse) -> None:
         while True:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from fastkin.aws.endpoint import parse_arn
-from fastkin.aws.error_table import http_date
+from fastkin.aws.error_table import SIGN_AGAIN, error_from, http_date
 from fastkin.aws.shards import HASH_SPACE, Shard
 from fastkin.errors import Action, ConfigError, FastkinError, KinesisError, UnexpectedResponse, printable
+from fastkin.limits import KIB, RECORD_BYTES
 from fastkin.net.tls import client_context
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ MOST_SHARDS = 50_000
 MOST_PAGES = 1_000
 DRY_RUN_PASSED = "DryRunOperationException"
 
-CONTROL = frozenset({"DescribeStreamSummary", "DescribeStream", "ListShards", "CreateStream"})
+CONTROL = frozenset({"DescribeStreamSummary", "DescribeStream", "ListShards"})
 
 
 class StreamSummary(NamedTuple):
@@ -106,6 +107,19 @@ class Client(ABC):
             return {"StreamARN": self.kinesis.stream_arn}
         return {"StreamName": self.kinesis.stream}
 
+    async def _mend(self, reply: Reply, credentials: Credentials, signed_offset: float, resigned: int) -> None:
+        """Raise the error that a refused call was answered with. Return when signing it again may help instead.
+
+        `signed_offset`: the clock's correction when the call was made; `resigned`: how often it was signed again.
+        """
+        now = self._clock()
+        error = error_from(reply, now, (credentials.token, credentials.secret_key))
+        # asked in any case: what is wrong may be the clock, and then the error says so
+        again = error.action in SIGN_AGAIN and await self._correct(error, reply, credentials, now, signed_offset)
+        if not again or resigned >= RESIGNS:
+            raise error
+        self.resigned += 1
+
     async def _correct(
         self, error: KinesisError, reply: Reply, credentials: Credentials, now: float, signed_offset: float
     ) -> bool:
@@ -167,7 +181,7 @@ class Client(ABC):
                 arn=printable(_text(told, "StreamARN") or self.kinesis.stream_arn or ""),
                 status=printable(_text(told, "StreamStatus"), 128),
                 shard_count=shards,
-                max_record_bytes=_number(told, "MaxRecordSizeInKiB", 1, 2**20, 1024) * 1024,
+                max_record_bytes=_number(told, "MaxRecordSizeInKiB", 1, 2**20, RECORD_BYTES // KIB) * KIB,
                 mode=printable(_text(_table(told, "StreamModeDetails", {}), "StreamMode") or "PROVISIONED", 128),
                 auto_keys=_is_auto(told.get("RecordDistributionStrategy")),
             )

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
+from fastkin.arn import stream_arn
 from fastkin.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fastkin.arn import StreamArn
     from fastkin.aws.signing import Credentials
     from fastkin.config import Kinesis
 
@@ -39,29 +41,21 @@ class Endpoint(NamedTuple):
     region: str
 
 
-class Arn(NamedTuple):
-    partition: str
-    region: str
-    account: str
-    stream: str
-
-
-_ARN = re.compile(r"arn:(aws[a-z-]*):kinesis:([a-z0-9-]+):(\d{12}):stream/([a-zA-Z0-9_.-]{1,128})")
 # Regions of the partitions whose host names have one plain form.
 _AWS = re.compile(r"((us|eu|ap|sa|ca|me|af|il|mx)-[a-z]+-\d+|us-gov-(east|west)-1)")
 _CN = re.compile(r"cn-[a-z]+-\d+")
 
 
-def parse_arn(text: str) -> Arn:
+def parse_arn(text: str) -> StreamArn:
     """The parts of a stream's ARN. Raises ConfigError."""
-    found = _ARN.fullmatch(text)
-    if found is None:
+    arn = stream_arn(text)
+    if arn is None:
         raise ConfigError(
             "kinesis.stream_arn",
             f"{text!r} is not the ARN of a stream",
             "it looks like arn:aws:kinesis:eu-west-1:123456789012:stream/NAME",
         )
-    return Arn(*found.groups())
+    return arn
 
 
 def split_url(url: str, place: str = "kinesis.endpoint_url") -> Url:
@@ -110,18 +104,24 @@ def find_region(kinesis: Kinesis, environ: Mapping[str, str] | None = None) -> s
 def region_of(kinesis: Kinesis) -> str:
     """The region, from the SDK's configuration files too. Raises ConfigError."""
     region = find_region(kinesis)
-    if region is None:
-        # imported here: only who keeps the region in those files pays for the SDK
-        from botocore.exceptions import BotoCoreError
-        from botocore.session import Session
+    if region is not None:
+        return region
+    # imported here: only who keeps the region in those files pays for the SDK
+    from botocore.exceptions import BotoCoreError
+    from botocore.session import Session
 
-        try:
-            region = Session(profile=kinesis.profile).get_config_variable("region")
-        except BotoCoreError as error:
-            raise ConfigError("kinesis", f"the SDK refuses the settings: {error}") from None
+    try:
+        return session_region(kinesis, Session(profile=kinesis.profile))
+    except BotoCoreError as error:
+        raise ConfigError("kinesis", f"the SDK refuses the settings: {error}") from None
+
+
+def session_region(kinesis: Kinesis, session: Any) -> str:
+    """The region: what find_region() finds, else that of the SDK's session. Raises ConfigError."""
+    region = find_region(kinesis) or session.get_config_variable("region")
     if not region:
         raise ConfigError("kinesis.region", "is missing", "set it, or AWS_REGION")
-    return region
+    return str(region)
 
 
 def light_endpoint(
@@ -201,9 +201,7 @@ async def captured_endpoint(kinesis: Kinesis, credentials: Credentials) -> Endpo
         return AioAWSResponse(request.url, 200, {}, _Nothing())
 
     try:
-        region = find_region(kinesis) or session.get_config_variable("region")
-        if not region:
-            raise ConfigError("kinesis.region", "is missing", "set it, or AWS_REGION")
+        region = session_region(kinesis, session)
         async with session.create_client(
             "kinesis",
             region_name=region,

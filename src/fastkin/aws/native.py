@@ -14,10 +14,9 @@ from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from fastkin.aws.client import CONTROL, RESIGNS, Client, bundle_path, is_aws, tls_context
+from fastkin.aws.client import CONTROL, Client, bundle_path, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.endpoint import Endpoint, resolve_endpoint
-from fastkin.aws.error_table import SIGN_AGAIN, error_from
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, MAX_ANSWER, PUT_ANSWER, HttpPool
 from fastkin.aws.signing import Signer
 from fastkin.net.tls import Renewed, system_files
@@ -120,15 +119,8 @@ class KinesisClient(Client):
                 )  # fmt: skip
             if reply.status == 200:
                 return reply.body
-            now = self._clock()
-            error = error_from(reply, now, (credentials.token, credentials.secret_key))
-            if error.action in SIGN_AGAIN:
-                again = await self._correct(error, reply, credentials, now, offset)
-                if again and resigned < RESIGNS:
-                    resigned += 1
-                    self.resigned += 1
-                    continue
-            raise error
+            await self._mend(reply, credentials, offset, resigned)
+            resigned += 1
 
     def _head(
         self,

@@ -33,10 +33,9 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as SdkConnectionError
 
-from fastkin.aws.client import RESIGNS, Client, is_aws, tls_context
+from fastkin.aws.client import Client, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
-from fastkin.aws.endpoint import find_region, split_url
-from fastkin.aws.error_table import SIGN_AGAIN, error_from
+from fastkin.aws.endpoint import session_region, split_url
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, PATIENCE, Reply
 from fastkin.errors import Action, ConfigError, KinesisError, NotSent, TransportError
 
@@ -54,7 +53,6 @@ _METHODS = {
     "DescribeStreamSummary": "describe_stream_summary",
     "DescribeStream": "describe_stream",
     "ListShards": "list_shards",
-    "CreateStream": "create_stream",
 }
 
 
@@ -129,9 +127,7 @@ class SdkClient(Client):
         credentials = await self._provider.get()
         try:
             session = AioSession(profile=kinesis.profile)
-            region = find_region(kinesis) or session.get_config_variable("region")
-            if not region:
-                raise ConfigError("kinesis.region", "is missing", "set it, or AWS_REGION")
+            region = session_region(kinesis, session)
             if kinesis.endpoint_url:
                 split_url(kinesis.endpoint_url)
             if kinesis.ca_bundle or os.environ.get("AWS_CA_BUNDLE"):
@@ -188,15 +184,8 @@ class SdkClient(Client):
             except ClientError as refusal:
                 told = refusal.response["ResponseMetadata"]
                 reply = Reply(told["HTTPStatusCode"], told["HTTPHeaders"], refusal.response["Body"])
-            now = self._clock()
-            error = error_from(reply, now, (credentials.token, credentials.secret_key))
-            if error.action in SIGN_AGAIN:
-                again = await self._correct(error, reply, credentials, now, offset)
-                if again and resigned < RESIGNS:
-                    resigned += 1
-                    self.resigned += 1
-                    continue
-            raise error
+            await self._mend(reply, credentials, offset, resigned)
+            resigned += 1
 
     async def _once(self, target: str, body: Buffer) -> bytes:
         arguments: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Signature Version 4 for one kind of request: POST, JSON or CBOR, a few fixed headers.
+"""Signature Version 4 for one kind of request: POST, a few fixed headers.
 
 The signing key is kept per credentials and day and the date text per second, so a request costs two
 hashes of a few hundred bytes. What is signed is what is sent: the whole request head is made here.
@@ -14,8 +14,10 @@ from hashlib import sha256
 from typing import NamedTuple
 from urllib.parse import quote
 
+from fastkin import __version__
+
 ALGORITHM = "AWS4-HMAC-SHA256"
-USER_AGENT = "fastkin/0.1"
+USER_AGENT = f"fastkin/{__version__}"
 
 
 class Credentials(NamedTuple):

@@ -55,8 +55,9 @@ cdef class Lane(Sink):
     cdef Buf arena
 
     def __cinit__(self, *, Settler settler, Budget budget not None, str frame, KeyPlan key not None,
-                  bytes target not None, size_t max_records=500, size_t max_batch_bytes=5242880,
-                  size_t max_record_bytes=1048576, size_t aggregate_bytes=0, Settler rows=None,
+                  bytes target not None, size_t max_records=limits.CALL_RECORDS,
+                  size_t max_batch_bytes=limits.DEFAULT_CALL_BYTES,
+                  size_t max_record_bytes=limits.RECORD_BYTES, size_t aggregate_bytes=0, Settler rows=None,
                   Budget replay=None):
         if frame != "raw" and frame != "bulk":
             raise LibraryError(f"a lane takes raw or bulk payloads, not {frame!r}")

@@ -8,45 +8,44 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from fastkin import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from fastkin.commands.dead_letters import Filter
     from fastkin.config import Settings
+
+    Load = Callable[[], Settings | None]
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def version() -> str:
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        return installed("fastkin")
-    except PackageNotFoundError:
-        return "unknown (not installed)"
-
-
 def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
-        click.echo(f"fastkin {version()}")
+        click.echo(f"fastkin {__version__}")
         context.exit()
+
+
+_version = click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """What every command understands."""
     for option in (
-        click.option(
-            "--version",
-            is_flag=True,
-            is_eager=True,
-            expose_value=False,
-            callback=_print_version,
-            help="Show the version and exit.",
-        ),
+        _version,
         click.option("-q", "--quiet", is_flag=True, help="Log only warnings and errors."),
         click.option(
             "-v", "--verbose", is_flag=True, help="Also log each call and connection (DEBUG); no payloads, no secrets."
@@ -92,14 +91,7 @@ def _load(config: str | None, env_file: str | None) -> Settings:
 
 
 @click.group(context_settings=CONTEXT, invoke_without_command=True)
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_print_version,
-    help="Show the version and exit.",
-)
+@_version
 @click.pass_context
 def cli(context: click.Context) -> None:
     """MQTT in, Kinesis out: a message is acknowledged only when Kinesis has it.
@@ -301,27 +293,41 @@ def dead_letters() -> None:
 
 
 def _letters(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Which files, and which of their letters."""
+    """Which letters are meant: the command gets them as `wanted`, a Filter."""
+
+    @wraps(command)
+    def filtered(
+        *, pipeline: str | None, reason: str | None, topic: str | None, since: str | None, **others: Any
+    ) -> int:
+        return int(command(wanted=_letter_filter(pipeline, reason, topic, since), **others))
+
     for option in (
         click.option("--since", metavar="TIME", help="Not older than this: 90s, 30m, 2h, 7d, or 2026-11-21T04:00:00Z."),
         click.option("--topic", metavar="FILTER", help="Of topics that match, by MQTT's rules of +, #, $ and $share/."),
         click.option("--reason", metavar="TEXT", help="Whose reason has this in it."),
         click.option("--pipeline", metavar="ID", help="Of this pipeline."),
     ):
-        command = option(command)
-    return command
+        filtered = option(filtered)
+    return filtered
 
 
-def _letter_files(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option(
+def _letter_settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which settings name files and streams: the command gets `load`, which reads them, or gives None without any."""
+
+    @wraps(command)
+    def told(*, config: str | None, env_file: str | None, **others: Any) -> int:
+        named = config is not None or env_file is not None
+        return int(command(load=lambda: _load(config, env_file) if named else None, **others))
+
+    option = click.option(
         "--env-file", type=click.Path(dir_okay=False), help="Read KEY=VALUE lines first, for the settings."
-    )(command)
+    )
     return click.option(
         "--config", envvar="FASTKIN_CONFIG", metavar="CONFIG.toml", help="Settings that name files and streams."
-    )(command)
+    )(option(told))
 
 
-def _letter_filter(pipeline: str | None, reason: str | None, topic: str | None, since: str | None) -> Any:
+def _letter_filter(pipeline: str | None, reason: str | None, topic: str | None, since: str | None) -> Filter:
     from fastkin.commands.dead_letters import Filter, parse_since
 
     try:
@@ -339,58 +345,34 @@ def _letter_filter(pipeline: str | None, reason: str | None, topic: str | None, 
     return Filter(pipeline=pipeline, reason=reason, topic=topic, since=begin)
 
 
-def _letter_settings(config: str | None, env_file: str | None) -> Settings | None:
-    return None if config is None and env_file is None else _load(config, env_file)
-
-
 @dead_letters.command("list")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
 @_letters
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, also on a terminal.")
-@_letter_files
+@_letter_settings
 @common
 def list_dead_letters(
-    files: tuple[str, ...],
-    pipeline: str | None,
-    reason: str | None,
-    topic: str | None,
-    since: str | None,
-    as_json: bool,
-    config: str | None,
-    env_file: str | None,
-    verbose: bool,
-    quiet: bool,
+    files: tuple[str, ...], wanted: Filter, as_json: bool, load: Load, verbose: bool, quiet: bool
 ) -> int:
     """List dead letters: a table on a terminal, JSON lines when piped."""
     _set_up_logs(verbose, quiet)
     from fastkin.commands import dead_letters as letters
 
-    wanted = _letter_filter(pipeline, reason, topic, since)
-    loaded = None if files else _letter_settings(config, env_file)
-    return letters.list_letters(letters.paths_of(files, loaded), wanted, as_json=as_json)
+    return letters.list_letters(letters.paths_of(files, None if files else load()), wanted, as_json=as_json)
 
 
 @dead_letters.command("show")
 @click.argument("number", type=click.IntRange(1), metavar="N")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
 @click.option("--raw", is_flag=True, help="Nothing but the payload, byte for byte, into a file or a pipe.")
-@_letter_files
+@_letter_settings
 @common
-def show_dead_letter(
-    number: int,
-    files: tuple[str, ...],
-    raw: bool,
-    config: str | None,
-    env_file: str | None,
-    verbose: bool,
-    quiet: bool,
-) -> int:
+def show_dead_letter(number: int, files: tuple[str, ...], raw: bool, load: Load, verbose: bool, quiet: bool) -> int:
     """Show dead letter N of the list in full, its payload as text or in hex."""
     _set_up_logs(verbose, quiet)
     from fastkin.commands import dead_letters as letters
 
-    loaded = None if files else _letter_settings(config, env_file)
-    return letters.show(letters.paths_of(files, loaded), number, raw=raw)
+    return letters.show(letters.paths_of(files, None if files else load()), number, raw=raw)
 
 
 @dead_letters.command("replay")
@@ -401,21 +383,17 @@ def show_dead_letter(
 @click.option("--region", help="Region for --stream; else AWS_REGION or the AWS configuration.")
 @click.option("--endpoint-url", help="Endpoint for --stream; else AWS_ENDPOINT_URL_KINESIS.")
 @click.option("--profile", help="Profile of the AWS configuration files, for --stream.")
-@_letter_files
+@_letter_settings
 @common
 def replay_dead_letters(
     files: tuple[str, ...],
-    pipeline: str | None,
-    reason: str | None,
-    topic: str | None,
-    since: str | None,
+    wanted: Filter,
     stream: str | None,
     form: str | None,
     region: str | None,
     endpoint_url: str | None,
     profile: str | None,
-    config: str | None,
-    env_file: str | None,
+    load: Load,
     verbose: bool,
     quiet: bool,
 ) -> int:
@@ -429,8 +407,7 @@ def replay_dead_letters(
         raise click.UsageError("--region, --endpoint-url and --profile go with --stream")
     from fastkin.commands import dead_letters as letters
 
-    wanted = _letter_filter(pipeline, reason, topic, since)
-    loaded = None if files and stream is not None else _letter_settings(config, env_file)
+    loaded = None if files and stream is not None else load()
     return letters.replay(
         letters.paths_of(files, loaded),
         wanted,

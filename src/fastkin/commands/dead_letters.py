@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING
 import click
 
 from fastkin._codec import KeyPlan, decode_frame
-from fastkin.config import MIB, Kinesis
+from fastkin.config import Kinesis
 from fastkin.deadletter.destination import PREFIX
 from fastkin.deadletter.reader import Damaged, Letter, LetterFiles, Stored, since
-from fastkin.deadletter.stream import RECORD_BYTES, Post
-from fastkin.errors import Action, DataFormatError, FastkinError, KinesisError, LibraryError, RecordError, printable
+from fastkin.deadletter.stream import Post
+from fastkin.errors import Action, DataFormatError, FastkinError, KinesisError, LibraryError, RecordError, escaped
 from fastkin.formats.partition_key import key_plan
+from fastkin.limits import MIB, RECORD_BYTES
 from fastkin.mqtt._core import CountSink, Router, matches
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def numbered_letters(files: LetterFiles) -> Iterator[tuple[int, Letter]]:
 
 
 def _say_damaged(one: Damaged) -> None:
-    click.echo(f"damaged: {plain(str(one.file.path))}:{one.line}: {one.problem}; the line is kept", err=True)
+    click.echo(f"damaged: {escaped(str(one.file.path))}:{one.line}: {one.problem}; the line is kept", err=True)
 
 
 def _table(found: Iterable[tuple[int, Letter]]) -> None:
@@ -148,7 +149,7 @@ def _table(found: Iterable[tuple[int, Letter]]) -> None:
     for n, one in found:
         count += 1
         cells = (str(n), one.time, one.pipeline, one.topic or "-", one.reason, f"{len(one.payload):,}")
-        table.add_row(*(Text(plain(cell)) for cell in cells))
+        table.add_row(*(Text(escaped(cell)) for cell in cells))
     console = Console(highlight=False)
     if count:
         console.print(table)
@@ -172,10 +173,10 @@ def _show(one: Letter, *, raw: bool) -> int:
             sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
         return 0
-    click.echo(f"file: {plain(str(one.file.path))}:{one.line}")
+    click.echo(f"file: {escaped(str(one.file.path))}:{one.line}")
     for name, value in one.fields().items():
         if name != "payload" and value is not None:
-            click.echo(f"{name}: {plain(str(value))}")
+            click.echo(f"{name}: {escaped(str(value))}")
     click.echo(f"payload: {len(one.payload):,} bytes")
     begin = next(one.payload.pieces(_SHOWN_BYTES)) if isinstance(one.payload, Stored) else one.payload[:_SHOWN_BYTES]
     for line in _payload(begin, whole=len(begin) == len(one.payload)):
@@ -194,17 +195,12 @@ def _payload(data: bytes, *, whole: bool) -> Iterator[str]:
             break
     if text is not None and not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", text):
         for line in text.split("\n"):
-            yield "  " + plain(line)
+            yield "  " + escaped(line)
         return
     for at in range(0, len(data), 16):
         piece = data[at : at + 16]
         seen = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in piece)
         yield f"  {at:08x}  {piece.hex(' '):<47}  {seen}"
-
-
-def plain(text: str) -> str:
-    """Text of strangers, with what could steer a terminal or turn its direction written as escapes."""
-    return printable(text, len(text))
 
 
 # --- replay ---
@@ -338,7 +334,7 @@ def _never(one: Letter) -> str | None:
 
 
 def _say_kept(one: Letter, reason: str) -> None:
-    click.echo(f"kept: {plain(str(one.file.path))}:{one.line}: {reason}", err=True)
+    click.echo(f"kept: {escaped(str(one.file.path))}:{one.line}: {reason}", err=True)
 
 
 async def _replay_group(
@@ -473,7 +469,7 @@ async def _open(
         if not named:
             known = ", ".join(each.id for each in settings.pipelines)
             click.echo(
-                f"kept: the settings have no pipeline {plain(pipeline)!r} (known: {known}); give --stream", err=True
+                f"kept: the settings have no pipeline {escaped(pipeline)!r} (known: {known}); give --stream", err=True
             )
             return None
         route = route_of(named[0], settings.broker.client_id, form)

@@ -35,6 +35,7 @@ from fastkin.config import Broker
 from fastkin.emulator import Emulator
 from fastkin.errors import FastkinError
 from fastkin.mqtt.publisher import Publisher
+from fastkin.runtime.loops import loop_factory
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -506,7 +507,7 @@ def demo(*, seconds: float, rate: float, kill: bool, keep: bool, verbose: bool, 
     folder = Path(tempfile.mkdtemp(prefix="fastkin-demo-"))
     good = False
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             ledger = runner.run(Demo(seconds, rate, kill, folder, show, verbose).run())
         good = ledger.good
     except BaseExceptionGroup as group:
@@ -542,12 +543,3 @@ def _print(ledger: Ledger, *, rich: bool) -> None:
             style = "bold green" if count == "0" else "bold red"
         table.add_row(name, count, what, style=style)
     Console().print(table)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory

@@ -10,7 +10,7 @@ import asyncio
 import sys
 from typing import BinaryIO
 
-from fastkin.errors import printable
+from fastkin.errors import escaped
 
 
 class Printer:
@@ -52,5 +52,4 @@ class Printer:
 
 
 def _plain(data: bytes) -> bytes:
-    text = data.decode("utf-8", "backslashreplace")
-    return printable(text, len(text)).encode()
+    return escaped(data.decode("utf-8", "backslashreplace")).encode()

@@ -10,10 +10,11 @@ import logging
 import os
 import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastkin.commands.watch import Watch
 from fastkin.errors import ClosedError, ConfigError
+from fastkin.runtime.loops import loop_factory
 from fastkin.runtime.worker import Worker
 from fastkin.service.systemd import notify
 
@@ -41,7 +42,7 @@ def run(settings: Settings, read_again: Callable[[], tuple[Settings, bool]] | No
     # what was made so far lives as long as the process: no collection needs to look at it again
     gc.collect()
     gc.freeze()
-    with Watch() as watch, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with Watch() as watch, asyncio.Runner(loop_factory=loop_factory()) as runner:
         try:
             return runner.run(_serve(settings, read_again, watch))
         finally:
@@ -55,15 +56,6 @@ def _return_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library has no mallopt
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:  # it is no dependency on Windows
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 async def _serve(settings: Settings, read_again: Callable[[], tuple[Settings, bool]] | None, watch: Watch) -> int:
@@ -124,18 +116,22 @@ class _Service:
             )
             notify("READY=1")
             ended = asyncio.create_task(engine.wait(), name="fastkin engine")
-            while True:
-                asked = asyncio.create_task(self._signals.get(), name="fastkin signal")
-                await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
-                if ended.done():
-                    asked.cancel()
-                    ended.result()  # raises what ended it
-                    return self._finished(await engine.stop())
-                if asked.result() is not signal.SIGHUP or self._terminal_gone():
-                    break
+            while (asked := await self._signal_before(ended)) is signal.SIGHUP and not self._terminal_gone():
                 self._hangup()
+            if asked is None:
+                ended.result()  # raises what ended it
+                return self._finished(await engine.stop())
             ended.cancel()
-            return await self._stop(asked.result())
+            return await self._stop(asked)
+
+    async def _signal_before(self, end: asyncio.Task[Any]) -> signal.Signals | None:
+        """The next signal, or None when `end` has come first."""
+        asked = asyncio.create_task(self._signals.get(), name="fastkin signal")
+        await asyncio.wait({end, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if end.done():
+            asked.cancel()
+            return None
+        return asked.result()
 
     async def _stop(self, first: signal.Signals) -> int:
         engine = self._engine
@@ -146,17 +142,13 @@ class _Service:
             "%s: takes no more and stores what is held, %g s at most; once more to stop at once", first.name, limit
         )
         stopping = asyncio.create_task(engine.stop(), name="fastkin stop")
-        while True:
-            again = asyncio.create_task(self._signals.get(), name="fastkin signal")
-            await asyncio.wait({stopping, again}, return_when=asyncio.FIRST_COMPLETED)
-            if stopping.done():
-                again.cancel()
-                return self._finished(stopping.result())
-            if again.result() is signal.SIGHUP:
+        while (again := await self._signal_before(stopping)) is not None:
+            if again is signal.SIGHUP:
                 log.info("SIGHUP: the settings are not read again, we are stopping")
                 continue
             # no more clean-up: somebody is waiting, and what is unacknowledged is safe by protocol
-            self._watch.end(f"{again.result().name}: stops at once")
+            self._watch.end(f"{again.name}: stops at once")
+        return self._finished(stopping.result())
 
     def _limit(self) -> float:
         return max((p.shutdown_timeout_s for p in self._engine.settings.pipelines), default=0.0)

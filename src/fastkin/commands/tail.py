@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 import click
 
 from fastkin.aws.client import MOST_PAGES, MOST_SHARDS
-from fastkin.errors import ConfigError, FastkinError, printable
+from fastkin.aws.error_table import REQUEST_ACTIONS
+from fastkin.errors import Action, ConfigError, FastkinError, escaped
 from fastkin.lambdas import deaggregate
 
 if TYPE_CHECKING:
@@ -32,17 +33,6 @@ Form = Literal["text", "json", "raw"]
 
 POLL_S = 0.25  # 4 calls a second and shard, of the 5 that a shard allows to all its readers
 BACKOFF_MAX_S = 10.0
-_THROTTLES = frozenset(
-    {
-        "ProvisionedThroughputExceededException",
-        "LimitExceededException",
-        "KMSThrottlingException",
-        "Throttling",
-        "ThrottlingException",
-        "RequestLimitExceeded",
-        "TooManyRequestsException",
-    }
-)
 _EXPIRED = frozenset({"ExpiredIteratorException", "ExpiredNextTokenException"})
 
 
@@ -115,14 +105,10 @@ def render(record: Mapping[str, Any], shard: str, form: Form) -> bytes:
         else:
             line["data"] = text
         return json.dumps(line).encode("ascii") + b"\n"
-    shown = f"base64:{base64.b64encode(data).decode()}" if text is None else _plain(text)
+    shown = f"base64:{base64.b64encode(data).decode()}" if text is None else escaped(text)
     # shardId-000000000003 -> 3
     number = shard.rpartition("-")[2].lstrip("0") or "0"
-    return f"{stamp} {number} {_plain(key or '-')} {shown}\n".encode()
-
-
-def _plain(text: str) -> str:
-    return printable(text, len(text))
+    return f"{stamp} {number} {escaped(key or '-')} {shown}\n".encode()
 
 
 def apart(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -269,7 +255,7 @@ class Tail:
                 status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
                 if code in _EXPIRED:
                     return None
-                if code not in _THROTTLES and status < 500:
+                if REQUEST_ACTIONS.get(code) is not Action.THROTTLE and status < 500:
                     raise TailError(_cure(code, error.response["Error"].get("Message", ""))) from None
             except HTTPClientError as error:
                 if attempt >= 8:

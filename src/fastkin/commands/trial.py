@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from fastkin.config import Broker, Pipeline
     from fastkin.mqtt._core import Connack
-    from fastkin.mqtt.connection import Connection
+    from fastkin.mqtt.handshake import Handshake
     from fastkin.mqtt.subscriptions import Refusal
 
 _ATTEMPTS = 3  # a broker that knows no 5.0 may close twice without a word
@@ -51,15 +51,15 @@ class _Trial(Intake):
     answered: asyncio.Event
     new_session = False
 
-    def _opened(self, link: Connection, connack: Connack) -> None:
-        super()._opened(link, connack)
+    def opened(self, handshake: Handshake, connack: Connack) -> None:
+        super().opened(handshake, connack)
         self.new_session = not connack.session_present
         if not self.subscriptions:
             self.answered.set()
 
-    def _subscribed(self, link: Connection) -> None:
-        granted, refused = link.subscriptions.outcome()
-        self.tried.version = link.version
+    def subscribed(self, handshake: Handshake) -> None:
+        granted, refused = handshake.subscriptions.outcome()
+        self.tried.version = handshake.version
         self.tried.granted |= dict(granted)
         self.tried.refused |= {told.topic_filter: told for told in refused}
         self.answered.set()

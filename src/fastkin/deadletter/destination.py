@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import TYPE_CHECKING
+
+from fastkin.arn import is_stream_name, stream_arn
 
 if TYPE_CHECKING:
     from fastkin.config import Kinesis, Pipeline
 
 PREFIX = "stream:"
-_ARN = re.compile(r"arn:aws[a-z-]*:kinesis:([a-z0-9-]+):\d{12}:stream/([a-zA-Z0-9_.-]{1,128})")
-_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 
 
 def wrong(text: str) -> str | None:
     """What is wrong with a `dead_letter` that begins with stream:, or None."""
     name = text.removeprefix(PREFIX)
-    if _NAME.fullmatch(name) or _ARN.fullmatch(name):
+    if is_stream_name(name) or stream_arn(name):
         return None
     return f"{text!r} names no stream"
 
@@ -28,9 +27,10 @@ def destination(pipeline: Pipeline) -> Kinesis | None:
     if not text.startswith(PREFIX):
         return None
     name = text.removeprefix(PREFIX)
-    if match := _ARN.fullmatch(name):
-        region, stream = match.groups()
-        return dataclasses.replace(pipeline.kinesis, stream=stream, stream_arn=name, region=region, max_connections=1)
+    if arn := stream_arn(name):
+        return dataclasses.replace(
+            pipeline.kinesis, stream=arn.stream, stream_arn=name, region=arn.region, max_connections=1
+        )
     return dataclasses.replace(pipeline.kinesis, stream=name, stream_arn=None, max_connections=1)
 
 

@@ -24,6 +24,7 @@ from fastkin._codec import DEAD, DROPPED
 from fastkin.deadletter.destination import destination
 from fastkin.deadletter.file import DeadLetterError, DeadLetters, Spill
 from fastkin.deadletter.stream import LetterStream
+from fastkin.mqtt.subscriptions import SHARED
 from fastkin.runtime.worker import Worker
 from fastkin.status.instruments import LabelledCounter
 from fastkin.status.logs import Repeats
@@ -123,45 +124,34 @@ class FileStore:
         return Spill(self._file.path)
 
     async def collect(self, spill: Spill, piece: bytes) -> None:
-        said: float | None = None
-        while True:
-            try:
-                await self._thread(spill.write, piece)
-            except DeadLetterError as error:
-                now = time.monotonic()
-                if said is None or now - said >= _ERROR_EVERY_S:
-                    said = now
-                    _LOG.error(
-                        "pipeline=%s stage=settle %s; a message waits for it, and all that comes after that, trying"
-                        " again every %.0f s", self._name, error, _RETRY_S,
-                    )  # fmt: skip
-                await asyncio.sleep(_RETRY_S)
-            else:
-                return
+        await self._insist("a message waits for it, and all that comes after that", spill.write, piece)
 
     async def store(self, letters: Sequence[dict[str, Any]]) -> None:
+        waits = f"{len(letters)} dead letters and all that comes after them wait unacknowledged"
+        waited_s = await self._insist(waits, self._file.write, letters)
+        if waited_s is not None:
+            _LOG.warning(
+                "pipeline=%s stage=settle dead letter file %s takes letters again after %.0f s",
+                self._name, self._file.path, waited_s,
+            )  # fmt: skip
+
+    async def _insist(self, waits: str, call: Callable[..., object], *args: object) -> float | None:
+        """Try until the disk takes it, and say what waits for that. How many seconds it took; None: it did at once."""
         began = time.monotonic()
         said: float | None = None
         while True:
             try:
-                await self._thread(self._file.write, letters)
+                await self._thread(call, *args)
             except DeadLetterError as error:
                 now = time.monotonic()
                 if said is None or now - said >= _ERROR_EVERY_S:
                     said = now
                     _LOG.error(
-                        "pipeline=%s stage=settle %s; %d dead letters and all that comes after them wait"
-                        " unacknowledged, trying again every %.0f s",
-                        self._name, error, len(letters), _RETRY_S,
-                    )  # fmt: skip
+                        "pipeline=%s stage=settle %s; %s, trying again every %.0f s", self._name, error, waits, _RETRY_S
+                    )
                 await asyncio.sleep(_RETRY_S)
             else:
-                break
-        if said is not None:
-            _LOG.warning(
-                "pipeline=%s stage=settle dead letter file %s takes letters again after %.0f s",
-                self._name, self._file.path, time.monotonic() - began,
-            )  # fmt: skip
+                return None if said is None else time.monotonic() - began
 
     async def close(self) -> None:
         self._file.give_up()
@@ -199,7 +189,7 @@ class Aside:
         self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=_LINES_PER_S, per_s=1.0)
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
         # records, by kind of a bad payload or code of Kinesis: sums to lane.dead_lettered
-        self.dead_lettered_by = LabelledCounter()
+        self.dead_lettered_by: LabelledCounter = LabelledCounter()
         self.dropped = LabelledCounter()  # records that ended here without a letter, for there is no `dead_letter`
         self._deleted_said = 0
         self._carried_cost = 0  # of messages that can be no record and are not stored yet
@@ -412,6 +402,6 @@ class Carrier:
 
 def _only(topics: Sequence[str]) -> str | None:
     """The topic of every message, when the subscription leaves no other."""
-    if len(topics) != 1 or topics[0].startswith("$share/") or "+" in topics[0] or "#" in topics[0]:
+    if len(topics) != 1 or topics[0].startswith(SHARED) or "+" in topics[0] or "#" in topics[0]:
         return None
     return topics[0]

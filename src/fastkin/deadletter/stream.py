@@ -21,6 +21,7 @@ from fastkin.aws.transports import make_client
 from fastkin.deadletter.file import as_json, fields_of
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.errors import Action, ClosedError, ConfigError, KinesisError
+from fastkin.limits import DEFAULT_CALL_BYTES, RECORD_BYTES
 from fastkin.runtime.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -32,10 +33,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("fastkin.pipeline")
 
-RECORD_BYTES = 1024 * 1024  # what every stream takes, data and key
 _KEY_BYTES = 36  # a UUID
 _HEAD_BYTES = 160  # id, part and parts
-_BATCH_BYTES = 5 * 1024 * 1024
 _BUDGET_BYTES = 1 << 40  # bounded by who calls: one chunk at a time
 _RETRY_S = 5.0
 _CLOSE_S = 30.0  # for ending the calls: they are cancelled, so this is never used up
@@ -80,7 +79,8 @@ class Post:
             await self.client.start()
             options = Options(
                 budget_bytes=_BUDGET_BYTES, budget_records=1 << 30, max_record_bytes=max_record_bytes,
-                max_batch_bytes=max(_BATCH_BYTES, max_record_bytes), max_calls=self._max_calls, trusted=self._trusted,
+                max_batch_bytes=max(DEFAULT_CALL_BYTES, max_record_bytes), max_calls=self._max_calls,
+                trusted=self._trusted,
             )  # fmt: skip
             delivery = Delivery(self.client, options, name=self._name, stream=self.stream, key=key or KeyPlan("uuid"))
             delivery.open()

@@ -32,6 +32,7 @@ from fastkin.delivery.sender import Sender
 from fastkin.delivery.spool_backlog import SpoolBacklog, split_budget
 from fastkin.delivery.watchdog import Watchdog, unattended
 from fastkin.errors import LibraryError, RecordFailed
+from fastkin.limits import CALL_RECORDS, DEFAULT_CALL_BYTES, RECORD_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("fastkin.pipeline")
 
-MIB = 1024 * 1024
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -53,9 +52,9 @@ class Options:
 
     budget_bytes: int  # what may be held, buffered and in flight together
     budget_records: int
-    max_records: int = 500  # of one call
-    max_batch_bytes: int = 5 * MIB
-    max_record_bytes: int = MIB
+    max_records: int = CALL_RECORDS  # of one call
+    max_batch_bytes: int = DEFAULT_CALL_BYTES
+    max_record_bytes: int = RECORD_BYTES
     max_calls: int = 16  # open at a time
     aggregate_bytes: int = 0
     linger_s: float = 0.0

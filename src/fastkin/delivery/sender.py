@@ -48,6 +48,7 @@ from fastkin.errors import (
     UnexpectedResponse,
     printable,
 )
+from fastkin.limits import CALL_RECORDS, DEFAULT_CALL_BYTES
 from fastkin.status.instruments import Histogram, LabelledCounter
 from fastkin.status.logs import Repeats
 
@@ -117,8 +118,8 @@ class Sender:
         set_aside: Callable[[Batch, str], None],
         on_settled: Callable[[], None],
         target: str = "PutRecords",
-        max_records: int = 500,
-        max_batch_bytes: int = 5 * 1024 * 1024,
+        max_records: int = CALL_RECORDS,
+        max_batch_bytes: int = DEFAULT_CALL_BYTES,
         throttle_error_after_s: float = 60.0,
         believe: bool = False,
         harmless: Callable[[], Awaitable[bool | None]] | None = None,

@@ -19,8 +19,8 @@ on 4 connections, measured beside each other on a 2-core x86-64 server (Zen 4, P
 from .faults import Fault, Faults
 from .rules import ApiError
 from .server import Counters, Emulator, Put, serve
-from .service import StreamSpec
 from .signature import Secret
+from .state import StreamSpec
 from .streams import StoredRecord
 
 __all__ = [

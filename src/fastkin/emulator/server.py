@@ -16,8 +16,9 @@ import orjson
 
 from .faults import Fault, Faults, Plan
 from .rules import ApiError
-from .service import Service, StreamSpec
+from .service import Service
 from .signature import SKEW_S, Secret, Verifier
+from .state import StreamSpec
 from .streams import MIB, Keep, StoredRecord
 from .wire import CBOR, JSON, WireError, dumps, loads
 

@@ -187,6 +187,11 @@ class Shard:
         self._refilled = now
 
     @property
+    def key_range(self) -> dict[str, str]:
+        """HashKeyRange, as it stands in answers."""
+        return {"StartingHashKey": str(self.start), "EndingHashKey": str(self.end)}
+
+    @property
     def bytes_cap(self) -> float:
         return self._bytes_cap
 

@@ -77,39 +77,21 @@ def decode_cbor(body: bytes) -> Any:
 
 
 def _decode(body: bytes, at: int, depth: int) -> tuple[Any, int]:
+    """The item at `at`, and where the next one begins."""
     if depth > _MAX_DEPTH:
         raise WireError(f"CBOR nested deeper than {_MAX_DEPTH} at byte {at}")
     if at >= len(body):
         raise WireError(f"CBOR ends at byte {at}")
+    start = at
     initial = body[at]
     major, info = initial >> 5, initial & 31
-    start = at
     at += 1
     length: int | None = info
-    if info in _HEADS:
-        head = _HEADS[info]
-        size = struct.calcsize(head)
-        if len(body) - at < size:
-            raise WireError(f"CBOR ends inside a head at byte {start}")
-        (length,) = struct.unpack_from(head, body, at)
-        at += size
-    elif info == 31:
-        length = None
-    elif info > 27:
-        raise WireError(f"reserved CBOR head {initial:#x} at byte {start}")
-
+    if info > 23:
+        length, at = _read_length(body, at, info)
     if major in (2, 3):
         if length is None:
-            chunks = []
-            while True:
-                chunk, at = _decode(body, at, depth + 1)
-                if chunk is _BREAK:
-                    break
-                if not isinstance(chunk, bytes if major == 2 else str):
-                    raise WireError(f"a chunk of another type in the CBOR string at byte {start}")
-                chunks.append(chunk)
-            empty: Any = b"" if major == 2 else ""
-            return empty.join(chunks), at
+            return _decode_chunks(body, at, depth, bytes if major == 2 else str)
         if len(body) - at < length:
             raise WireError(f"CBOR string of {length} bytes at byte {start} is cut")
         raw = body[at : at + length]
@@ -120,30 +102,9 @@ def _decode(body: bytes, at: int, depth: int) -> tuple[Any, int]:
         except UnicodeDecodeError:
             raise WireError(f"CBOR text at byte {start} is not UTF-8") from None
     if major == 4:
-        items: list[Any] = []
-        while length is None or len(items) < length:
-            item, at = _decode(body, at, depth + 1)
-            if item is _BREAK:
-                if length is not None:
-                    raise WireError(f"a CBOR break inside an array of {length} at byte {at - 1}")
-                break
-            items.append(item)
-        return items, at
+        return _decode_array(body, at, depth, length)
     if major == 5:
-        pairs: dict[str, Any] = {}
-        count = 0
-        while length is None or count < length:
-            key, at = _decode(body, at, depth + 1)
-            if key is _BREAK and length is None:
-                break
-            if not isinstance(key, str):
-                raise WireError(f"a CBOR map key that is no text before byte {at}")
-            value, at = _decode(body, at, depth + 1)
-            if value is _BREAK:
-                raise WireError(f"a CBOR map ends after a key at byte {at - 1}")
-            pairs[key] = value
-            count += 1
-        return pairs, at
+        return _decode_map(body, at, depth, length)
     if major == 7:
         return _simple(info, length, start, at)
     if length is None:
@@ -156,6 +117,62 @@ def _decode(body: bytes, at: int, depth: int) -> tuple[Any, int]:
     if length == 1 and isinstance(value, int | float):
         return Millis(value), at
     return value, at
+
+
+def _read_length(body: bytes, at: int, info: int) -> tuple[int | None, int]:
+    """The rest of a head that does not fit its first byte, and where it ends. None: the length is not said."""
+    if info in _HEADS:
+        head = _HEADS[info]
+        size = struct.calcsize(head)
+        if len(body) - at < size:
+            raise WireError(f"CBOR ends inside a head at byte {at - 1}")
+        return struct.unpack_from(head, body, at)[0], at + size
+    if info == 31:
+        return None, at
+    raise WireError(f"reserved CBOR head {body[at - 1]:#x} at byte {at - 1}")
+
+
+def _decode_chunks(body: bytes, at: int, depth: int, kind: type) -> tuple[bytes | str, int]:
+    """A string of indefinite length: pieces of the same kind up to a break."""
+    start = at - 1
+    chunks: list[Any] = []
+    while True:
+        chunk, at = _decode(body, at, depth + 1)
+        if chunk is _BREAK:
+            empty: Any = kind()
+            return empty.join(chunks), at
+        if not isinstance(chunk, kind):
+            raise WireError(f"a chunk of another type in the CBOR string at byte {start}")
+        chunks.append(chunk)
+
+
+def _decode_array(body: bytes, at: int, depth: int, length: int | None) -> tuple[list[Any], int]:
+    items: list[Any] = []
+    while length is None or len(items) < length:
+        item, at = _decode(body, at, depth + 1)
+        if item is _BREAK:
+            if length is not None:
+                raise WireError(f"a CBOR break inside an array of {length} at byte {at - 1}")
+            break
+        items.append(item)
+    return items, at
+
+
+def _decode_map(body: bytes, at: int, depth: int, length: int | None) -> tuple[dict[str, Any], int]:
+    pairs: dict[str, Any] = {}
+    count = 0
+    while length is None or count < length:
+        key, at = _decode(body, at, depth + 1)
+        if key is _BREAK and length is None:
+            break
+        if not isinstance(key, str):
+            raise WireError(f"a CBOR map key that is no text before byte {at}")
+        value, at = _decode(body, at, depth + 1)
+        if value is _BREAK:
+            raise WireError(f"a CBOR map ends after a key at byte {at - 1}")
+        pairs[key] = value
+        count += 1
+    return pairs, at
 
 
 def _simple(info: int, length: int | None, start: int, at: int) -> tuple[Any, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 _FIXED = {"5": 5, "3.1.1": 4}
 TOLD_S = 3600.0  # a refusal in words: brokers are upgraded now and then
+REFUSALS = frozenset({0x01, 0x84})  # reason codes of CONNACK that say it in words
 UNANSWERED_S = 300.0  # no answer in time: asking again costs a whole time-out at each connection
 
 

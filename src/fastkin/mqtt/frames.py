@@ -7,7 +7,7 @@ what carries binary data is cut while it comes: each piece becomes a message of 
 
 from __future__ import annotations
 
-_CONTINUATION, _TEXT, _BINARY = 0, 1, 2
+_CONTINUATION, _BINARY = 0, 2  # kinds of frames; 1 is text
 _FIN = 0x80
 _MASKED = 0x80
 _LONG = 126  # in the second byte: two bytes with the length follow; with the next number eight

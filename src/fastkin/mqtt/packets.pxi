@@ -6,7 +6,6 @@ cdef enum:
     CODE_MALFORMED = 0x81
     CODE_PROTOCOL = 0x82
     CODE_TOPIC_NAME = 0x90
-    CODE_RECEIVE_MAXIMUM = 0x93
     CODE_TOPIC_ALIAS = 0x94
     CODE_TOO_LARGE = 0x95
     CODE_RATE = 0x96
@@ -23,14 +22,13 @@ cdef enum:
 
 cdef enum:
     # how a property's value is laid out; 0 = no such property
-    KIND_BYTE = 1
-    KIND_FLAG = 2  # a byte that may only be 0 or 1
-    KIND_TWO = 3
-    KIND_FOUR = 4
-    KIND_VARINT = 5
-    KIND_TEXT = 6
-    KIND_BINARY = 7
-    KIND_PAIR = 8
+    KIND_FLAG = 1  # a byte that may only be 0 or 1
+    KIND_TWO = 2
+    KIND_FOUR = 3
+    KIND_VARINT = 4
+    KIND_TEXT = 5
+    KIND_BINARY = 6
+    KIND_PAIR = 7
 
 cdef enum:
     PROP_SUBSCRIPTION_ID = 0x0B
@@ -351,6 +349,20 @@ cdef int enter_properties(
         return fail(fault, "the properties run over the packet", offset, CODE_MALFORMED)
     head[0] = <size_t> n
     length[0] = value
+    return 0
+
+
+cdef int last_properties(
+    const uint8_t* p, size_t left, size_t offset, uint64_t allowed, size_t* head, size_t* length, Fault* fault
+) noexcept nogil:
+    """Reads the property length at p and checks the properties, which must fill the rest of the packet."""
+    cdef uint16_t alias = 0
+    if enter_properties(p, left, offset, head, length, fault) < 0:
+        return -1
+    if check_properties(p + head[0], length[0], offset + head[0], allowed, False, &alias, fault) < 0:
+        return -1
+    if length[0] != left - head[0]:
+        return fail(fault, "bytes after the properties", offset + head[0] + length[0], CODE_MALFORMED)
     return 0
 
 

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Self, TypeVar, cast
 from fastkin.errors import ClosedError, FastkinError, LibraryError, MqttError, RefusedError
 from fastkin.mqtt import _core as _mqtt
 from fastkin.mqtt._core import EVENTS, Connack, Disconnect, Ledger, Puback, Router, Session, reason_text
-from fastkin.mqtt.dialect import Dialect
+from fastkin.mqtt.dialect import REFUSALS, Dialect
+from fastkin.mqtt.subscriptions import PACKET_IDS
 from fastkin.mqtt.transport import (
+    GONE_S,
     Receiver,
     blame,
     explain,
@@ -43,11 +45,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MOST = 65_535  # packet identifiers
 _BATCH = 256 * 1024  # bytes that are written before the turn of the loop ends
 _CLOSE_S = 5.0
-_GONE_S = 1.0  # for an event loop to say that a connection is gone that we have aborted
-_VERSION_CODES = frozenset({0x01, 0x84})
 
 
 class Publisher:
@@ -61,8 +60,8 @@ class Publisher:
 
         ConfigError: certificate files that cannot be read.
         """
-        if not 1 <= window <= _MOST:
-            raise LibraryError(f"window {window} is not in 1..{_MOST}")
+        if not 1 <= window <= PACKET_IDS:
+            raise LibraryError(f"window {window} is not in 1..{PACKET_IDS}")
         self.broker = broker
         self.client_id = broker.client_id or f"fastkin-pub-{os.urandom(6).hex()}"
         self.window = window
@@ -99,7 +98,7 @@ class Publisher:
             connack = link.ready.result()
         except RefusedError as error:
             link.abort()
-            if error.code in _VERSION_CODES and self._dialect.refused(version, asyncio.get_running_loop().time()):
+            if error.code in REFUSALS and self._dialect.refused(version, asyncio.get_running_loop().time()):
                 return False
             raise
         except (OSError, MqttError) as error:
@@ -223,7 +222,7 @@ class _Link(Receiver):
     def free_id(self) -> int:
         packet_id = self._last_id
         while True:
-            packet_id = packet_id % _MOST + 1
+            packet_id = packet_id % PACKET_IDS + 1
             if packet_id not in self._in_flight:
                 break
         return packet_id
@@ -376,7 +375,7 @@ class _Link(Receiver):
         if self._wire is not None and not self._ended.done() and not self._loop.is_closed():
             self._wire.abort()
             # No wait for the end may hang on an event loop that forgets to tell of it.
-            self._loop.call_later(_GONE_S, self.connection_lost, None)
+            self._loop.call_later(GONE_S, self.connection_lost, None)
 
     def eof_received(self) -> bool:
         return False  # close

@@ -797,7 +797,6 @@ cdef class Session:
         cdef Connack event
         cdef size_t head = 0
         cdef size_t length = 0
-        cdef uint16_t alias = 0
         if rest < 2 or (not self._v5 and rest != 2):
             return fail(&self._fault, "CONNACK has a wrong length", offset, CODE_MALFORMED)
         if body[0] > 1:  # [MQTT-3.2.2-1]
@@ -807,14 +806,9 @@ cdef class Session:
                         CODE_PROTOCOL)
         # a 3.1.1 broker refuses a 5.0 client with its own two bytes
         if self._v5 and not (rest == 2 and body[1] != 0):
-            if enter_properties(body + 2, rest - 2, offset + 2, &head, &length, &self._fault) < 0:
+            if last_properties(body + 2, rest - 2, offset + 2, allowed_in_connack(), &head, &length,
+                               &self._fault) < 0:
                 return -1
-            if check_properties(body + 2 + head, length, offset + 2 + head,
-                                allowed_in_connack(), False, &alias, &self._fault) < 0:
-                return -1
-            if length != rest - 2 - head:
-                return fail(&self._fault, "bytes after the properties", offset + 2 + head + length,
-                            CODE_MALFORMED)
         event = Connack.__new__(Connack)
         event.session_present = body[0] == 1
         event.code = body[1]
@@ -833,7 +827,6 @@ cdef class Session:
         """PUBACK and PUBREL: an identifier; in 5.0 a reason and properties when there is more."""
         cdef size_t head = 0
         cdef size_t length = 0
-        cdef uint16_t alias = 0
         code[0] = 0
         if rest < 2 or (rest > 2 and not self._v5):
             return fail(&self._fault, length_fault, offset, CODE_MALFORMED)
@@ -842,14 +835,9 @@ cdef class Session:
         if rest > 2:
             code[0] = body[2]
         if rest > 3:
-            if enter_properties(body + 3, rest - 3, offset + 3, &head, &length, &self._fault) < 0:
+            if last_properties(body + 3, rest - 3, offset + 3, allowed_in_ack(), &head, &length,
+                               &self._fault) < 0:
                 return -1
-            if check_properties(body + 3 + head, length, offset + 3 + head, allowed_in_ack(),
-                                False, &alias, &self._fault) < 0:
-                return -1
-            if length != rest - 3 - head:
-                return fail(&self._fault, "bytes after the properties", offset + 3 + head + length,
-                            CODE_MALFORMED)
         return 0
 
     cdef int _take_puback(self, const uint8_t* body, size_t rest, size_t offset) except -2:
@@ -945,16 +933,10 @@ cdef class Session:
         cdef Disconnect event
         cdef size_t head = 0
         cdef size_t length = 0
-        cdef uint16_t alias = 0
         if rest > 1:
-            if enter_properties(body + 1, rest - 1, offset + 1, &head, &length, &self._fault) < 0:
+            if last_properties(body + 1, rest - 1, offset + 1, allowed_in_disconnect(), &head, &length,
+                               &self._fault) < 0:
                 return -1
-            if check_properties(body + 1 + head, length, offset + 1 + head,
-                                allowed_in_disconnect(), False, &alias, &self._fault) < 0:
-                return -1
-            if length != rest - 1 - head:
-                return fail(&self._fault, "bytes after the properties", offset + 1 + head + length,
-                            CODE_MALFORMED)
         event = Disconnect.__new__(Disconnect)
         event.code = body[0] if rest else 0
         event.properties = properties_dict(body + 1 + head, length) if rest else {}

@@ -24,8 +24,10 @@ from fastkin.mqtt._core import (
     Connack,
     Unfit,
 )
-from fastkin.mqtt.connection import SHARED_QUIET_S, STOPPED, Carrier, Connection
-from fastkin.mqtt.dialect import Dialect
+from fastkin.mqtt.connection import Connection
+from fastkin.mqtt.dialect import REFUSALS, Dialect
+from fastkin.mqtt.handshake import SHARED_QUIET_S
+from fastkin.mqtt.reading import STOPPED
 from fastkin.mqtt.reasons import UNAVAILABLE
 from fastkin.mqtt.subscriptions import SHARED, Refusal
 from fastkin.mqtt.transport import (
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
     from fastkin.config import Broker
     from fastkin.mqtt._core import Apart, Ledger, Router
+    from fastkin.mqtt.handshake import Handshake
+    from fastkin.mqtt.set_apart import Carrier
 
 _LOG = logging.getLogger("fastkin.intake")
 _FILTERS_SHOWN = 10
@@ -50,7 +54,6 @@ _EARLY_MOST = 3  # so many connections that die right after SUBSCRIBE are no acc
 _TROUBLE_LINES = 5
 _TROUBLE_S = 60.0
 _AUTH_CODES = frozenset({0x04, 0x05, 0x86, 0x87, 0x8A, 0x8C})
-_VERSION_CODES = frozenset({0x01, 0x84})
 _UNAVAILABLE_S = 600.0  # how long we do not ask for what ended a connection
 _ID_CODES = frozenset({0x02, 0x80, 0x85})  # mosquitto says 0x80
 _TAKEN_OVER = 0x8E
@@ -103,9 +106,9 @@ class Intake:
         self.on_read = on_read
         self._on_state = on_state
         self.set_apart: Callable[[Apart], Carrier] = set_apart or (lambda message: _Nowhere(self, message))
-        self._unfit = Unfit()
+        self.unfit = Unfit()
         self._work: set[asyncio.Task[None]] = set()
-        self._tls = renewed_tls(broker)
+        self.tls = renewed_tls(broker)
         self._where = f"pipeline={name} stage=intake" if name else "stage=intake"
         self.client_id = broker.client_id
         if not broker.client_id and not broker.clean_session:
@@ -140,7 +143,7 @@ class Intake:
         self._dialect = Dialect(broker.protocol)
         self._windows: dict[int, Window] = {}  # by version
         self._unavailable: dict[int, float] = {}  # reason codes that ended a connection, and until when they count
-        self._aliases = broker.topic_alias_maximum
+        self.topic_aliases = broker.topic_alias_maximum
 
     # -- what is seen from outside ---------------------------------------------------------------
 
@@ -164,12 +167,12 @@ class Intake:
     @property
     def coalescing(self) -> bool:
         """Small reads are followed by a pause just now."""
-        return self._link is not None and self._link.coalescing
+        return self._link is not None and self._link.coalescing.on
 
     @property
     def paused(self) -> bool:
         """Reading is paused because a sink has no room."""
-        return self._link is not None and self._link.stalled
+        return self._link is not None and self._link.reading.stalled
 
     @property
     def stopping(self) -> bool:
@@ -179,17 +182,17 @@ class Intake:
     @property
     def forgotten(self) -> bool:
         """Reading is paused for a message that is set aside, and nobody is at it."""
-        return self._link is not None and self._link.forgotten
+        return self._link is not None and self._link.set_apart.forgotten
 
     def carry_on(self) -> None:
         """For a watchdog: take up what is forgotten."""
         if self._link is not None:
-            self._link.carry_on()
+            self._link.set_apart.carry_on()
 
     @property
     def paused_s(self) -> float:
         """How long reading was paused for want of room, in all."""
-        return self._paused_s + (self._link.stalled_for() if self._link is not None else 0.0)
+        return self._paused_s + (self._link.reading.stalled_for() if self._link is not None else 0.0)
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -230,7 +233,7 @@ class Intake:
         if self._opening is not None:
             self._opening.cancel()
         elif self._link.up:
-            self._link.pause(STOPPED)
+            self._link.reading.pause(STOPPED)
             self._set_state("draining")
 
     async def close(self) -> None:
@@ -287,7 +290,7 @@ class Intake:
             finally:
                 self._opening = None
             if self._stopping.is_set():
-                link.pause(STOPPED)
+                link.reading.pause(STOPPED)
                 self._set_state("draining")
             # not the future itself: cancelled with us it would pass for an end, and the connection would stay
             await asyncio.shield(link.ended)
@@ -308,7 +311,7 @@ class Intake:
         now = link.loop.time()
         timed_out = isinstance(error, TimeoutError) and error.errno is None
         other = "3.1.1" if link.version == 5 else "5.0"
-        if code in _VERSION_CODES:
+        if code in REFUSALS:
             if self._dialect.refused(link.version, now):
                 self._lines.say(
                     logging.INFO, "version", "%s broker=%s does not take MQTT %s: trying %s",
@@ -328,7 +331,7 @@ class Intake:
             return True
         if timed_out:
             reason = f"no answer within {self.broker.connect_timeout_s:g} s"
-        elif self._tls is not None and link.unanswered(timed_out=False):
+        elif self.tls is not None and link.unanswered(timed_out=False):
             # TLS 1.3: the broker judges our certificate when we are through, and its alert may be lost in the reset.
             reason += "; this soon after the TLS handshake it may want a client certificate, or another one"
         if code in _AUTH_CODES:
@@ -345,7 +348,7 @@ class Intake:
         lived = link.loop.time() - link.began
         if lived >= _WORKED_S:
             self._attempts = self._early = 0
-        elif link.subscribing and not link.malformed:
+        elif link.handshake.subscribing and not link.malformed:
             self._early += 1
         if link.code in UNAVAILABLE:
             self._unavailable[link.code] = link.loop.time() + _UNAVAILABLE_S
@@ -375,16 +378,17 @@ class Intake:
         now = asyncio.get_running_loop().time()
         return [code for code, until in self._unavailable.items() if now < until]
 
-    def _opened(self, link: Connection, connack: Connack) -> None:
+    def opened(self, handshake: Handshake, connack: Connack) -> None:
+        """The broker takes us."""
         self.connects += 1
-        self._dialect.worked(link.version)
+        self._dialect.worked(handshake.version)
         broker = self.broker
         assigned = connack.properties.get("assigned_client_identifier")
         client = self.client_id or str(assigned or "")
         self._lines.say(
             logging.INFO, "connected",
             "%s broker=%s client=%s connected (MQTT %s, %s)",
-            self._where, broker.url, said(client), "5.0" if link.version == 5 else "3.1.1",
+            self._where, broker.url, said(client), "5.0" if handshake.version == 5 else "3.1.1",
             self._session_words(connack),
         )  # fmt: skip
         if connack.properties.get("maximum_qos") == 0 and any(qos for _, qos in self.subscriptions):
@@ -425,9 +429,9 @@ class Intake:
             return "a new session"  # of a client id that is new as well
         return "a new session: if this client id had one, the broker has lost it and what it held"
 
-    def _subscribed(self, link: Connection) -> None:
+    def subscribed(self, handshake: Handshake) -> None:
         """Every filter that was asked for has its answer."""
-        granted, refused = link.subscriptions.outcome()
+        granted, refused = handshake.subscriptions.outcome()
         for told in refused:
             self._refused(told)
         asked = dict(self.subscriptions)
@@ -441,16 +445,16 @@ class Intake:
                 )  # fmt: skip
         if granted:
             shown = ", ".join(f"{topic!a} QoS {qos}" for topic, qos in granted[:_FILTERS_SHOWN])
-            if link.version == 4 and any(topic.startswith(SHARED) for topic, _ in granted):
+            if handshake.version == 4 and any(topic.startswith(SHARED) for topic, _ in granted):
                 shown += " (MQTT 3.1.1 cannot tell whether the broker knows $share)"
-                link.watch_shared([topic for topic, _ in granted if topic.startswith(SHARED)])
+                handshake.watch_shared([topic for topic, _ in granted if topic.startswith(SHARED)])
             more = f" and {len(granted) - _FILTERS_SHOWN} more" if len(granted) > _FILTERS_SHOWN else ""
             self._lines.say(
                 logging.INFO, "subscribed", "%s broker=%s subscribed %s%s", self._where, self.broker.url, shown, more
             )
         if self._stopping.is_set():
             return
-        if missing := link.subscriptions.missing:
+        if missing := handshake.subscriptions.missing:
             self.connected.clear()
             topic_filter, told = next(iter(missing.items()))
             self.last_error = f"the broker refused to subscribe {topic_filter}: {told.why}"
@@ -469,7 +473,8 @@ class Intake:
             refusal.why, refusal.cure and f"; {refusal.cure}", again,
         )  # fmt: skip
 
-    def _kept(self, topic_filter: str, why: str) -> None:
+    def kept(self, topic_filter: str, why: str) -> None:
+        """The broker did not unsubscribe the filter."""
         self._lines.say(
             logging.WARNING, "kept",
             "%s broker=%s client=%s filter=%s cannot be unsubscribed: %s. The broker goes on sending what it matches,"
@@ -477,7 +482,8 @@ class Intake:
             self._where, self.broker.url, ascii(self.client_id), ascii(topic_filter), why,
         )  # fmt: skip
 
-    def _late_suback(self, waited_s: float) -> None:
+    def late_suback(self, waited_s: float) -> None:
+        """Other packets come, and no SUBACK."""
         self._lines.say(
             logging.WARNING, "late",
             "%s broker=%s client=%s no SUBACK after %.0f s, though other packets come: they are taken, and the filters"
@@ -485,7 +491,8 @@ class Intake:
             self._where, self.broker.url, ascii(self.client_id), waited_s,
         )  # fmt: skip
 
-    def _quiet_shared(self, filters: Sequence[str]) -> None:
+    def quiet_shared(self, filters: Sequence[str]) -> None:
+        """They brought nothing for SHARED_QUIET_S."""
         self._lines.say(
             logging.WARNING, "quiet",
             "%s broker=%s client=%s nothing came for %.0f s. The shared subscription %s was granted over MQTT 3.1.1,"
@@ -503,9 +510,13 @@ class Intake:
     def _worked(self, task: asyncio.Task[None]) -> None:
         self._work.discard(task)
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
-            self._failed(error)
+            self.failed(error)
 
-    def _failed(self, error: Exception) -> None:
+    def was_paused(self, seconds: float) -> None:
+        """Reading waited so long for room."""
+        self._paused_s += seconds
+
+    def failed(self, error: Exception) -> None:
         """A bug of ours, or of what on_read() calls: run() raises it."""
         if self._bug is None:
             self._bug = error

@@ -26,7 +26,7 @@ T = TypeVar("T")
 FILTERS_PER_PACKET = 8  # AWS IoT Core takes no more in one SUBSCRIBE
 SHARED = "$share/"
 
-_MOST_ID = 65_535
+PACKET_IDS = 65_535  # how many there are
 _ID_IN_USE = 0x91
 _ID_TRIES = 8
 _NO_SHARED = 0x9E
@@ -141,7 +141,7 @@ class Subscriptions:
             else:
                 self._refuse(Refusal(topic_filter, qos, reason_text(code), cure(code), final=False))
         if again:
-            self._last_id = random.randrange(_MOST_ID)  # noqa: S311 - away from the broker's own, which come in a row
+            self._last_id = random.randrange(PACKET_IDS)  # noqa: S311 - away from the broker's own, which come in a row
         return self._ask(again)
 
     def unsuback(self, unsuback: Unsuback) -> bytes:
@@ -155,7 +155,7 @@ class Subscriptions:
             elif code >= 0x80:
                 self._kept.append((topic_filter, reason_text(code)))
         if again:
-            self._last_id = random.randrange(_MOST_ID)  # noqa: S311
+            self._last_id = random.randrange(PACKET_IDS)  # noqa: S311
         return self.unsubscribe(again)
 
     def kept(self) -> list[tuple[str, str]]:
@@ -223,7 +223,7 @@ class Subscriptions:
 
     def _take_id(self) -> int:
         while True:
-            self._last_id = self._last_id - 1 if self._last_id > 1 else _MOST_ID
+            self._last_id = self._last_id - 1 if self._last_id > 1 else PACKET_IDS
             if self._last_id not in self._asked and self._last_id not in self._dropping:
                 self._answered.discard(self._last_id)
                 self._numbered.discard(self._last_id)

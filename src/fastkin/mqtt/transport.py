@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("fastkin.intake")
 
+GONE_S = 1.0  # for an event loop to say that a connection is gone that was aborted
 _WEBSOCKET_HIGH = 1 << 20  # bytes waiting to be written before the receiver is asked to wait
 _WEBSOCKET_MOST = 1 << 20  # of a message: those with MQTT in them are cut into smaller ones
 _WEBSOCKET_CLOSE_S = 2.0
