@@ -515,7 +515,7 @@ def test_reads_are_coalesced_at_high_rates_only(run: Any) -> None:
         return on > 10 and with_pauses > 1.5 * without
 
     async def one_of(attempt: Any) -> bool:
-        for _ in range(6):
+        for _ in range(12):
             if await attempt():
                 return True
         return False

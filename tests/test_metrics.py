@@ -150,6 +150,8 @@ async def everything(server: Server, tmp_path: Path) -> AsyncIterator[tuple[fast
         await publisher.publish("b/1", b"x" * 2000, 1)
         await publisher.drain()
         await until(lambda: ended(engine, a=101, b=21))
+        # a call is over a turn of the loop after its records have ended
+        await until(lambda: all(stats["calls_open"] == 0 for stats in engine.stats().values()))
         yield engine, emulator
 
 
