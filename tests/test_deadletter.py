@@ -353,6 +353,30 @@ def test_processes_that_share_a_file_rotate_it_together(tmp_path: Path) -> None:
     assert all(numbered(path, n).stat().st_size <= 4096 for n in [0, *rotated(path)])
 
 
+def test_a_file_that_another_process_fills_between_the_rotation_and_the_lock_is_rotated_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "dead.jsonl"
+    other = DeadLetters(path, max_bytes=2 * LINE, keep=9)
+    with DeadLetters(path, max_bytes=2 * LINE, keep=9) as dead:
+        locks = 0
+
+        def locked_late() -> None:
+            nonlocal locks
+            locks += 1
+            if locks == 2:  # the old file is moved, the new one not yet ours
+                other.write([letter(b"%06d" % 2), letter(b"%06d" % 3)])
+            DeadLetters._lock(dead)
+
+        dead.write([letter(b"%06d" % 0), letter(b"%06d" % 1)])
+        monkeypatch.setattr(dead, "_lock", locked_late)
+        dead.write([letter(b"%06d" % 4)])
+    other.close()
+    assert locks == 3
+    assert numbers(path) == [0, 1, 2, 3, 4]
+    assert [numbered(path, n).stat().st_size for n in (0, 1, 2)] == [LINE, 2 * LINE, 2 * LINE]
+
+
 def test_a_folder_that_forbids_renaming_is_an_error_with_the_cure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -297,16 +297,21 @@ class DeadLetters:
 
     def _make_room(self, more: int) -> None:
         """Rotate when `more` bytes would make the file too large. Locked before and after."""
+        while self._too_full_for(more):
+            try:
+                self._rotate()
+                self._sync_folder()
+            except OSError as error:
+                raise DeadLetterError(self.path, "rotate it", error) from error
+            # The lock went away with the old file. Another process may lock the new one first and fill it,
+            # so the question is asked again of whatever bears the name now.
+            self.close()
+            self._lock()
+
+    def _too_full_for(self, more: int) -> bool:
         told = os.fstat(self._fd)
-        if not told.st_size or told.st_size + more <= self.max_bytes or not stat.S_ISREG(told.st_mode):
-            return
-        try:
-            self._rotate()
-            self._sync_folder()
-        except OSError as error:
-            raise DeadLetterError(self.path, "rotate it", error) from error
-        self.close()
-        self._lock()
+        # a line larger than the limit has a file of its own, a device no size
+        return bool(told.st_size) and told.st_size + more > self.max_bytes and stat.S_ISREG(told.st_mode)
 
     def _rotate(self) -> None:
         for extra in sorted(rotated(self.path), reverse=True):
