@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import servers
-import stalls
+from support import servers, stalls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
-from fake_broker import until
 from fastkin.config import Broker
 from fastkin.deadletter.file import DeadLetterError, DeadLetters
 from fastkin.emulator import Emulator
 from fastkin.mqtt.publisher import Publisher
-from servers import mosquitto
+from support.fake_broker import until
+from support.servers import mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from servers import Server
+    from support.servers import Server
 
 SETTINGS = """
 [broker]

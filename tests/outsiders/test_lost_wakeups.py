@@ -10,13 +10,13 @@ import pytest
 from fastkin import Producer, encode_frame
 from fastkin._codec import DRAIN, DROPPED, Budget, KeyPlan, Lane
 from fastkin.emulator import Emulator
-from servers import ACCESS_KEY, SECRET_KEY, mosquitto
-from test_pipeline import rig
+from service.test_pipeline import rig
+from support.servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from servers import Server
+    from support.servers import Server
 
 
 @pytest.fixture(scope="module")

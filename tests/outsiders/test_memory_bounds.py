@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from fastkin import encode_frame
-from running import ROOT, service
-from servers import free_port
+from support.running import ROOT, service
+from support.servers import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -16,13 +16,13 @@ import pytest
 from fastkin import Producer
 from fastkin.emulator import Emulator, StreamSpec
 from fastkin.errors import LibraryError
-from servers import ACCESS_KEY, SECRET_KEY, mosquitto
-from test_pipeline import rig
+from service.test_pipeline import rig
+from support.servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from servers import Server
+    from support.servers import Server
 
 PAYLOADS = [b"%d" % n for n in range(100)]
 QUESTIONS = ("DescribeStreamSummary", "DescribeStream", "ListShards")

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import fastkin
-from fake_broker import FakeBroker, until
 from fastkin.config import Broker
 from fastkin.emulator import Emulator
 from fastkin.mqtt.publisher import Publisher
 from fastkin.settings import load
-from mqtt_wire import publish
-from servers import ACCESS_KEY, SECRET_KEY, mosquitto
+from support.fake_broker import FakeBroker, until
+from support.mqtt_wire import publish
+from support.servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from fake_broker import Peer
+    from support.fake_broker import Peer
 
 PROTOCOLS = pytest.mark.parametrize("protocol", ["3.1.1", "5"])
 LABEL = "/devices/+/bulkData/telemetry"

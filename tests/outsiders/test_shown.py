@@ -18,7 +18,7 @@ from fastkin.commands import cli
 from fastkin.commands.printing import Printer
 from fastkin.deadletter.file import DeadLetters
 from fastkin.emulator import Emulator
-from readback import kinesis_client
+from support.readback import kinesis_client
 
 if TYPE_CHECKING:
     from pathlib import Path
