@@ -744,6 +744,7 @@ def test_which_client(
     assert type(make_client(Kinesis(**(PLAIN | more)))).__name__ == ("KinesisClient" if native else "SdkClient")
 
 
+@pytest.mark.process
 def test_importing_never_loads_the_sdk() -> None:
     code = (
         "import sys; import fastkin.aws.transports; "

@@ -119,6 +119,7 @@ async def test_shared_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (await once(Kinesis(stream="x")))[:3] == ("P", "PS", "PT")
 
 
+@pytest.mark.process
 async def test_a_process(tmp_path: Path) -> None:
     told = {"Version": 1, "AccessKeyId": "C", "SecretAccessKey": "CS", "SessionToken": "CT", "Expiration": at(3600)}
     (tmp_path / "told.json").write_text(json.dumps(told))

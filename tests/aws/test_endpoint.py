@@ -195,6 +195,7 @@ def test_urls_that_cannot_be_called(url: str) -> None:
     assert "pass-word" not in str(caught.value)
 
 
+@pytest.mark.process
 def test_plain_cases_never_load_the_sdk() -> None:
     code = (
         "import sys, asyncio\n"

@@ -1,16 +1,17 @@
-"""Aggregates in the KPL's format beside AWS's module for Node; codec/test_aggregate.py has the one for Python.
-
-Not named after the codec: its tests also run under sanitizers, whose libraries node would have to load.
-"""
+"""Aggregates in the KPL's format beside AWS's module for Node; codec/test_aggregate.py has the one for Python."""
 
 from __future__ import annotations
 
 import base64
 from typing import Any
 
+import pytest
+
 from fastkin import encode_frame
 from support import servers
 from support.codec_rig import Rig, payloads
+
+pytestmark = pytest.mark.process
 
 MAGIC = b"\xf3\x89\x9a\xc2"
 

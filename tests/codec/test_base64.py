@@ -47,6 +47,7 @@ def test_unknown_kernel() -> None:
         _codec._use_simd("neon")
 
 
+@pytest.mark.process
 def test_vector_kernels_leave_the_vector_unit_clean() -> None:
     """Dirty upper halves slow SHA-256 down by a third: every way out goes through vzeroupper."""
     objdump = shutil.which("objdump")

@@ -58,6 +58,7 @@ def _child(queue: Any) -> None:
     queue.put([uuid_key() for _ in range(50)])
 
 
+@pytest.mark.process
 def test_a_forked_child_draws_keys_of_its_own() -> None:
     uuid_key()
     context = multiprocessing.get_context("fork")
@@ -73,6 +74,7 @@ def test_a_forked_child_draws_keys_of_its_own() -> None:
     assert len(set(drawn)) == 200
 
 
+@pytest.mark.process
 def test_a_lane_of_a_forked_child_draws_keys_of_its_own() -> None:
     rig = Rig()
     rig.lane.add(b"x")

@@ -7,10 +7,14 @@ import subprocess
 import sysconfig
 from typing import TYPE_CHECKING
 
+import pytest
+
 from support.running import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.process
 
 # The system's random source is counted, and fails when told so.
 PROGRAM = r"""

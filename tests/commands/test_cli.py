@@ -152,6 +152,7 @@ def test_a_wrong_fault_file_is_a_wrong_use(capsys: pytest.CaptureFixture[str], t
     assert "recrod" in err
 
 
+@pytest.mark.process
 def test_settings_errors_of_run_are_exit_code_2_and_hide_secrets(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text(GOOD.replace('"t/#"', '"t/#/x"') + "qos = 9\n")
@@ -344,6 +345,7 @@ sys.exit(run(test_cli.made_settings(qos={qos})))
 
 
 @pytest.mark.parametrize(("qos", "code"), [(1, 0), (0, 1)])
+@pytest.mark.process
 def test_a_second_signal_stops_at_once(qos: int, code: int) -> None:
     begin = time.monotonic()
     script = SECOND_SIGNAL.format(tests=str(ROOT / "tests"), qos=qos)
@@ -373,6 +375,7 @@ def test_run_prints_messages_when_asked(engine: type[FakeEngine], monkeypatch: p
     assert out.getvalue() == b"key: t\nvalue: 1\n", "what is gathered is printed before the end"
 
 
+@pytest.mark.process
 def test_run_stays_small() -> None:
     """What `fastkin run` loads before it connects: neither SDK nor terminal library."""
     script = (
@@ -693,6 +696,7 @@ def emulator_process(*args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.communicate()
 
 
+@pytest.mark.process
 def test_emulator_and_tail_as_commands() -> None:
     with emulator_process("--stream", "a:2", "--stream", "b:1", "--limits", "off") as (process, url):
 
@@ -712,6 +716,7 @@ def test_emulator_and_tail_as_commands() -> None:
         assert process.wait(10) == 0
 
 
+@pytest.mark.process
 def test_an_emulator_on_a_port_in_use_says_so() -> None:
     with emulator_process() as (_, url):
         done = fastkin("emulator", "--port", url.rpartition(":")[2])
@@ -744,6 +749,7 @@ def ledger_of(text: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kill", [[], ["--kill"]])
+@pytest.mark.process
 def test_the_demo_loses_nothing(tmp_path: Path, kill: list[str]) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
@@ -774,6 +780,7 @@ def demo_on_amqtt(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=90, env=env)
 
 
+@pytest.mark.process
 def test_the_demo_loses_nothing_without_mosquitto(tmp_path: Path) -> None:
     begin = time.monotonic()
     done = demo_on_amqtt(tmp_path, "--seconds", "3")
@@ -789,6 +796,7 @@ def test_the_demo_loses_nothing_without_mosquitto(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_the_demo_does_not_kill_on_a_broker_that_loses(tmp_path: Path) -> None:
     done = demo_on_amqtt(tmp_path, "--kill")
     assert done.returncode == 1

@@ -295,6 +295,7 @@ async def test_a_run_that_was_killed_leaves_marks_and_sends_no_more_than_its_las
     assert len(got) == 34
 
 
+@pytest.mark.process
 async def test_a_replay_that_is_broken_off_marks_what_is_stored(
     tmp_path: Path, emulator: Emulator, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,6 +328,7 @@ async def test_a_replay_that_is_broken_off_marks_what_is_stored(
     assert [one["payload"] for one in kept(path)] == [base64.b64encode(b"stuck").decode()]
 
 
+@pytest.mark.process
 async def test_a_frame_whose_replay_is_broken_off_keeps_its_records_that_are_open(
     tmp_path: Path, emulator: Emulator, path: Path
 ) -> None:
@@ -455,6 +457,7 @@ print(n)
 """
 
 
+@pytest.mark.process
 async def test_replay_beside_a_service_that_writes_and_rotates(tmp_path: Path, emulator: Emulator, path: Path) -> None:
     """Every letter arrives exactly once, and none is left or lost, whatever the two did to the files meanwhile."""
     config = settings(tmp_path, emulator, path)
@@ -550,6 +553,7 @@ async def test_progress_is_shown_on_a_terminal(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.process
 async def test_a_replay_that_is_killed_for_real_is_finished_by_the_next(
     tmp_path: Path, path: Path, number: signal.Signals
 ) -> None:

@@ -337,6 +337,7 @@ def test_a_crash_anywhere_in_a_rotation_loses_nothing(tmp_path: Path, monkeypatc
     assert len(rotated(path)) <= 3
 
 
+@pytest.mark.process
 def test_processes_that_share_a_file_rotate_it_together(tmp_path: Path) -> None:
     path = tmp_path / "dead.jsonl"
     code = (
@@ -372,6 +373,7 @@ def test_a_folder_that_forbids_renaming_is_an_error_with_the_cure(
     assert numbers(path) == [0, 1]
 
 
+@pytest.mark.process
 def test_a_real_limit_of_the_file_size_keeps_nothing_and_names_the_cure(tmp_path: Path) -> None:
     path = tmp_path / "dead.jsonl"
     code = (

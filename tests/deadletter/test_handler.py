@@ -181,6 +181,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.process
 async def test_a_full_disk_pauses_intake_says_so_once_and_loses_nothing(
     emulator: Emulator, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -243,6 +244,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.process
 def test_a_file_that_may_not_grow_holds_records_back_until_it_may(tmp_path: Path) -> None:
     path = tmp_path / "dead.jsonl"
     done = subprocess.run(

@@ -104,6 +104,7 @@ def test_the_file_is_ours_alone(path: Path, spool: Spool) -> None:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
 
 
+@pytest.mark.process
 def test_one_owner(path: Path, spool: Spool) -> None:
     """Another process is told path and cure; the lock goes with the process that had it."""
     spool.write([put(0)])
@@ -135,6 +136,7 @@ def test_space_is_given_back_when_it_is_empty(path: Path, spool: Spool) -> None:
     assert ids[0] > 40, "an id is never used twice"
 
 
+@pytest.mark.process
 def test_memory_stays_small(tmp_path: Path) -> None:
     """64 MiB through the file in rows of 1 MiB: a few MiB at most."""
     script = f"""
@@ -175,6 +177,7 @@ while True:
 """
 
 
+@pytest.mark.process
 def test_sigkill_in_a_write_loses_nothing_that_was_told(path: Path) -> None:
     for round_ in range(3):
         env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
@@ -353,6 +356,7 @@ print(kept)
 
 
 @pytest.mark.parametrize("limit", [MIB, 3 * MIB, 5 * MIB])
+@pytest.mark.process
 def test_a_disk_without_room(path: Path, limit: int) -> None:
     """A file that may not grow: the error names path and cure, what was kept is there, it works again with room."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
@@ -385,6 +389,7 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
         subprocess.run(["umount", str(mount)], check=True)
 
 
+@pytest.mark.process
 def test_a_full_file_system(small_disk: Path) -> None:
     with Spool(small_disk / "spool.db", max_bytes=MIB * 100) as spool:
         kept, said = 0, ""
@@ -403,6 +408,7 @@ def test_a_full_file_system(small_disk: Path) -> None:
 
 @pytest.mark.parametrize("small_disk", [24], indirect=True)
 @pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.process
 def test_a_full_file_system_gives_back_what_it_holds(small_disk: Path, restart: bool) -> None:
     """Deleting takes room as well: some was kept for that. Nothing is written until there is room again."""
     path, ballast = small_disk / "spool.db", small_disk / "ballast"
@@ -448,6 +454,7 @@ def test_a_full_file_system_gives_back_what_it_holds(small_disk: Path, restart: 
     assert not (small_disk / "spool.db-reserve").exists() or spool.rows
 
 
+@pytest.mark.process
 def test_a_read_only_directory(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()

@@ -53,7 +53,11 @@ async def stream(name: str, request: pytest.FixtureRequest, shards: int = 4) -> 
 
 
 def on_all(*names: str) -> Callable[[Any], Any]:
-    return pytest.mark.parametrize("name", names or PEERS)
+    values = [
+        pytest.param(name, marks=() if name == "emulator" else pytest.mark.process)  # it runs within the tests
+        for name in names or PEERS
+    ]
+    return pytest.mark.parametrize("name", values)
 
 
 @on_all()
@@ -272,6 +276,7 @@ REFUSED: list[tuple[str, list[Any], str, tuple[str, ...]]] = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("records", "code", "peers"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
 async def test_one_bad_record_refuses_the_whole_call(
     records: list[Any], code: str, peers: tuple[str, ...], request: pytest.FixtureRequest

@@ -148,6 +148,7 @@ def test_events_of_others(event: dict[str, Any]) -> None:
         lambdas.transform(event, lambda record: record.data)
 
 
+@pytest.mark.process
 def test_the_file_stands_alone() -> None:
     """Copied into a function's package it needs neither the compiled part nor anything installed."""
     program = "import runpy, sys; runpy.run_path(sys.argv[1]); assert not [m for m in sys.modules if 'fastkin' in m]"

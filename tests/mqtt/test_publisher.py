@@ -33,6 +33,7 @@ def at(server: Server | FakeBroker, **settings: Any) -> Broker:
 
 @pytest.mark.parametrize("protocol", ["auto", "5", "3.1.1"])
 @pytest.mark.parametrize("qos", [0, 1])
+@pytest.mark.process
 def test_everything_arrives(run: Any, qos: int, protocol: Any) -> None:
     async def main() -> None:
         with mosquitto("max_inflight_messages 0\nmax_queued_messages 0\n") as server:
@@ -53,6 +54,7 @@ def test_everything_arrives(run: Any, qos: int, protocol: Any) -> None:
     run(main())
 
 
+@pytest.mark.process
 def test_the_brokers_receive_maximum_lowers_the_window() -> None:
     async def main() -> None:
         with mosquitto("max_inflight_messages 7\n") as server:
@@ -62,6 +64,7 @@ def test_the_brokers_receive_maximum_lowers_the_window() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.process
 def test_several_publish_at_once(run: Any) -> None:
     async def main() -> None:
         with mosquitto() as server:
@@ -225,6 +228,7 @@ def test_why_there_is_no_connection(run: Any) -> None:
     run(main())
 
 
+@pytest.mark.process
 def test_misuse_is_said() -> None:
     with pytest.raises(LibraryError, match="window 0"):
         Publisher(Broker(), window=0)
@@ -247,6 +251,7 @@ def test_misuse_is_said() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.process
 def test_a_connection_that_is_lost_is_said(run: Any) -> None:
     async def main() -> None:
         with mosquitto() as server:
@@ -293,6 +298,7 @@ def test_keep_alive_and_a_dead_broker() -> None:
     assert pings >= 3
 
 
+@pytest.mark.process
 def test_user_and_password(tmp_path: Path) -> None:
     passwords = tmp_path / "passwords"
     passwords.touch(mode=0o600)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from fastkin.mqtt.subscriber import Intake
 
+pytestmark = pytest.mark.process
+
 LOOPS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 
 

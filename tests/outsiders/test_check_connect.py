@@ -20,6 +20,8 @@ from support.servers import mosquitto
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.process
+
 
 def settings(port: int, url: str, *, topics: str = '"t/#"', more: str = "", client: str = "c") -> str:
     return (

@@ -53,7 +53,7 @@ STRICT = ("-X", "dev", "-W", "error")
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto() as running:
         yield running
 

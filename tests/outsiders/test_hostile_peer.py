@@ -34,7 +34,7 @@ WHOLE = {"ShardId": "shardId-000000000000", "HashKeyRange": {"StartingHashKey": 
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto("max_queued_messages 0\nmax_inflight_messages 100\n") as running:
         yield running
 

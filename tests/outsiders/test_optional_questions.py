@@ -30,7 +30,7 @@ MAGIC = b"\xf3\x89\x9a\xc2"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto("max_queued_messages 0\nmax_inflight_messages 100\n") as running:
         yield running
 

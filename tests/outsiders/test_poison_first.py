@@ -29,7 +29,7 @@ ONE = {"receive_maximum": 1, "protocol": "5"}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto("max_queued_messages 0\n") as running:
         yield running
 

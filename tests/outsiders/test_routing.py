@@ -183,6 +183,7 @@ async def test_one_narrow_filter_takes_whatever_the_broker_delivers(tmp_path: Pa
         assert p.stored() == [b"1", b"2"]
 
 
+@pytest.mark.process
 async def test_sys_topics_beside_everything(tmp_path: Path) -> None:
     """A real broker's."""
     with mosquitto("sys_interval 1\n") as server:
@@ -249,6 +250,7 @@ async def test_what_no_filter_tells_is_a_dead_letter(tmp_path: Path, protocol: s
 
 
 @PROTOCOLS
+@pytest.mark.process
 async def test_a_bulk_label_beside_everything(tmp_path: Path, protocol: str) -> None:
     """Both filters take the frames. Where the broker does not say which, the label's own is the closer one."""
     with mosquitto() as server:

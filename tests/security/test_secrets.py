@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import orjson
+import pytest
 import trustme
 
 from fastkin.config import Broker, Tls
@@ -19,8 +20,6 @@ from support.fake_http import FakeServer, Link, Request
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
 MARK = "s3cr3tMARK"
 PASSWORD, USERINFO, KEY_PASSWORD = (f"{MARK}{n}" for n in ("pw", "url", "key"))
@@ -94,6 +93,7 @@ async def echoing(link: Link, request: Request) -> None:
     link.reply(403, orjson.dumps({"__type": "AccessDeniedException", "message": " ".join(told.split())}))
 
 
+@pytest.mark.process
 async def test_no_secret_is_said_in_any_failure(tmp_path: Path) -> None:
     broker = await asyncio.start_server(refusing, "127.0.0.1", 0)
     port = broker.sockets[0].getsockname()[1]

@@ -44,7 +44,7 @@ _RIGS = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto("max_queued_messages 0\nmax_inflight_messages 200\n") as running:
         yield running
 
@@ -316,6 +316,7 @@ async def test_any_thread_may_scrape(server: Server) -> None:
     assert values(generate_latest(registry).decode())
 
 
+@pytest.mark.process
 def test_prometheus_is_not_loaded_by_who_does_not_ask(tmp_path: Path) -> None:
     script = (
         "import sys, fastkin.service.engine, fastkin.commands.cli, fastkin.commands.run; "

@@ -39,7 +39,7 @@ _RIGS = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto() as running:
         yield running
 
@@ -178,6 +178,7 @@ async def test_what_somebody_must_mend_is_not_ready(server: Server, code: str, m
             assert engine.stats()["p"]["stored"] == 1
 
 
+@pytest.mark.process
 async def test_a_broker_that_leaves_and_comes_back(tmp_path: Path) -> None:
     async with Emulator({"welders": 1}) as emulator:
         with mosquitto() as first:
@@ -416,6 +417,7 @@ def test_wrong_status_settings_are_named(tmp_path: Path, table: str, said: str) 
     assert said in str(problem) and "stat" in str(problem)
 
 
+@pytest.mark.process
 def test_the_process_says_in_one_line_that_the_port_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -427,6 +429,7 @@ def test_the_process_says_in_one_line_that_the_port_is_taken(tmp_path: Path) -> 
             assert "Traceback" not in run.log()
 
 
+@pytest.mark.process
 def test_the_process_is_seen_while_it_waits_and_stops(tmp_path: Path) -> None:
     port = free_port()
     with service(tmp_path, Path(written(tmp_path, f"[status]\nport = {port}\n")).read_text()) as run:

@@ -56,7 +56,7 @@ dead_letter = "none"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto() as running:
         yield running
 
