@@ -501,6 +501,7 @@ async def flow(rate: float, seconds: float, **broker: Any) -> tuple[Rig, float, 
         return rig, rig.intake.messages / rig.intake.reads, on
 
 
+@pytest.mark.timing
 def test_reads_are_coalesced_at_high_rates_only(run: Any) -> None:
     """A busy machine makes reads of many messages by itself: one quiet attempt out of some is enough."""
 
