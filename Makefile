@@ -1,5 +1,5 @@
 # Every target does its own set-up; `ci/setup` says what it installs and is quick when nothing changed.
-.PHONY: help setup build demo test faults simulate lint bench fuzz clean
+.PHONY: help setup build demo unit test faults simulate lint bench fuzz clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -12,6 +12,9 @@ build: ## fastkin and what it needs to run, in .venv
 
 demo: build ## a simulated plant through a broker into an emulated stream, with a ledger at the end
 	.venv/bin/fastkin demo
+
+unit: setup ## the first look after a change: tests that start no process, without those of tests/outsiders
+	.venv/bin/python -m pytest -n 4 --dist worksteal -m "not process" --ignore=tests/outsiders
 
 test: setup ## the tests, against mosquitto, kinesalite and kinesis-mock
 	.venv/bin/python -m pytest -n 3

@@ -4,22 +4,26 @@ Every test has a time limit (`timeout` in pyproject.toml, or the test's own mark
 signal, which only fails the one test, but needs a main thread that still runs Python. A main thread that is stuck in
 a lock or in a loop's C code never sees it. So a second limit, a little later, is watched by a thread of the
 interpreter's own (faulthandler): it prints the stacks of all threads and ends the process.
+
+Tests that start a process bear the mark `process`: see support/processes.py.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-import servers
-import stalls
+from support import processes, servers, stalls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_HERE = Path(__file__).resolve().parent
+_WHOLE = {"faults", "long", "simulation", "system"}  # folders whose every test is about processes
 _GRACE_S = 20.0  # what the signal gets to end a test in order
 _stderr = pytest.StashKey[int]()
 
@@ -33,34 +37,49 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     os.close(config.stash[_stderr])
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        whole = any(_HERE / folder in item.path.parents for folder in _WHOLE)
+        if whole or "process" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.process)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     mark = item.get_closest_marker("timeout")
     given = (mark.args[0] if mark.args else mark.kwargs.get("timeout")) if mark is not None else None
     limit = float(given or item.config.getini("timeout"))
     faulthandler.dump_traceback_later(limit + _GRACE_S, exit=True, file=item.config.stash[_stderr])
+    processes.watch(item)
     try:
         return (yield)
     finally:
+        processes.watch(None)
         faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.fixture(scope="session")
+def process() -> None:
+    """For fixtures that start a process. What asks for this, by way of others too, bears the mark `process`."""
+
+
 @pytest.fixture
-def broker() -> Iterator[servers.Server]:
+def broker(process: None) -> Iterator[servers.Server]:
     """A fresh mosquitto for this test."""
     with servers.mosquitto() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def kinesalite_server() -> Iterator[servers.KinesisServer]:
+def kinesalite_server(process: None) -> Iterator[servers.KinesisServer]:
     """One kinesalite for the whole run: use a stream name of your own."""
     with servers.kinesalite() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def kinesis_mock_server() -> Iterator[servers.KinesisServer]:
+def kinesis_mock_server(process: None) -> Iterator[servers.KinesisServer]:
     """One kinesis-mock for the whole run: use a stream name of your own."""
     with servers.kinesis_mock() as server:
         yield server

@@ -42,7 +42,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import psutil
 
-import stalls
 from fastkin import encode_frame
 from fastkin.config import Broker
 from fastkin.emulator import Emulator, StreamSpec
@@ -50,15 +49,16 @@ from fastkin.errors import FastkinError
 from fastkin.mqtt.publisher import Publisher
 from ledger import Ledger, MqttWatch, dead_letters, numbers, record, spooled, user_records
 from proxy import FaultProxy
-from running import ROOT, Service
-from servers import ACCESS_KEY, SECRET_KEY, free_port, mosquitto
+from support import stalls
+from support.running import ROOT, Service
+from support.servers import ACCESS_KEY, SECRET_KEY, free_port, mosquitto
 from websocket_bridge import WebSocketBridge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from scripted import ScriptedBroker
-    from servers import Server
+    from support.servers import Server
 
 T = TypeVar("T")
 Message = tuple[str, bytes, list[int]]  # topic, payload, the numbers in it

@@ -7,8 +7,8 @@ import contextlib
 import random
 from typing import TYPE_CHECKING, Literal
 
-from fake_broker import Peer
-from mqtt_wire import publish
+from support.fake_broker import Peer
+from support.mqtt_wire import publish
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

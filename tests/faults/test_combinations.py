@@ -22,7 +22,7 @@ from disks import SmallDisk, mountable
 from harness import STREAM, Plant, Rig
 from ledger import Ledger
 from scripted import ScriptedBroker
-from servers import ACCESS_KEY, SECRET_KEY
+from support.servers import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from proxy import FaultProxy
-from readback import read_stream
-from running import CountingProxy, Plant, service, wait_until
-from servers import mosquitto
+from support.readback import read_stream
+from support.running import CountingProxy, Plant, service, wait_until
+from support.servers import mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from servers import KinesisServer
+    from support.servers import KinesisServer
 
 SETTINGS = """
 [broker]

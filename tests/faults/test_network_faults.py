@@ -15,7 +15,7 @@ import trustme
 from authority import YESTERDAY, Authority
 from fastkin.emulator import Secret
 from harness import Rig
-from servers import ACCESS_KEY, SECRET_KEY
+from support.servers import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,8 +10,8 @@ import pytest
 
 from harness import Rig, Scraper
 from ledger import Ledger, MqttWatch, numbers, record
-from mqtt_wire import publish
 from proxy import FaultProxy
+from support.mqtt_wire import publish
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

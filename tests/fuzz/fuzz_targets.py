@@ -1,7 +1,7 @@
 # cython: language_level=3, annotation_typing=False, binding=False
 """What is fuzzed: one function per target. It takes any bytes and returns, or the oracle inside it raises.
 
-Run by libFuzzer on the sanitizer build (run.py, there compiled), and by tests/test_corpus.py on the release
+Run by libFuzzer on the sanitizer build (run.py, there compiled), and by tests/fuzz/test_corpus.py on the release
 build with every input that was ever worth keeping. `close_end` and `open_end` are set by run.py: they make the
 byte behind a bytes object one that must not be read.
 """
@@ -18,7 +18,6 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import oracle
 from fastkin._codec import (
     DEAD,
     DRAIN,
@@ -36,6 +35,7 @@ from fastkin.aws.http import MAX_ANSWER, MAX_HEADERS, Reply, _Connection, _Stale
 from fastkin.errors import ConfigError, DataFormatError, ProtocolError, RecordError, TransportError, UnexpectedResponse
 from fastkin.mqtt import _core as _mqtt
 from fastkin.settings import load_settings
+from support import oracle
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastkin.errors import ProtocolError
 from fastkin.mqtt import _core as _mqtt
-from mqtt_wire import CONNACKS, connack, corpus
+from support.mqtt_wire import CONNACKS, connack, corpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from outage import Plant
 from stand import MIB, Memory, Report, Scraper, Stand, service, wait_for, workplace
 
-from servers import free_port, mosquitto
+from support.servers import free_port, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

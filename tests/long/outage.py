@@ -23,7 +23,7 @@ from stand import MIB, WELDER_BYTES, Memory, Report, Scraper, Stand, record, ser
 from fastkin._codec import encode_frame
 from fastkin.config import Broker
 from fastkin.mqtt.publisher import Publisher
-from servers import free_port, mosquitto
+from support.servers import free_port, mosquitto
 
 SHARDS = 8  # of the raw stream: 8,000 records/s
 BULK_SHARDS = 2

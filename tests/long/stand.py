@@ -32,7 +32,7 @@ for _path in (ROOT / "tests", ROOT / "src"):
 
 from fastkin.emulator import Emulator  # noqa: E402
 from fastkin.emulator.streams import Batch, Stream  # noqa: E402
-from running import Service, service  # noqa: E402
+from support.running import Service, service  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

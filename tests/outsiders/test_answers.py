@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from fake_http import FakeServer, Link, Request, on_both_loops
 from fastkin import Producer
 from fastkin.aws.http import HttpPool, Reply
 from fastkin.errors import TransportError
-from servers import ACCESS_KEY, SECRET_KEY
+from support.fake_http import FakeServer, Link, Request, on_both_loops
+from support.servers import ACCESS_KEY, SECRET_KEY
 
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nmine"
 PLANTED = b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nPLANTED"

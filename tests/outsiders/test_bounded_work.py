@@ -6,7 +6,6 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from fake_http import FakeServer, Link, Request
 from fastkin import Producer
 from fastkin.aws import credentials
 from fastkin.aws.credentials import ChainCredentials
@@ -14,7 +13,8 @@ from fastkin.aws.http import HttpPool
 from fastkin.config import Kinesis
 from fastkin.emulator import Emulator
 from fastkin.errors import KinesisError
-from servers import ACCESS_KEY, SECRET_KEY
+from support.fake_http import FakeServer, Link, Request
+from support.servers import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:
     import pytest

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import uvloop
 
-from fake_broker import CONNACK, FakeBroker, Peer, Rig, lines, until
 from fastkin.config import Broker
 from fastkin.mqtt._core import publish
 from fastkin.mqtt.publisher import Publisher
+from support.fake_broker import CONNACK, FakeBroker, Peer, Rig, lines, until
 
 LOOPS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import fastkin.mqtt.handshake
-from fake_broker import FakeBroker, Peer, Rig, lines, until
 from fastkin.config import Broker
 from fastkin.errors import MqttError
 from fastkin.mqtt._core import publish
 from fastkin.mqtt.publisher import Publisher
+from support.fake_broker import FakeBroker, Peer, Rig, lines, until
 
 
 def connack(*properties: bytes) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fake_broker import FakeBroker, Peer, Rig, lines, until
+from support.fake_broker import FakeBroker, Peer, Rig, lines, until
 
 
 async def forgetful(peer: Peer) -> None:

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from servers import mosquitto
-from test_pipeline import rig
+from service.test_pipeline import rig
+from support.servers import mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from servers import Server
+    from support.servers import Server
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto() as running:  # its defaults
         yield running
 

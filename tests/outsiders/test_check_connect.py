@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fake_broker import FakeBroker, Peer, until
 from fastkin.config import Broker
 from fastkin.emulator import Emulator
 from fastkin.mqtt.publisher import Publisher
-from mqtt_wire import publish
-from running import service
-from servers import mosquitto
+from support.fake_broker import FakeBroker, Peer, until
+from support.mqtt_wire import publish
+from support.running import service
+from support.servers import mosquitto
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.process
 
 
 def settings(port: int, url: str, *, topics: str = '"t/#"', more: str = "", client: str = "c") -> str:

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fake_broker import until
-from fake_http import FakeServer, Link, Request
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.error_table import error_from
 from fastkin.aws.http import Reply
@@ -20,20 +18,22 @@ from fastkin.config import Kinesis
 from fastkin.errors import ConfigError, KinesisError
 from fastkin.mqtt.transport import said
 from fastkin.status.logs import setup
-from servers import mosquitto
-from test_pipeline import rig
+from service.test_pipeline import rig
+from support.fake_broker import until
+from support.fake_http import FakeServer, Link, Request
+from support.servers import mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from servers import Server
+    from support.servers import Server
 
 ROLE = "arn:aws:iam::123456789012:role/ingest"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto("max_queued_messages 0\nmax_inflight_messages 100\n") as running:
         yield running
 

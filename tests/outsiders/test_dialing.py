@@ -14,12 +14,12 @@ import pytest
 import trustme
 from aiohttp import WSMsgType, web
 
-from fake_broker import FakeBroker, Peer, Rig, until
-from fake_http import FakeServer, Link, Request, on_both_loops
 from fastkin.aws.http import HttpPool
 from fastkin.config import Broker
 from fastkin.errors import NotSent
 from fastkin.mqtt.publisher import Publisher
+from support.fake_broker import FakeBroker, Peer, Rig, until
+from support.fake_http import FakeServer, Link, Request, on_both_loops
 
 if TYPE_CHECKING:
     import ssl

@@ -8,12 +8,12 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
+from delivery.test_backlog import Feed, broker, pipeline, until
 from fastkin.deadletter.file import DeadLetters
 from fastkin.deadletter.handler import FileStore
 from fastkin.delivery.spool_file import Spool
 from fastkin.service.pipeline import PipelineRun
-from servers import free_port
-from test_overflow import Feed, broker, pipeline, until
+from support.servers import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fastkin.emulator import Emulator
-from servers import mosquitto
+from support.servers import mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from servers import Server
+    from support.servers import Server
 
 HEAD = """
 import asyncio, sys
@@ -53,7 +53,7 @@ STRICT = ("-X", "dev", "-W", "error")
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto() as running:
         yield running
 

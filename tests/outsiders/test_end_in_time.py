@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
-from fake_broker import until
 from fastkin.config import Broker
 from fastkin.deadletter.file import DeadLetterError, DeadLetters
 from fastkin.emulator import Emulator
 from fastkin.mqtt.publisher import Publisher
-from servers import mosquitto
+from support.fake_broker import until
+from support.servers import mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from servers import Server
+    from support.servers import Server
 
 SETTINGS = """
 [broker]
@@ -79,7 +79,7 @@ LATE_S = 5.0  # beyond what is promised: a busy machine
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto() as running:
         yield running
 
@@ -301,6 +301,7 @@ async def embedded(code: str, patch: str, hang: Path, *arguments: str) -> list[s
     return out.decode().splitlines()
 
 
+@pytest.mark.process
 async def test_an_embedded_producer_closes_and_its_process_exits_beside_a_hanging_disk(tmp_path: Path) -> None:
     hang = tmp_path / "hang"
     hang.touch()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from delivery.test_sender import Rig, Scripted, Verdict, numbered
 from fastkin import Producer
 from fastkin.emulator import Emulator
-from servers import ACCESS_KEY, SECRET_KEY
-from test_sender import Rig, Scripted, Verdict, numbered
+from support.servers import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,10 +6,10 @@ import asyncio
 import base64
 from typing import TYPE_CHECKING
 
+from delivery.test_sender import TEXT, THROTTLED, Rig, Scripted, Verdict, all_stored, until
 from fastkin._codec import DRAIN, ShardTable
 from fastkin.aws.shards import HASH_SPACE, Shard, ShardMap
 from fastkin.errors import KinesisError
-from test_sender import TEXT, THROTTLED, Rig, Scripted, Verdict, all_stored, until
 
 if TYPE_CHECKING:
     import pytest

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from delivery.test_backlog import MIB, pipeline, running, until
 from fastkin import Producer
 from fastkin.emulator import Emulator
-from servers import ACCESS_KEY, SECRET_KEY
-from test_overflow import MIB, pipeline, running, until
+from support.servers import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

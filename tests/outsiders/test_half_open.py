@@ -12,11 +12,11 @@ import pytest
 import uvloop
 from aiohttp import WSMsgType, web
 
-from fake_broker import FakeBroker, Peer, Rig
-from fake_http import FakeServer, Link, Request
 from fastkin.aws.http import HttpPool
 from fastkin.config import Broker
 from fastkin.mqtt.publisher import Publisher
+from support.fake_broker import FakeBroker, Peer, Rig
+from support.fake_http import FakeServer, Link, Request
 
 LOOPS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 

@@ -17,13 +17,13 @@ import pytest
 from aiohttp import web
 
 import fastkin
-from fake_broker import FakeBroker, Peer, until
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.emulator import Emulator
 from fastkin.errors import ProtocolError
 from fastkin.mqtt._core import APART, CallbackSink, Ledger, Router, Session, Unfit
-from mqtt_wire import packet, text, varint
-from servers import ACCESS_KEY, SECRET_KEY
+from support.fake_broker import FakeBroker, Peer, until
+from support.mqtt_wire import packet, text, varint
+from support.servers import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fake_http import FakeServer, Link, Request
 from fastkin import Producer
 from fastkin.aws.error_table import error_from, retry_after
 from fastkin.aws.http import Reply
@@ -21,20 +20,21 @@ from fastkin.aws.native import KinesisClient
 from fastkin.aws.shards import Shard
 from fastkin.config import Kinesis
 from fastkin.errors import KinesisError, UnexpectedResponse
-from servers import ACCESS_KEY, SECRET_KEY, mosquitto
-from test_pipeline import rig
+from service.test_pipeline import rig
+from support.fake_http import FakeServer, Link, Request
+from support.servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from servers import Server
+    from support.servers import Server
 
 TOP = 2**128 - 1
 WHOLE = {"ShardId": "shardId-000000000000", "HashKeyRange": {"StartingHashKey": "0", "EndingHashKey": str(TOP)}}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto("max_queued_messages 0\nmax_inflight_messages 100\n") as running:
         yield running
 

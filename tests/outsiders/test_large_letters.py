@@ -13,7 +13,7 @@ import pytest
 
 from fastkin.commands.cli import _main
 from fastkin.emulator import Emulator
-from servers import ACCESS_KEY, SECRET_KEY
+from support.servers import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -10,17 +10,17 @@ import pytest
 from fastkin import Producer, encode_frame
 from fastkin._codec import DRAIN, DROPPED, Budget, KeyPlan, Lane
 from fastkin.emulator import Emulator
-from servers import ACCESS_KEY, SECRET_KEY, mosquitto
-from test_pipeline import rig
+from service.test_pipeline import rig
+from support.servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from servers import Server
+    from support.servers import Server
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto("max_queued_messages 0\nmax_inflight_messages 0\n") as running:
         yield running
 

@@ -19,12 +19,14 @@ import psutil
 import pytest
 
 from fastkin import encode_frame
-from running import ROOT, service
-from servers import free_port
+from support.running import ROOT, service
+from support.servers import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+pytestmark = pytest.mark.process
 
 MIB = 1 << 20
 MOST = 1.1

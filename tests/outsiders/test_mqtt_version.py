@@ -10,9 +10,9 @@ import pytest
 import uvloop
 from aiohttp import WSMsgType, web
 
-from fake_broker import CONNACK, FakeBroker, Peer, Rig, lines, until
 from fastkin.config import Broker
 from fastkin.mqtt.publisher import Publisher
+from support.fake_broker import CONNACK, FakeBroker, Peer, Rig, lines, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -16,13 +16,13 @@ import pytest
 from fastkin import Producer
 from fastkin.emulator import Emulator, StreamSpec
 from fastkin.errors import LibraryError
-from servers import ACCESS_KEY, SECRET_KEY, mosquitto
-from test_pipeline import rig
+from service.test_pipeline import rig
+from support.servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from servers import Server
+    from support.servers import Server
 
 PAYLOADS = [b"%d" % n for n in range(100)]
 QUESTIONS = ("DescribeStreamSummary", "DescribeStream", "ListShards")
@@ -30,7 +30,7 @@ MAGIC = b"\xf3\x89\x9a\xc2"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto("max_queued_messages 0\nmax_inflight_messages 100\n") as running:
         yield running
 

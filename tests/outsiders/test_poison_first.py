@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from delivery.test_backlog import broker, pipeline, until
+from delivery.test_sender import Rig, Scripted, Verdict, refuses
 from fastkin import encode_frame
 from fastkin._codec import DRAIN
 from fastkin.emulator import Emulator
 from fastkin.service.pipeline import PipelineRun
-from servers import mosquitto
-from test_overflow import broker, pipeline, until
-from test_pipeline import rig
-from test_sender import Rig, Scripted, Verdict, refuses
+from service.test_pipeline import rig
+from support.servers import mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from servers import Server
+    from support.servers import Server
 
 ONE = {"receive_maximum": 1, "protocol": "5"}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto("max_queued_messages 0\n") as running:
         yield running
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import pytest
 import trustme
 
-from fake_http import FakeServer, Link, Request, on_both_loops
 from fastkin.aws.http import HttpPool
 from fastkin.aws.transports import make_client
 from fastkin.config import Kinesis
 from fastkin.errors import KinesisError, TransportError
+from support.fake_http import FakeServer, Link, Request, on_both_loops
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

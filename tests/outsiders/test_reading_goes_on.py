@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import uvloop
 
-from fake_broker import FakeBroker, Peer, Rig, until
 from fastkin.mqtt._core import publish
+from support.fake_broker import FakeBroker, Peer, Rig, until
 
 LOOPS = {"asyncio": asyncio.run, "uvloop": uvloop.run}
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fake_broker import FakeBroker, Rig, until
-from mqtt_wire import publish
+from support.fake_broker import FakeBroker, Rig, until
+from support.mqtt_wire import publish
 
 if TYPE_CHECKING:
-    from fake_broker import Peer
+    from support.fake_broker import Peer
 
 PROTOCOLS = pytest.mark.parametrize("protocol", ["3.1.1", "5"])
 

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import fastkin
-from fake_broker import FakeBroker, until
 from fastkin.config import Broker
 from fastkin.emulator import Emulator
 from fastkin.mqtt.publisher import Publisher
 from fastkin.settings import load
-from mqtt_wire import publish
-from servers import ACCESS_KEY, SECRET_KEY, mosquitto
+from support.fake_broker import FakeBroker, until
+from support.mqtt_wire import publish
+from support.servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from fake_broker import Peer
+    from support.fake_broker import Peer
 
 PROTOCOLS = pytest.mark.parametrize("protocol", ["3.1.1", "5"])
 LABEL = "/devices/+/bulkData/telemetry"
@@ -183,6 +183,7 @@ async def test_one_narrow_filter_takes_whatever_the_broker_delivers(tmp_path: Pa
         assert p.stored() == [b"1", b"2"]
 
 
+@pytest.mark.process
 async def test_sys_topics_beside_everything(tmp_path: Path) -> None:
     """A real broker's."""
     with mosquitto("sys_interval 1\n") as server:
@@ -249,6 +250,7 @@ async def test_what_no_filter_tells_is_a_dead_letter(tmp_path: Path, protocol: s
 
 
 @PROTOCOLS
+@pytest.mark.process
 async def test_a_bulk_label_beside_everything(tmp_path: Path, protocol: str) -> None:
     """Both filters take the frames. Where the broker does not say which, the label's own is the closer one."""
     with mosquitto() as server:

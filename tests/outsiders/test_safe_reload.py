@@ -14,25 +14,25 @@ import pytest
 import trustme
 
 import fastkin
-from fake_broker import until
 from fastkin.config import Broker, Kinesis, Pipeline, Settings, Status, Tls
 from fastkin.emulator import Emulator
 from fastkin.errors import ConfigError
 from fastkin.mqtt.publisher import Publisher
 from fastkin.service.pipeline import PipelineRun
-from servers import free_port, mosquitto
+from support.fake_broker import until
+from support.servers import free_port, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from servers import Server
+    from support.servers import Server
 
 IDS = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(process: None) -> Iterator[Server]:
     with mosquitto() as running:
         yield running
 

@@ -18,7 +18,7 @@ from fastkin.commands import cli
 from fastkin.commands.printing import Printer
 from fastkin.deadletter.file import DeadLetters
 from fastkin.emulator import Emulator
-from readback import kinesis_client
+from support.readback import kinesis_client
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -141,6 +141,7 @@ def on_terminal(write: Any) -> bytes:
     return found
 
 
+@pytest.mark.process
 def test_stdout_true_writes_for_a_terminal_what_prints_and_for_a_pipe_what_came() -> None:
     def write() -> None:
         with open(1, "wb", closefd=False) as out:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from delivery.test_sender import Rig, Scripted, numbered
 from fastkin.errors import Action, KinesisError, TransportError
-from test_sender import Rig, Scripted, numbered
 
 if TYPE_CHECKING:
     from fastkin._codec import Batch

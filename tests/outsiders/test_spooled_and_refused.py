@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from fastkin.emulator import Emulator
-from test_producer_overflow import identity, result, spooling
+from producer.test_overflow import identity, result, spooling
 
 if TYPE_CHECKING:
     from pathlib import Path

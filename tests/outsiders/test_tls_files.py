@@ -15,14 +15,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fake_broker import Peer, Rig, until
-from fake_http import FakeServer, Link, Request, on_both_loops
 from fastkin.aws.client import tls_context as kinesis_context
 from fastkin.aws.native import KinesisClient
 from fastkin.config import Broker, Kinesis, Tls
 from fastkin.errors import Action, KinesisError, MqttError
 from fastkin.mqtt.publisher import Publisher
 from fastkin.mqtt.transport import tls_context as broker_context
+from support.fake_broker import Peer, Rig, until
+from support.fake_http import FakeServer, Link, Request, on_both_loops
 
 if TYPE_CHECKING:
     from pathlib import Path

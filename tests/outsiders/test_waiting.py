@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import stalls
+from delivery.test_backlog import broker, pipeline, until
 from fastkin import Producer
 from fastkin._codec import DRAIN
 from fastkin.emulator import Emulator
 from fastkin.service.pipeline import PipelineRun
-from servers import ACCESS_KEY, SECRET_KEY
-from test_overflow import broker, pipeline, until
+from support import stalls
+from support.servers import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -10,8 +10,8 @@ import pytest
 import uvloop
 from aiohttp import WSMsgType, web
 
-from fake_broker import Rig, until
 from fastkin.mqtt._core import publish
+from support.fake_broker import Rig, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

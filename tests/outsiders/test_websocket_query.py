@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from fake_broker import Rig
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.settings.show import effective
+from support.fake_broker import Rig
 
 if TYPE_CHECKING:
     import pytest

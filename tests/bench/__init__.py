@@ -1,0 +1,1 @@
+"""Tests of fastkin.bench: the simulated plant."""

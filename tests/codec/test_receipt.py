@@ -1,0 +1,324 @@
+"""Receipts: awaited before and after, from callbacks, by several, and dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+
+from fastkin import encode_frame
+from fastkin._codec import DEAD, DROPPED, FAILED, FILTERED, Budget, Receipt
+from fastkin.errors import RecordError, RecordFailed
+from fastkin.results import FrameResult, PutResult
+from support.codec_rig import SHARD, Rig, answer, entry, failure, stored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def test_stored() -> None:
+    rig = Rig()
+    receipts = [rig.lane.put(b"x") for _ in range(3)]
+    [batch] = rig.drain()
+    assert not any(receipt.done() for receipt in receipts)
+    for ask in (receipts[0].result, receipts[0].exception):
+        with pytest.raises(asyncio.InvalidStateError):
+            ask()
+    batch.settle(answer([entry(number=str(i)) for i in range(3)], EncryptionType="KMS"))
+    assert [receipt.result() for receipt in receipts] == [PutResult(SHARD, str(i), "KMS") for i in range(3)]
+    assert receipts[1].result() is receipts[1].result()
+    assert receipts[1].exception() is None
+    rig.settled()
+
+
+def test_the_place_is_read_whatever_stands_around_it() -> None:
+    rig = Rig()
+    receipt = rig.lane.put(b"x")
+    [batch] = rig.drain()
+    batch.settle(
+        b'{"Records":[ { "x":[{"ShardId":"no"}], "SequenceNumber" : "7\\u0031" ,"ErrorCode":null,"ShardId":"a\\"b"} ],'
+        b'"FailedRecordCount":0}'
+    )
+    assert receipt.result() == PutResult('a"b', "71", None)
+    rig.settled()
+
+
+def test_failed() -> None:
+    rig = Rig()
+    first, second, third = (rig.lane.put(b"x") for _ in range(3))
+    [batch] = rig.drain()
+    [failed] = batch.settle(answer([entry(), failure("Odd", "m"), entry()]))
+    assert (first.done(), second.done(), third.done()) == (True, False, True)
+    error = RecordFailed("Odd", "m")
+    failed.batch.finish(FAILED, error)
+    assert second.exception() is error
+    for _ in range(2):
+        with pytest.raises(RecordFailed, match="Odd: m") as caught:
+            second.result()
+        # a copy: one error serves many receipts, and a raised one collects tracebacks
+        assert caught.value is not error
+        assert caught.value.code == "Odd"
+        assert caught.value.__cause__ is error
+    assert error.__traceback__ is None
+    rig.settled()
+
+
+def test_an_error_that_cannot_be_copied_is_raised_itself() -> None:
+    class OddError(Exception):
+        def __new__(cls, *args: Any) -> Self:
+            if args:
+                raise TypeError("only without arguments")
+            return super().__new__(cls)
+
+    error = OddError()
+    error.args = (1,)
+    rig = Rig()
+    receipt = rig.lane.put(b"x")
+    rig.drain()[0].finish(FAILED, error)
+    with pytest.raises(OddError) as caught:
+        receipt.result()
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("outcome", "word"), [(DEAD, "dead-lettered"), (FILTERED, "filtered"), (DROPPED, "dropped"), (FAILED, "failed")]
+)
+def test_ended_without_an_error(outcome: int, word: str) -> None:
+    rig = Rig()
+    receipt = rig.lane.put(b"x")
+    rig.drain()[0].finish(outcome)
+    with pytest.raises(RecordError, match=word):
+        receipt.result()
+    rig.settled()
+
+
+async def test_awaited_by_several() -> None:
+    rig = Rig()
+    receipt = rig.lane.put(b"x")
+
+    async def wait() -> object:
+        return await receipt
+
+    tasks = [asyncio.create_task(wait()) for _ in range(3)]
+    await asyncio.sleep(0)
+    tasks[2].cancel()
+    await asyncio.sleep(0)
+    [batch] = rig.drain()
+    batch.settle(stored(1))
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert results[0] == results[1] == PutResult(SHARD, "0")
+    assert isinstance(results[2], asyncio.CancelledError)
+    assert await receipt == results[0]
+    assert await asyncio.wait_for(receipt, 1) == results[0]
+    rig.settled()
+
+
+async def test_awaited_and_failed() -> None:
+    rig = Rig()
+    receipt = rig.lane.put(b"x")
+
+    async def wait() -> object:
+        return await receipt
+
+    task = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    rig.drain()[0].finish(FAILED, RecordFailed("A", "m"))
+    with pytest.raises(RecordFailed):
+        await task
+    with pytest.raises(RecordFailed):
+        await receipt
+    rig.settled()
+
+
+def test_callbacks() -> None:
+    rig = Rig()
+    receipt = rig.lane.put(b"x")
+    seen: list[object] = []
+    receipt.add_done_callback(seen.append)
+    receipt.add_done_callback(lambda one: seen.append(one.result()))
+    with pytest.raises(TypeError):
+        receipt.add_done_callback(None)  # type: ignore[arg-type]
+    assert seen == []
+    rig.drain()[0].settle(stored(1))
+    assert seen == [receipt, PutResult(SHARD, "0")]
+    receipt.add_done_callback(seen.append)
+    assert seen[-1] is receipt
+    assert len(seen) == 3
+
+
+def test_a_callback_that_raises_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    caught: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", caught.append)
+    rig = Rig()
+    first, second = rig.lane.put(b"x"), rig.lane.put(b"y")
+    seen: list[object] = []
+
+    def bad(receipt: Receipt) -> None:
+        raise ValueError("no")
+
+    first.add_done_callback(bad)
+    first.add_done_callback(seen.append)
+    second.add_done_callback(seen.append)
+    rig.drain()[0].settle(stored(2))
+    assert seen == [first, second]
+    assert [str(one.exc_value) for one in caught] == ["no"]
+    rig.settled()
+
+
+def test_a_loop_that_is_closed_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    caught: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", caught.append)
+    rig = Rig()
+    receipt = rig.lane.put(b"x")
+    loop = asyncio.new_event_loop()
+
+    async def wait() -> object:
+        return await receipt
+
+    task = loop.create_task(wait())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    rig.drain()[0].settle(stored(1))
+    assert receipt.done()
+    assert caught == [], "nobody is there to be woken, and asyncio itself tells of the task"
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    del task
+    rig.settled()
+
+
+def test_a_callback_may_put_again() -> None:
+    rig = Rig(max_records=3)
+    seen: list[Receipt] = []
+
+    def again(receipt: Receipt) -> None:
+        seen.append(receipt)
+        if len(seen) < 10:
+            rig.lane.put(b"more").add_done_callback(again)
+
+    rig.lane.put(b"x").add_done_callback(again)
+    while rig.lane.in_flight:
+        for batch in rig.drain():
+            batch.settle(stored(len(batch)))
+    assert len(seen) == 10
+    rig.settled()
+
+
+# -- frames
+
+
+def test_frames() -> None:
+    rig = Rig(frame="bulk", max_records=4)
+    receipt = rig.lane.put_frame(encode_frame([b"x"] * 10))
+    empty = rig.lane.put_frame(encode_frame([]))
+    assert empty.done()
+    assert empty.result() == FrameResult(0)
+    batches = rig.drain()
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    for batch in batches:
+        assert not receipt.done()
+        batch.settle(stored(len(batch)))
+    assert receipt.result() == FrameResult(10)
+    rig.settled()
+
+
+def test_a_frame_of_which_a_record_fails() -> None:
+    rig = Rig()
+    receipt = rig.lane.put_frame(encode_frame([b"x"] * 4))
+    [batch] = rig.drain()
+    failed = batch.settle(answer([entry(), failure("A", "m"), failure("B", "m"), entry()]))
+    failed[0].batch.finish(FAILED, RecordFailed("A", "m"))
+    assert not receipt.done()
+    failed[1].batch.finish(FAILED, RecordFailed("B", "m"))
+    with pytest.raises(RecordFailed, match="A: m"):
+        receipt.result()
+    rig.settled()
+
+
+async def test_a_frame_is_awaited() -> None:
+    rig = Rig()
+    receipt = rig.lane.put_frame(encode_frame([b"x"] * 4))
+
+    async def wait() -> object:
+        return await receipt
+
+    task = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    rig.store()
+    assert await task == FrameResult(4)
+
+
+# -- life
+
+
+def test_a_receipt_of_python_is_harmless() -> None:
+    receipt = Receipt()
+    assert receipt.done()
+    assert receipt.result() is None
+
+
+@pytest.mark.parametrize("end", ["settle", "finish", "drop"])
+def test_references(end: str) -> None:
+    rig = Rig()
+    endings: dict[str, Callable[[Any], object]] = {
+        "settle": lambda batch: batch.settle(stored(len(batch))),
+        "finish": lambda batch: batch.finish(DROPPED),
+        "drop": lambda batch: None,
+    }
+    receipt = rig.lane.put(b"x")
+    frame = rig.lane.put_frame(encode_frame([b"x"] * 3))
+    assert sys.getrefcount(receipt) == sys.getrefcount(frame) == 3
+    batches = rig.drain()
+    endings[end](batches.pop())
+    assert sys.getrefcount(receipt) == sys.getrefcount(frame) == 2
+    rig.settled()
+
+
+def test_dropped_receipts_leave_nothing() -> None:
+    rig = Rig()
+
+    def work() -> None:
+        for _ in range(2000):
+            rig.lane.put(b"x")
+            rig.lane.put_frame(encode_frame([b"x", b"y"]))
+        for batch in rig.drain():
+            left, right = batch.halves()
+            left.settle(stored(len(left)))
+            for one in right.settle(answer([failure()] + [entry()] * (len(right) - 1))):
+                one.batch.finish(FAILED, ValueError())
+
+    work()
+    gc.collect()
+    before = sys.getallocatedblocks()
+    work()
+    gc.collect()
+    assert sys.getallocatedblocks() - before < 50
+    rig.settled()
+
+
+def test_put_if_room_asks_for_attention_and_takes_nothing_without_room() -> None:
+    rig = Rig(budget=Budget(1 << 20, 3), max_records=2)
+    calls: list[bool] = []
+
+    def attend() -> None:
+        calls.append(rig.lane.attention)
+        rig.lane.attention = False
+
+    first = rig.lane.put_if_room(b"a", None, None, attend)
+    assert first is not None
+    assert calls == [True], "a batch was opened"
+    assert rig.lane.put_if_room(b"b", "key", "7", attend) is not None
+    assert calls == [True, True], "it was closed"
+    assert rig.lane.put_if_room(b"c", None, None, attend) is not None
+    assert rig.budget.full
+    before = len(calls)
+    assert rig.lane.put_if_room(b"d", None, None, attend) is None
+    assert (len(calls), rig.lane.received) == (before, 3)
+    with pytest.raises(ZeroDivisionError):
+        Rig().lane.put_if_room(b"e", None, None, lambda: 1 // 0)
+    entries = [one for call in rig.store() for one in call]
+    assert [(data, hash_key) for data, _, hash_key in entries] == [(b"a", None), (b"b", "7"), (b"c", None)]
+    assert first.result().sequence_number
+    rig.settled()

@@ -1,0 +1,1 @@
+"""Tests of fastkin.commands: the command line."""

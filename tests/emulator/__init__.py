@@ -1,0 +1,1 @@
+"""Tests of fastkin.emulator, alone and beside other emulators."""

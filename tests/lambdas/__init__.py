@@ -1,0 +1,1 @@
+"""Tests of fastkin.lambdas and of the example functions."""

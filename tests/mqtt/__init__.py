@@ -1,0 +1,1 @@
+"""Tests of fastkin.mqtt: packets, sessions, acknowledgements, the subscriber, the publisher."""

@@ -1,0 +1,1 @@
+"""What others found: README.md has the table."""

@@ -1,0 +1,1 @@
+"""Tests of fastkin.producer: records that are put from Python."""

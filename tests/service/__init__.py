@@ -1,0 +1,1 @@
+"""Tests of fastkin.service: pipelines, the engine, reloads."""

@@ -1,0 +1,1 @@
+"""Tests of fastkin.settings and fastkin.config."""

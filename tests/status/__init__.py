@@ -1,0 +1,1 @@
+"""Tests of fastkin.status: metrics, health checks, logs."""

@@ -1,0 +1,1 @@
+"""What several tests share: servers, stand-ins for peers, rigs, the oracle."""

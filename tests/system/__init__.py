@@ -1,0 +1,1 @@
+"""Tests of the whole: `fastkin run` as a process, real brokers, emulators of Kinesis."""
