@@ -19,6 +19,7 @@ from fastkin.errors import ClosedError, ConfigError, LibraryError
 from fastkin.mqtt.publisher import Publisher
 from fastkin.service.counters import Carry, merged
 from fastkin.status.registry import BY_KEY, Reload
+from support.fake_broker import lines, until
 from support.servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
