@@ -291,7 +291,7 @@ async def main():
         for n in range(100_000_000):
             try:
                 put = one.put({payload!r})
-                receipt = await (asyncio.wait_for(put, 1.5) if one._budget.full else put)
+                receipt = await (asyncio.wait_for(put, 1.5) if one._delivery.budget.full else put)
             except TimeoutError:
                 break
             if {keep}:

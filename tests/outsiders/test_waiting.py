@@ -47,7 +47,7 @@ async def test_who_waits_for_room_is_not_passed_by_who_never_waits(emulator: Emu
 
         async with asyncio.timeout(30):
             crowd = [asyncio.create_task(eager()) for _ in range(20)]
-            await until(lambda: one._budget.full)
+            await until(lambda: one._delivery.budget.full)
             patient = asyncio.create_task(put("patient"))
             await asyncio.sleep(0)
             before = len(served)
