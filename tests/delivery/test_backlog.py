@@ -170,7 +170,7 @@ async def test_what_is_held_at_the_end_goes_to_the_disk_and_is_sent_by_the_next_
     await until(lambda: run.ready)
     feed = Feed(run)
     feed.offer(700)
-    await until(lambda: run.delivery.sender.calls_failed > 0)
+    await until(lambda: run.delivery.sender.counters.calls_failed > 0)
     assert run.delivery.lane.spooled == 0
     assert await run.stop() == 0
     feed.check()
@@ -254,7 +254,7 @@ async def test_while_kinesis_is_away_replay_does_not_spin(emulator: Emulator, tm
         emulator.faults.cut("before", operation="PutRecords")
         await Feed(run).all(5000)
         await until(lambda: run.delivery.lane.spooled > 3000)
-        calls = run.delivery.sender.calls
+        calls = run.delivery.sender.counters.calls
         turns = 0
         turn = run.delivery.backlog._turn  # type: ignore[union-attr]
 
@@ -265,7 +265,7 @@ async def test_while_kinesis_is_away_replay_does_not_spin(emulator: Emulator, tm
 
         run.delivery.backlog._turn = counted  # type: ignore[union-attr, method-assign]
         await asyncio.sleep(1.5)
-        assert run.delivery.sender.calls - calls < 15
+        assert run.delivery.sender.counters.calls - calls < 15
         assert turns < 30
 
 
@@ -575,10 +575,10 @@ async def test_flush_does_not_pass_the_spool(emulator: Emulator, tmp_path: Path)
         await until(lambda: run.delivery.sender.flowing and overflow.spooling)
         feed.offer(1)
         run.delivery.lane.seal(DRAIN)
-        fresh = run.delivery.sender.batched
+        fresh = run.delivery.sender.counters.batched
         async with asyncio.timeout(20):
             await run.delivery.sender.flush()
-        assert run.delivery.sender.batched > fresh
+        assert run.delivery.sender.counters.batched > fresh
         assert run.delivery.lane.spooled > 0, "the flush waited for the disk only"
         assert 8000 not in numbers(emulator)
         await until(lambda: run.delivery.lane.stored == 8001)

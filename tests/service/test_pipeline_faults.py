@@ -142,7 +142,7 @@ async def test_a_shard_that_is_gone_is_asked_about_once(emulator: Emulator, monk
 
     monkeypatch.setattr(run.client, "list_shards", counted)
     await running(run)
-    run.delivery.sender.throttled["shardId-000000000077"] = 1
+    run.delivery.sender.counters.throttled["shardId-000000000077"] = 1
     await asyncio.sleep(0.4)
     assert asked == 2
     await run.stop()
@@ -156,7 +156,7 @@ async def test_a_new_shard_map_while_batches_of_the_old_one_wait(emulator: Emula
     for n in range(300):
         assert run.delivery.lane.offer(b"plant/%d" % (n % 40), b"%d" % n, 0) == 1
     run._read()
-    await until(lambda: bool(run.delivery.sender.throttled))
+    await until(lambda: bool(run.delivery.sender.counters.throttled))
     merged = ShardMap([Shard("shardId-000000000002", 0, HASH_SPACE - 1)])
     run.delivery.lane.shards = ShardTable(merged.ends)
     run.delivery.sender.set_shards(merged)

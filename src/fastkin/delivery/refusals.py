@@ -45,6 +45,7 @@ class Refusals:
         self._doubted: dict[Batch, float] = {}  # single records in doubt -> since when
         self._gave_up_at = -math.inf  # the last of them
         self.takes: int | None = None  # bytes: the stream's own limit of a record, when it is known
+        self.probe = False  # a record is in doubt: something new shall go before what was refused, once
 
     @property
     def doubting(self) -> bool:
@@ -70,6 +71,9 @@ class Refusals:
         # The harmless record was asked about with the refusals before this one.
         takes_others = self._stored_ever if self._harmless_said is None else self._harmless_said
         if now - max(since, self._gave_up_at) < REFUSED_FOR_S or not takes_others:
+            # If something new is stored, it was the records that were refused, and not the destination that refuses
+            # everything. Without it nothing but the refused would be sent, and nothing would ever tell.
+            self.probe = True
             self._tell()
             return False
         self._gave_up_at = now
@@ -87,6 +91,7 @@ class Refusals:
         """Another record was stored: the next refusal is the record's own fault again."""
         self._in_a_row = 0
         self._stored_ever = True
+        self.probe = False
         if self._doubted:
             self._doubted.clear()
             self._tell()

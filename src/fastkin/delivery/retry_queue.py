@@ -26,11 +26,6 @@ LEAST_WAIT_S = 0.001  # a shorter one may vanish in the clock's rounding, and th
 # Gathered into one call at most: source and copy are both there for a moment, and a call of this size is full enough.
 _GATHER_BYTES = 1 << 20
 EVEN = -1  # the line of keys that are spread evenly, or whose shard is not known
-# A throttled record whose shard is not known cannot stand in a line of its shard. When it is this old, all that is
-# spread evenly stands behind it for a moment, in which a shard's bucket fills; not again for a while, for the others.
-CLAIM_AFTER_S = 3.0
-CLAIM_S = 1.0
-CLAIM_EVERY_S = 5.0
 
 
 class Line:
@@ -151,6 +146,15 @@ class RetryQueue:
         queue.put(batch)
         self.due = 0.0
         return queue
+
+    def halve(self, batch: Batch) -> None:
+        """To be sent by halves, each in a call of its own. Of an aggregate there is one record more than before."""
+        before = len(batch)
+        halves = batch.halves()
+        # Else the flush that waits for them would return one record too early.
+        self._generations.grew(batch.epoch, sum(map(len, halves)) - before)
+        for half in halves:
+            self.put_alone(half)
 
     def admit_new(self, now: float) -> Batch | None:
         """What is new, as far as its shards have room and nothing stands in their lines."""

@@ -98,8 +98,7 @@ class SpoolBacklog(Backlog):
         self._room_at = 0.0  # when to see whether a full disk has room again
         self._said_at = -_SAY_AGAIN_S
         self._began_at = 0.0
-        sender.source = self._next
-        sender.direct = self._direct
+        sender.source = self
 
     # -- what the flusher and the owner call -----------------------------------------------------
 
@@ -256,12 +255,12 @@ class SpoolBacklog(Backlog):
 
     # -- where the sender's batches come from ----------------------------------------------------
 
-    def _next(self) -> Batch | None:
+    def next(self) -> Batch | None:
         if self._replay.ready:
             return self._replay.next()
-        return self._lane.take() if self._direct() else None
+        return self._lane.take() if self.direct() else None
 
-    def _direct(self) -> bool:
+    def direct(self) -> bool:
         return not self.spooling or self.broken is not None
 
     def _news(self) -> None:
@@ -294,7 +293,7 @@ class SpoolBacklog(Backlog):
         if not found.clean:
             # What had been read back when the former run died may have been stored.
             share = self.window.budget.max_bytes
-            self._sender.duplicates_possible += await self._in_thread(spool.first_records, share)
+            self._sender.counters.duplicates_possible += await self._in_thread(spool.first_records, share)
         _LOG.info(
             "pipeline=%s stage=spool spool %s holds %d records (%d bytes) of a former run: they go first",
             self._name, spool.path, found.records, found.bytes,

@@ -111,7 +111,7 @@ class StreamWatch:
                 if self._wants_shards:
                     await self._read_shards()
                 continue
-            strange = {s for s in sender.throttled if s and known.ordinal(s) is None} - seen
+            strange = {s for s in sender.counters.throttled if s and known.ordinal(s) is None} - seen
             if strange or looks >= _LOOKS:
                 looks = 0
                 seen |= strange
