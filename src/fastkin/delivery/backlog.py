@@ -42,12 +42,8 @@ def batch_limit(max_batch_bytes: int, max_record_bytes: int, budget_bytes: int, 
 class Backlog:
     """Stands between the flusher and the sender. This one, `pause`, only passes on."""
 
-    spool: Spool | None = None
     spooling = False  # what is new goes to the disk
-    broken: str | None = None  # why the file takes nothing
-    full = False  # spool_max_bytes is reached
     dropped = 0  # records, by the policy
-    spooled_total = 0  # records that this run wrote to the disk
     task: asyncio.Task[None] | None = None  # the work in the background: what it raises is a bug
 
     def __init__(
@@ -82,6 +78,25 @@ class Backlog:
     def holds(self) -> bool:
         """Batches are in here, and neither in the sender nor on the disk."""
         return False
+
+    @property
+    def spool(self) -> Spool | None:
+        return None
+
+    @property
+    def broken(self) -> str | None:
+        """Why the file takes nothing."""
+        return None
+
+    @property
+    def full(self) -> bool:
+        """spool_max_bytes is reached."""
+        return False
+
+    @property
+    def spooled_total(self) -> int:
+        """Records that this run wrote to the disk."""
+        return 0
 
     @property
     def safe(self) -> int:

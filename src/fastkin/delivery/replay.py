@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from fastkin._codec import Lane
     from fastkin.delivery.sender import Sender
-    from fastkin.delivery.spool_file import Row, Spool
-    from fastkin.runtime.worker import Worker
+    from fastkin.delivery.spool_disk import SpoolDisk
+    from fastkin.delivery.spool_file import Found, Row
 
 _LOG = logging.getLogger("fastkin.spool")
 
@@ -86,13 +86,14 @@ class Replay:
     """Reads rows, makes batches of them, and hands these to the sender when it asks for more."""
 
     def __init__(
-        self, lane: Lane, sender: Sender, window: ReplayWindow, *, name: str, most_records: int, most_bytes: int,
-        news: Callable[[], None],
+        self, lane: Lane, sender: Sender, window: ReplayWindow, disk: SpoolDisk, *, name: str, most_records: int,
+        most_bytes: int, news: Callable[[], None],
     ) -> None:  # fmt: skip
         """`most_records`, `most_bytes` of one call; `news()` is called when there is room for more rows."""
         self._lane = lane
         self._sender = sender
         self._window = window
+        self._disk = disk
         self._name = name
         self._most_records = most_records
         self._gather_bytes = min(_GATHER_BYTES, most_bytes // 2)
@@ -101,6 +102,22 @@ class Replay:
         self.unread = 0  # rows that are on the disk only
         self.damaged = 0  # rows set aside
         self._after = 0  # the last row that was read
+
+    async def adopt(self, found: Found) -> None:
+        """Take up what a former run left in the file. SpoolError."""
+        if not found.rows:
+            return
+        self._lane.found(found.records)
+        self.unread = found.rows
+        spool = self._disk.spool
+        if not found.clean:
+            # What had been read back when the former run died may have been stored.
+            share = self._window.budget.max_bytes
+            self._sender.counters.duplicates_possible += await self._disk.run(spool.first_records, share)
+        _LOG.info(
+            "pipeline=%s stage=spool spool %s holds %d records (%d bytes) of a former run: they go first",
+            self._name, spool.path, found.records, found.bytes,
+        )  # fmt: skip
 
     def next(self) -> Batch | None:
         """The oldest rows that were read, as one call: each may hold a single record."""
@@ -120,8 +137,8 @@ class Replay:
             self._news()
         return batch
 
-    async def read(self, spool: Spool, worker: Worker) -> bool:
-        """The oldest rows, as many as their share of the budget has room for."""
+    async def read(self) -> bool:
+        """The oldest rows, as many as their share of the budget has room for. False: none. SpoolError."""
         share = self._window.budget.max_bytes
         room = share - self._window.held
         alone = not self._window.ended and self._only_doubted()
@@ -130,11 +147,12 @@ class Replay:
             return False
         # a part of the room: until a row is restored its bytes are there twice
         most = min(room, max(share // _SHARE, room // 2))
-        rows: list[Row] = await worker.run(
+        spool = self._disk.spool
+        rows: list[Row] = await self._disk.run(
             lambda: spool.read(self._after, most_bytes=most, most_records=places, at_least_one=alone)
         )
         for row in rows:
-            await self._restore(row, spool, worker)
+            await self._restore(row)
             self._after = row.id
             self.unread -= 1
         if not rows:
@@ -157,7 +175,7 @@ class Replay:
         doubted = self._sender.rows_in_doubt()
         return all(doubted.get(row) == each.pending for row, each in loaded.items())
 
-    async def _restore(self, row: Row, spool: Spool, worker: Worker) -> None:
+    async def _restore(self, row: Row) -> None:
         fault = row.fault
         if fault is None:
             cost = row.size + row.entries * ENTRY_BYTES
@@ -173,7 +191,8 @@ class Replay:
             else:
                 self.ready.append(batch)
                 return
-        await worker.run(spool.set_aside, row)  # else it is read again
+        spool = self._disk.spool
+        await self._disk.run(spool.set_aside, row)  # else it is read again
         self.damaged += 1
         self._lane.settle_spooled(min(row.records, self._lane.spooled), DEAD)
         _LOG.error(
