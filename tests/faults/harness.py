@@ -81,7 +81,7 @@ QUICK = {
     "fastkin.delivery.gate:_CALL_CAP_S": 0.5,
     "fastkin.delivery.answers:_ENTRY_CAP_S": 0.5,
     "fastkin.service.pipeline:_RETRY_S": 0.2,
-    "fastkin.deadletter.handler:_RETRY_S": 0.2,
+    "fastkin.deadletter.insist:_RETRY_S": 0.2,
 }
 
 

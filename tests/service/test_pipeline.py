@@ -540,7 +540,7 @@ async def test_a_window_smaller_than_a_batch_does_not_wait_for_the_linger(server
 async def test_dead_letters_that_cannot_be_written_hold_the_acknowledgement_back(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.deadletter.handler._RETRY_S", 0.05)
+    monkeypatch.setattr("fastkin.deadletter.insist._RETRY_S", 0.05)
     folder = tmp_path / "gone"
     path = folder / "dead.jsonl"
     async with rig(server, format="bulk", dead_letter=str(path)) as r:

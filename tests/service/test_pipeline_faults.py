@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import fastkin.deadletter.handler
+import fastkin.deadletter.insist
 import fastkin.service.pipeline
 from fastkin._codec import ShardTable
 from fastkin.aws.shards import HASH_SPACE, Shard, ShardMap
@@ -78,7 +78,7 @@ async def test_stopped_while_the_dead_letter_disk_is_full(emulator: Emulator, tm
 async def test_dead_letters_are_written_when_the_disk_is_back(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastkin.deadletter.handler, "_RETRY_S", 0.05)
+    monkeypatch.setattr(fastkin.deadletter.insist, "_RETRY_S", 0.05)
     path = tmp_path / "later" / "dead.jsonl"
     emulator.faults.record("InvalidArgumentException", contains=b"bad")
     run = await running(PipelineRun(pipeline(emulator.url, dead_letter=str(path)), broker()))

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
+from fastkin.runtime.waiters import fail_all
+
 if TYPE_CHECKING:
     from fastkin._codec import Batch
 
@@ -83,9 +85,7 @@ class Generations:
 
     def fail(self, error: Exception) -> None:
         """Nothing ends any more: whoever waits raises `error`."""
-        for _, waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_exception(error)
+        fail_all((waiter for _, waiter in self._waiters), error)
         self._waiters.clear()
 
     def _over(self, mark: int) -> bool:

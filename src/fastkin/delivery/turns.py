@@ -8,6 +8,8 @@ import heapq
 import itertools
 from typing import TYPE_CHECKING
 
+from fastkin.runtime.waiters import fail_all
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
@@ -75,9 +77,7 @@ class Turns:
 
     def close(self, error: Exception) -> None:
         """There will be no room: who stands in the line raises `error`."""
-        for _, waiter in self._line:
-            if not waiter.done():
-                waiter.set_exception(error)
+        fail_all((waiter for _, waiter in self._line), error)
         self._line.clear()
 
     def stuck(self, in_flight: int) -> str | None:
