@@ -32,7 +32,7 @@ _CREDENTIALS_CAP_S = 10.0
 class Gate:
     """No call is made before `opens_at` (the event loop's time), and no more than `limit` are open."""
 
-    __slots__ = ("_calls", "_concurrency", "_credentials", "_operator", "opens_at")
+    __slots__ = ("_calls", "_concurrency", "_credentials", "_drawn", "_operator", "opens_at")
 
     def __init__(self, max_calls: int, random: Random) -> None:
         self.opens_at = 0.0
@@ -40,6 +40,7 @@ class Gate:
         self._calls = Backoff(_CALL_BASE_S, _CALL_CAP_S, random)
         self._operator = Backoff(_OPERATOR_BASE_S, _OPERATOR_CAP_S, random)
         self._credentials = Backoff(_CREDENTIALS_BASE_S, _CREDENTIALS_CAP_S, random)
+        self._drawn = False  # a delay was, since the last answer
 
     @property
     def limit(self) -> int:
@@ -49,9 +50,12 @@ class Gate:
     def answered(self) -> None:
         """A call was answered, whatever became of its entries: the way to Kinesis is fine."""
         self._concurrency.succeeded()
-        self._calls.reset()
-        self._operator.reset()
-        self._credentials.reset()
+        # This runs once per call, and most of the time there is nothing to reset.
+        if self._drawn:
+            self._drawn = False
+            self._calls.reset()
+            self._operator.reset()
+            self._credentials.reset()
 
     def failed(self) -> None:
         """A call failed as a whole: keep fewer open."""
@@ -59,6 +63,7 @@ class Gate:
 
     def delay(self, error: KinesisError) -> float:
         """Seconds until the next attempt after such an error. Each one drawn is longer on average than the last."""
+        self._drawn = True
         if error.action not in HOPELESS:
             return self._calls.next()
         return (self._credentials if for_keys(error) else self._operator).next()

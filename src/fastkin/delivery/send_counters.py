@@ -31,7 +31,6 @@ class SendCounters:
         self.call_seconds = Histogram(_CALL_BOUNDS_S)
         self.calls_failed = 0
         self.calls_failed_by_code = LabelledCounter()
-        self.max_in_flight = 0  # calls open at a time
         self.sent = 0  # records of calls made, repeats included
         self.retried = 0  # entries sent again
         self.retried_by_code = LabelledCounter()  # records that go again, by what failed

@@ -152,19 +152,20 @@ class Sender:
         if self._closing:
             return
         now = self._loop.time()
-        calls, gate, waits = self._calls, self.gate, self._waits
-        while len(calls) < gate.limit:
+        gate, waits = self.gate, self._waits
+        # No call ends while this runs: each is a task of its own.
+        for _ in range(gate.limit - len(self._calls)):
             if now < gate.opens_at:
                 self._alarm.set(gate.opens_at)
                 return
-            batch = self._probe(now) or waits.due_call(now) or waits.admit_new(now)
+            batch = self._probe(now) if self.refusals.probe else None
+            batch = batch or waits.due_call(now) or waits.admit_new(now)
             if batch is None:
                 if waits:  # the one place where the alarm is set for what waits
                     self._alarm.set(max(waits.due, now + LEAST_WAIT_S))
                 return
             # The load is asked for before the call. Afterwards the batch is settled and has none.
-            calls.start(self._call(batch, batch.shard_load()), batch, now)
-            self.counters.max_in_flight = max(self.counters.max_in_flight, len(calls))
+            self._calls.start(self._call(batch, batch.shard_load()), batch, now)
 
     async def flush(self) -> None:
         """Return when every record that the lane has closed into batches so far has ended.
@@ -308,8 +309,6 @@ class Sender:
 
     def _probe(self, now: float) -> Batch | None:
         """One new batch for each time the gate was closed in doubt of the destination: see Refusals.probe."""
-        if not self.refusals.probe:
-            return None
         self.refusals.probe = False
         return self._waits.admit_new(now)
 
