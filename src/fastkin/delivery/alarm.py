@@ -35,6 +35,7 @@ class Alarm:
         if self._closed:
             return
         if self._timer is not None:
+            # It will ring before that, and whoever looks then sets it anew for what is left.
             if self._at <= when:
                 return
             self._timer.cancel()
@@ -52,5 +53,6 @@ class Alarm:
             self._timer.cancel()
 
     def _rang(self) -> None:
+        # First: whoever is called sets it again.
         self._timer = None
         self._ring()

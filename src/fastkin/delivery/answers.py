@@ -88,12 +88,14 @@ class Answers:
         """The call with this batch was answered. `count` and `load` are what they were before it was settled."""
         # An answer with one failure for all says nothing good about the destination, though it is an answer.
         took_some = len(failures) != 1 or len(failures[0].batch) < count
+        # An answer is proof of the way to Kinesis, also when it says no to every entry.
         self._gate.answered()
         self._trouble.answered(self._waits.why)
         if took_some:
             self.stored_at = now
             self._refusals.stored()
         if not failures:
+            # The plain case, and nearly every call: no entry is looked at by itself.
             self._pacer.stored(now, load)
             self._trouble.stored_all()
             self._generations.ended(batch.epoch, count)
@@ -101,6 +103,7 @@ class Answers:
         failed = sum(len(failure.batch) for failure in failures)
         if failed < count:
             self._pacer.stored(now, _less(load, failures))
+        # What failed has not ended. A flush waits for it as well.
         self._generations.ended(batch.epoch, count - failed)
         waits = [self._entry_failed(failure, now) for failure in failures]
         if failed == count and (delay := min(waits)) > 0.0:
@@ -131,6 +134,7 @@ class Answers:
             self._throttled(batch, shard_id, now)
         elif action is Action.STRANGE:
             most = min(_STRANGE_CAP_S, _ENTRY_BASE_S * 2.0 ** min(batch.attempts, 20))
+            # A longer wait than for known codes, and never a short one: nobody knows what the attempts do there.
             self._trouble.say_strange(len(batch), code, message)
             self._waits.put_by(f"{action.value} {code}", batch, now, now + self._random.uniform(most / 2, most))
         else:
@@ -165,6 +169,7 @@ class Answers:
         """A record failed with a code that nobody documented: has it failed for long enough to be given up?"""
         if batch.attempts < _STRANGE_ATTEMPTS:
             return False
+        # An aggregate is taken apart at once: its records are judged by themselves, each with all these attempts.
         if batch.user_records > len(batch) and not batch.single:
             return True  # its parts are judged
         if now - self.stored_at <= _STORED_LATELY_S:

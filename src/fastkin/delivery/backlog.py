@@ -36,6 +36,7 @@ def batch_limit(max_batch_bytes: int, max_record_bytes: int, budget_bytes: int, 
     With a spool several must fit in the share for what comes back, and a batch is what the other policies drop.
     """
     part = _MOST_OF_BUDGET // 2 if policy == "pause" else _MOST_OF_BUDGET
+    # Never below one record: what fits nowhere could neither be sent nor refused.
     return min(max_batch_bytes, max(max_record_bytes, budget_bytes // part))
 
 
@@ -158,12 +159,15 @@ class DropBacklog(Backlog):
             self._drop()
 
     def _drop(self) -> None:
+        # The open batch too, or drop_newest would drop what is older than what is kept.
         self._lane.seal(DRAIN)
+        # Halves of a refused call stay. Each is on its way to be judged, and there are few of them.
         waiting = deque(self._sender.withdraw(alone=False))
         dropped = 0
         error = RecordDropped(f"memory was full and on_full is {self._policy!r}")
         while waiting and self._budget.full:  # also when what comes next is larger than what is free at the low mark
             batch = waiting.popleft() if self._policy == "drop_oldest" else waiting.pop()
+            # A finished batch has no length any more.
             epoch, count = batch.epoch, len(batch)
             dropped += batch.user_records
             batch.finish(DROPPED, error)

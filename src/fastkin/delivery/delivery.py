@@ -159,6 +159,7 @@ class Delivery:
 
     def make_room(self) -> None:
         """The budget may be full: that is when a backlog has work."""
+        # This runs after each answer. So it costs nothing while there is room.
         if self.budget.full:
             self.backlog.attend()
 
@@ -209,9 +210,11 @@ class Delivery:
 
         The rest stays unsettled: see give_up(). A part that fails or hangs does not keep the others from closing.
         """
+        # The watchdog would find what is taken apart below, and call it a stall.
         self.watchdog.stop()
         self.flusher.stop()
         await self._end(limit, self.sender.close(), "ending the calls")
+        # After the sender: what its calls leave unsettled is what goes to the disk.
         if self.backlog.spool is not None:  # only a disk takes time
             await self._end(limit, self.backlog.close(spool_limit), "closing the spool")
 
@@ -228,6 +231,7 @@ class Delivery:
                 "pipeline=%s stage=send %d records that came back from the spool are refused for good and dropped: %s",
                 self.name, batch.user_records, reason,
             )  # fmt: skip
+        # As Answers and FailedCalls write it.
         code, _, message = reason.partition(": ")
         batch.finish(FAILED, RecordFailed(code, message))
 

@@ -67,6 +67,7 @@ class FailedCalls:
                 # ours. So it counts as a failure that an operator must look after.
                 self._again(batch, as_operator(error, untold=self._refusals.untold), now, doubted=True)
             return
+        # A line that is too slow for the timeout is no outage. Only smaller calls get through it.
         if len(batch) > 1 and not_taken(error):
             self._waits.sizes.late(batch.nbytes)
         self._again(batch, error, now)
@@ -77,11 +78,13 @@ class FailedCalls:
             self._trouble.needs_operator(error)
         self._gate.failed()
         if error.action is Action.THROTTLE:
+            # The whole call was throttled, and no shard is named: all that is spread evenly slows down.
             self._pacer.throttled(now, None, even=True)
         if maybe_stored(error):
             self._counters.duplicates_possible += batch.user_records
         self._counters.goes_again(error.code, batch)
         if doubted:
+            # It must not share its next call. A sound record in it would be refused with it.
             self._waits.put_alone(batch).doubted = True
         else:
             self._waits.put_back(batch)
@@ -96,6 +99,7 @@ class FailedCalls:
     def _refused(self, batch: Batch, error: KinesisError) -> None:
         """Kinesis refuses a whole call for one bad record: halve it until the bad one stands alone."""
         if len(batch) > 1 and too_large(error) and self._waits.sizes.late(batch.nbytes):
+            # It says nothing about a record. To halve it down to one would make a thousand calls of a few.
             self._counters.goes_again(error.code, batch)
             self._waits.put_back(batch)  # it is cut on its way, and so are the next ones
             return

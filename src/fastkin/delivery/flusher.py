@@ -64,8 +64,10 @@ class Flusher:
     def attend(self) -> None:
         """The lane has news: send what is closed, see that what is open will go in time."""
         lane = self._lane
+        # First of all: what comes while this runs sets it again.
         lane.attention = False
         if lane.open_records and not lane.offered:
+            # Nothing to wait for. A timer of zero would cost a turn of the loop per message.
             if self._linger_s <= 0.0:
                 lane.offer_open(LINGER)
             elif self._timer is None:
@@ -108,7 +110,9 @@ class Flusher:
                 self._deadline = now + self._linger_s - self._quiet_s
             if now >= self._deadline - _ROUNDING_S:
                 self.close(LINGER)
+            # The source is quiet and nobody is busy. The rest of the linger would only make it late.
             elif lane.received == self._seen and now >= self._last + self._linger_s and self._sender.idle:
                 self.close(IDLE)
+            # It may still be open, or the next one may be: without a timer nobody would look at it.
             if lane.open_records and not lane.offered:
                 self._arm(now)

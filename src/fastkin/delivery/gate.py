@@ -37,6 +37,7 @@ class Gate:
     def __init__(self, max_calls: int, random: Random) -> None:
         self.opens_at = 0.0
         self._concurrency = Concurrency(max_calls)
+        # Three, for each grows by itself: an outage must not make the wait for new keys longer.
         self._calls = Backoff(_CALL_BASE_S, _CALL_CAP_S, random)
         self._operator = Backoff(_OPERATOR_BASE_S, _OPERATOR_CAP_S, random)
         self._credentials = Backoff(_CREDENTIALS_BASE_S, _CREDENTIALS_CAP_S, random)

@@ -65,6 +65,7 @@ class Generations:
 
     def close_generation(self) -> int:
         """What is taken from now on is not waited for. Gives the mark for `wait`."""
+        # With nothing open the generation can be used again. A flush in a loop would else make one each time.
         if self._open[self._now]:
             self._now += 1
             self._open[self._now] = 0
@@ -79,6 +80,7 @@ class Generations:
         try:
             await waiter
         except asyncio.CancelledError:
+            # ended() may have taken it out a moment ago.
             with contextlib.suppress(ValueError):
                 self._waiters.remove((mark, waiter))
             raise
@@ -89,6 +91,7 @@ class Generations:
         self._waiters.clear()
 
     def _over(self, mark: int) -> bool:
+        # Those that are over are forgotten here, so the table stays as long as what is under way.
         while self._oldest < self._now and not self._open[self._oldest]:
             del self._open[self._oldest]
             self._oldest += 1

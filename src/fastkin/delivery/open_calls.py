@@ -43,6 +43,7 @@ class OpenCalls:
     def start(self, call: Coroutine[None, None, None], batch: Batch, now: float) -> None:
         task = self._loop.create_task(call, name=f"fastkin[{self._name}].call")
         self._calls[task] = _Open(batch, now)
+        # A callback and no `finally` in the call: see the head of this module.
         task.add_done_callback(self._done)
 
     def batches(self) -> Iterator[Batch]:

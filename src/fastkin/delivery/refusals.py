@@ -59,13 +59,16 @@ class Refusals:
 
     def at_fault(self, batch: Batch, now: float) -> bool:
         """This single record was refused. True: give it up. False: it is in doubt, keep it."""
+        # Larger than the stream takes at all: no other record could tell more.
         if self._trusted or (self.takes is not None and batch.size > self.takes):
             self.forget(batch)
             return True
+        # Others were stored lately, so the destination is fine and the record is not.
         if self._in_a_row < REFUSED_IN_A_ROW:
             self._in_a_row += 1
             self.forget(batch)
             return True
+        # The first time counts. Each attempt would else begin the wait anew.
         since = self._doubted.setdefault(batch, now)
         self.ask()
         # The harmless record was asked about with the refusals before this one.
@@ -92,6 +95,7 @@ class Refusals:
         self._in_a_row = 0
         self._stored_ever = True
         self.probe = False
+        # The next refusal of each is judged by itself again.
         if self._doubted:
             self._doubted.clear()
             self._tell()
@@ -115,6 +119,7 @@ class Refusals:
         try:
             self._harmless_said = await harmless()
         except KinesisError:
+            # It was refused, or nobody answered. Neither shows that the destination takes anything.
             self._harmless_said = False
         finally:
             self._asking = None

@@ -65,14 +65,17 @@ class ReplayWindow:
     def _ended(self, row: int, count: int, *_: object) -> None:
         if self.closed:  # a batch that nobody sends any more is freed: its row stays
             return
+        # A row may be in several batches by now, and each tells of its own part.
         loaded = self.loaded[row]
         loaded.pending -= count
         if loaded.pending:
             return
         del self.loaded[row]
+        # It was left in the file at the end, and must not be deleted from it.
         if loaded.keep:
             self.held -= loaded.cost
             return
+        # Its memory is free, but it is still in the file: a crash now sends it again. So it counts until it is deleted.
         self._costs[row] = loaded.cost
         self.ended.append((row, loaded.records, loaded.size))
         self.on_ended()
@@ -133,6 +136,7 @@ class Replay:
             picked.append(self.ready.popleft())
         batch, *rest = Batch.gather(picked)
         self.ready.extendleft(reversed(rest))
+        # There is room for more rows, and the turn that reads them may be asleep.
         if not self.ready:
             self._news()
         return batch
@@ -140,6 +144,7 @@ class Replay:
     async def read(self) -> bool:
         """The oldest rows, as many as their share of the budget has room for. False: none. SpoolError."""
         share = self._window.budget.max_bytes
+        # What ended and is not deleted yet counts too. It is what a crash could send twice.
         room = share - self._window.held
         alone = not self._window.ended and self._only_doubted()
         places = self._window.budget.max_records - self._window.budget.records
@@ -152,6 +157,7 @@ class Replay:
             lambda: spool.read(self._after, most_bytes=most, most_records=places, at_least_one=alone)
         )
         for row in rows:
+            # After each row and not after all: when one fails, those before it are not read again.
             await self._restore(row)
             self._after = row.id
             self.unread -= 1
@@ -179,6 +185,7 @@ class Replay:
         fault = row.fault
         if fault is None:
             cost = row.size + row.entries * ENTRY_BYTES
+            # Before it is restored: from then on the lane may tell how its records end.
             self._window.load(row.id, row.records, row.size, cost)
             try:
                 batch = self._lane.restore(row.body, row.counts, row.id)
@@ -194,6 +201,7 @@ class Replay:
         spool = self._disk.spool
         await self._disk.run(spool.set_aside, row)  # else it is read again
         self.damaged += 1
+        # Its number of records may be rotten as well. More than are in the file can never end.
         self._lane.settle_spooled(min(row.records, self._lane.spooled), DEAD)
         _LOG.error(
             "pipeline=%s stage=spool spool %s: batch %d with %d records is damaged (%s); it stays in the file, the"

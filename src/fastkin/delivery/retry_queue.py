@@ -44,6 +44,7 @@ class Line:
 
     def put(self, batch: Batch) -> None:
         """Where its age belongs, behind those of the same age."""
+        # The two ends first: nearly all come to the one or to the other, and a deque is slow in its middle.
         batches = self.batches
         if not batches or batches[-1].born <= batch.born:
             batches.append(batch)
@@ -90,6 +91,7 @@ class RetryQueue:
 
     def leave_lines(self) -> bool:
         """The shards are others now: who stood in a line of one goes back by age. False: nobody did."""
+        # The ordinals of shards mean others now. A line that keeps its number would wait for the wrong bucket.
         lines = [line for line in self.lines.values() if line.line]
         for line in lines:
             del self.lines[line.key]
@@ -104,6 +106,7 @@ class RetryQueue:
         for key, line in list(self.lines.items()):
             if line.alone and not alone:
                 continue
+            # Who takes it away decides about it. In doubt it would hold memory back for a record that is gone.
             if line.doubted and not line.batches[0].restored:
                 self._refusals.forget(line.batches[0])
             out += [batch for batch in line.batches if not batch.restored]
@@ -121,6 +124,7 @@ class RetryQueue:
     def line(self, key: int | str) -> Line:
         queue = self.lines.get(key)
         if queue is None:
+            # Lines live only as long as something is in them, for keys name error codes, and peers choose these.
             queue = self.lines[key] = Line(key)
         return queue
 
@@ -136,11 +140,13 @@ class RetryQueue:
     def put_by(self, key: int | str, batch: Batch, now: float, until: float) -> None:
         queue = self.line(key)
         queue.put(batch)
+        # Others wait in it already. To set their time anew with each failure would put it off for ever.
         if queue.not_before <= now:
             self.wait_until(queue, until)
 
     def put_alone(self, batch: Batch) -> Line:
         """To be sent in a call of its own. No tokens are taken for it again: its call has stored nothing."""
+        # A line of its own. In a shared one it would wait behind what it must not share a call with.
         key = f"alone-{next(self._serial)}"
         queue = self.lines[key] = Line(key, alone=True)
         queue.put(batch)
@@ -162,6 +168,7 @@ class RetryQueue:
             batch = self._fresh()
             if batch is None:
                 return None
+            # Before tokens are taken: the rest of it takes its own.
             batch = self._trim(batch)
             part = self._admit(batch, now)
             if part is not None:
@@ -174,6 +181,7 @@ class RetryQueue:
         """What waited and may go now, oldest first, gathered over the queues into one call. Its tokens are taken."""
         if now < self.due:
             return None
+        # It is found anew while the queues are walked. Whatever is left behind below has to say when it may go.
         self.due = math.inf
         picked: list[Batch] = []
         records = size = nbytes = 0
@@ -185,12 +193,14 @@ class RetryQueue:
                 self.due = min(self.due, queue.not_before)
                 continue
             if queue.alone:
+                # It must be alone in its call. So it is the first of the next one.
                 if picked:
                     self.due = now
                     continue
                 del self.lines[queue.key]
                 self.due = now
                 batch = queue.batches.popleft()
+                # Calls have become smaller since it was put here. It is cut on its way like any other.
                 if len(batch) == 1 or self.sizes.allows(batch.nbytes):
                     return batch
                 self.put_back(batch)
@@ -206,6 +216,8 @@ class RetryQueue:
                     queue.batches.appendleft(head)
                     self.due = now
                     break
+                # A line waits as a whole: what is behind its head must not pass it. Other queues wait for a time, and
+                # that has come.
                 part = self._stand(queue, head, now) if queue.line else self._admit(head, now)
                 if part is None:
                     if queue.line:
@@ -223,6 +235,7 @@ class RetryQueue:
 
     def _order(self, queue: Line) -> tuple[bool, float]:
         """By age. In doubt what was refused goes after all else: what else is stored ends the doubt."""
+        # Of two that are alike the older one first, for its acknowledgement holds back more.
         return queue.doubted and self._refusals.doubting, queue.batches[0].born
 
     def _stand(self, queue: Line, head: Batch, now: float) -> Batch | None:
@@ -233,6 +246,7 @@ class RetryQueue:
             queue.batches.appendleft(head)
             self.wait_until(queue, now + max(delay, LEAST_WAIT_S))
             return None
+        # The batch that stood in front of the lane goes now, so the lane may be asked again.
         if queue.key == EVEN:
             self._even_waits = False
         self._pacer.sent(load)
@@ -245,6 +259,7 @@ class RetryQueue:
         held: dict[int, int] = {}  # shard as the batch says -> its line
         for shard, (records, nbytes) in load.items():
             line = shard if self._pacer.knows(shard) else EVEN
+            # Also when there is room for it now: the others came first, and the tokens are for them.
             if line in self.lines:
                 held[shard] = line
             elif (delay := self._pacer.shard_wait(now, shard, records, nbytes)) > 0.0:
@@ -253,6 +268,8 @@ class RetryQueue:
         if not held:
             self._pacer.sent(load)
             return batch
+        # One copy for all shards without room, then by halves. Shard by shard the batch would be copied as often as
+        # there are shards.
         waits, others = batch.split(held)
         if others is None and set(held.values()) == {EVEN}:
             self._even_waits = True
@@ -305,6 +322,7 @@ class RetryQueue:
         if epoch != NO_GENERATION:
             for batch in picked:
                 self._generations.move(batch, epoch)
+        # More than one when their bytes do not fit into one batch: what is left goes next.
         first, *rest = Batch.gather(picked)
         for batch in (first, *rest):
             batch.epoch = epoch

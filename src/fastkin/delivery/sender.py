@@ -124,6 +124,7 @@ class Sender:
         self._trouble = trouble = Trouble(
             lane, loop, name=name, stream=stream, throttle_error_after_s=throttle_error_after_s
         )
+        # All waits of all parts end in the same look, so none of them has to know what comes next.
         self._alarm = alarm = Alarm(loop, self.pump)
         self._calls = OpenCalls(name, loop, self._call_ended)
         self._answers = Answers(
@@ -155,6 +156,7 @@ class Sender:
         gate, waits = self.gate, self._waits
         # No call ends while this runs: each is a task of its own.
         for _ in range(gate.limit - len(self._calls)):
+            # Closed for all, also for what never failed: it is the way that is broken, not the batch.
             if now < gate.opens_at:
                 self._alarm.set(gate.opens_at)
                 return
@@ -295,6 +297,7 @@ class Sender:
 
     def give_back(self, batches: list[Batch]) -> None:
         """What was withdrawn shall be sent after all, before everything else; also what waits for withdraw()."""
+        # By age, for what was cut short comes later than it was taken.
         batches = sorted([*self._withdrawn, *batches], key=age)
         self._withdrawn = []
         for batch in batches:
@@ -344,9 +347,11 @@ class Sender:
             failures = batch.settle(answer)
         except KinesisError as error:
             self._failed_calls.failed(batch, error, self._loop.time())
+        # The call may have arrived. Its batch is taken care of where its task ends: see OpenCalls.
         except asyncio.CancelledError:
             counters.duplicates_possible += batch.user_records
             raise
+        # Raised again, so that the loop hears of the bug; but first the batch is put where it waits.
         except Exception as error:
             self._broke(batch, count, error)
             self._on_settled()
@@ -357,6 +362,7 @@ class Sender:
         self._on_settled()
 
     def _call_ended(self, batch: Batch, cancelled: bool, cut: bool) -> None:
+        # Cancelled from outside, or the disk broke meanwhile: then it goes again as if nothing had been.
         if cancelled and cut and not self.source.direct():
             self._withdrawn.append(batch)  # not for the pump to send again at once
         elif cancelled:

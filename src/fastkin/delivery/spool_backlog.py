@@ -203,6 +203,7 @@ class SpoolBacklog(Backlog):
 
     async def _run(self) -> None:
         while not self._stopping:
+            # Before the look: what happens while it is under way wakes the next one.
             self._wake.clear()
             worked = False
             if self._disk.may_be_tried:
@@ -212,6 +213,7 @@ class SpoolBacklog(Backlog):
                     self._trouble(error)
                 except Exception as error:  # noqa: BLE001 - a bug: the spool must not stand still without a word
                     self._unforeseen(error)
+            # A short wait after work, so that the next commit takes several batches; a long one when there was none.
             if not self._stopping:
                 if worked:
                     await asyncio.sleep(_GROUP_S)
@@ -240,6 +242,7 @@ class SpoolBacklog(Backlog):
         worked = False
         if self._writer.waiting or self.window.ended:
             worked = await self._writer.write()
+        # It went through: the file works. A full disk has not shown that.
         if not full:
             disk.broken = None
         if self._replay.unread and not self._draining and not self._stopping:
@@ -260,6 +263,7 @@ class SpoolBacklog(Backlog):
         now = self._loop.time()
         why = ""
         oldest = self._sender.oldest
+        # What is new must not pass what a former run left: it is older.
         if self._replay.unread:
             why = "a former run left records in it"
         elif self._budget.full and self._sender.waiting:

@@ -71,6 +71,7 @@ class SpoolDisk:
     async def open(self) -> Found:
         """For the first time. SpoolError."""
         found: Found = await self.run(self.spool.open)
+        # From here on its rows are counted. To adopt them a second time would count them twice.
         self.opened = True
         self.broken = None
         if found.damaged:
@@ -98,6 +99,7 @@ class SpoolDisk:
                 return False
         if self.broken is None:  # it was found so at the start
             raise self.spool.no_room()
+        # The file still gives back and deletes. So the turn goes on without a wait.
         self._retry_at = 0.0
         return True
 

@@ -16,6 +16,7 @@ from fastkin.errors import SpoolError
 if TYPE_CHECKING:
     from pathlib import Path
 
+# They say something about the moment, and nothing about the row. A row that counts as damaged does so for ever.
 _TRANSIENT = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN})
 
 
@@ -62,6 +63,7 @@ def _explain(path: Path, error: OSError | sqlite3.Error) -> tuple[str, str]:
                 return problem, "name a file, not a directory, in `spool`"
             case _:
                 return problem, f"look after the file system of {folder}; {kept}"
+    # SQLite says nothing of errno here, so its own codes are told apart.
     match code_of(error):
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return "another process or pipeline has it open", "stop that one, or give each a `spool` of its own"

@@ -153,6 +153,7 @@ class Spool:
             return
         with contextlib.suppress(sqlite3.Error):
             if clean:
+                # The next one to open it need not count these rows as sent perhaps.
                 db.execute("UPDATE state SET clean = 1")
             if self.rows == 0:
                 self._reserve.drop()
@@ -206,6 +207,7 @@ class Spool:
         Durable when it returns: the ids of the new rows. SpoolError: nothing of it happened.
         """
         db = self._opened()
+        # A write that fails would take a part of what the reserve gave back for deleting.
         if puts and self.tight:
             raise self.no_room()
         if puts and not self._reserve.held:
@@ -227,6 +229,7 @@ class Spool:
                     db.execute("ROLLBACK")
             self._give_up_reserve(error)
             raise spool_error(self.path, "write to it", error) from error
+        # From here on they count: whoever opens the file again keeps rows up to this one.
         self._last = max([self._last or 0, *ids])
         self.rows += len(puts) - len(gone)
         self.records += sum(put.records for put in puts) - sum(one[1] for one in gone)
@@ -246,6 +249,7 @@ class Spool:
             )
             id_ = cursor.lastrowid
             assert id_ is not None
+            # Room first, then bytes into it. A body that is bound as a parameter would be copied twice.
             db.execute("INSERT INTO bodies VALUES (?, zeroblob(?))", (id_, len(body)))
             with db.blobopen("bodies", "body", id_) as blob:
                 blob.write(body)
@@ -267,6 +271,7 @@ class Spool:
             raise spool_error(self.path, "read it", error) from error
         for id_, entries, records, size, crc, counts in heads:
             cost = size + entries * ENTRY_BYTES
+            # In order or not at all: a later row that fits must not be read before this one.
             if (cost > most_bytes or records > most_records) and not (at_least_one and not rows):
                 break
             most_bytes -= cost
@@ -278,6 +283,7 @@ class Spool:
               counts: bytes) -> Row:  # fmt: skip
         try:
             with db.blobopen("bodies", "body", id_, readonly=True) as blob:
+                # The checksum is looked at only afterwards. A rotten length could ask for gigabytes.
                 body = blob.read() if len(blob) <= size else b""
         except sqlite3.Error as error:
             if transient(error) or (code_of(error) == sqlite3.SQLITE_IOERR and self._read_again(id_)):

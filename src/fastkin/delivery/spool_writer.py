@@ -74,6 +74,7 @@ class SpoolWriter:
         self._disk.took()
         for batch in group:
             self.waiting.popleft()
+            # A finished batch has none of them.
             epoch, count, records = batch.epoch, len(batch), batch.user_records
             # It was counted when it was spooled for the first time.
             if not batch.restored:
@@ -91,8 +92,10 @@ class SpoolWriter:
         total = 0
         for batch in self.waiting:
             put = Put(batch, batch.counts, len(batch), batch.user_records)
+            # A commit is one wait for the disk. But it holds the thread: a long one would keep rows from being read.
             if group and (total + row_size(put) > _GROUP_BYTES or len(group) == _GROUP_BATCHES):
                 break
+            # What comes behind may be smaller and fit. It is not written: it would be sent before what is older.
             if bounded and not self._disk.spool.fits([*puts, put]):
                 break
             group.append(batch)

@@ -74,6 +74,7 @@ class StreamWatch:
         try:
             summary = await self._delivery.client.describe()
         except KinesisError as error:
+            # To describe a stream is a permission of its own. Without it records can be stored all the same.
             if error.action is not Action.OPERATOR or "ResourceNotFound" in error.code:
                 raise
             self._say_undescribed(error)
@@ -106,11 +107,13 @@ class StreamWatch:
             if self.aggregate_bytes and (not self.described or looks >= _LOOKS):
                 with contextlib.suppress(KinesisError):  # said once
                     await self.look_at_stream()
+            # No map yet: perhaps it was forbidden, or nobody answered. It is asked for with each look.
             known = sender.shards
             if known is None:
                 if self._wants_shards:
                     await self._read_shards()
                 continue
+            # A throttle names its shard. One that the map does not have is the first sign of a split or a merge.
             strange = {s for s in sender.counters.throttled if s and known.ordinal(s) is None} - seen
             if strange or looks >= _LOOKS:
                 looks = 0
@@ -164,9 +167,11 @@ class StreamWatch:
         try:
             shards = ShardMap(await delivery.client.list_shards())
             current = delivery.sender.shards
+            # The same shards. To set them anew would forget what their buckets have learned.
             if current is not None and current.ids == shards.ids:
                 self._shards_failed = False
                 return
+            # Both at once, so that few batches are encoded by one map and paced by another.
             delivery.lane.shards = ShardTable(shards.ends)
             delivery.sender.set_shards(shards)
         except Exception as error:  # noqa: BLE001 - records go out without a map: no answer may end what sends them

@@ -56,6 +56,7 @@ class Trouble:
 
     def answered(self, why: str | None) -> None:
         """A call was answered. `why`: what still waits for an operator, if anything does."""
+        # Something may still wait for an operator while other records are stored. Then it is not well yet.
         self.last_error = self.unwell = why
         self._hopeless = 0
 
@@ -126,6 +127,7 @@ class Trouble:
 
     def _throttled_for_long(self, now: float, shard_id: str) -> bool:
         """Say so as an error, once per `throttle_error_after_s` without a call that went through whole."""
+        # How much is stored meanwhile tells an operator whether to add shards or to look for something broken.
         if self._throttled_since is None:
             self._throttled_since, self._throttled_stored = now, self._lane.stored
         lasted = now - self._throttled_since

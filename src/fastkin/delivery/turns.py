@@ -36,6 +36,7 @@ class Turns:
     @contextlib.asynccontextmanager
     async def turn(self, make_room: Callable[[], None]) -> AsyncIterator[None]:
         """Waits for its turn and for room; `make_room` is called each time there is none."""
+        # Tickets and not places in a list: who is called and finds no room comes back with the same one.
         ticket = next(self._tickets)
         self.waiting += 1
         try:
@@ -55,6 +56,7 @@ class Turns:
         try:
             await waiter
         finally:
+            # Here also when it was cancelled after it was called. Its turn would block all later ones.
             if ticket in self._called:
                 self._called.remove(ticket)
             elif place in self._line:  # cancelled while in the line
@@ -62,6 +64,7 @@ class Turns:
                 heapq.heapify(self._line)
 
     def _is_turn(self, ticket: int) -> bool:
+        # Who was called before it has not run yet. The room that is seen now is meant for that one.
         if self._budget.full or (self._called and self._called[0] < ticket):
             return False
         return not self._line or ticket < self._line[0][0]

@@ -36,6 +36,7 @@ def unattended(lane: Lane, sender: Sender, flusher: Flusher, backlog: Backlog, *
     `aside`: groups of dead letters that are being stored.
     """
     spool = backlog.attended
+    # The order is that of a record: who is named is the first in whose hands it got lost.
     if sender.waiting and not (sender.attended or spool):
         return f"batches wait to be sent, {lane.in_flight} records are in flight, no call is open and no timer is set"
     if lane.open_records and not (lane.offered or flusher.armed):  # what is offered waits for the sender: see above
@@ -73,6 +74,8 @@ class Watchdog:
 
     def _check(self) -> None:
         found = self._look()
+        # Only what is found twice in the same words is believed. The words hold counts, so they change when something
+        # moves.
         again = found is not None and found != self._found
         self._found = found if again else None
         self._timer = self._loop.call_later(min(_AGAIN_S, EVERY_S) if again else EVERY_S, self._check)
@@ -85,4 +88,5 @@ class Watchdog:
         )  # fmt: skip
         for hook in on_stall:
             hook(self._name, found)
+        # After it was said: what is woken may raise.
         self._wake()
