@@ -32,6 +32,7 @@ class Alarm:
 
     def set(self, when: float) -> None:
         """Ring at `when`, or sooner if somebody asked for that."""
+        # At the end whatever still fails would set it, and ring into what is closed.
         if self._closed:
             return
         if self._timer is not None:

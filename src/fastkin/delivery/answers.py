@@ -122,7 +122,8 @@ class Answers:
             batch.attempts += 1
         if action is Action.REJECTED or (action is Action.STRANGE and self._strange_for_long(batch, now)):
             if batch.user_records > len(batch) and not batch.single:
-                self._waits.halve(batch)  # the others of an aggregate are not lost with the one that is at fault
+                # The others of an aggregate are not lost with the one that is at fault.
+                self._waits.halve(batch)
             else:
                 self._give_up(batch, f"{code}: {message}")
             return 0.0
@@ -187,6 +188,7 @@ class Answers:
             delay = self._gate.delay(error)
             self._waits.wait_until(queue, now + delay)
             self._trouble.say_records_wait(len(batch), error, delay)
+        # As long as it waits here, other answers do not make it well.
         queue.why = str(error)
         self._trouble.records_need_operator(queue.why)
         return queue.not_before - now

@@ -151,6 +151,7 @@ class DropBacklog(Backlog):
         self._warned_at = -_WARN_EVERY_S
 
     def pump(self) -> None:
+        # Sent first: what goes out now need not be dropped.
         self._sender.pump()
         self.attend()
 
@@ -165,7 +166,8 @@ class DropBacklog(Backlog):
         waiting = deque(self._sender.withdraw(alone=False))
         dropped = 0
         error = RecordDropped(f"memory was full and on_full is {self._policy!r}")
-        while waiting and self._budget.full:  # also when what comes next is larger than what is free at the low mark
+        # Also when what comes next is larger than what is free at the low mark.
+        while waiting and self._budget.full:
             batch = waiting.popleft() if self._policy == "drop_oldest" else waiting.pop()
             # A finished batch has no length any more.
             epoch, count = batch.epoch, len(batch)
@@ -176,7 +178,8 @@ class DropBacklog(Backlog):
             self._sender.give_back(list(waiting))
         if dropped:
             self._say_dropped(dropped)
-        if dropped or not self._budget.full:  # to close the batch may have made room: who waits for it must hear so
+        # To close the batch may have made room. Who waits for it must hear so, or waits for ever.
+        if dropped or not self._budget.full:
             self._on_settled()
         self._sender.pump()
 

@@ -21,6 +21,7 @@ def for_keys(error: KinesisError) -> bool:
 
 def too_large(error: KinesisError) -> bool:
     """The body of the call was too large: a smaller one may pass."""
+    # A proxy may refuse it before Kinesis does, and then there is no code.
     return error.http_status == 413 or "EntityTooLarge" in error.code
 
 
@@ -31,6 +32,7 @@ def not_taken(error: KinesisError) -> bool:
 
 def maybe_stored(error: KinesisError) -> bool:
     """Whether the records of a failed call may be in the stream: the outcome is unknown, or a 5xx hides it."""
+    # Nobody answered, or somebody who is not Kinesis. Only what never left is surely not stored.
     if isinstance(error, UnexpectedResponse | TransportError):
         return not isinstance(error, NotSent)
     return error.code in _OUTCOME_UNKNOWN or (error.http_status is not None and error.http_status >= 500)
@@ -54,6 +56,7 @@ def as_operator(error: KinesisError, *, untold: bool) -> KinesisError:
 
 def cure(error: KinesisError) -> str:
     """What helps, as the end of a log line; empty when nobody knows."""
+    # By the action first: several codes mean the same.
     if error.action is Action.CLOCK:
         return ": set this machine's clock"
     if error.action is Action.CREDENTIALS:

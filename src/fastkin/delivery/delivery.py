@@ -90,6 +90,7 @@ class Delivery:
         self._options = options = replace(options, max_batch_bytes=limit)
         self.budget = Budget(options.budget_bytes - keep_bytes, options.budget_records)
         self._window: ReplayWindow | None = None
+        # Before the lane is made: both parts are charged by it.
         if options.on_full == "spool":
             self.budget, self._window = split_budget(self.budget)
         self.lane = Lane(
@@ -170,17 +171,20 @@ class Delivery:
 
     def drain(self) -> None:
         """Send all that is here, read nothing more from the disk: the owner is about to stop."""
+        # The open batch first. With a spool it may still go directly.
         self.flusher.close(DRAIN)
         self.backlog.drain()
 
     async def flush(self) -> None:
         """Until all that was taken so far has ended, well or not, or is spooled. ClosedError: closed before."""
+        # Else a flush would wait the whole linger for the last records.
         self.flusher.close(DRAIN)
         await self.sender.flush()
 
     @property
     def to_wait_for(self) -> bool:
         """Waiting for Kinesis may still settle something: what is on the disk too needs no waiting for."""
+        # While calls flow, what came back from the disk ends soon too. Without them the file keeps it.
         return self.lane.in_flight > (0 if self.sender.flowing else self.backlog.safe)
 
     def stuck(self, *, aside: int = 0) -> str | None:
@@ -215,7 +219,8 @@ class Delivery:
         self.flusher.stop()
         await self._end(limit, self.sender.close(), "ending the calls")
         # After the sender: what its calls leave unsettled is what goes to the disk.
-        if self.backlog.spool is not None:  # only a disk takes time
+        # Nothing but a disk takes time there.
+        if self.backlog.spool is not None:
             await self._end(limit, self.backlog.close(spool_limit), "closing the spool")
 
     async def _end(self, limit: Deadline, work: Awaitable[object], what: str) -> None:
@@ -226,7 +231,8 @@ class Delivery:
 
     def fail(self, batch: Batch, reason: str) -> None:
         """It can never be stored: who holds its receipts is told."""
-        if batch.restored:  # its receipts said "spooled" long ago
+        # Its receipts said "spooled" long ago, so nobody would hear of it.
+        if batch.restored:
             _LOG.error(
                 "pipeline=%s stage=send %d records that came back from the spool are refused for good and dropped: %s",
                 self.name, batch.user_records, reason,
@@ -238,6 +244,7 @@ class Delivery:
     def give_up(self, error: Exception) -> int:
         """After close(): what has not ended fails with `error`, for who holds receipts. Returns how many records."""
         left = self.lane.in_flight
+        # Batches first. What is left in the lane after that is in none.
         for batch in (*self.sender.unsent(), *self.backlog.unsaved()):
             batch.finish(FAILED, error)
         self.lane.abandon(error)
@@ -247,6 +254,7 @@ class Delivery:
 
     def stats(self) -> dict[str, Any]:
         """Counters, in records unless the name says otherwise."""
+        # A delivery that was never opened has no sender, and says zero.
         lane, sender = self.lane, self.sender if self.opened else None
         return {
             "received": lane.received,

@@ -80,6 +80,7 @@ class FailedCalls:
         if error.action is Action.THROTTLE:
             # The whole call was throttled, and no shard is named: all that is spread evenly slows down.
             self._pacer.throttled(now, None, even=True)
+        # An upper bound for the user. What is stored twice can only be found by who reads the stream.
         if maybe_stored(error):
             self._counters.duplicates_possible += batch.user_records
         self._counters.goes_again(error.code, batch)
@@ -101,6 +102,7 @@ class FailedCalls:
         if len(batch) > 1 and too_large(error) and self._waits.sizes.late(batch.nbytes):
             # It says nothing about a record. To halve it down to one would make a thousand calls of a few.
             self._counters.goes_again(error.code, batch)
-            self._waits.put_back(batch)  # it is cut on its way, and so are the next ones
+            # It is cut on its way, and so are the next ones.
+            self._waits.put_back(batch)
             return
         self._waits.halve(batch)

@@ -67,6 +67,7 @@ class Gate:
         self._drawn = True
         if error.action not in HOPELESS:
             return self._calls.next()
+        # Keys come back by themselves and soon. What an operator mends takes minutes.
         return (self._credentials if for_keys(error) else self._operator).next()
 
     def close_for(self, now: float, delay: float, asked: float | None = None) -> None:

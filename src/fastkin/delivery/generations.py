@@ -40,6 +40,7 @@ class Generations:
 
     def move(self, batch: Batch, generation: int) -> None:
         """It shares a call with an older one, so it counts with it."""
+        # Towards the older one only. What a flush waits for may become more so, and never less.
         if batch.epoch != generation:
             self._open[batch.epoch] -= len(batch)
             self._open[generation] += len(batch)
@@ -59,6 +60,7 @@ class Generations:
         for mark, waiter in self._waiters:
             if not self._over(mark):
                 still.append((mark, waiter))
+            # It may have been cancelled, and not have run since.
             elif not waiter.done():
                 waiter.set_result(None)
         self._waiters = still
@@ -73,6 +75,7 @@ class Generations:
 
     async def wait(self, mark: int) -> None:
         """Until all up to this generation have ended. The error of `fail` when that comes first."""
+        # Without this a flush of nothing would wait for the next record that ends.
         if self._over(mark):
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()

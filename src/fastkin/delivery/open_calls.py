@@ -68,6 +68,7 @@ class OpenCalls:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         call = self._calls.pop(task)
+        # A cancelled task has no exception to ask for: it raises.
         if not task.cancelled() and (error := task.exception()) is not None:
             # Nothing may fail here. What does is a bug, and hiding it would lose data quietly.
             self._loop.call_exception_handler(

@@ -78,6 +78,7 @@ class Concurrency:
         self._limit = min(self.maximum, self._limit + 1.0 / self._limit)
 
     def failed(self) -> None:
+        # Never none: the one that is left is how the end of the trouble is noticed.
         self._limit = max(1.0, self._limit / 2)
 
 
@@ -104,6 +105,7 @@ class CallSize:
         # A call this small is late for another reason than its size.
         if nbytes <= self.FLOOR:
             return False
+        # Growth is careful from here on.
         self._late = nbytes
         # by its own size: of calls that were open together each one says the same
         self.limit = min(self.limit, max(nbytes / 2, self.FLOOR))
@@ -111,11 +113,13 @@ class CallSize:
 
     def taken(self, nbytes: int) -> None:
         if self.limit == math.inf or nbytes * 2 < self.limit:
-            return  # so small a call says nothing
+            # So small a call says nothing about a larger one.
+            return
         if nbytes >= self._late:
             self._late = math.inf
         # quickly up to what was too large, then slowly: each attempt that is too large costs its own time
         self.limit *= 1.25 if self.limit < 0.75 * self._late else 1.03
+        # No call is larger, so there is no limit any more.
         if self.limit > _LARGEST_CALL:
             self.limit = math.inf
 
@@ -319,6 +323,7 @@ class Pacer:
 
     def throttled(self, now: float, shard: int | None, *, even: bool) -> None:
         """`shard` is the ordinal the answer named; `even` says the throttled records were evenly spread."""
+        # Evenly spread records have no bucket by shard, whichever shard refused some of them.
         if even or shard is None:
             self.even.throttled(now)
         else:

@@ -79,6 +79,7 @@ class Refusals:
             self.probe = True
             self._tell()
             return False
+        # From here the next one in doubt has to wait as long: the destination may be at fault all the same.
         self._gave_up_at = now
         self.forget(batch)
         return True
@@ -107,6 +108,7 @@ class Refusals:
 
     def ask(self) -> None:
         """About the harmless record, in a task of its own."""
+        # One question at a time. Refusals come by the dozen, and each would be a call.
         if self._harmless is not None and self._asking is None:
             loop = asyncio.get_running_loop()
             self._asking = loop.create_task(self._ask(self._harmless), name=f"fastkin[{self._name}].harmless")

@@ -63,7 +63,8 @@ class ReplayWindow:
             self.held -= self._costs.pop(row, 0)
 
     def _ended(self, row: int, count: int, *_: object) -> None:
-        if self.closed:  # a batch that nobody sends any more is freed: its row stays
+        # A batch that nobody sends any more is freed, and its row stays.
+        if self.closed:
             return
         # A row may be in several batches by now, and each tells of its own part.
         loaded = self.loaded[row]
@@ -128,6 +129,7 @@ class Replay:
             return None
         picked = [self.ready.popleft()]
         records, size = len(picked[0]), picked[0].size
+        # As full as a call may be: rows of single records would each be a call of their own.
         while self.ready:
             records += len(self.ready[0])
             size += self.ready[0].size
@@ -161,6 +163,7 @@ class Replay:
             await self._restore(row)
             self._after = row.id
             self.unread -= 1
+        # The first row did not fit, or there is none.
         if not rows:
             if alone and not self._window.loaded:
                 self.unread = 0  # the file has none: rows that vanished must not hold up what comes
@@ -176,6 +179,7 @@ class Replay:
         loaded = self._window.loaded
         if not loaded:
             return True
+        # These rows are held beyond the share. A few are all that memory can bear.
         if len(loaded) > _DOUBTED_MOST:
             return False
         doubted = self._sender.rows_in_doubt()
@@ -192,6 +196,7 @@ class Replay:
             except BaseException as error:
                 del self._window.loaded[row.id]
                 self._window.held -= cost
+                # Another error says nothing about the row. It must not be marked as damaged for that.
                 if not isinstance(error, DataFormatError):
                     raise
                 fault = str(error)
@@ -199,7 +204,8 @@ class Replay:
                 self.ready.append(batch)
                 return
         spool = self._disk.spool
-        await self._disk.run(spool.set_aside, row)  # else it is read again
+        # Else it would be read again with each turn, and nothing behind it.
+        await self._disk.run(spool.set_aside, row)
         self.damaged += 1
         # Its number of records may be rotten as well. More than are in the file can never end.
         self._lane.settle_spooled(min(row.records, self._lane.spooled), DEAD)

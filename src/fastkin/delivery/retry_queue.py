@@ -130,6 +130,7 @@ class RetryQueue:
 
     def put_back(self, batch: Batch) -> None:
         """It may go as soon as the gate is open, in its turn."""
+        # No wait of its own: the gate is closed after a failed call, and that is wait enough.
         self.line("").put(batch)
         self.due = 0.0
 
@@ -282,6 +283,7 @@ class RetryQueue:
 
     def _line_up(self, queue: Line, part: Batch) -> None:
         """Small parts are gathered while they wait, those of like size: each record is copied a few times at most."""
+        # Of like size and not all at once: else the one that grows would be copied with each that comes.
         while (
             queue.batches
             and (last := queue.batches[-1]).born <= part.born
@@ -295,6 +297,7 @@ class RetryQueue:
 
     def _trim(self, batch: Batch, queue: Line | None = None) -> Batch:
         """As much of it as a call may carry now; the rest keeps its place."""
+        # A single record goes however large it is: it cannot be cut.
         while len(batch) > 1 and not self.sizes.allows(batch.nbytes):
             batch, rest = batch.halves()
             if queue is not None:
@@ -319,6 +322,7 @@ class RetryQueue:
     def _gather(self, picked: list[Batch]) -> Batch:
         epoch = min(batch.epoch for batch in picked)
         attempts = picked[0].attempts
+        # What came back from the disk is never gathered with what did not, so all of them count or none does.
         if epoch != NO_GENERATION:
             for batch in picked:
                 self._generations.move(batch, epoch)
@@ -336,6 +340,7 @@ class RetryQueue:
         """Rows of the spool, with how many of their records wait as single ones that were refused."""
         found: dict[int, int] = {}
         for queue in self.lines.values():
+            # Only these: rows whose records wait for anything else will end by themselves.
             if queue.doubted and queue.batches and queue.batches[0].restored:
                 for row, count in queue.batches[0].rows().items():
                     found[row] = found.get(row, 0) + count

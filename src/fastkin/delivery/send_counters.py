@@ -41,10 +41,12 @@ class SendCounters:
     def taken(self, batch: Batch) -> None:
         """A new batch was taken from the lane."""
         self.batched += batch.user_records
+        # By the fuller of the two: a batch is full when either is.
         self.batch_fill.observe(max(len(batch) / self._max_records, batch.size / self._max_batch_bytes))
 
     def call_failed(self, code: str, batch: Batch) -> None:
         """A call failed as a whole."""
+        # Entries too: nothing of the call is known to be stored.
         self.calls_failed += 1
         self.failed_by_code.add(code, len(batch))
         self.calls_failed_by_code.add(code, 1)

@@ -163,7 +163,8 @@ class Sender:
             batch = self._probe(now) if self.refusals.probe else None
             batch = batch or waits.due_call(now) or waits.admit_new(now)
             if batch is None:
-                if waits:  # the one place where the alarm is set for what waits
+                # The one place where the alarm is set for what waits. Whoever puts something there need not do it.
+                if waits:
                     self._alarm.set(max(waits.due, now + LEAST_WAIT_S))
                 return
             # The load is asked for before the call. Afterwards the batch is settled and has none.
@@ -183,7 +184,8 @@ class Sender:
             if self.source.direct():
                 self._waits.put_back(batch)
             else:
-                self._withdrawn.append(batch)  # not past what is in the spool
+                # It must not pass what is kept elsewhere, which is older.
+                self._withdrawn.append(batch)
         mark = self._generations.close_generation()
         self.pump()
         await self._generations.wait(mark)
@@ -364,7 +366,8 @@ class Sender:
     def _call_ended(self, batch: Batch, cancelled: bool, cut: bool) -> None:
         # Cancelled from outside, or the disk broke meanwhile: then it goes again as if nothing had been.
         if cancelled and cut and not self.source.direct():
-            self._withdrawn.append(batch)  # not for the pump to send again at once
+            # Not into the queue: the pump would send it again at once.
+            self._withdrawn.append(batch)
         elif cancelled:
             self._waits.put_back(batch)
         self.pump()

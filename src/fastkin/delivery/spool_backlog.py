@@ -102,6 +102,7 @@ class SpoolBacklog(Backlog):
 
     def attend(self) -> None:
         """The budget may be full."""
+        # Otherwise the next tick is soon enough. This runs for every batch.
         if self.spooling or self._budget.full:
             self._wake.set()
 
@@ -116,6 +117,7 @@ class SpoolBacklog(Backlog):
 
     def drain(self) -> None:
         """Read no more rows: the owner is about to stop."""
+        # Rows that are read now would have to be written again at the end.
         self._draining = True
         if self.spooling:
             self._go_direct()
@@ -277,6 +279,7 @@ class SpoolBacklog(Backlog):
 
     def _go_direct(self) -> None:
         """End to spool, if nothing is before what comes next."""
+        # What comes next would pass these.
         if self._replay.unread or self._replay.ready or self._writer.waiting or not self._sender.flowing:
             return
         oldest = self._sender.oldest
@@ -324,8 +327,10 @@ class SpoolBacklog(Backlog):
         if not self._disk.started:
             return
         self._collect_rest()
+        # After a disk that hangs nothing more is asked of it: the thread still waits.
         if not stuck:
             stuck = not await self._write_rest(limit)
+        # From here on freed batches do not count as ended, or their rows would be deleted.
         self.window.closed = True
         self._writer.leave_rows()
         if stuck:

@@ -74,6 +74,7 @@ class SpoolDisk:
         # From here on its rows are counted. To adopt them a second time would count them twice.
         self.opened = True
         self.broken = None
+        # They stay in the file for whoever looks after it, and would else be forgotten.
         if found.damaged:
             _LOG.warning(
                 "pipeline=%s stage=spool spool %s keeps %d damaged batches of former runs",
@@ -95,9 +96,11 @@ class SpoolDisk:
         if now >= self._room_at:
             self._room_at = now + _RETRY_S
             if await self.run(self.spool.regain):
-                await self.run(self.spool.open)  # what a failed commit may have left
+                # A failed commit may have left something.
+                await self.run(self.spool.open)
                 return False
-        if self.broken is None:  # it was found so at the start
+        # It was found so at the start: said as an error, once, like any other trouble.
+        if self.broken is None:
             raise self.spool.no_room()
         # The file still gives back and deletes. So the turn goes on without a wait.
         self._retry_at = 0.0
@@ -110,6 +113,7 @@ class SpoolDisk:
 
     def failed(self, error: SpoolError) -> None:
         """It takes nothing now: say so once in a while."""
+        # The wait counts from the failure. A disk that fails slowly is not asked all the time.
         now = self._loop.time()
         self._retry_at = now + _RETRY_S
         self.broken = str(error)
@@ -131,6 +135,7 @@ class SpoolDisk:
     async def close(self, limit: Deadline, *, clean: bool) -> None:
         """Close the file, and wait for that as long as there is time. `clean` is Spool.close()'s."""
         assert self._worker is not None, "start() first"
+        # Left with the thread and not awaited: the caller may have no time, and the file must be closed all the same.
         self._worker.leave(partial(self.spool.close, clean=clean))
         # If the disk hangs, the thread closes it whenever the disk answers, or the end of the process does.
         with contextlib.suppress(TimeoutError):

@@ -47,6 +47,7 @@ def _room(path: Path) -> str:
 
 def _explain(path: Path, error: OSError | sqlite3.Error) -> tuple[str, str]:
     """(what is wrong, what helps)."""
+    # A relative path says nothing in a log.
     folder = path.absolute().parent
     kept = "the data is kept and tried again"
     access = f"let user id {os.geteuid()} write in {folder}, or set another `spool`"

@@ -136,7 +136,8 @@ class Spool:
                 self.path, "another process had it meanwhile, or another file is in its place",
                 "one pipeline per `spool`; restart fastkin to take up what is in it",
             )  # fmt: skip
-        db.execute("UPDATE state SET clean = ?", (self._mark,))  # takes the lock for good
+        # A write, and not only a read: it takes the lock for good.
+        db.execute("UPDATE state SET clean = ?", (self._mark,))
         if self._last is None:
             self._last = int(db.execute("SELECT coalesce(max(id), 0) FROM rows").fetchone()[0])
         else:
@@ -149,6 +150,7 @@ class Spool:
     def close(self, *, clean: bool = True) -> None:
         """`clean`: nothing that is in the file is on its way to Kinesis."""
         db = self._db
+        # It was never opened, or trouble closed it. What is in it says that it was not closed in order.
         if db is None:
             return
         with contextlib.suppress(sqlite3.Error):
@@ -211,7 +213,8 @@ class Spool:
         if puts and self.tight:
             raise self.no_room()
         if puts and not self._reserve.held:
-            self._reserve.take()  # a disk too small for it does without
+            # A disk that is too small for it does without.
+            self._reserve.take()
         ids: list[int] = []
         gone: list[tuple[int, int, int]] = []
         try:
@@ -225,8 +228,10 @@ class Spool:
             db.execute("COMMIT")
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
+                # SQLite may have rolled back by itself.
                 if db.in_transaction:
                     db.execute("ROLLBACK")
+            # Now, and not with the next write: rows that have ended can be deleted from here on.
             self._give_up_reserve(error)
             raise spool_error(self.path, "write to it", error) from error
         # From here on they count: whoever opens the file again keeps rows up to this one.
@@ -236,7 +241,8 @@ class Spool:
         self.bytes += sum(row_size(put) for put in puts) - sum(one[2] for one in gone)
         if ended and self.rows == 0:
             self._reserve.drop()
-            with contextlib.suppress(sqlite3.Error):  # room is given back another time
+            # The rows are written. Room that is not given back now is given back another time.
+            with contextlib.suppress(sqlite3.Error):
                 spool_schema.shrink(db)
         return ids
 
@@ -295,6 +301,7 @@ class Spool:
 
     def _read_again(self, id_: int) -> bool:
         """A disk may fail for a while: is this row worth another attempt?"""
+        # Only in a row: a disk that failed for a while long ago says nothing about this one.
         row, times = self._failed_reads
         self._failed_reads = (id_, times + 1 if row == id_ else 1)
         return self._failed_reads[1] < _READ_ATTEMPTS
@@ -306,6 +313,7 @@ class Spool:
             db.execute("UPDATE rows SET damaged = 1 WHERE id = ?", (row.id,))
         except sqlite3.Error as error:
             raise spool_error(self.path, "write to it", error) from error
+        # It counts towards nothing any more. A limit that damaged rows fill would stop the spool for good.
         self.rows -= 1
         self.records -= row.records
         self.bytes -= row.size

@@ -31,11 +31,14 @@ class Reserve:
         try:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
+                # Blocks for all of it are asked for, and the rest is given back at once. So it is known that the disk
+                # has room besides the reserve.
                 os.posix_fallocate(fd, 0, max(1, self._nbytes * times))
                 os.ftruncate(fd, self._nbytes)
             finally:
                 os.close(fd)
         except OSError:
+            # A half of it would be counted as the whole.
             self.drop()
             return False
         self.held = True

@@ -66,6 +66,7 @@ class SpoolWriter:
             self._say_full()
             return False
         ids = await self._disk.run(spool.write, puts, ended)
+        # From the front: more may have ended meanwhile.
         del self._window.ended[: len(ended)]
         self._window.deleted(ended)
         if not group:
@@ -106,6 +107,7 @@ class SpoolWriter:
     def _say_full(self) -> None:
         """What waits has no room in max_bytes."""
         spool = self._disk.spool
+        # The file is empty, and still this batch does not fit.
         if spool.rows == 0:
             # It never will have: let it be sent.
             self.give_back()
@@ -130,6 +132,7 @@ class SpoolWriter:
             rows = batch.rows()
             row, count = next(iter(rows.items()), (0, 0))
             loaded = self._window.loaded.get(row)
+            # Written again it would be there twice. So the old row stays, and only parts of rows are written.
             if len(rows) == 1 and loaded is not None and loaded.records == loaded.pending == count:
                 loaded.keep = True
                 batch.finish(SPOOLED)

@@ -80,6 +80,7 @@ class StreamWatch:
             self._say_undescribed(error)
             return
         self._aggregate(summary)
+        # The owner checks its settings once. Later its stream may change, and the run goes on.
         if self.described:
             return
         self.described = True
@@ -105,7 +106,8 @@ class StreamWatch:
             await asyncio.sleep(_EVERY_S)
             looks += 1
             if self.aggregate_bytes and (not self.described or looks >= _LOOKS):
-                with contextlib.suppress(KinesisError):  # said once
+                # It was said at the first look.
+                with contextlib.suppress(KinesisError):
                     await self.look_at_stream()
             # No map yet: perhaps it was forbidden, or nobody answered. It is asked for with each look.
             known = sender.shards
@@ -130,6 +132,7 @@ class StreamWatch:
             )  # fmt: skip
 
     def _say_undescribed(self, error: KinesisError) -> None:
+        # It is asked again and again, and said once.
         if not self._describe_failed:
             _LOG.warning(
                 "pipeline=%s stage=send the stream cannot be described (%s): going on without its limits and shard"
@@ -143,6 +146,7 @@ class StreamWatch:
         if not self.aggregate_bytes:
             return
         lane = self._delivery.lane
+        # The stream takes keys as they are, so its consumers know aggregates.
         if not summary.auto_keys:
             if not lane.aggregate_bytes:
                 lane.aggregate_bytes = self.aggregate_bytes
@@ -152,8 +156,10 @@ class StreamWatch:
             f"stream {summary.name} chooses shards itself (RecordDistributionStrategy AUTO) and consumers drop"
             " aggregates on it"
         )
+        # Nothing has been taken yet, so nothing is lost by an error, and the user hears at once.
         if not self.settled_in:
             raise self._misfit(problem)
+        # Once records flow it is too late for an error: they must go on, one by one.
         if lane.aggregate_bytes or not self.described:
             lane.aggregate_bytes = 0
             self._delivery.attend()

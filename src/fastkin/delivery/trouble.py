@@ -93,6 +93,7 @@ class Trouble:
                 "pipeline=%s stage=send %s; the data is kept and tried again in %.0f s%s",
                 self._name, error, delay, cure(error),
             )  # fmt: skip
+        # A throttle that lasts was said as an error just now, and the warning would add nothing.
         elif error.action is not Action.THROTTLE or not self._throttled_for_long(now, ""):
             self._warn("call failed: %s; again in %.2f s", error, delay)
 
@@ -119,6 +120,7 @@ class Trouble:
 
     def say_throttled(self, now: float, shard_id: str, records: int) -> None:
         """So many entries were throttled. `shard_id` is empty when Kinesis did not name it."""
+        # Either the error or the warning: both would say the same twice.
         if not self._throttled_for_long(now, shard_id):
             self._warn("throttled at %s: %d records go again, slower", shard_id or "the stream", records)
 

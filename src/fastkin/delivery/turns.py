@@ -27,7 +27,8 @@ class Turns:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        budget.on_room = self.call  # whatever made room, also when no record has ended
+        # Whatever made room calls, also when no record has ended: a closed aggregate costs less than an open one.
+        budget.on_room = self.call
         self._tickets = itertools.count()
         self._line: list[tuple[int, asyncio.Future[None]]] = []  # a heap, by when they came
         self._called: list[int] = []  # have been called, and have not run since
@@ -40,6 +41,7 @@ class Turns:
         ticket = next(self._tickets)
         self.waiting += 1
         try:
+            # Again and again: room that is seen when it is called may be gone when it runs.
             while not self._is_turn(ticket):
                 make_room()
                 if not self._is_turn(ticket):
@@ -47,7 +49,8 @@ class Turns:
             yield
         finally:
             self.waiting -= 1
-            self.call()  # the next one, whatever became of this one
+            # Whatever became of this one: the next one would else wait for a room that is there.
+            self.call()
 
     async def _stand(self, ticket: int) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -59,7 +62,8 @@ class Turns:
             # Here also when it was cancelled after it was called. Its turn would block all later ones.
             if ticket in self._called:
                 self._called.remove(ticket)
-            elif place in self._line:  # cancelled while in the line
+            # It was cancelled while it stood in the line.
+            elif place in self._line:
                 self._line.remove(place)
                 heapq.heapify(self._line)
 
@@ -71,6 +75,7 @@ class Turns:
 
     def call(self) -> None:
         """There may be room: call who came first, each who is served calls the next."""
+        # Nobody is called into a full budget. It would come back, and the next one after it.
         while self._line and len(self._called) < _CALLED_AT_ONCE and not self._budget.full:
             ticket, waiter = heapq.heappop(self._line)
             # What is dropped with a loop that has closed makes room too, and then nobody is there to be called.
@@ -85,6 +90,7 @@ class Turns:
 
     def stuck(self, in_flight: int) -> str | None:
         """Somebody waits and nothing will call; `in_flight` records have yet to end. None: all is well."""
+        # Room, a line, and nobody on the way: whoever made room did not call.
         if self._line and not self._called and not self._budget.full:
             return f"{len(self._line)} who put wait for room and there is some"
         if self._line and not in_flight:
