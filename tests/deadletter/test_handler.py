@@ -17,7 +17,7 @@ import pytest
 
 import fastkin
 import fastkin.deadletter.handler
-import fastkin.deadletter.stream
+import fastkin.deadletter.insist
 from fastkin._codec import Budget, KeyPlan, Lane
 from fastkin.config import Broker, Kinesis, Pipeline
 from fastkin.deadletter import destination as letterplace
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastkin.deadletter.handler, "_RETRY_S", 0.05)
-    monkeypatch.setattr(fastkin.deadletter.stream, "_RETRY_S", 0.05)
+    monkeypatch.setattr(fastkin.deadletter.insist, "_RETRY_S", 0.05)
 
 
 @pytest.fixture
@@ -222,9 +221,9 @@ async def test_a_full_disk_pauses_intake_says_so_once_and_loses_nothing(
 LIMITED = """
 import asyncio, logging, resource, signal, sys
 sys.path.insert(0, sys.argv[2])
-import fastkin.deadletter.handler
+import fastkin.deadletter.insist
 from deadletter.test_handler import Emulator, run_of, offer, until
-fastkin.deadletter.handler._RETRY_S = 0.05
+fastkin.deadletter.insist._RETRY_S = 0.05
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 logging.basicConfig(stream=sys.stdout, level=logging.ERROR)
 

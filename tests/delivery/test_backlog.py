@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import fastkin.delivery.spool_backlog
+import fastkin.delivery.spool_disk
 import fastkin.delivery.spool_file
 from fastkin._codec import DRAIN
 from fastkin.config import Broker, Kinesis, Pipeline
+from fastkin.delivery.spool_errors import spool_error
 from fastkin.delivery.spool_file import Put, Spool
 from fastkin.emulator import Emulator
 from fastkin.service.pipeline import PipelineRun
@@ -170,7 +171,7 @@ async def test_what_is_held_at_the_end_goes_to_the_disk_and_is_sent_by_the_next_
     await until(lambda: run.ready)
     feed = Feed(run)
     feed.offer(700)
-    await until(lambda: run.delivery.sender.calls_failed > 0)
+    await until(lambda: run.delivery.sender.counters.calls_failed > 0)
     assert run.delivery.lane.spooled == 0
     assert await run.stop() == 0
     feed.check()
@@ -254,7 +255,7 @@ async def test_while_kinesis_is_away_replay_does_not_spin(emulator: Emulator, tm
         emulator.faults.cut("before", operation="PutRecords")
         await Feed(run).all(5000)
         await until(lambda: run.delivery.lane.spooled > 3000)
-        calls = run.delivery.sender.calls
+        calls = run.delivery.sender.counters.calls
         turns = 0
         turn = run.delivery.backlog._turn  # type: ignore[union-attr]
 
@@ -265,7 +266,7 @@ async def test_while_kinesis_is_away_replay_does_not_spin(emulator: Emulator, tm
 
         run.delivery.backlog._turn = counted  # type: ignore[union-attr, method-assign]
         await asyncio.sleep(1.5)
-        assert run.delivery.sender.calls - calls < 15
+        assert run.delivery.sender.counters.calls - calls < 15
         assert turns < 30
 
 
@@ -289,7 +290,7 @@ async def test_a_disk_that_takes_nothing(
     emulator: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
     """Intake pauses, one ERROR names path and cure, nothing is lost, it goes on when the disk is back."""
-    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_disk, "_RETRY_S", 0.1)
     caplog.set_level(logging.INFO)
     disk = Disk(monkeypatch)
     path = tmp_path / "spool.db"
@@ -322,7 +323,7 @@ async def test_a_disk_that_takes_nothing(
 async def test_with_a_broken_disk_kinesis_still_gets_what_comes(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_disk, "_RETRY_S", 0.1)
     disk = Disk(monkeypatch)
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
         feed = Feed(run)
@@ -361,7 +362,7 @@ async def test_a_full_spool_pauses(emulator: Emulator, tmp_path: Path, caplog: p
 async def test_a_spool_that_cannot_be_opened_is_opened_later(
     emulator: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_disk, "_RETRY_S", 0.1)
     folder = tmp_path / "later"
     async with running(pipeline(emulator.url, folder / "spool.db")) as run:
         feed = Feed(run)
@@ -408,7 +409,7 @@ async def test_calls_cut_short_go_again_when_the_disk_breaks(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They wait for the disk; when it breaks before it has them, Kinesis must get them."""
-    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_disk, "_RETRY_S", 0.1)
     disk = Disk(monkeypatch)
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
         overflow = run.delivery.backlog
@@ -424,7 +425,7 @@ async def test_calls_cut_short_go_again_when_the_disk_breaks(
 
         def refuse(spool: Spool) -> object:
             if disk.fails is not None:
-                raise spool._error("open it", disk.fails)
+                raise spool_error(spool.path, "open it", disk.fails)
             return opens(spool)
 
         monkeypatch.setattr(Spool, "open", refuse)
@@ -469,7 +470,7 @@ async def test_a_full_disk_and_full_memory_do_not_fill_the_log(
 ) -> None:
     """Kinesis is slower than the source, and the disk takes nothing: records go straight, as without a spool."""
     monkeypatch.setattr(Spool, "regain", lambda _: False)
-    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_disk, "_RETRY_S", 0.1)
     caplog.set_level(logging.INFO)
     async with running(pipeline(emulator.url, tmp_path / "spool.db", spool_after_s=5.0)) as run:
         overflow = run.delivery.backlog
@@ -515,7 +516,7 @@ async def test_a_disk_that_opens_and_takes_nothing_stops_no_call(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kinesis is slow, and calls were cut short again and again for a disk that then did not take them."""
-    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_disk, "_RETRY_S", 0.1)
     disk = Disk(monkeypatch)
     error = disk.fails = sqlite3.OperationalError("no")
     error.sqlite_errorcode = sqlite3.SQLITE_READONLY
@@ -575,10 +576,10 @@ async def test_flush_does_not_pass_the_spool(emulator: Emulator, tmp_path: Path)
         await until(lambda: run.delivery.sender.flowing and overflow.spooling)
         feed.offer(1)
         run.delivery.lane.seal(DRAIN)
-        fresh = run.delivery.sender.batched
+        fresh = run.delivery.sender.counters.batched
         async with asyncio.timeout(20):
             await run.delivery.sender.flush()
-        assert run.delivery.sender.batched > fresh
+        assert run.delivery.sender.counters.batched > fresh
         assert run.delivery.lane.spooled > 0, "the flush waited for the disk only"
         assert 8000 not in numbers(emulator)
         await until(lambda: run.delivery.lane.stored == 8001)
@@ -589,7 +590,7 @@ async def test_flush_does_not_pass_the_spool(emulator: Emulator, tmp_path: Path)
 async def test_a_bug_does_not_end_the_spool_quietly(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_disk, "_RETRY_S", 0.1)
     told: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
     fits = Spool.fits
@@ -616,7 +617,7 @@ async def test_a_damaged_row_counts_once_it_is_marked(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk takes no mark: the row stays where it is until it does, and is dead-lettered once."""
-    monkeypatch.setattr(fastkin.delivery.spool_backlog, "_RETRY_S", 0.1)
+    monkeypatch.setattr(fastkin.delivery.spool_disk, "_RETRY_S", 0.1)
     path = tmp_path / "spool.db"
     with Spool(path, max_bytes=MIB) as spool:
         spool.write([Put(b"nonsense", b"", 10, 10)])
@@ -629,7 +630,7 @@ async def test_a_damaged_row_counts_once_it_is_marked(
         if tries < 4:
             error = sqlite3.OperationalError("no")
             error.sqlite_errorcode = sqlite3.SQLITE_FULL
-            raise spool._error("write to it", error)
+            raise spool_error(spool.path, "write to it", error)
         mark(spool, row)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Spool, "set_aside", refuse)

@@ -80,8 +80,7 @@ class Rig:
             stream="s",
             set_aside=self._set_aside,
             on_settled=self._settled,
-            random=Random(5),
-            **({"max_calls": 4} | options),
+            **({"max_calls": 4, "random": Random(5)} | options),
         )
 
     def _set_aside(self, batch: Batch, reason: str) -> None:
@@ -138,8 +137,8 @@ async def test_only_failed_entries_go_again_with_the_same_key() -> None:
     await rig.send(numbered(1000))
     assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(1000))
     assert all(len(keys) == 1 for keys in sent.values())
-    assert rig.sender.retried == rig.sender.failed_by_code["InternalFailure"]
-    assert rig.sender.duplicates_possible == 0
+    assert rig.sender.counters.retried == rig.sender.counters.failed_by_code["InternalFailure"]
+    assert rig.sender.counters.duplicates_possible == 0
 
 
 async def test_a_throttled_shard_slows_the_sender_and_loses_nothing() -> None:
@@ -151,7 +150,7 @@ async def test_a_throttled_shard_slows_the_sender_and_loses_nothing() -> None:
     rig = Rig(Scripted(script))
     await rig.send(numbered(2000))
     assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(2000))
-    assert set(rig.sender.throttled) == {"shardId-000000000000", "shardId-000000000001"}
+    assert set(rig.sender.counters.throttled) == {"shardId-000000000000", "shardId-000000000001"}
     assert rig.sender.pacer.even.stored_per_s > 0
 
 
@@ -171,8 +170,8 @@ async def test_a_failed_call_goes_again_whole(error: KinesisError) -> None:
     rig = Rig(Scripted(lambda call, records: error if call <= 3 else [None] * len(records)))
     await rig.send(numbered(1200))
     assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(1200))
-    assert rig.sender.calls_failed == 3
-    assert (rig.sender.duplicates_possible > 0) == (
+    assert rig.sender.counters.calls_failed == 3
+    assert (rig.sender.counters.duplicates_possible > 0) == (
         error.code
         in {
             "ConnectionClosed",
@@ -190,7 +189,7 @@ async def test_no_retry_storm_while_kinesis_is_down() -> None:
     rig = Rig(Scripted(lambda call, records: down if loop.time() < up_at else [None] * len(records)), max_calls=16)
     await rig.send(numbered(8000))
     assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(8000))
-    assert rig.sender.calls_failed < 45
+    assert rig.sender.counters.calls_failed < 45
 
 
 async def test_an_answer_that_makes_no_sense_settles_nothing() -> None:
@@ -198,8 +197,8 @@ async def test_an_answer_that_makes_no_sense_settles_nothing() -> None:
     rig = Rig(Scripted(lambda call, records: answers.get(call) or [None] * len(records)))
     await rig.send(numbered(10))
     assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(10))
-    assert rig.sender.calls_failed == 3
-    assert rig.sender.duplicates_possible == 30
+    assert rig.sender.counters.calls_failed == 3
+    assert rig.sender.counters.duplicates_possible == 30
 
 
 async def test_a_refused_call_is_halved_down_to_the_bad_record() -> None:
@@ -220,15 +219,15 @@ async def test_a_refused_call_is_halved_down_to_the_bad_record() -> None:
 
 async def test_when_nothing_is_ever_taken_the_data_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that refuses every call is a wrong destination: dead-lettering everything would be a loss."""
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_CAP_S", 0.02)
     error = KinesisError("ValidationException", "no such thing", action=Action.REJECTED, http_status=400)
     rig = Rig(Scripted(lambda call, records: error if call <= 30 else [None] * len(records)))
     await rig.send(numbered(4))
     assert rig.aside == []
     assert Counter(data for data, _ in rig.client.stored) == Counter(numbered(4))
-    assert rig.sender.calls_failed == 30
-    assert sum(rig.sender.calls_failed_by_code.values()) == 30
+    assert rig.sender.counters.calls_failed == 30
+    assert sum(rig.sender.counters.calls_failed_by_code.values()) == 30
 
 
 async def test_an_entry_refused_for_good_is_set_aside_alone() -> None:
@@ -251,7 +250,7 @@ def records_in(data: bytes) -> list[bytes]:
 @pytest.mark.parametrize("how", ["call", "entry", "strange"])
 async def test_one_bad_record_of_an_aggregate_is_set_aside_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that there is may be in one aggregate: nothing else is stored, and none of the others is lost with it."""
-    monkeypatch.setattr("fastkin.delivery.sender._STRANGE_CAP_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.answers._STRANGE_CAP_S", 0.01)
 
     def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
         bad = [b"77" in records_in(base64.b64decode(record["Data"])) for record in records]
@@ -271,13 +270,12 @@ async def test_one_bad_record_of_an_aggregate_is_set_aside_alone(how: str, monke
 
 
 async def test_an_undocumented_entry_error_is_tried_a_while_then_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastkin.delivery.sender._STRANGE_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.answers._STRANGE_CAP_S", 0.02)
 
     def script(call: int, records: list[dict[str, str]]) -> list[Verdict]:
         return [("Strange", "?") if r["Data"] == "NQ==" else None for r in records]
 
-    rig = Rig(Scripted(script))
-    rig.sender._random = Random(1)
+    rig = Rig(Scripted(script), random=Random(1))
     await rig.send(numbered(20), timeout=60)
     assert [data for data, _ in rig.aside] == [b"5"]
     assert rig.client.calls == 36
@@ -287,7 +285,6 @@ async def test_never_more_calls_open_than_allowed() -> None:
     rig = Rig(Scripted(all_stored), max_calls=3)
     await rig.send(numbered(9000))
     assert rig.client.most_open == 3
-    assert rig.sender.max_in_flight == 3
 
 
 async def test_a_hot_shard_waits_alone_and_the_others_go_on() -> None:
@@ -383,7 +380,7 @@ async def test_closing_before_a_call_took_its_first_step_loses_nothing() -> None
     assert rig.lane.in_flight == 700
     left = rig.sender.unsent()
     assert sum(len(batch) for batch in left) == 700
-    assert rig.sender.duplicates_possible == 0
+    assert rig.sender.counters.duplicates_possible == 0
     for batch in left:
         batch.finish(DROPPED)
     rig.check()
@@ -404,18 +401,18 @@ async def test_a_call_cancelled_from_outside_goes_again() -> None:
     rig.lane.seal(DRAIN)
     flushed = asyncio.create_task(rig.sender.flush())
     await waiting.wait()
-    next(iter(rig.sender._tasks)).cancel()
+    rig.sender._calls.tasks()[0].cancel()
     await asyncio.wait_for(flushed, 5)
     assert rig.client.stored[0][0] == b"one"
-    assert rig.sender.duplicates_possible == 1
+    assert rig.sender.counters.duplicates_possible == 1
     rig.check()
     await rig.sender.close()
 
 
 async def test_an_error_nobody_foresaw_keeps_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug, or a setting that shows only when a call is made: told to the loop, and the call goes again."""
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_CAP_S", 0.02)
     told: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
     rig = Rig(Scripted(lambda call, records: OSError("odd") if call <= 2 else [None] * len(records)))
@@ -435,7 +432,7 @@ async def test_closing_ends_a_flush_with_an_error_and_not_with_a_cancellation() 
         await flushed
     with pytest.raises(ClosedError):
         await asyncio.wait_for(rig.sender.flush(), 1)
-    assert rig.sender.duplicates_possible == 0, "nothing had left this machine"
+    assert rig.sender.counters.duplicates_possible == 0, "nothing had left this machine"
     for batch in rig.sender.unsent():
         batch.finish(DROPPED)
     rig.check()
@@ -458,8 +455,8 @@ async def test_flushes_that_were_given_up_leave_nothing_behind() -> None:
 
 async def test_attempts_in_an_outage_do_not_count_against_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """Failed calls and throttles say nothing about a record: an odd error afterwards is its first."""
-    monkeypatch.setattr("fastkin.delivery.sender._ENTRY_CAP_S", 0.1)
-    monkeypatch.setattr("fastkin.delivery.sender._CALL_CAP_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.answers._ENTRY_CAP_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.gate._CALL_CAP_S", 0.1)
 
     def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
         if call <= 6:
@@ -475,8 +472,8 @@ async def test_attempts_in_an_outage_do_not_count_against_a_record(monkeypatch: 
 
 
 async def test_a_record_is_not_given_up_for_the_failures_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastkin.delivery.sender._STRANGE_CAP_S", 0.05)
-    monkeypatch.setattr("fastkin.delivery.sender._CALL_CAP_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.answers._STRANGE_CAP_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.gate._CALL_CAP_S", 0.1)
 
     async def more() -> None:
         n = 0
@@ -550,7 +547,7 @@ async def test_a_server_that_asks_for_an_hour_is_asked_again_sooner() -> None:
     rig.lane.seal(DRAIN)
     rig.sender.pump()
     await asyncio.sleep(0.05)
-    assert rig.sender._gate - asyncio.get_running_loop().time() <= 30.0
+    assert rig.sender.gate.opens_at - asyncio.get_running_loop().time() <= 30.0
     await rig.sender.close()
     for batch in rig.sender.unsent():
         batch.finish(DROPPED)
@@ -569,8 +566,8 @@ async def until(condition: Callable[[], bool], timeout: float = 20.0) -> None:
 async def test_a_destination_that_worked_and_then_refuses_everything_keeps_the_data(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_CAP_S", 0.02)
     broken = False
     rig = Rig(Scripted(lambda call, records: refuses(call, records) if broken else [None] * len(records)))
     rig.lane.add(b"before")
@@ -599,8 +596,8 @@ async def test_a_destination_that_worked_and_then_refuses_everything_keeps_the_d
 async def test_many_bad_records_in_a_row_do_not_keep_the_good_ones_behind_them_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_CAP_S", 0.02)
 
     def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
         if any(base64.b64decode(record["Data"]).startswith(b"bad") for record in records):
@@ -628,9 +625,9 @@ async def test_many_bad_records_in_a_row_do_not_keep_the_good_ones_behind_them_w
 
 async def test_keys_that_come_back_are_noticed_soon_and_without_a_storm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for at most every ten seconds in life; here the scale is a hundredth."""
-    monkeypatch.setattr("fastkin.delivery.sender._CREDENTIALS_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.delivery.sender._CREDENTIALS_CAP_S", 0.1)
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 30.0)
+    monkeypatch.setattr("fastkin.delivery.gate._CREDENTIALS_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.gate._CREDENTIALS_CAP_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_BASE_S", 30.0)
     error: KinesisError | None = KinesisError("ExpiredTokenException", "old", action=Action.CREDENTIALS)
     rig = Rig(Scripted(lambda call, records: error or [None] * len(records)))
     rig.lane.add(b"x")
@@ -711,8 +708,8 @@ async def refused_by_all(rig: Rig, seconds: float) -> None:
 async def test_wrong_settings_cost_no_record(monkeypatch: pytest.MonkeyPatch, known: bool | None) -> None:
     """Nothing was ever stored, and a harmless record is refused as well, or that cannot be known: all is kept."""
     monkeypatch.setattr("fastkin.delivery.refusals.REFUSED_FOR_S", 0.05)
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_CAP_S", 0.02)
 
     async def harmless() -> bool | None:
         return known
@@ -736,8 +733,8 @@ async def test_wrong_settings_cost_no_record(monkeypatch: pytest.MonkeyPatch, kn
 async def test_one_record_in_a_minute_at_most_is_given_up_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     """A harmless record would be taken, yet every one of ours is refused: perhaps a limit of the whole stream."""
     monkeypatch.setattr("fastkin.delivery.refusals.REFUSED_FOR_S", 0.4)
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.01)
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_BASE_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_CAP_S", 0.02)
 
     async def harmless() -> bool:
         return True
@@ -766,7 +763,7 @@ async def test_one_record_in_a_minute_at_most_is_given_up_in_doubt(monkeypatch: 
 async def test_an_endpoint_that_takes_all_and_hangs_is_not_asked_in_small_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fastkin.delivery.sender._CALL_CAP_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.gate._CALL_CAP_S", 0.05)
     sizes: list[int] = []
 
     def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
@@ -784,7 +781,7 @@ async def test_an_endpoint_that_takes_all_and_hangs_is_not_asked_in_small_pieces
 
 async def test_calls_get_no_smaller_than_some_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the line takes nothing at all."""
-    monkeypatch.setattr("fastkin.delivery.sender._CALL_CAP_S", 0.02)
+    monkeypatch.setattr("fastkin.delivery.gate._CALL_CAP_S", 0.02)
     sizes: list[int] = []
 
     def script(call: int, records: list[dict[str, str]]) -> list[Verdict] | Exception:
@@ -802,8 +799,8 @@ async def test_calls_get_no_smaller_than_some_records(monkeypatch: pytest.Monkey
 
 async def test_one_strange_record_alone_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing else can be stored before it has ended: then it counts that a harmless record would be."""
-    monkeypatch.setattr("fastkin.delivery.sender._STRANGE_CAP_S", 0.01)
-    monkeypatch.setattr("fastkin.delivery.sender._STORED_LATELY_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.answers._STRANGE_CAP_S", 0.01)
+    monkeypatch.setattr("fastkin.delivery.answers._STORED_LATELY_S", 0.05)
 
     async def harmless() -> bool:
         return True
@@ -824,10 +821,10 @@ async def test_one_strange_record_alone_does_not_wait_for_ever(monkeypatch: pyte
 @pytest.mark.parametrize("seed", range(4))
 async def test_whatever_happens_somebody_will_look(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """All that can go wrong, in random order: between any two steps what waits is attended, and all of it ends."""
-    for name in ("_OPERATOR_BASE_S", "_OPERATOR_CAP_S", "_CALL_CAP_S", "_ENTRY_CAP_S", "_STRANGE_CAP_S"):
-        monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.02)
-    for name in ("_CREDENTIALS_BASE_S", "_CREDENTIALS_CAP_S", "CLAIM_AFTER_S", "CLAIM_S"):
-        monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.02)
+    for name in ("_OPERATOR_BASE_S", "_OPERATOR_CAP_S", "_CALL_CAP_S", "_CREDENTIALS_BASE_S", "_CREDENTIALS_CAP_S"):
+        monkeypatch.setattr(f"fastkin.delivery.gate.{name}", 0.02)
+    for name in ("_ENTRY_CAP_S", "_STRANGE_CAP_S", "CLAIM_AFTER_S", "CLAIM_S"):
+        monkeypatch.setattr(f"fastkin.delivery.answers.{name}", 0.02)
     monkeypatch.setattr("fastkin.delivery.refusals.REFUSED_FOR_S", 0.02)
     random = Random(seed)
     loop = asyncio.get_running_loop()

@@ -482,7 +482,7 @@ def test_what_another_one_wrote_meanwhile_is_not_deleted(path: Path) -> None:
     mine = Spool(path, max_bytes=MIB)
     mine.open()
     mine.write([put(0)])
-    mine._let_go()  # as when the disk fails in open()
+    mine.let_go()  # as when the disk fails in open()
     with Spool(path, max_bytes=MIB) as other:
         other.write([put(1), put(2)])
     for _ in range(2):
@@ -497,7 +497,7 @@ def test_another_file_in_its_place_is_not_taken_for_ours(path: Path) -> None:
     mine = Spool(path, max_bytes=MIB)
     mine.open()
     mine.write([put(0), put(1)])
-    mine._let_go()
+    mine.let_go()
     for name in (path, path.with_name(path.name + "-wal")):
         name.unlink(missing_ok=True)
     with pytest.raises(SpoolError, match="another file is in its place"):

@@ -51,12 +51,12 @@ def main() -> None:
 
 def _lie() -> None:
     from fastkin._codec import DROPPED
-    from fastkin.delivery.sender import Sender
+    from fastkin.delivery.failed_calls import FailedCalls
 
-    def failed(self: Any, batch: Any, error: Any) -> None:
+    def failed(self: Any, batch: Any, error: Any, now: float) -> None:
         batch.finish(DROPPED)
 
-    Sender._call_failed = failed  # type: ignore[method-assign]
+    FailedCalls.failed = failed  # type: ignore[method-assign]
 
 
 def _slow(owner: Any, name: str, seconds: float) -> None:

@@ -74,14 +74,14 @@ _USUAL = re.compile("PUBLISH|PUBACK|PINGREQ|PINGRESP")
 
 # What a test cannot wait for, made short. The values are the code's own, only smaller.
 QUICK = {
-    "fastkin.delivery.sender:_OPERATOR_BASE_S": 0.1,
-    "fastkin.delivery.sender:_OPERATOR_CAP_S": 0.5,
-    "fastkin.delivery.sender:_CREDENTIALS_BASE_S": 0.1,
-    "fastkin.delivery.sender:_CREDENTIALS_CAP_S": 0.5,
-    "fastkin.delivery.sender:_CALL_CAP_S": 0.5,
-    "fastkin.delivery.sender:_ENTRY_CAP_S": 0.5,
+    "fastkin.delivery.gate:_OPERATOR_BASE_S": 0.1,
+    "fastkin.delivery.gate:_OPERATOR_CAP_S": 0.5,
+    "fastkin.delivery.gate:_CREDENTIALS_BASE_S": 0.1,
+    "fastkin.delivery.gate:_CREDENTIALS_CAP_S": 0.5,
+    "fastkin.delivery.gate:_CALL_CAP_S": 0.5,
+    "fastkin.delivery.answers:_ENTRY_CAP_S": 0.5,
     "fastkin.service.pipeline:_RETRY_S": 0.2,
-    "fastkin.deadletter.handler:_RETRY_S": 0.2,
+    "fastkin.deadletter.insist:_RETRY_S": 0.2,
 }
 
 

@@ -128,7 +128,7 @@ POISON = b"n0000333."
 )
 def test_one_poisonous_record_is_set_aside_alone(tmp_path: Path, fault: Callable[[Faults], Fault]) -> None:
     # an entry code that is nobody's is tried 36 times, which takes ten minutes
-    with Rig(tmp_path, patch={"set": {"fastkin.delivery.sender:_STRANGE_ATTEMPTS": 6}}) as rig:
+    with Rig(tmp_path, patch={"set": {"fastkin.delivery.answers:_STRANGE_ATTEMPTS": 6}}) as rig:
         rig.call(lambda: fault(rig.kinesis.faults))
         rig.flow(RECORDS)
         rig.settle()

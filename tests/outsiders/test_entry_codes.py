@@ -31,10 +31,10 @@ OPERATOR = [code for code in PASSING if "Access" in code or "NotFound" in code o
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every wait is short, on any version: what counts is how often, and what becomes of the record."""
-    for name in ("_ENTRY_CAP_S", "_STRANGE_CAP_S", "_OPERATOR_BASE_S", "_CREDENTIALS_BASE_S"):
-        monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.01, raising=False)
+    for name in ("answers._ENTRY_CAP_S", "answers._STRANGE_CAP_S", "gate._OPERATOR_BASE_S", "gate._CREDENTIALS_BASE_S"):
+        monkeypatch.setattr(f"fastkin.delivery.{name}", 0.01)
     for name in ("_OPERATOR_CAP_S", "_CREDENTIALS_CAP_S"):
-        monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.02, raising=False)
+        monkeypatch.setattr(f"fastkin.delivery.gate.{name}", 0.02)
 
 
 def fails(code: str, times: int) -> Callable[[int, list[dict[str, str]]], list[Verdict]]:
@@ -74,7 +74,7 @@ async def test_what_says_that_the_record_is_bad_is_final_at_once(code: str) -> N
     await rig.send(numbered(20))
     assert [data for data, _ in rig.aside] == [b"5"]
     assert rig.client.calls == 1
-    assert rig.sender.retried == 0
+    assert rig.sender.counters.retried == 0
 
 
 @pytest.mark.parametrize("code", OPERATOR)
@@ -97,7 +97,7 @@ async def test_who_must_act_is_told_and_it_is_not_ready(code: str, caplog: pytes
 async def test_a_stream_that_refuses_every_record_is_asked_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the call is refused: what is new does not storm it meanwhile."""
     for name in ("_OPERATOR_BASE_S", "_OPERATOR_CAP_S"):
-        monkeypatch.setattr(f"fastkin.delivery.sender.{name}", 0.2)
+        monkeypatch.setattr(f"fastkin.delivery.gate.{name}", 0.2)
     allowed = False
     denied = ("AccessDeniedException", "no")
     rig = Rig(Scripted(lambda call, records: [None if allowed else denied] * len(records)))

@@ -119,7 +119,7 @@ async def test_order_is_kept_when_a_call_fails_that_is_older_than_what_waits() -
     put(rig, b"first", hot)
     await asyncio.sleep(0)
     put(rig, b"second", hot)
-    await until(lambda: sum(rig.sender.throttled.values()) > 0 and rig.sender.in_flight == 1)
+    await until(lambda: sum(rig.sender.counters.throttled.values()) > 0 and rig.sender.in_flight == 1)
     release.set()
     put(rig, b"third", hot)
     await end(rig)
@@ -128,9 +128,9 @@ async def test_order_is_kept_when_a_call_fails_that_is_older_than_what_waits() -
 
 async def test_a_large_record_gets_its_turn_where_shards_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """No map, so nobody can tell which records go to its shard: all stand back for a moment."""
-    monkeypatch.setattr("fastkin.delivery.sender.CLAIM_AFTER_S", 0.1, raising=False)
-    monkeypatch.setattr("fastkin.delivery.sender.CLAIM_S", 0.6, raising=False)
-    monkeypatch.setattr("fastkin.delivery.sender.CLAIM_EVERY_S", 1.0, raising=False)
+    monkeypatch.setattr("fastkin.delivery.answers.CLAIM_AFTER_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.answers.CLAIM_S", 0.6)
+    monkeypatch.setattr("fastkin.delivery.answers.CLAIM_EVERY_S", 1.0)
     loop = asyncio.get_running_loop()
     quiet_since = loop.time()
 

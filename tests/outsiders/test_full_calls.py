@@ -48,7 +48,7 @@ async def test_of_a_pipeline(emulator: Emulator, linger_ms: float) -> None:
     async with running(settings) as run:
         away = emulator.faults.cut("before", operation="PutRecords")
         await one_by_one(run, 0, 100)
-        await until(lambda: run.delivery.sender.calls_failed > 0)
+        await until(lambda: run.delivery.sender.counters.calls_failed > 0)
         await one_by_one(run, 100, COUNT - 100, pause_s=linger_ms * 1.2e-3)
         before = calls(emulator)
         away.remove()
@@ -63,7 +63,7 @@ async def test_of_a_pipeline_behind_a_gate(emulator: Emulator) -> None:
     async with running(settings) as run:
         away = emulator.faults.call("ServiceUnavailable", status=503, operation="PutRecords")
         await one_by_one(run, 0, 10)
-        await until(lambda: run.delivery.sender.calls_failed > 0 and run.delivery.sender.in_flight == 0)
+        await until(lambda: run.delivery.sender.counters.calls_failed > 0 and run.delivery.sender.in_flight == 0)
         await one_by_one(run, 10, COUNT - 10)
         before = calls(emulator)
         away.remove()
@@ -82,7 +82,7 @@ async def test_of_a_pipeline_while_every_connection_waits(emulator: Emulator) ->
         await one_by_one(run, 16, COUNT - 16)
         await until(lambda: run.delivery.lane.stored == COUNT)
         assert stored(emulator) == list(range(COUNT))
-        assert run.delivery.sender.calls <= CALLS
+        assert run.delivery.sender.counters.calls <= CALLS
 
 
 async def test_that_went_through_the_spool(emulator: Emulator, tmp_path: Path) -> None:

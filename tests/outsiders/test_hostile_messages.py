@@ -396,9 +396,9 @@ async def test_a_full_disk_holds_the_message_back_and_loses_nothing(
     import errno
     import os
 
-    from fastkin.deadletter import handler as aside
+    from fastkin.deadletter import insist
 
-    monkeypatch.setattr(aside, "_RETRY_S", 0.05)
+    monkeypatch.setattr(insist, "_RETRY_S", 0.05)
     peer = Redelivering((0x32, body("plant/big", bytes(3 << 20))))
     path = tmp_path / "dead"
     full = True

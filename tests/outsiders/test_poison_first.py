@@ -37,8 +37,8 @@ def server(process: None) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastkin.delivery.refusals.REFUSED_FOR_S", 0.5, raising=False)
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.05)
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_BASE_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_CAP_S", 0.1)
 
 
 def poisoned(emulator: Emulator) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastkin.delivery.sender._CALL_CAP_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.gate._CALL_CAP_S", 0.05)
 
 
 class Line(Scripted):

@@ -296,8 +296,8 @@ async def test_putrecords_alone_is_permission_enough(server: Server, caplog: pyt
 async def test_an_operator_error_keeps_the_data_until_it_is_mended(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.05)
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_CAP_S", 0.2)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_BASE_S", 0.05)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_CAP_S", 0.2)
     async with rig(server) as r:
         fault = r.emulator.faults.call("AccessDeniedException", operation="PutRecords")
         await r.publish(*(b"%d" % n for n in range(20)))
@@ -540,7 +540,7 @@ async def test_a_window_smaller_than_a_batch_does_not_wait_for_the_linger(server
 async def test_dead_letters_that_cannot_be_written_hold_the_acknowledgement_back(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fastkin.deadletter.handler._RETRY_S", 0.05)
+    monkeypatch.setattr("fastkin.deadletter.insist._RETRY_S", 0.05)
     folder = tmp_path / "gone"
     path = folder / "dead.jsonl"
     async with rig(server, format="bulk", dead_letter=str(path)) as r:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import fastkin.deadletter.handler
+import fastkin.deadletter.insist
 import fastkin.service.pipeline
 from fastkin._codec import ShardTable
 from fastkin.aws.shards import HASH_SPACE, Shard, ShardMap
@@ -78,7 +78,7 @@ async def test_stopped_while_the_dead_letter_disk_is_full(emulator: Emulator, tm
 async def test_dead_letters_are_written_when_the_disk_is_back(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastkin.deadletter.handler, "_RETRY_S", 0.05)
+    monkeypatch.setattr(fastkin.deadletter.insist, "_RETRY_S", 0.05)
     path = tmp_path / "later" / "dead.jsonl"
     emulator.faults.record("InvalidArgumentException", contains=b"bad")
     run = await running(PipelineRun(pipeline(emulator.url, dead_letter=str(path)), broker()))
@@ -142,7 +142,7 @@ async def test_a_shard_that_is_gone_is_asked_about_once(emulator: Emulator, monk
 
     monkeypatch.setattr(run.client, "list_shards", counted)
     await running(run)
-    run.delivery.sender.throttled["shardId-000000000077"] = 1
+    run.delivery.sender.counters.throttled["shardId-000000000077"] = 1
     await asyncio.sleep(0.4)
     assert asked == 2
     await run.stop()
@@ -156,7 +156,7 @@ async def test_a_new_shard_map_while_batches_of_the_old_one_wait(emulator: Emula
     for n in range(300):
         assert run.delivery.lane.offer(b"plant/%d" % (n % 40), b"%d" % n, 0) == 1
     run._read()
-    await until(lambda: bool(run.delivery.sender.throttled))
+    await until(lambda: bool(run.delivery.sender.counters.throttled))
     merged = ShardMap([Shard("shardId-000000000002", 0, HASH_SPACE - 1)])
     run.delivery.lane.shards = ShardTable(merged.ends)
     run.delivery.sender.set_shards(merged)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import fastkin.deadletter.handler
 import fastkin.deadletter.stream
 import fastkin.delivery.sender
-import fastkin.delivery.spool_backlog
+import fastkin.delivery.spool_disk
 import fastkin.mqtt.connection
 import fastkin.producer
 import fastkin.service.pipeline
@@ -52,10 +52,10 @@ def installed(world: World, open_wire: Any, *, real_spool: bool) -> Iterator[Non
         (fastkin.deadletter.stream, "make_client", client),
         (fastkin.mqtt.connection, "open_wire", open_wire),
         (fastkin.delivery.sender, "Random", Seeded),
-        (fastkin.delivery.spool_backlog, "Spool", disks.RealSpool if real_spool else disks.MemorySpool),
+        (fastkin.delivery.spool_disk, "Spool", disks.RealSpool if real_spool else disks.MemorySpool),
         (fastkin.deadletter.handler, "DeadLetters", disks.SimLetters),
         (fastkin.deadletter.handler, "Worker", SimWorker),
-        (fastkin.delivery.spool_backlog, "Worker", SimWorker),
+        (fastkin.delivery.spool_disk, "Worker", SimWorker),
         (time, "time", lambda: EPOCH - START + loop.now),
         (time, "monotonic", lambda: loop.now),
         (os, "urandom", rng.randbytes),

@@ -269,7 +269,7 @@ LETTERS: dict[str, list[SimLetters]] = {}
 def forget() -> None:
     for spools in OPEN.values():
         for each in spools:
-            each._let_go()
+            each.let_go()
     for letters in LETTERS.values():
         for letter_file in letters:
             letter_file.close()
@@ -288,7 +288,7 @@ def kill_spool(path: str, world: World) -> None:
         if os.path.exists(name):
             kept[name] = Path(name).read_bytes()
     for each in spools:
-        each._let_go()
+        each.let_go()
     for suffix in ("", "-wal", "-shm"):
         Path(path + suffix).unlink(missing_ok=True)
     for name, data in kept.items():

@@ -222,13 +222,14 @@ async def test_what_the_sender_quotes(text: str, written: Any) -> None:
     rig.lane.seal(DRAIN)
     rig.sender.pump()
     async with asyncio.timeout(20):
-        while rig.sender.calls < 3 or rig.sender.in_flight:
+        while rig.sender.counters.calls < 3 or rig.sender.in_flight:
             await asyncio.sleep(0.01)
     await rig.sender.close()
     for batch in rig.sender.unsent():
         batch.finish(DROPPED)
     assert len(sane(lines(), False, "send", "test")) >= 3
-    for tally in (rig.sender.retried_by_code, rig.sender.calls_failed_by_code, rig.sender.throttled):
+    counters = rig.sender.counters
+    for tally in (counters.retried_by_code, counters.calls_failed_by_code, counters.throttled):
         assert all(fit(name) and len(name) <= 64 for name in tally)
 
 

@@ -158,8 +158,8 @@ async def test_not_ready_says_why_and_the_error_goes_away(server: Server, monkey
 )
 async def test_what_somebody_must_mend_is_not_ready(server: Server, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stream was reached, and then the permission went: the service is not ready until something is stored."""
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.1)
-    monkeypatch.setattr("fastkin.delivery.sender._CREDENTIALS_BASE_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_BASE_S", 0.1)
+    monkeypatch.setattr("fastkin.delivery.gate._CREDENTIALS_BASE_S", 0.1)
     async with Emulator({"welders": 1}) as emulator:
         made = settings(server.port, emulator.url)
         port = made.status.port

@@ -147,7 +147,8 @@ async def test_mode_what_is_throttled_is_kept_and_not_reduced(server: Server) ->
         r.emulator.scale_limits("welders", 0.2)
         await r.publish(*payloads)
         await r.settled(600)
-        assert sum(r.run.delivery.sender.throttled.values()) > 0, "nothing was throttled: this run proves nothing"
+        throttled = sum(r.run.delivery.sender.counters.throttled.values())
+        assert throttled > 0, "nothing was throttled: this run proves nothing"
         assert Counter(record.data for record in r.stored()) == Counter(payloads)
         assert r.stats["dropped"] == r.stats["dead_lettered"] == 0
 
@@ -235,7 +236,7 @@ async def test_spark_a_put_error_discards_nothing(server: Server, kind: str) -> 
     async with rig(server, prepare=prepare) as r:
         await r.publish(*payloads)
         await r.settled(50)
-        assert r.run.delivery.sender.retried > 0, "nothing failed: this run proves nothing"
+        assert r.run.delivery.sender.counters.retried > 0, "nothing failed: this run proves nothing"
         assert Counter(record.data for record in r.stored()) == Counter(payloads)
         assert r.stats["dropped"] == 0
 
@@ -543,7 +544,7 @@ async def test_go_service_an_oversize_payload_does_not_end_the_process(server: S
 async def test_go_service_request_errors_drop_nothing(
     server: Server, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastkin.delivery.sender._OPERATOR_BASE_S", 0.2)  # expired keys are asked for again after that
+    monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_BASE_S", 0.2)  # expired keys are asked for again after that
     payloads = [b"%d" % n for n in range(100)]
     again: list[asyncio.Task[None]] = []
     async with rig(server) as r:
@@ -569,8 +570,8 @@ async def test_go_service_request_errors_drop_nothing(
         arrived = Counter(record.data for record in r.stored())
         assert arrived.keys() == set(payloads)
         assert fault is None or fault.hits > 0, "the fault did not strike: this run proves nothing"
-        assert r.run.delivery.sender.calls_failed + r.run.delivery.sender.duplicates_possible > 0
-        assert arrived.total() - 100 <= r.run.delivery.sender.duplicates_possible
+        assert r.run.delivery.sender.counters.calls_failed + r.run.delivery.sender.counters.duplicates_possible > 0
+        assert arrived.total() - 100 <= r.run.delivery.sender.counters.duplicates_possible
         assert r.stats["dropped"] == r.stats["dead_lettered"] == 0
 
 

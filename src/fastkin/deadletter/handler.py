@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastkin._codec import DEAD, DROPPED
 from fastkin.deadletter.destination import destination
 from fastkin.deadletter.file import DeadLetterError, DeadLetters, Spill
+from fastkin.deadletter.insist import insist
 from fastkin.deadletter.stream import LetterStream
 from fastkin.mqtt.subscriptions import SHARED
 from fastkin.runtime.worker import Worker
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("fastkin.pipeline")
 
-_RETRY_S = 5.0  # between attempts at a disk that an operator must mend
-_ERROR_EVERY_S = 60.0  # how often to say that they still wait
 _HEX_BYTES = 32  # of a bad payload shown in the log
 _TOPIC_CHARS = 1024  # of a topic
 _LINES_PER_S = 10  # of bad payloads of one kind; what is more is counted
@@ -137,21 +136,18 @@ class FileStore:
 
     async def _insist(self, waits: str, call: Callable[..., object], *args: object) -> float | None:
         """Try until the disk takes it, and say what waits for that. How many seconds it took; None: it did at once."""
-        began = time.monotonic()
-        said: float | None = None
-        while True:
+
+        async def attempt() -> str | None:
             try:
                 await self._thread(call, *args)
             except DeadLetterError as error:
-                now = time.monotonic()
-                if said is None or now - said >= _ERROR_EVERY_S:
-                    said = now
-                    _LOG.error(
-                        "pipeline=%s stage=settle %s; %s, trying again every %.0f s", self._name, error, waits, _RETRY_S
-                    )
-                await asyncio.sleep(_RETRY_S)
-            else:
-                return None if said is None else time.monotonic() - began
+                return str(error)
+            return None
+
+        def say(why: str, again_s: float) -> None:
+            _LOG.error("pipeline=%s stage=settle %s; %s, trying again every %.0f s", self._name, why, waits, again_s)
+
+        return await insist(attempt, say)
 
     async def close(self) -> None:
         self._file.give_up()
@@ -256,7 +252,7 @@ class Aside:
 
     def carrier(self, message: Apart) -> Carrier:
         """Takes a message of the broker that can be no record."""
-        return Carrier(self, message)
+        return Carrier(message, self._store, self._carried)
 
     def _carried(self, message: Apart, payload: bytes | Spill) -> asyncio.Future[None] | None:
         """All of it is here, or as much as is to be kept. What is returned is done when there is room for more."""
@@ -372,10 +368,16 @@ class Aside:
 class Carrier:
     """Takes one message that can be no record, piece by piece."""
 
-    def __init__(self, aside: Aside, message: Apart) -> None:
-        self._aside = aside
+    def __init__(
+        self,
+        message: Apart,
+        store: Store | None,
+        carried: Callable[[Apart, bytes | Spill], asyncio.Future[None] | None],
+    ) -> None:
+        """`carried(message, payload)` takes it over when all of it is here; see there for what it returns."""
         self._message = message
-        self._store = aside._store
+        self._store = store
+        self._carried = carried
         self._kept = bytearray()
         self._spill: Spill | None = None
         self._most = message.nbytes
@@ -395,7 +397,7 @@ class Carrier:
         """Return when there is room for the next message: a large one is stored by then."""
         payload = bytes(self._kept) if self._spill is None else self._spill
         self._kept.clear()
-        room = self._aside._carried(self._message, payload)
+        room = self._carried(self._message, payload)
         if room is not None:
             await room
 

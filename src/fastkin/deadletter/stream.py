@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import KeyPlan
 from fastkin.aws.transports import make_client
 from fastkin.deadletter.file import as_json, fields_of
+from fastkin.deadletter.insist import insist
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.errors import Action, ClosedError, ConfigError, KinesisError
 from fastkin.limits import DEFAULT_CALL_BYTES, RECORD_BYTES
@@ -36,9 +36,7 @@ _LOG = logging.getLogger("fastkin.pipeline")
 _KEY_BYTES = 36  # a UUID
 _HEAD_BYTES = 160  # id, part and parts
 _BUDGET_BYTES = 1 << 40  # bounded by who calls: one chunk at a time
-_RETRY_S = 5.0
 _CLOSE_S = 30.0  # for ending the calls: they are cancelled, so this is never used up
-_ERROR_EVERY_S = 60.0
 
 
 def records_of(letter: Mapping[str, Any]) -> Iterator[tuple[bytes, str]]:
@@ -140,23 +138,23 @@ class LetterStream:
 
     async def store(self, letters: Sequence[dict[str, Any]]) -> None:
         todo = [record for letter in letters for record in records_of(letter)]
-        said: float | None = None
-        while True:
+
+        async def attempt() -> str | None:
+            nonlocal todo
             try:
                 todo, problem = await self._put(todo)
             except (KinesisError, ConfigError) as error:
                 problem = str(error)
-            if not todo:
-                return
-            now = time.monotonic()
-            if said is None or now - said >= _ERROR_EVERY_S:
-                said = now
-                _LOG.error(
-                    "pipeline=%s stage=settle dead letter stream %s takes no dead letters: %s; check the stream or set"
-                    " another `dead_letter`; %d wait unacknowledged, trying again every %.0f s",
-                    self._pipeline, self._post.stream, problem, len(todo), _RETRY_S,
-                )  # fmt: skip
-            await asyncio.sleep(_RETRY_S)
+            return problem if todo else None
+
+        def say(why: str, again_s: float) -> None:
+            _LOG.error(
+                "pipeline=%s stage=settle dead letter stream %s takes no dead letters: %s; check the stream or set"
+                " another `dead_letter`; %d wait unacknowledged, trying again every %.0f s",
+                self._pipeline, self._post.stream, why, len(todo), again_s,
+            )  # fmt: skip
+
+        await insist(attempt, say)
 
     async def _put(self, records: list[tuple[bytes, str]]) -> tuple[list[tuple[bytes, str]], str]:
         """What the stream refused, and why."""

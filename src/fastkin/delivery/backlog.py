@@ -36,18 +36,15 @@ def batch_limit(max_batch_bytes: int, max_record_bytes: int, budget_bytes: int, 
     With a spool several must fit in the share for what comes back, and a batch is what the other policies drop.
     """
     part = _MOST_OF_BUDGET // 2 if policy == "pause" else _MOST_OF_BUDGET
+    # Never below one record: what fits nowhere could neither be sent nor refused.
     return min(max_batch_bytes, max(max_record_bytes, budget_bytes // part))
 
 
 class Backlog:
     """Stands between the flusher and the sender. This one, `pause`, only passes on."""
 
-    spool: Spool | None = None
     spooling = False  # what is new goes to the disk
-    broken: str | None = None  # why the file takes nothing
-    full = False  # spool_max_bytes is reached
     dropped = 0  # records, by the policy
-    spooled_total = 0  # records that this run wrote to the disk
     task: asyncio.Task[None] | None = None  # the work in the background: what it raises is a bug
 
     def __init__(
@@ -82,6 +79,25 @@ class Backlog:
     def holds(self) -> bool:
         """Batches are in here, and neither in the sender nor on the disk."""
         return False
+
+    @property
+    def spool(self) -> Spool | None:
+        return None
+
+    @property
+    def broken(self) -> str | None:
+        """Why the file takes nothing."""
+        return None
+
+    @property
+    def full(self) -> bool:
+        """spool_max_bytes is reached."""
+        return False
+
+    @property
+    def spooled_total(self) -> int:
+        """Records that this run wrote to the disk."""
+        return 0
 
     @property
     def safe(self) -> int:
@@ -135,6 +151,7 @@ class DropBacklog(Backlog):
         self._warned_at = -_WARN_EVERY_S
 
     def pump(self) -> None:
+        # Sent first: what goes out now need not be dropped.
         self._sender.pump()
         self.attend()
 
@@ -143,12 +160,16 @@ class DropBacklog(Backlog):
             self._drop()
 
     def _drop(self) -> None:
+        # The open batch too, or drop_newest would drop what is older than what is kept.
         self._lane.seal(DRAIN)
+        # Halves of a refused call stay. Each is on its way to be judged, and there are few of them.
         waiting = deque(self._sender.withdraw(alone=False))
         dropped = 0
         error = RecordDropped(f"memory was full and on_full is {self._policy!r}")
-        while waiting and self._budget.full:  # also when what comes next is larger than what is free at the low mark
+        # Also when what comes next is larger than what is free at the low mark.
+        while waiting and self._budget.full:
             batch = waiting.popleft() if self._policy == "drop_oldest" else waiting.pop()
+            # A finished batch has no length any more.
             epoch, count = batch.epoch, len(batch)
             dropped += batch.user_records
             batch.finish(DROPPED, error)
@@ -157,7 +178,8 @@ class DropBacklog(Backlog):
             self._sender.give_back(list(waiting))
         if dropped:
             self._say_dropped(dropped)
-        if dropped or not self._budget.full:  # to close the batch may have made room: who waits for it must hear so
+        # To close the batch may have made room. Who waits for it must hear so, or waits for ever.
+        if dropped or not self._budget.full:
             self._on_settled()
         self._sender.pump()
 

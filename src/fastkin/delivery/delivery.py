@@ -90,6 +90,7 @@ class Delivery:
         self._options = options = replace(options, max_batch_bytes=limit)
         self.budget = Budget(options.budget_bytes - keep_bytes, options.budget_records)
         self._window: ReplayWindow | None = None
+        # Before the lane is made: both parts are charged by it.
         if options.on_full == "spool":
             self.budget, self._window = split_budget(self.budget)
         self.lane = Lane(
@@ -159,6 +160,7 @@ class Delivery:
 
     def make_room(self) -> None:
         """The budget may be full: that is when a backlog has work."""
+        # This runs after each answer. So it costs nothing while there is room.
         if self.budget.full:
             self.backlog.attend()
 
@@ -169,17 +171,20 @@ class Delivery:
 
     def drain(self) -> None:
         """Send all that is here, read nothing more from the disk: the owner is about to stop."""
+        # The open batch first. With a spool it may still go directly.
         self.flusher.close(DRAIN)
         self.backlog.drain()
 
     async def flush(self) -> None:
         """Until all that was taken so far has ended, well or not, or is spooled. ClosedError: closed before."""
+        # Else a flush would wait the whole linger for the last records.
         self.flusher.close(DRAIN)
         await self.sender.flush()
 
     @property
     def to_wait_for(self) -> bool:
         """Waiting for Kinesis may still settle something: what is on the disk too needs no waiting for."""
+        # While calls flow, what came back from the disk ends soon too. Without them the file keeps it.
         return self.lane.in_flight > (0 if self.sender.flowing else self.backlog.safe)
 
     def stuck(self, *, aside: int = 0) -> str | None:
@@ -209,10 +214,13 @@ class Delivery:
 
         The rest stays unsettled: see give_up(). A part that fails or hangs does not keep the others from closing.
         """
+        # The watchdog would find what is taken apart below, and call it a stall.
         self.watchdog.stop()
         self.flusher.stop()
         await self._end(limit, self.sender.close(), "ending the calls")
-        if self.backlog.spool is not None:  # only a disk takes time
+        # After the sender: what its calls leave unsettled is what goes to the disk.
+        # Nothing but a disk takes time there.
+        if self.backlog.spool is not None:
             await self._end(limit, self.backlog.close(spool_limit), "closing the spool")
 
     async def _end(self, limit: Deadline, work: Awaitable[object], what: str) -> None:
@@ -223,17 +231,20 @@ class Delivery:
 
     def fail(self, batch: Batch, reason: str) -> None:
         """It can never be stored: who holds its receipts is told."""
-        if batch.restored:  # its receipts said "spooled" long ago
+        # Its receipts said "spooled" long ago, so nobody would hear of it.
+        if batch.restored:
             _LOG.error(
                 "pipeline=%s stage=send %d records that came back from the spool are refused for good and dropped: %s",
                 self.name, batch.user_records, reason,
             )  # fmt: skip
+        # As Answers and FailedCalls write it.
         code, _, message = reason.partition(": ")
         batch.finish(FAILED, RecordFailed(code, message))
 
     def give_up(self, error: Exception) -> int:
         """After close(): what has not ended fails with `error`, for who holds receipts. Returns how many records."""
         left = self.lane.in_flight
+        # Batches first. What is left in the lane after that is in none.
         for batch in (*self.sender.unsent(), *self.backlog.unsaved()):
             batch.finish(FAILED, error)
         self.lane.abandon(error)
@@ -243,6 +254,7 @@ class Delivery:
 
     def stats(self) -> dict[str, Any]:
         """Counters, in records unless the name says otherwise."""
+        # A delivery that was never opened has no sender, and says zero.
         lane, sender = self.lane, self.sender if self.opened else None
         return {
             "received": lane.received,
@@ -253,10 +265,10 @@ class Delivery:
             "spooled": lane.spooled,
             "buffered_bytes": self.budget.bytes,
             "peak_bytes": self.budget.peak_bytes,
-            "calls": sender.calls if sender else 0,
-            "retries": sender.retried if sender else 0,
-            "throttled": sum(sender.throttled.values()) if sender else 0,
-            "duplicates_possible": sender.duplicates_possible if sender else 0,
+            "calls": sender.counters.calls if sender else 0,
+            "retries": sender.counters.retried if sender else 0,
+            "throttled": sum(sender.counters.throttled.values()) if sender else 0,
+            "duplicates_possible": sender.counters.duplicates_possible if sender else 0,
             "last_error": sender.last_error if sender else None,
             "stalls": self.watchdog.stalls if sender else 0,
         } | (self.backlog.stats() if self.opened else {})

@@ -64,8 +64,10 @@ class Flusher:
     def attend(self) -> None:
         """The lane has news: send what is closed, see that what is open will go in time."""
         lane = self._lane
+        # First of all: what comes while this runs sets it again.
         lane.attention = False
         if lane.open_records and not lane.offered:
+            # Nothing to wait for. A timer of zero would cost a turn of the loop per message.
             if self._linger_s <= 0.0:
                 lane.offer_open(LINGER)
             elif self._timer is None:
@@ -79,11 +81,13 @@ class Flusher:
 
     def close(self, reason: int) -> None:
         """The open batch may go now."""
+        # Only what really went starts a new linger.
         if self._lane.offer_open(reason) or self._lane.ready:
             self._last = self._loop.time()
             self._sender.pump()
 
     def stop(self) -> None:
+        # What is open stays open: the owner decides about it.
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -93,6 +97,7 @@ class Flusher:
         if lane.opened != self._opened:
             self._opened = lane.opened
             self._deadline = now + self._linger_s
+        # To be compared when the timer rings: more since means that the source is not quiet.
         self._seen = lane.received
         # Early ones keep the linger between them, else each message of a slow source would be a call of its own.
         early = max(now + self._quiet_s, self._last + self._linger_s)
@@ -103,12 +108,15 @@ class Flusher:
         lane = self._lane
         if lane.open_records and not lane.offered:
             now = self._loop.time()
-            if lane.opened != self._opened:  # opened since: nobody told how long ago
+            # It was opened since, and nobody told how long ago. So it counts as quiet for a while already.
+            if lane.opened != self._opened:
                 self._opened = lane.opened
                 self._deadline = now + self._linger_s - self._quiet_s
             if now >= self._deadline - _ROUNDING_S:
                 self.close(LINGER)
+            # The source is quiet and nobody is busy. The rest of the linger would only make it late.
             elif lane.received == self._seen and now >= self._last + self._linger_s and self._sender.idle:
                 self.close(IDLE)
+            # It may still be open, or the next one may be: without a timer nobody would look at it.
             if lane.open_records and not lane.offered:
                 self._arm(now)

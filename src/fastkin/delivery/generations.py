@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
+from fastkin.runtime.waiters import fail_all
+
 if TYPE_CHECKING:
     from fastkin._codec import Batch
 
@@ -38,6 +40,7 @@ class Generations:
 
     def move(self, batch: Batch, generation: int) -> None:
         """It shares a call with an older one, so it counts with it."""
+        # Towards the older one only. What a flush waits for may become more so, and never less.
         if batch.epoch != generation:
             self._open[batch.epoch] -= len(batch)
             self._open[generation] += len(batch)
@@ -57,12 +60,14 @@ class Generations:
         for mark, waiter in self._waiters:
             if not self._over(mark):
                 still.append((mark, waiter))
+            # It may have been cancelled, and not have run since.
             elif not waiter.done():
                 waiter.set_result(None)
         self._waiters = still
 
     def close_generation(self) -> int:
         """What is taken from now on is not waited for. Gives the mark for `wait`."""
+        # With nothing open the generation can be used again. A flush in a loop would else make one each time.
         if self._open[self._now]:
             self._now += 1
             self._open[self._now] = 0
@@ -70,6 +75,7 @@ class Generations:
 
     async def wait(self, mark: int) -> None:
         """Until all up to this generation have ended. The error of `fail` when that comes first."""
+        # Without this a flush of nothing would wait for the next record that ends.
         if self._over(mark):
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -77,18 +83,18 @@ class Generations:
         try:
             await waiter
         except asyncio.CancelledError:
+            # ended() may have taken it out a moment ago.
             with contextlib.suppress(ValueError):
                 self._waiters.remove((mark, waiter))
             raise
 
     def fail(self, error: Exception) -> None:
         """Nothing ends any more: whoever waits raises `error`."""
-        for _, waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_exception(error)
+        fail_all((waiter for _, waiter in self._waiters), error)
         self._waiters.clear()
 
     def _over(self, mark: int) -> bool:
+        # Those that are over are forgotten here, so the table stays as long as what is under way.
         while self._oldest < self._now and not self._open[self._oldest]:
             del self._open[self._oldest]
             self._oldest += 1

@@ -52,6 +52,7 @@ class Backoff:
         self._last = base_s
 
     def next(self) -> float:
+        # Drawn from the last one and not from the number of failures. So many senders that failed together drift apart.
         self._last = min(self.cap_s, self._random.uniform(self.base_s, self._last * 3))
         return self._last
 
@@ -73,9 +74,11 @@ class Concurrency:
         return int(self._limit)
 
     def succeeded(self) -> None:
+        # A fraction for each success: as many successes as calls are open raise it by one.
         self._limit = min(self.maximum, self._limit + 1.0 / self._limit)
 
     def failed(self) -> None:
+        # Never none: the one that is left is how the end of the trouble is noticed.
         self._limit = max(1.0, self._limit / 2)
 
 
@@ -99,8 +102,10 @@ class CallSize:
 
     def late(self, nbytes: int) -> bool:
         """So many were not taken. True: smaller calls are made from now on."""
+        # A call this small is late for another reason than its size.
         if nbytes <= self.FLOOR:
             return False
+        # Growth is careful from here on.
         self._late = nbytes
         # by its own size: of calls that were open together each one says the same
         self.limit = min(self.limit, max(nbytes / 2, self.FLOOR))
@@ -108,11 +113,13 @@ class CallSize:
 
     def taken(self, nbytes: int) -> None:
         if self.limit == math.inf or nbytes * 2 < self.limit:
-            return  # so small a call says nothing
+            # So small a call says nothing about a larger one.
+            return
         if nbytes >= self._late:
             self._late = math.inf
         # quickly up to what was too large, then slowly: each attempt that is too large costs its own time
         self.limit *= 1.25 if self.limit < 0.75 * self._late else 1.03
+        # No call is larger, so there is no limit any more.
         if self.limit > _LARGEST_CALL:
             self.limit = math.inf
 
@@ -164,17 +171,20 @@ class Rate:
         if passed <= 0:
             return
         self._last = now
+        # Growth begins only after answers to older calls have come. They say what the rate was, not what it is.
         if self._limit < self.cap_records and now - self._throttled_at > _HOLD_S:
             self._limit = min(self.cap_records, self._limit * math.exp(_GROWTH_PER_S * min(passed, 1.0)))
             # Without a cap there is no end to grow to: far above what is stored the bucket has no say.
             if self.cap_records == math.inf and self._limit > 20 * max(self.stored_per_s, _FLOOR):
                 self._limit = math.inf
+        # Nothing is known of a limit. Tokens that were spent meanwhile must not count once one is found.
         if self._limit == math.inf:
             self._records = math.inf
         else:
             room = self._capacity(self._limit, _CALL_RECORDS)
             self._records = min(room, self._records + self._limit * passed)
         if self.cap_bytes != math.inf:
+            # A throttle names no unit. So bytes are slowed down by the same share as records.
             share = 1.0 if self.cap_records == math.inf else self._limit / self.cap_records
             rate = self.cap_bytes * min(share, 1.0)
             self._bytes = min(self._capacity(rate, SHARD_BYTES_PER_S), self._bytes + rate * passed)
@@ -186,6 +196,7 @@ class Rate:
         """
         self._refill(now)
         delay = 0.0
+        # What is larger than the bucket could never be had. It goes when the bucket is full, and leaves a debt.
         need = min(records, self._capacity(self._limit, _CALL_RECORDS))
         if need - self._records > _DUST:
             delay = (need - self._records) / self._limit
@@ -211,12 +222,14 @@ class Rate:
 
     def stored(self, now: float, records: float, nbytes: float = 0.0) -> None:
         """Note what an answer says is stored: the measure for the rate after a throttle."""
+        # Older records count less and less. An average over a window would need a list of answers.
         fade = math.exp((self._hot_at - now) / _HEAT_S)
         self._hot_records = self._hot_records * fade + records
         self._hot_bytes = self._hot_bytes * fade + nbytes
         self._hot_at = now
         self._seen += records
         passed = now - self._seen_at
+        # Over a shorter time one answer would say anything between nothing and a hundred times the rate.
         if passed >= _WINDOW_S:
             self.stored_per_s = self._seen / passed
             self._seen = self._sent = 0.0
@@ -226,16 +239,19 @@ class Rate:
         """The other side took less than was sent: follow it down, at most to half in one step."""
         self._refill(now)
         self._throttled_at = now
+        # Calls that were open together tell of the same full second. Each of them would halve the rate again.
         if now - self._cut_at < _CUT_EVERY_S:
             return
         self._cut_at = now
         target = self.stored_per_s * 0.95  # what was stored is what there is room for
         if self._limit != math.inf:
+            # What was stored may be little because little was sent. So one step takes half at most.
             target = min(self._limit, max(target, self._limit / 2))
         elif not self.stored_per_s:
             # Just after the start nothing is measured yet: half of what was sent is a better guess than nothing.
             target = self._sent / max(now - self._seen_at, _WINDOW_S) / 2
         self._limit = max(target, min(_FLOOR, self.cap_records))
+        # Tokens from before the throttle were wrong. With them the next call would be throttled too.
         self._records = min(self._records, self._capacity(self._limit, _CALL_RECORDS), self._limit * 0.05)
 
 
@@ -262,6 +278,7 @@ class Pacer:
 
     def set_shards(self, now: float, shares: Sequence[float]) -> None:
         """The shard map is known (or has changed): `shares` is each open shard's part of the key space."""
+        # Evenly spread records fill the largest shard first. Its share of them is what the stream can take.
         largest = max(shares)
         self.even = Rate(now, self.shard_records / largest, self.shard_bytes / largest)
         self._shards = [Rate(now, self.shard_records, self.shard_bytes) for _ in shares]
@@ -306,6 +323,7 @@ class Pacer:
 
     def throttled(self, now: float, shard: int | None, *, even: bool) -> None:
         """`shard` is the ordinal the answer named; `even` says the throttled records were evenly spread."""
+        # Evenly spread records have no bucket by shard, whichever shard refused some of them.
         if even or shard is None:
             self.even.throttled(now)
         else:

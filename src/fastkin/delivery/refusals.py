@@ -45,6 +45,7 @@ class Refusals:
         self._doubted: dict[Batch, float] = {}  # single records in doubt -> since when
         self._gave_up_at = -math.inf  # the last of them
         self.takes: int | None = None  # bytes: the stream's own limit of a record, when it is known
+        self.probe = False  # a record is in doubt: something new shall go before what was refused, once
 
     @property
     def doubting(self) -> bool:
@@ -58,20 +59,27 @@ class Refusals:
 
     def at_fault(self, batch: Batch, now: float) -> bool:
         """This single record was refused. True: give it up. False: it is in doubt, keep it."""
+        # Larger than the stream takes at all: no other record could tell more.
         if self._trusted or (self.takes is not None and batch.size > self.takes):
             self.forget(batch)
             return True
+        # Others were stored lately, so the destination is fine and the record is not.
         if self._in_a_row < REFUSED_IN_A_ROW:
             self._in_a_row += 1
             self.forget(batch)
             return True
+        # The first time counts. Each attempt would else begin the wait anew.
         since = self._doubted.setdefault(batch, now)
         self.ask()
         # The harmless record was asked about with the refusals before this one.
         takes_others = self._stored_ever if self._harmless_said is None else self._harmless_said
         if now - max(since, self._gave_up_at) < REFUSED_FOR_S or not takes_others:
+            # If something new is stored, it was the records that were refused, and not the destination that refuses
+            # everything. Without it nothing but the refused would be sent, and nothing would ever tell.
+            self.probe = True
             self._tell()
             return False
+        # From here the next one in doubt has to wait as long: the destination may be at fault all the same.
         self._gave_up_at = now
         self.forget(batch)
         return True
@@ -87,6 +95,8 @@ class Refusals:
         """Another record was stored: the next refusal is the record's own fault again."""
         self._in_a_row = 0
         self._stored_ever = True
+        self.probe = False
+        # The next refusal of each is judged by itself again.
         if self._doubted:
             self._doubted.clear()
             self._tell()
@@ -98,6 +108,7 @@ class Refusals:
 
     def ask(self) -> None:
         """About the harmless record, in a task of its own."""
+        # One question at a time. Refusals come by the dozen, and each would be a call.
         if self._harmless is not None and self._asking is None:
             loop = asyncio.get_running_loop()
             self._asking = loop.create_task(self._ask(self._harmless), name=f"fastkin[{self._name}].harmless")
@@ -110,6 +121,7 @@ class Refusals:
         try:
             self._harmless_said = await harmless()
         except KinesisError:
+            # It was refused, or nobody answered. Neither shows that the destination takes anything.
             self._harmless_said = False
         finally:
             self._asking = None

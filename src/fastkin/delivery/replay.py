@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from fastkin._codec import Lane
     from fastkin.delivery.sender import Sender
-    from fastkin.delivery.spool_file import Row, Spool
-    from fastkin.runtime.worker import Worker
+    from fastkin.delivery.spool_disk import SpoolDisk
+    from fastkin.delivery.spool_file import Found, Row
 
 _LOG = logging.getLogger("fastkin.spool")
 
@@ -63,16 +63,20 @@ class ReplayWindow:
             self.held -= self._costs.pop(row, 0)
 
     def _ended(self, row: int, count: int, *_: object) -> None:
-        if self.closed:  # a batch that nobody sends any more is freed: its row stays
+        # A batch that nobody sends any more is freed, and its row stays.
+        if self.closed:
             return
+        # A row may be in several batches by now, and each tells of its own part.
         loaded = self.loaded[row]
         loaded.pending -= count
         if loaded.pending:
             return
         del self.loaded[row]
+        # It was left in the file at the end, and must not be deleted from it.
         if loaded.keep:
             self.held -= loaded.cost
             return
+        # Its memory is free, but it is still in the file: a crash now sends it again. So it counts until it is deleted.
         self._costs[row] = loaded.cost
         self.ended.append((row, loaded.records, loaded.size))
         self.on_ended()
@@ -86,13 +90,14 @@ class Replay:
     """Reads rows, makes batches of them, and hands these to the sender when it asks for more."""
 
     def __init__(
-        self, lane: Lane, sender: Sender, window: ReplayWindow, *, name: str, most_records: int, most_bytes: int,
-        news: Callable[[], None],
+        self, lane: Lane, sender: Sender, window: ReplayWindow, disk: SpoolDisk, *, name: str, most_records: int,
+        most_bytes: int, news: Callable[[], None],
     ) -> None:  # fmt: skip
         """`most_records`, `most_bytes` of one call; `news()` is called when there is room for more rows."""
         self._lane = lane
         self._sender = sender
         self._window = window
+        self._disk = disk
         self._name = name
         self._most_records = most_records
         self._gather_bytes = min(_GATHER_BYTES, most_bytes // 2)
@@ -102,12 +107,29 @@ class Replay:
         self.damaged = 0  # rows set aside
         self._after = 0  # the last row that was read
 
+    async def adopt(self, found: Found) -> None:
+        """Take up what a former run left in the file. SpoolError."""
+        if not found.rows:
+            return
+        self._lane.found(found.records)
+        self.unread = found.rows
+        spool = self._disk.spool
+        if not found.clean:
+            # What had been read back when the former run died may have been stored.
+            share = self._window.budget.max_bytes
+            self._sender.counters.duplicates_possible += await self._disk.run(spool.first_records, share)
+        _LOG.info(
+            "pipeline=%s stage=spool spool %s holds %d records (%d bytes) of a former run: they go first",
+            self._name, spool.path, found.records, found.bytes,
+        )  # fmt: skip
+
     def next(self) -> Batch | None:
         """The oldest rows that were read, as one call: each may hold a single record."""
         if not self.ready:
             return None
         picked = [self.ready.popleft()]
         records, size = len(picked[0]), picked[0].size
+        # As full as a call may be: rows of single records would each be a call of their own.
         while self.ready:
             records += len(self.ready[0])
             size += self.ready[0].size
@@ -116,13 +138,15 @@ class Replay:
             picked.append(self.ready.popleft())
         batch, *rest = Batch.gather(picked)
         self.ready.extendleft(reversed(rest))
+        # There is room for more rows, and the turn that reads them may be asleep.
         if not self.ready:
             self._news()
         return batch
 
-    async def read(self, spool: Spool, worker: Worker) -> bool:
-        """The oldest rows, as many as their share of the budget has room for."""
+    async def read(self) -> bool:
+        """The oldest rows, as many as their share of the budget has room for. False: none. SpoolError."""
         share = self._window.budget.max_bytes
+        # What ended and is not deleted yet counts too. It is what a crash could send twice.
         room = share - self._window.held
         alone = not self._window.ended and self._only_doubted()
         places = self._window.budget.max_records - self._window.budget.records
@@ -130,13 +154,16 @@ class Replay:
             return False
         # a part of the room: until a row is restored its bytes are there twice
         most = min(room, max(share // _SHARE, room // 2))
-        rows: list[Row] = await worker.run(
+        spool = self._disk.spool
+        rows: list[Row] = await self._disk.run(
             lambda: spool.read(self._after, most_bytes=most, most_records=places, at_least_one=alone)
         )
         for row in rows:
-            await self._restore(row, spool, worker)
+            # After each row and not after all: when one fails, those before it are not read again.
+            await self._restore(row)
             self._after = row.id
             self.unread -= 1
+        # The first row did not fit, or there is none.
         if not rows:
             if alone and not self._window.loaded:
                 self.unread = 0  # the file has none: rows that vanished must not hold up what comes
@@ -152,29 +179,35 @@ class Replay:
         loaded = self._window.loaded
         if not loaded:
             return True
+        # These rows are held beyond the share. A few are all that memory can bear.
         if len(loaded) > _DOUBTED_MOST:
             return False
         doubted = self._sender.rows_in_doubt()
         return all(doubted.get(row) == each.pending for row, each in loaded.items())
 
-    async def _restore(self, row: Row, spool: Spool, worker: Worker) -> None:
+    async def _restore(self, row: Row) -> None:
         fault = row.fault
         if fault is None:
             cost = row.size + row.entries * ENTRY_BYTES
+            # Before it is restored: from then on the lane may tell how its records end.
             self._window.load(row.id, row.records, row.size, cost)
             try:
                 batch = self._lane.restore(row.body, row.counts, row.id)
             except BaseException as error:
                 del self._window.loaded[row.id]
                 self._window.held -= cost
+                # Another error says nothing about the row. It must not be marked as damaged for that.
                 if not isinstance(error, DataFormatError):
                     raise
                 fault = str(error)
             else:
                 self.ready.append(batch)
                 return
-        await worker.run(spool.set_aside, row)  # else it is read again
+        spool = self._disk.spool
+        # Else it would be read again with each turn, and nothing behind it.
+        await self._disk.run(spool.set_aside, row)
         self.damaged += 1
+        # Its number of records may be rotten as well. More than are in the file can never end.
         self._lane.settle_spooled(min(row.records, self._lane.spooled), DEAD)
         _LOG.error(
             "pipeline=%s stage=spool spool %s: batch %d with %d records is damaged (%s); it stays in the file, the"

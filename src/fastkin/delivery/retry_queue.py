@@ -26,11 +26,6 @@ LEAST_WAIT_S = 0.001  # a shorter one may vanish in the clock's rounding, and th
 # Gathered into one call at most: source and copy are both there for a moment, and a call of this size is full enough.
 _GATHER_BYTES = 1 << 20
 EVEN = -1  # the line of keys that are spread evenly, or whose shard is not known
-# A throttled record whose shard is not known cannot stand in a line of its shard. When it is this old, all that is
-# spread evenly stands behind it for a moment, in which a shard's bucket fills; not again for a while, for the others.
-CLAIM_AFTER_S = 3.0
-CLAIM_S = 1.0
-CLAIM_EVERY_S = 5.0
 
 
 class Line:
@@ -49,6 +44,7 @@ class Line:
 
     def put(self, batch: Batch) -> None:
         """Where its age belongs, behind those of the same age."""
+        # The two ends first: nearly all come to the one or to the other, and a deque is slow in its middle.
         batches = self.batches
         if not batches or batches[-1].born <= batch.born:
             batches.append(batch)
@@ -95,6 +91,7 @@ class RetryQueue:
 
     def leave_lines(self) -> bool:
         """The shards are others now: who stood in a line of one goes back by age. False: nobody did."""
+        # The ordinals of shards mean others now. A line that keeps its number would wait for the wrong bucket.
         lines = [line for line in self.lines.values() if line.line]
         for line in lines:
             del self.lines[line.key]
@@ -109,6 +106,7 @@ class RetryQueue:
         for key, line in list(self.lines.items()):
             if line.alone and not alone:
                 continue
+            # Who takes it away decides about it. In doubt it would hold memory back for a record that is gone.
             if line.doubted and not line.batches[0].restored:
                 self._refusals.forget(line.batches[0])
             out += [batch for batch in line.batches if not batch.restored]
@@ -126,11 +124,13 @@ class RetryQueue:
     def line(self, key: int | str) -> Line:
         queue = self.lines.get(key)
         if queue is None:
+            # Lines live only as long as something is in them, for keys name error codes, and peers choose these.
             queue = self.lines[key] = Line(key)
         return queue
 
     def put_back(self, batch: Batch) -> None:
         """It may go as soon as the gate is open, in its turn."""
+        # No wait of its own: the gate is closed after a failed call, and that is wait enough.
         self.line("").put(batch)
         self.due = 0.0
 
@@ -141,16 +141,27 @@ class RetryQueue:
     def put_by(self, key: int | str, batch: Batch, now: float, until: float) -> None:
         queue = self.line(key)
         queue.put(batch)
+        # Others wait in it already. To set their time anew with each failure would put it off for ever.
         if queue.not_before <= now:
             self.wait_until(queue, until)
 
     def put_alone(self, batch: Batch) -> Line:
         """To be sent in a call of its own. No tokens are taken for it again: its call has stored nothing."""
+        # A line of its own. In a shared one it would wait behind what it must not share a call with.
         key = f"alone-{next(self._serial)}"
         queue = self.lines[key] = Line(key, alone=True)
         queue.put(batch)
         self.due = 0.0
         return queue
+
+    def halve(self, batch: Batch) -> None:
+        """To be sent by halves, each in a call of its own. Of an aggregate there is one record more than before."""
+        before = len(batch)
+        halves = batch.halves()
+        # Else the flush that waits for them would return one record too early.
+        self._generations.grew(batch.epoch, sum(map(len, halves)) - before)
+        for half in halves:
+            self.put_alone(half)
 
     def admit_new(self, now: float) -> Batch | None:
         """What is new, as far as its shards have room and nothing stands in their lines."""
@@ -158,6 +169,7 @@ class RetryQueue:
             batch = self._fresh()
             if batch is None:
                 return None
+            # Before tokens are taken: the rest of it takes its own.
             batch = self._trim(batch)
             part = self._admit(batch, now)
             if part is not None:
@@ -170,6 +182,7 @@ class RetryQueue:
         """What waited and may go now, oldest first, gathered over the queues into one call. Its tokens are taken."""
         if now < self.due:
             return None
+        # It is found anew while the queues are walked. Whatever is left behind below has to say when it may go.
         self.due = math.inf
         picked: list[Batch] = []
         records = size = nbytes = 0
@@ -181,12 +194,14 @@ class RetryQueue:
                 self.due = min(self.due, queue.not_before)
                 continue
             if queue.alone:
+                # It must be alone in its call. So it is the first of the next one.
                 if picked:
                     self.due = now
                     continue
                 del self.lines[queue.key]
                 self.due = now
                 batch = queue.batches.popleft()
+                # Calls have become smaller since it was put here. It is cut on its way like any other.
                 if len(batch) == 1 or self.sizes.allows(batch.nbytes):
                     return batch
                 self.put_back(batch)
@@ -202,6 +217,8 @@ class RetryQueue:
                     queue.batches.appendleft(head)
                     self.due = now
                     break
+                # A line waits as a whole: what is behind its head must not pass it. Other queues wait for a time, and
+                # that has come.
                 part = self._stand(queue, head, now) if queue.line else self._admit(head, now)
                 if part is None:
                     if queue.line:
@@ -219,6 +236,7 @@ class RetryQueue:
 
     def _order(self, queue: Line) -> tuple[bool, float]:
         """By age. In doubt what was refused goes after all else: what else is stored ends the doubt."""
+        # Of two that are alike the older one first, for its acknowledgement holds back more.
         return queue.doubted and self._refusals.doubting, queue.batches[0].born
 
     def _stand(self, queue: Line, head: Batch, now: float) -> Batch | None:
@@ -229,6 +247,7 @@ class RetryQueue:
             queue.batches.appendleft(head)
             self.wait_until(queue, now + max(delay, LEAST_WAIT_S))
             return None
+        # The batch that stood in front of the lane goes now, so the lane may be asked again.
         if queue.key == EVEN:
             self._even_waits = False
         self._pacer.sent(load)
@@ -241,6 +260,7 @@ class RetryQueue:
         held: dict[int, int] = {}  # shard as the batch says -> its line
         for shard, (records, nbytes) in load.items():
             line = shard if self._pacer.knows(shard) else EVEN
+            # Also when there is room for it now: the others came first, and the tokens are for them.
             if line in self.lines:
                 held[shard] = line
             elif (delay := self._pacer.shard_wait(now, shard, records, nbytes)) > 0.0:
@@ -249,6 +269,8 @@ class RetryQueue:
         if not held:
             self._pacer.sent(load)
             return batch
+        # One copy for all shards without room, then by halves. Shard by shard the batch would be copied as often as
+        # there are shards.
         waits, others = batch.split(held)
         if others is None and set(held.values()) == {EVEN}:
             self._even_waits = True
@@ -261,6 +283,7 @@ class RetryQueue:
 
     def _line_up(self, queue: Line, part: Batch) -> None:
         """Small parts are gathered while they wait, those of like size: each record is copied a few times at most."""
+        # Of like size and not all at once: else the one that grows would be copied with each that comes.
         while (
             queue.batches
             and (last := queue.batches[-1]).born <= part.born
@@ -274,6 +297,7 @@ class RetryQueue:
 
     def _trim(self, batch: Batch, queue: Line | None = None) -> Batch:
         """As much of it as a call may carry now; the rest keeps its place."""
+        # A single record goes however large it is: it cannot be cut.
         while len(batch) > 1 and not self.sizes.allows(batch.nbytes):
             batch, rest = batch.halves()
             if queue is not None:
@@ -298,9 +322,11 @@ class RetryQueue:
     def _gather(self, picked: list[Batch]) -> Batch:
         epoch = min(batch.epoch for batch in picked)
         attempts = picked[0].attempts
+        # What came back from the disk is never gathered with what did not, so all of them count or none does.
         if epoch != NO_GENERATION:
             for batch in picked:
                 self._generations.move(batch, epoch)
+        # More than one when their bytes do not fit into one batch: what is left goes next.
         first, *rest = Batch.gather(picked)
         for batch in (first, *rest):
             batch.epoch = epoch
@@ -314,6 +340,7 @@ class RetryQueue:
         """Rows of the spool, with how many of their records wait as single ones that were refused."""
         found: dict[int, int] = {}
         for queue in self.lines.values():
+            # Only these: rows whose records wait for anything else will end by themselves.
             if queue.doubted and queue.batches and queue.batches[0].restored:
                 for row, count in queue.batches[0].rows().items():
                     found[row] = found.get(row, 0) + count

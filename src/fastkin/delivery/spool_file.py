@@ -19,15 +19,15 @@ It blocks: use it from one thread that is not the loop's.
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import secrets
 import sqlite3
-import stat
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from fastkin.delivery import spool_schema
+from fastkin.delivery.spool_errors import code_of, no_room, spool_error, transient
+from fastkin.delivery.spool_reserve import Reserve
 from fastkin.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -35,38 +35,11 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-APPLICATION = 0x666B7370  # "fksp"
-VERSION = 1
-_PAGE_BYTES = 8192
-_CACHE_KIB = 1024
-_CHECKPOINT_PAGES = 512  # the log goes into the file each 4 MiB
 ROW_BYTES = 128  # what a row costs besides its body and counts
 ENTRY_BYTES = 48  # what an entry of a restored batch costs in memory besides its bytes
 _RESERVE_BYTES = 8 << 20  # the log and what it may add to the file
-_SHRINK_BYTES = 1 << 20  # an empty file larger than this is made small again
 _READ_ATTEMPTS = 5  # at a row that the disk fails to give, before it counts as damaged
 _RECORDS_MOST = 2**32 - 1
-# A row's numbers as they cannot be: they are used before its checksum is looked at.
-_MARK_INSANE = """
-UPDATE rows SET damaged = 1 WHERE NOT damaged AND NOT (
-    entries BETWEEN 1 AND 10000 AND records BETWEEN 1 AND 4294967295 AND size BETWEEN 1 AND 4294967295
-)
-"""
-
-_SCHEMA = """
-CREATE TABLE rows (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    entries INTEGER NOT NULL,
-    records INTEGER NOT NULL,
-    size INTEGER NOT NULL,
-    crc INTEGER NOT NULL,
-    damaged INTEGER NOT NULL DEFAULT 0,
-    counts BLOB NOT NULL
-) STRICT;
-CREATE TABLE bodies (id INTEGER PRIMARY KEY, body BLOB NOT NULL) STRICT;
-CREATE TABLE state (clean INTEGER NOT NULL) STRICT;
-INSERT INTO state VALUES (1);
-"""
 
 
 class Put(NamedTuple):
@@ -112,9 +85,7 @@ class Spool:
         self._db: sqlite3.Connection | None = None
         self.tight = False  # the disk is full: rows are read and deleted, none is written
         self._last: int | None = None  # the newest row that was told of
-        self._reserve_path = Path(f"{self.path}-reserve")
-        self._reserve_bytes = min(_RESERVE_BYTES, max_bytes // 8)
-        self._reserved = False
+        self._reserve = Reserve(Path(f"{self.path}-reserve"), min(_RESERVE_BYTES, max_bytes // 8))
         self._mark = -1 - secrets.randbits(62)  # in the file while it is ours: `clean` is 1, or who had it last
         self._failed_reads = (0, 0)  # (row, how often)
 
@@ -125,48 +96,76 @@ class Spool:
 
         Opened again after trouble, it forgets what a failed commit may have left: the caller still has that.
         """
-        self._let_go()
+        self.let_go()
         try:
-            self._make()
+            spool_schema.make(self.path)
             try:
                 found = self._connect()
             except sqlite3.Error as error:
-                self._let_go()
+                self.let_go()
+                # To open it may take room in the log: a full disk has some once the reserve is given up.
                 if not self._give_up_reserve(error):
                     raise
                 found = self._connect()
         except BaseException as error:
-            self._let_go()
+            self.let_go()
             if isinstance(error, OSError | sqlite3.Error):
-                raise self._error("open it", error) from error
+                raise spool_error(self.path, "open it", error) from error
             raise
         self.rows, self.records, self.bytes = found.rows, found.records, found.bytes
-        self._reserved = self._found_reserve(needed=found.rows > 0)
+        self._reserve.find(needed=found.rows > 0)
         return found
 
     def _connect(self) -> Found:
-        db = self._db = sqlite3.connect(
-            f"file:{_quoted(self.path)}?mode=rw", uri=True, isolation_level=None, timeout=0.0,
-            check_same_thread=False, cached_statements=16,
-        )  # fmt: skip
-        return self._begin(db)
+        db = self._db = spool_schema.connect(self.path)
+        spool_schema.prepare(db, self.path)
+        clean = self._take_over(db)
+        spool_schema.mark_insane(db)
+        rows, records, size = db.execute(
+            "SELECT count(*), coalesce(sum(records), 0), coalesce(sum(size), 0) FROM rows WHERE NOT damaged"
+        ).fetchone()
+        damaged = db.execute("SELECT count(*) FROM rows WHERE damaged").fetchone()[0]
+        return Found(rows, records, size, clean or rows == 0, damaged)
+
+    def _take_over(self, db: sqlite3.Connection) -> bool:
+        """Lock the file for good, and put our mark into it. True: who had it last closed it in order."""
+        mark = db.execute("SELECT clean FROM state").fetchone()[0]
+        if self._last is not None and mark != self._mark:
+            # The lock goes while it is opened again: what is new in it may be what another one acknowledged.
+            raise SpoolError(
+                self.path, "another process had it meanwhile, or another file is in its place",
+                "one pipeline per `spool`; restart fastkin to take up what is in it",
+            )  # fmt: skip
+        # A write, and not only a read: it takes the lock for good.
+        db.execute("UPDATE state SET clean = ?", (self._mark,))
+        if self._last is None:
+            self._last = int(db.execute("SELECT coalesce(max(id), 0) FROM rows").fetchone()[0])
+        else:
+            # Nobody was told of these rows: the commit failed, and the caller still has the batches. To keep them
+            # would send them twice.
+            db.execute("DELETE FROM rows WHERE id > ?", (self._last,))
+            db.execute("DELETE FROM bodies WHERE id > ?", (self._last,))
+        return bool(mark == 1)
 
     def close(self, *, clean: bool = True) -> None:
         """`clean`: nothing that is in the file is on its way to Kinesis."""
         db = self._db
+        # It was never opened, or trouble closed it. What is in it says that it was not closed in order.
         if db is None:
             return
         with contextlib.suppress(sqlite3.Error):
             if clean:
+                # The next one to open it need not count these rows as sent perhaps.
                 db.execute("UPDATE state SET clean = 1")
             if self.rows == 0:
-                self._drop_reserve()
-                self._shrink(db)
+                self._reserve.drop()
+                spool_schema.shrink(db)
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._last = None
-        self._let_go()
+        self.let_go()
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Close the connection and no more, as a process does that is killed: open() takes the file up again."""
         db, self._db = self._db, None
         if db is not None:
             with contextlib.suppress(sqlite3.Error):
@@ -179,139 +178,21 @@ class Spool:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _make(self) -> None:
-        """The file itself, so that nobody else can ever read it, and its directory entry."""
-        try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            for suffix in ("", "-wal"):
-                path = Path(f"{self.path}{suffix}")
-                with contextlib.suppress(FileNotFoundError):
-                    if path.is_file() and path.stat().st_mode & 0o077:
-                        path.chmod(0o600)
-            return
-        os.close(fd)
-        folder = os.open(self.path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def _begin(self, db: sqlite3.Connection) -> Found:
-        for setting in (
-            # The lock: held by the connection to its end, and no file is shared for the log's index.
-            "locking_mode = EXCLUSIVE",
-            f"page_size = {_PAGE_BYTES}",
-            f"cache_size = -{_CACHE_KIB}",
-            "mmap_size = 0",
-            "temp_store = FILE",
-            "synchronous = FULL",
-            "trusted_schema = OFF",
-            "secure_delete = OFF",  # some builds have it on: each page of a deleted row would be written once more
-            f"wal_autocheckpoint = {_CHECKPOINT_PAGES}",
-            f"journal_size_limit = {_CHECKPOINT_PAGES * _PAGE_BYTES}",
-        ):
-            db.execute(f"PRAGMA {setting}")
-        if (
-            self._pragma(db, "application_id") == 0
-            and db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
-        ):
-            db.execute("PRAGMA journal_mode = WAL")
-            db.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION};"
-                             f"PRAGMA user_version = {VERSION}; {_SCHEMA} COMMIT;")  # fmt: skip
-        if self._pragma(db, "application_id") != APPLICATION:
-            raise SpoolError(
-                self.path, "it is no spool of fastkin", "name another file in `spool`, or move this one away"
-            )
-        version = self._pragma(db, "user_version")
-        if version != VERSION:
-            raise SpoolError(
-                self.path, f"its layout is version {version}, this fastkin knows {VERSION}",
-                "drain it with the fastkin that wrote it, or move it away",
-            )  # fmt: skip
-        db.execute("PRAGMA journal_mode = WAL")
-        mark = db.execute("SELECT clean FROM state").fetchone()[0]
-        clean = mark == 1
-        if self._last is not None and mark != self._mark:
-            # The lock goes while it is opened again: what is new in it may be what another one acknowledged.
-            raise SpoolError(
-                self.path, "another process had it meanwhile, or another file is in its place",
-                "one pipeline per `spool`; restart fastkin to take up what is in it",
-            )  # fmt: skip
-        db.execute("UPDATE state SET clean = ?", (self._mark,))  # takes the lock for good
-        if self._last is None:
-            self._last = int(db.execute("SELECT coalesce(max(id), 0) FROM rows").fetchone()[0])
-        else:
-            db.execute("DELETE FROM rows WHERE id > ?", (self._last,))
-            db.execute("DELETE FROM bodies WHERE id > ?", (self._last,))
-        db.execute(_MARK_INSANE)
-        rows, records, size = db.execute(
-            "SELECT count(*), coalesce(sum(records), 0), coalesce(sum(size), 0) FROM rows WHERE NOT damaged"
-        ).fetchone()
-        damaged = db.execute("SELECT count(*) FROM rows WHERE damaged").fetchone()[0]
-        return Found(rows, records, size, clean or rows == 0, damaged)
-
-    @staticmethod
-    def _pragma(db: sqlite3.Connection, name: str) -> int:
-        return int(db.execute(f"PRAGMA {name}").fetchone()[0])
-
-    # -- the reserve -----------------------------------------------------------------------------
+    # -- a full disk -----------------------------------------------------------------------------
 
     def regain(self) -> bool:
         """Is there room on the disk again, for the reserve and as much besides?"""
-        if self.tight and self._take_reserve(2):
+        # With room for the reserve alone the next write would fail again, and so on in turns.
+        if self.tight and self._reserve.take(2):
             self.tight = False
         return not self.tight
 
     def no_room(self) -> SpoolError:
-        return SpoolError(self.path, "cannot write to it: the disk is full", _room(self.path))
-
-    def _take_reserve(self, times: int) -> bool:
-        try:
-            fd = os.open(self._reserve_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                os.posix_fallocate(fd, 0, max(1, self._reserve_bytes * times))
-                os.ftruncate(fd, self._reserve_bytes)
-            finally:
-                os.close(fd)
-        except OSError:
-            self._drop_reserve()
-            return False
-        self._reserved = True
-        return True
-
-    def _found_reserve(self, *, needed: bool) -> bool:
-        """Is there a reserve that a crash or a full disk left? One that holds nothing is none: it is made again when
-        rows are kept that it is for, at the latest by the next write. One that holds less is filled up if that goes."""
-        try:
-            told = self._reserve_path.lstat()
-        except OSError:
-            return False
-        # what it holds on the disk, not its length: a file may be nothing but holes
-        held = told.st_blocks * 512 if stat.S_ISREG(told.st_mode) else 0
-        if not held:
-            self._drop_reserve()
-            return needed and self._take_reserve(1)
-        if held < self._reserve_bytes:
-            with contextlib.suppress(OSError):
-                fd = os.open(self._reserve_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-                try:
-                    os.posix_fallocate(fd, 0, max(1, self._reserve_bytes))
-                finally:
-                    os.close(fd)
-        return True
-
-    def _drop_reserve(self) -> bool:
-        self._reserved = False
-        try:
-            self._reserve_path.unlink()
-        except OSError:
-            return False
-        return True
+        return no_room(self.path)
 
     def _give_up_reserve(self, error: sqlite3.Error) -> bool:
         """The disk is full, and has some room after this."""
-        if _code(error) & 0xFF != sqlite3.SQLITE_FULL or not self._drop_reserve():
+        if code_of(error) != sqlite3.SQLITE_FULL or not self._reserve.drop():
             return False
         self.tight = True
         return True
@@ -328,10 +209,12 @@ class Spool:
         Durable when it returns: the ids of the new rows. SpoolError: nothing of it happened.
         """
         db = self._opened()
+        # A write that fails would take a part of what the reserve gave back for deleting.
         if puts and self.tight:
             raise self.no_room()
-        if puts and not self._reserved:
-            self._take_reserve(1)  # a disk too small for it does without
+        if puts and not self._reserve.held:
+            # A disk that is too small for it does without.
+            self._reserve.take()
         ids: list[int] = []
         gone: list[tuple[int, int, int]] = []
         try:
@@ -345,18 +228,22 @@ class Spool:
             db.execute("COMMIT")
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
+                # SQLite may have rolled back by itself.
                 if db.in_transaction:
                     db.execute("ROLLBACK")
+            # Now, and not with the next write: rows that have ended can be deleted from here on.
             self._give_up_reserve(error)
-            raise self._error("write to it", error) from error
+            raise spool_error(self.path, "write to it", error) from error
+        # From here on they count: whoever opens the file again keeps rows up to this one.
         self._last = max([self._last or 0, *ids])
         self.rows += len(puts) - len(gone)
         self.records += sum(put.records for put in puts) - sum(one[1] for one in gone)
         self.bytes += sum(row_size(put) for put in puts) - sum(one[2] for one in gone)
         if ended and self.rows == 0:
-            self._drop_reserve()
-            with contextlib.suppress(sqlite3.Error):  # room is given back another time
-                self._shrink(db)
+            self._reserve.drop()
+            # The rows are written. Room that is not given back now is given back another time.
+            with contextlib.suppress(sqlite3.Error):
+                spool_schema.shrink(db)
         return ids
 
     def _put(self, db: sqlite3.Connection, put: Put) -> int:
@@ -368,6 +255,7 @@ class Spool:
             )
             id_ = cursor.lastrowid
             assert id_ is not None
+            # Room first, then bytes into it. A body that is bound as a parameter would be copied twice.
             db.execute("INSERT INTO bodies VALUES (?, zeroblob(?))", (id_, len(body)))
             with db.blobopen("bodies", "body", id_) as blob:
                 blob.write(body)
@@ -386,9 +274,10 @@ class Spool:
                 " ORDER BY id LIMIT ?", (after, most_rows),
             ).fetchall()  # fmt: skip
         except sqlite3.Error as error:
-            raise self._error("read it", error) from error
+            raise spool_error(self.path, "read it", error) from error
         for id_, entries, records, size, crc, counts in heads:
             cost = size + entries * ENTRY_BYTES
+            # In order or not at all: a later row that fits must not be read before this one.
             if (cost > most_bytes or records > most_records) and not (at_least_one and not rows):
                 break
             most_bytes -= cost
@@ -400,10 +289,11 @@ class Spool:
               counts: bytes) -> Row:  # fmt: skip
         try:
             with db.blobopen("bodies", "body", id_, readonly=True) as blob:
+                # The checksum is looked at only afterwards. A rotten length could ask for gigabytes.
                 body = blob.read() if len(blob) <= size else b""
         except sqlite3.Error as error:
-            if _transient(error) or (_code(error) & 0xFF == sqlite3.SQLITE_IOERR and self._read_again(id_)):
-                raise self._error("read it", error) from error
+            if transient(error) or (code_of(error) == sqlite3.SQLITE_IOERR and self._read_again(id_)):
+                raise spool_error(self.path, "read it", error) from error
             return Row(id_, entries, records, size, b"", b"", str(error))
         if _crc(body, counts, entries, records) != crc:
             return Row(id_, entries, records, size, b"", b"", "its checksum does not match")
@@ -411,6 +301,7 @@ class Spool:
 
     def _read_again(self, id_: int) -> bool:
         """A disk may fail for a while: is this row worth another attempt?"""
+        # Only in a row: a disk that failed for a while long ago says nothing about this one.
         row, times = self._failed_reads
         self._failed_reads = (id_, times + 1 if row == id_ else 1)
         return self._failed_reads[1] < _READ_ATTEMPTS
@@ -421,7 +312,8 @@ class Spool:
         try:
             db.execute("UPDATE rows SET damaged = 1 WHERE id = ?", (row.id,))
         except sqlite3.Error as error:
-            raise self._error("write to it", error) from error
+            raise spool_error(self.path, "write to it", error) from error
+        # It counts towards nothing any more. A limit that damaged rows fill would stop the spool for good.
         self.rows -= 1
         self.records -= row.records
         self.bytes -= row.size
@@ -438,7 +330,7 @@ class Spool:
                 if within <= 0:
                     break
         except sqlite3.Error as error:
-            raise self._error("read it", error) from error
+            raise spool_error(self.path, "read it", error) from error
         return total
 
     def _opened(self) -> sqlite3.Connection:
@@ -446,15 +338,6 @@ class Spool:
             self.open()
         assert self._db is not None
         return self._db
-
-    def _shrink(self, db: sqlite3.Connection) -> None:
-        if self._pragma(db, "page_count") * _PAGE_BYTES > _SHRINK_BYTES:
-            db.execute("VACUUM")
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def _error(self, doing: str, error: OSError | sqlite3.Error) -> SpoolError:
-        problem, cure = _explain(self.path, error)
-        return SpoolError(self.path, f"cannot {doing}: {problem}", cure)
 
 
 def row_size(put: Put) -> int:
@@ -465,62 +348,3 @@ def row_size(put: Put) -> int:
 
 def _crc(body: Buffer, counts: bytes, entries: int, records: int) -> int:
     return zlib.crc32(b"%d %d" % (entries, records), zlib.crc32(counts, zlib.crc32(body)))
-
-
-def _quoted(path: Path) -> str:
-    return str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-
-
-_TRANSIENT = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN})
-
-
-def _transient(error: sqlite3.Error) -> bool:
-    """May the same read succeed later?"""
-    return _code(error) & 0xFF in _TRANSIENT
-
-
-def _code(error: sqlite3.Error) -> int:
-    return int(getattr(error, "sqlite_errorcode", 0) or 0)
-
-
-def _room(path: Path) -> str:
-    return f"free space on the file system of {path.absolute().parent}; the data is kept and tried again"
-
-
-def _explain(path: Path, error: OSError | sqlite3.Error) -> tuple[str, str]:
-    """(what is wrong, what helps)."""
-    folder = path.absolute().parent
-    kept = "the data is kept and tried again"
-    access = f"let user id {os.geteuid()} write in {folder}, or set another `spool`"
-    if isinstance(error, OSError):
-        problem = error.strerror or str(error)
-        match error.errno:
-            case errno.ENOENT | errno.ENOTDIR:
-                return problem, f"make the directory {folder} (mkdir -p), or set another `spool`"
-            case errno.EACCES | errno.EPERM | errno.EROFS:
-                return problem, access
-            case errno.ENOSPC | errno.EDQUOT:
-                return problem, _room(path)
-            case errno.EISDIR:
-                return problem, "name a file, not a directory, in `spool`"
-            case _:
-                return problem, f"look after the file system of {folder}; {kept}"
-    code = _code(error)
-    match code & 0xFF:
-        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return "another process or pipeline has it open", "stop that one, or give each a `spool` of its own"
-        case sqlite3.SQLITE_FULL:
-            return "the disk is full", _room(path)
-        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_CANTOPEN:
-            return f"it cannot be written ({error})", access
-        case sqlite3.SQLITE_NOTADB:
-            return "it is no SQLite file", "name another file in `spool`, or move this one away"
-        case sqlite3.SQLITE_CORRUPT:
-            return (
-                f"it is damaged ({error})",
-                f"stop fastkin, rescue with `sqlite3 {path} .recover`, move the file away",
-            )
-        case sqlite3.SQLITE_IOERR:
-            return f"the disk failed ({error})", f"free space, or look after the file system of {folder}; {kept}"
-        case _:
-            return str(error), f"look after the file system of {folder}; {kept}"

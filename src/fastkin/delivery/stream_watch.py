@@ -74,11 +74,13 @@ class StreamWatch:
         try:
             summary = await self._delivery.client.describe()
         except KinesisError as error:
+            # To describe a stream is a permission of its own. Without it records can be stored all the same.
             if error.action is not Action.OPERATOR or "ResourceNotFound" in error.code:
                 raise
             self._say_undescribed(error)
             return
         self._aggregate(summary)
+        # The owner checks its settings once. Later its stream may change, and the run goes on.
         if self.described:
             return
         self.described = True
@@ -104,14 +106,17 @@ class StreamWatch:
             await asyncio.sleep(_EVERY_S)
             looks += 1
             if self.aggregate_bytes and (not self.described or looks >= _LOOKS):
-                with contextlib.suppress(KinesisError):  # said once
+                # It was said at the first look.
+                with contextlib.suppress(KinesisError):
                     await self.look_at_stream()
+            # No map yet: perhaps it was forbidden, or nobody answered. It is asked for with each look.
             known = sender.shards
             if known is None:
                 if self._wants_shards:
                     await self._read_shards()
                 continue
-            strange = {s for s in sender.throttled if s and known.ordinal(s) is None} - seen
+            # A throttle names its shard. One that the map does not have is the first sign of a split or a merge.
+            strange = {s for s in sender.counters.throttled if s and known.ordinal(s) is None} - seen
             if strange or looks >= _LOOKS:
                 looks = 0
                 seen |= strange
@@ -127,6 +132,7 @@ class StreamWatch:
             )  # fmt: skip
 
     def _say_undescribed(self, error: KinesisError) -> None:
+        # It is asked again and again, and said once.
         if not self._describe_failed:
             _LOG.warning(
                 "pipeline=%s stage=send the stream cannot be described (%s): going on without its limits and shard"
@@ -140,6 +146,7 @@ class StreamWatch:
         if not self.aggregate_bytes:
             return
         lane = self._delivery.lane
+        # The stream takes keys as they are, so its consumers know aggregates.
         if not summary.auto_keys:
             if not lane.aggregate_bytes:
                 lane.aggregate_bytes = self.aggregate_bytes
@@ -149,8 +156,10 @@ class StreamWatch:
             f"stream {summary.name} chooses shards itself (RecordDistributionStrategy AUTO) and consumers drop"
             " aggregates on it"
         )
+        # Nothing has been taken yet, so nothing is lost by an error, and the user hears at once.
         if not self.settled_in:
             raise self._misfit(problem)
+        # Once records flow it is too late for an error: they must go on, one by one.
         if lane.aggregate_bytes or not self.described:
             lane.aggregate_bytes = 0
             self._delivery.attend()
@@ -164,9 +173,11 @@ class StreamWatch:
         try:
             shards = ShardMap(await delivery.client.list_shards())
             current = delivery.sender.shards
+            # The same shards. To set them anew would forget what their buckets have learned.
             if current is not None and current.ids == shards.ids:
                 self._shards_failed = False
                 return
+            # Both at once, so that few batches are encoded by one map and paced by another.
             delivery.lane.shards = ShardTable(shards.ends)
             delivery.sender.set_shards(shards)
         except Exception as error:  # noqa: BLE001 - records go out without a map: no answer may end what sends them

@@ -8,6 +8,8 @@ import heapq
 import itertools
 from typing import TYPE_CHECKING
 
+from fastkin.runtime.waiters import fail_all
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
@@ -25,7 +27,8 @@ class Turns:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        budget.on_room = self.call  # whatever made room, also when no record has ended
+        # Whatever made room calls, also when no record has ended: a closed aggregate costs less than an open one.
+        budget.on_room = self.call
         self._tickets = itertools.count()
         self._line: list[tuple[int, asyncio.Future[None]]] = []  # a heap, by when they came
         self._called: list[int] = []  # have been called, and have not run since
@@ -34,9 +37,11 @@ class Turns:
     @contextlib.asynccontextmanager
     async def turn(self, make_room: Callable[[], None]) -> AsyncIterator[None]:
         """Waits for its turn and for room; `make_room` is called each time there is none."""
+        # Tickets and not places in a list: who is called and finds no room comes back with the same one.
         ticket = next(self._tickets)
         self.waiting += 1
         try:
+            # Again and again: room that is seen when it is called may be gone when it runs.
             while not self._is_turn(ticket):
                 make_room()
                 if not self._is_turn(ticket):
@@ -44,7 +49,8 @@ class Turns:
             yield
         finally:
             self.waiting -= 1
-            self.call()  # the next one, whatever became of this one
+            # Whatever became of this one: the next one would else wait for a room that is there.
+            self.call()
 
     async def _stand(self, ticket: int) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -53,19 +59,23 @@ class Turns:
         try:
             await waiter
         finally:
+            # Here also when it was cancelled after it was called. Its turn would block all later ones.
             if ticket in self._called:
                 self._called.remove(ticket)
-            elif place in self._line:  # cancelled while in the line
+            # It was cancelled while it stood in the line.
+            elif place in self._line:
                 self._line.remove(place)
                 heapq.heapify(self._line)
 
     def _is_turn(self, ticket: int) -> bool:
+        # Who was called before it has not run yet. The room that is seen now is meant for that one.
         if self._budget.full or (self._called and self._called[0] < ticket):
             return False
         return not self._line or ticket < self._line[0][0]
 
     def call(self) -> None:
         """There may be room: call who came first, each who is served calls the next."""
+        # Nobody is called into a full budget. It would come back, and the next one after it.
         while self._line and len(self._called) < _CALLED_AT_ONCE and not self._budget.full:
             ticket, waiter = heapq.heappop(self._line)
             # What is dropped with a loop that has closed makes room too, and then nobody is there to be called.
@@ -75,13 +85,12 @@ class Turns:
 
     def close(self, error: Exception) -> None:
         """There will be no room: who stands in the line raises `error`."""
-        for _, waiter in self._line:
-            if not waiter.done():
-                waiter.set_exception(error)
+        fail_all((waiter for _, waiter in self._line), error)
         self._line.clear()
 
     def stuck(self, in_flight: int) -> str | None:
         """Somebody waits and nothing will call; `in_flight` records have yet to end. None: all is well."""
+        # Room, a line, and nobody on the way: whoever made room did not call.
         if self._line and not self._called and not self._budget.full:
             return f"{len(self._line)} who put wait for room and there is some"
         if self._line and not in_flight:

@@ -35,13 +35,16 @@ def unattended(lane: Lane, sender: Sender, flusher: Flusher, backlog: Backlog, *
 
     `aside`: groups of dead letters that are being stored.
     """
+    # The spool has a turn of its own, which looks every quarter of a second.
     spool = backlog.attended
+    # The order is that of a record: who is named is the first in whose hands it got lost.
     if sender.waiting and not (sender.attended or spool):
         return f"batches wait to be sent, {lane.in_flight} records are in flight, no call is open and no timer is set"
     if lane.open_records and not (lane.offered or flusher.armed):  # what is offered waits for the sender: see above
         return f"{lane.open_records} records wait in the open batch and no timer will close it"
     if backlog.holds and not (sender.attended or spool or backlog.writing):
         return f"batches wait between memory and disk, {lane.in_flight} records are in flight"
+    # Somebody has each of these. What is left has nobody.
     if not lane.in_flight or lane.open_records or sender.waiting or sender.attended or aside:
         return None
     if backlog.holds or spool:
@@ -73,8 +76,11 @@ class Watchdog:
 
     def _check(self) -> None:
         found = self._look()
+        # Only what is found twice in the same words is believed. The words hold counts, so they change when something
+        # moves.
         again = found is not None and found != self._found
         self._found = found if again else None
+        # Soon again: what is true for a moment only is gone by then.
         self._timer = self._loop.call_later(min(_AGAIN_S, EVERY_S) if again else EVERY_S, self._check)
         if found is None or again:
             return
@@ -85,4 +91,5 @@ class Watchdog:
         )  # fmt: skip
         for hook in on_stall:
             hook(self._name, found)
+        # After it was said: what is woken may raise.
         self._wake()

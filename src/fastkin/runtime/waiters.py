@@ -1,0 +1,17 @@
+"""Futures that somebody awaits, and what becomes of them when nothing will happen any more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Iterable
+
+
+def fail_all(waiters: Iterable[asyncio.Future[None]], error: Exception) -> None:
+    """Whoever awaits one of them raises `error`."""
+    for waiter in waiters:
+        # Done: it was cancelled, or called a moment ago, and has not run since.
+        if not waiter.done():
+            waiter.set_exception(error)
