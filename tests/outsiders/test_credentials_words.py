@@ -13,7 +13,7 @@ import pytest
 
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.error_table import error_from
-from fastkin.aws.http import Reply
+from fastkin.aws.http_answer import Reply
 from fastkin.config import Kinesis
 from fastkin.errors import ConfigError, KinesisError
 from fastkin.mqtt.transport import said

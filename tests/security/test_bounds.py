@@ -11,7 +11,8 @@ from aiohttp import web
 
 from fastkin._codec import DEAD, Budget, KeyPlan, Lane
 from fastkin.aws.error_table import error_from
-from fastkin.aws.http import FRAMING_PER_BYTE, MAX_HEADER_COUNT, MAX_HEADERS, PUT_ANSWER, HttpPool, Reply
+from fastkin.aws.http import HttpPool
+from fastkin.aws.http_answer import FRAMING_PER_BYTE, MAX_HEADER_COUNT, MAX_HEADERS, PUT_ANSWER, Reply
 from fastkin.config import Broker, Kinesis
 from fastkin.errors import KinesisError, ProtocolError, TransportError
 from fastkin.mqtt import _core as _mqtt
