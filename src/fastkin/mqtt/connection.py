@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from fastkin.mqtt._core import Apart, Ledger, Router, Unfit
     from fastkin.mqtt.set_apart import Carrier
+    from fastkin.mqtt.standing import Traffic
     from fastkin.mqtt.transport import Wire
     from fastkin.net.tls import Renewed
 
@@ -57,8 +58,7 @@ class Owner(Asker, Protocol):
     on_read: Callable[[], None]  # after a read in which messages were taken or a sink stalled
     set_apart: Callable[[Apart], Carrier]
     last_read: float  # loop time
-    messages: int
-    reads: int
+    traffic: Traffic
 
     @property
     def stopping(self) -> bool: ...
@@ -208,8 +208,9 @@ class Connection(Receiver):
         self._heard = True
         try:
             if taken:
-                owner.messages += taken
-                owner.reads += 1
+                traffic = owner.traffic
+                traffic.messages += taken
+                traffic.reads += 1
                 owner.window.received(owner.ledger.unacked, now)
             if taken or not flags & EVENTS:
                 self._keep_alive.talked(now)

@@ -426,9 +426,11 @@ class PipelineRun:
         # What is unacknowledged may be the broker's turn, or a message that is set aside piece by piece.
         open_ = self._lane.in_flight or self.ledger.unacked
         if found is None and self.intake.paused and not open_ and not self.intake.stopping:
-            found = f"reading is paused after {self.intake.messages} messages, and nothing is in flight"
+            found = f"reading is paused after {self.intake.traffic.messages} messages, and nothing is in flight"
         if found is None and self.intake.forgotten:
-            found = f"reading is paused after {self.intake.messages} messages, for a piece of one that nobody takes"
+            found = (
+                f"reading is paused after {self.intake.traffic.messages} messages, for a piece of one that nobody takes"
+            )
         return found
 
     def _wake(self) -> None:
