@@ -80,7 +80,7 @@ QUICK = {
     "fastkin.delivery.sender:_CREDENTIALS_CAP_S": 0.5,
     "fastkin.delivery.sender:_CALL_CAP_S": 0.5,
     "fastkin.delivery.sender:_ENTRY_CAP_S": 0.5,
-    "fastkin.service.pipeline:_RETRY_S": 0.2,
+    "fastkin.service.preflight:_RETRY_S": 0.2,
     "fastkin.deadletter.handler:_RETRY_S": 0.2,
 }
 

@@ -82,7 +82,7 @@ REFUSALS = [
 async def test_a_refused_role_is_told_in_one_line(
     server: Server, code: str, cure: str, page: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastkin.service.pipeline._RETRY_S", 0.1)
+    monkeypatch.setattr("fastkin.service.preflight._RETRY_S", 0.1)
     async with FakeServer(refusing(code, "not you")) as sts:
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", sts.url)
         async with rig(server, kinesis={"role_arn": ROLE}, shutdown_timeout_s=0.5):
