@@ -50,8 +50,8 @@ class Producer:
     block flushes and waits until everything has ended.
     """
 
-    # Large because it is a table: each argument with its type and default on a line, as who calls it reads them, and then
-    # its place in what it belongs to. A helper for either half would have to name most of them a third time.
+    # Large because it is a table: each argument with its type and default on a line, as who calls it reads them, and
+    # then its place in what it belongs to. A helper for either half would have to name most of them a third time.
     def __init__(
         self,
         stream: str | None = None,
