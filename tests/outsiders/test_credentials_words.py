@@ -16,7 +16,7 @@ from fastkin.aws.error_table import error_from
 from fastkin.aws.http_answer import Reply
 from fastkin.config import Kinesis
 from fastkin.errors import ConfigError, KinesisError
-from fastkin.mqtt.transport import said
+from fastkin.mqtt.words import said
 from fastkin.status.logs import setup
 from service.test_pipeline import rig
 from support.fake_broker import until

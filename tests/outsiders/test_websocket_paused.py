@@ -137,7 +137,7 @@ def test_a_broker_with_heartbeats_keeps_a_client_that_has_no_room(run: Any) -> N
 
 def test_what_is_read_ahead_is_bounded_and_signs_of_life_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than is read ahead: the pings lie behind it. Pongs go out unasked then, and memory stays."""
-    monkeypatch.setattr("fastkin.mqtt.transport._WEBSOCKET_PONG_S", 0.1, raising=False)
+    monkeypatch.setattr("fastkin.mqtt.websocket._PONG_S", 0.1)
     sent = 0
 
     async def script(websocket: web.WebSocketResponse) -> None:

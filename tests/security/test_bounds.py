@@ -19,7 +19,8 @@ from fastkin.mqtt import _core as _mqtt
 from fastkin.mqtt.connection import Connection
 from fastkin.mqtt.reading import STALL
 from fastkin.mqtt.subscriber import Intake
-from fastkin.mqtt.transport import Receiver, farewell, open_wire, refusal
+from fastkin.mqtt.transport import Receiver, open_wire
+from fastkin.mqtt.words import farewell, refusal
 from support.codec_rig import Rig
 from support.fake_http import FakeServer, Link, Request
 from support.mqtt_wire import CONNACK_5, packet, props, publish, text

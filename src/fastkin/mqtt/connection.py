@@ -28,7 +28,8 @@ from fastkin.mqtt.handshake import Asker, Handshake
 from fastkin.mqtt.keep_alive import KeepAlive
 from fastkin.mqtt.reading import COALESCE, PIECE, STALL, STOPPED, Coalescing, Reading
 from fastkin.mqtt.set_apart import SetApart
-from fastkin.mqtt.transport import GONE_S, Receiver, blame, explain, farewell, open_wire, refusal, while_heard
+from fastkin.mqtt.transport import GONE_S, Receiver, blame, open_wire, while_heard
+from fastkin.mqtt.words import explain, farewell, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastkin.mqtt.handshake import SHARED_QUIET_S
 from fastkin.mqtt.subscriptions import SHARED, Refusal
-from fastkin.mqtt.transport import said
+from fastkin.mqtt.words import said
 from fastkin.status.logs import Repeats
 
 if TYPE_CHECKING:

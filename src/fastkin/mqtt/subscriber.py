@@ -29,7 +29,8 @@ from fastkin.mqtt.reading import STOPPED
 from fastkin.mqtt.reports import Reports
 from fastkin.mqtt.standing import Standing, Traffic
 from fastkin.mqtt.subscriptions import SHARED
-from fastkin.mqtt.transport import explain, renewed_tls
+from fastkin.mqtt.transport import renewed_tls
+from fastkin.mqtt.words import explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
