@@ -10,7 +10,6 @@ One module in parts, in the order a packet passes them:
   mqtt/large.pxi     messages that can never be a record: too large, ill-formed
   mqtt/sinks.pxi     sinks for taps, tests and benches
   mqtt/receive.pxi   the memory that a connection receives into
-  mqtt/aliases.pxi   topic aliases
   mqtt/control.pxi   what a broker may send besides messages
   mqtt/session.pxi   one connection: walk, stall and resume
 
@@ -60,6 +59,5 @@ include "router.pxi"
 include "large.pxi"
 include "sinks.pxi"
 include "receive.pxi"
-include "aliases.pxi"
 include "control.pxi"
 include "session.pxi"

@@ -6,9 +6,14 @@
 # offsets into it are kept, and resume() goes on there. Nothing points into the buffer between two calls.
 # Control packets are judged in control.pxi. What can never be a record leaves by another door: see
 # mqtt/large.pxi.
+#
+# Large because a message passes all of it in one go: walk, topic and alias, offer, and what is set aside
+# share the packet in hand. Parts held as objects would cost a pointer for each, aliases as an object of
+# their own cost 3 % of the instructions of a PUBLISH. Its bases are parts that cost nothing.
 
 cdef enum:
     SMALLEST_LIMIT = 64   # of max_packet_bytes: less would refuse the CONNACK of some brokers
+    ALIAS_MOST = 1048576  # bytes of topics that aliases stand for: 65,535 of 64 KiB would be 4 GiB
     CONTROL_MOST = 131072  # bytes of a packet that is no PUBLISH: a reason of 64 KiB, and as much again
 
 cdef struct Held:
@@ -22,6 +27,11 @@ cdef struct Held:
     uint64_t token
     uint16_t alias  # the topic is in the alias table
     bint again      # with the DUP flag
+
+cdef struct Alias:
+    # a number that stands for a topic on this connection
+    uint8_t* topic
+    size_t length
 
 
 @cython.final
@@ -47,7 +57,8 @@ cdef class Session(ControlPackets):
     cdef bint _walking
     cdef int _is_held        # HELD_...: why the walk stands; 0: it does not
     cdef Held _held
-    cdef Aliases _aliases    # None: the broker may use none
+    cdef Alias* _aliases     # by number; 0 is never used; NULL: the broker may use none
+    cdef size_t _alias_bytes
 
     cdef bint _broken        # _fault has ended the connection
 
@@ -77,7 +88,16 @@ cdef class Session(ControlPackets):
         self._max_packet = <size_t> max_packet_bytes
         self._alias_maximum = topic_alias_maximum if version == 5 else 0
         if self._alias_maximum:
-            self._aliases = Aliases(self._alias_maximum)
+            self._aliases = <Alias*> calloc(<size_t> self._alias_maximum + 1, sizeof(Alias))
+            if self._aliases == NULL:
+                raise MemoryError
+
+    def __dealloc__(self):
+        cdef int i
+        if self._aliases != NULL:
+            for i in range(self._alias_maximum + 1):
+                free(self._aliases[i].topic)
+            free(self._aliases)
 
     def get_buffer(self, Py_ssize_t sizehint) -> memoryview:
         """Room to receive into; valid until the next call. Then say with feed() how much came."""
@@ -292,7 +312,7 @@ cdef class Session(ControlPackets):
         cdef const uint8_t* p = self._chunk.data + self._read
         cdef const uint8_t* topic = p + self._held.topic_at
         if self._held.alias:
-            topic = self._aliases._table[self._held.alias].topic
+            topic = self._aliases[self._held.alias].topic
         if self._offer(topic, p + self._held.payload_at) == 0:
             return 0
         self._read += self._held.total
@@ -309,17 +329,38 @@ cdef class Session(ControlPackets):
                 return topic_fault(status, head + 2, &self._fault)
         return self._set_alias(message, head) if message.alias else 0
 
-    cdef int _resolve_alias(self, Publish* message, size_t head) except -2:
+    cdef int _resolve_alias(self, Publish* message, size_t head) noexcept:
         """The topic that an alias stands for."""
-        if self._aliases is None:
+        cdef Alias* alias
+        if message.alias > self._alias_maximum:
             return fail(&self._fault, "topic alias above what we allow", head, CODE_TOPIC_ALIAS)
-        return self._aliases.resolve(message, head, &self._fault)
+        alias = &self._aliases[message.alias]
+        if alias.topic == NULL:
+            return fail(&self._fault, "topic alias that was never set", head, CODE_TOPIC_ALIAS)
+        message.topic = alias.topic
+        message.topic_len = alias.length
+        return 0
 
     cdef int _set_alias(self, Publish* message, size_t head) except -2:
         """Keeps the topic of an alias and clears message.alias."""
-        if self._aliases is None:
+        cdef Alias* alias
+        cdef uint8_t* copy
+        if message.alias > self._alias_maximum:
             return fail(&self._fault, "topic alias above what we allow", head, CODE_TOPIC_ALIAS)
-        return self._aliases.keep(message, head, &self._fault)
+        alias = &self._aliases[message.alias]
+        if message.topic_len > alias.length:
+            if message.topic_len - alias.length > ALIAS_MOST - self._alias_bytes:
+                return fail(&self._fault, "the topics of all aliases are more than 1 MiB", head,
+                            CODE_QUOTA)
+        copy = <uint8_t*> realloc(alias.topic, message.topic_len)
+        if copy == NULL:
+            raise MemoryError
+        memcpy(copy, message.topic, message.topic_len)
+        self._alias_bytes += message.topic_len - alias.length
+        alias.topic = copy
+        alias.length = message.topic_len
+        message.alias = 0
+        return 0
 
     # -- what can never be a record
 
