@@ -54,7 +54,7 @@ async def with_fastkin(version: str) -> None:
     meter = Meter()
     task = asyncio.create_task(intake.run())
     await finished.wait()
-    meter.report(sink.messages, nbytes=sink.nbytes, reads=intake.reads)
+    meter.report(sink.messages, nbytes=sink.nbytes, reads=intake.traffic.reads)
     await intake.close()
     await task
 

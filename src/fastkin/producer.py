@@ -1,4 +1,7 @@
-"""The embeddable producer: records in, receipts out, on the same stages as the service."""
+"""The embeddable producer: records in, receipts out, on the same stages as the service.
+
+It is `Delivery` without an intake: what waits for room is the caller's `put`, and what hears of the end is a receipt.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,8 @@ class Producer:
     block flushes and waits until everything has ended.
     """
 
+    # Large because it is a table: each argument with its type and default on a line, as who calls it reads them, and
+    # then its place in what it belongs to. A helper for either half would have to name most of them a third time.
     def __init__(
         self,
         stream: str | None = None,

@@ -22,7 +22,7 @@ import fastkin.aws.native as module
 from fastkin._codec import DRAIN, Budget, KeyPlan, Lane
 from fastkin.aws.client import StreamSummary
 from fastkin.aws.error_table import REQUEST_ACTIONS, classify_record, classify_request, error_from, retry_after
-from fastkin.aws.http import Reply
+from fastkin.aws.http_answer import Reply
 from fastkin.aws.native import INLINE_BYTES, KinesisClient
 from fastkin.aws.shards import Shard
 from fastkin.aws.signing import Credentials

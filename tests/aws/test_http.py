@@ -5,14 +5,17 @@ import gc
 import socket
 import ssl
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
 
-from fastkin.aws.http import HttpPool, Reply
+from fastkin.aws.http import HttpPool
 from fastkin.errors import Action, KinesisError, NotSent, TransportError
 from support.fake_http import FakeServer, Link, Request, on_both_loops
+
+if TYPE_CHECKING:
+    from fastkin.aws.http_answer import Reply
 
 
 def head(length: int, host: str = "localhost") -> bytes:

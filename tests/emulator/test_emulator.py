@@ -859,14 +859,14 @@ def test_streams_are_named_in_three_ways() -> None:
 
 def test_it_is_not_the_bottleneck() -> None:
     """Generous: the figures stand in the package's docstring; here only the order of magnitude."""
-    from fastkin.emulator.server import _Request
+    from fastkin.emulator.connection import Request
 
     body = orjson.dumps({"StreamName": "s", "Records": entries(500, 200)})
     headers = {
         "x-amz-target": "Kinesis_20131202.PutRecords",
         "content-type": "application/x-amz-json-1.1",
     }
-    request = _Request("POST", "/", headers, body)
+    request = Request("POST", "/", headers, body)
     for options, most_us in (({"keep": "count"}, 12.0), ({"count_only": True}, 2.0)):
         emulator = Emulator({"s": 4}, limits=False, **options)
         best = math.inf

@@ -80,7 +80,7 @@ QUICK = {
     "fastkin.delivery.gate:_CREDENTIALS_CAP_S": 0.5,
     "fastkin.delivery.gate:_CALL_CAP_S": 0.5,
     "fastkin.delivery.answers:_ENTRY_CAP_S": 0.5,
-    "fastkin.service.pipeline:_RETRY_S": 0.2,
+    "fastkin.service.preflight:_RETRY_S": 0.2,
     "fastkin.deadletter.insist:_RETRY_S": 0.2,
 }
 

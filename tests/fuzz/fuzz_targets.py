@@ -31,7 +31,8 @@ from fastkin._codec import (
     ShardTable,
     decode_frame,
 )  # fmt: skip
-from fastkin.aws.http import MAX_ANSWER, MAX_HEADERS, Reply, _Connection, _StaleConnectionError
+from fastkin.aws.http_answer import MAX_ANSWER, MAX_HEADERS, Reply
+from fastkin.aws.http_connection import Connection, StaleConnectionError
 from fastkin.errors import ConfigError, DataFormatError, ProtocolError, RecordError, TransportError, UnexpectedResponse
 from fastkin.mqtt import _core as _mqtt
 from fastkin.settings import load_settings
@@ -576,20 +577,14 @@ class _Wire:
             self.loop.call_soon(self.protocol.connection_lost, None)
 
 
-class _Pool:
-    host, port, tls = "h", 443, True
-
-    def opened(self, connection: object) -> None:
-        pass
-
-    def forget(self, connection: object) -> None:
-        pass
+def _nobody(connection: object) -> None:
+    pass
 
 
 def _exchange(stream: memoryview, step: int) -> tuple[object, bool]:
     """Reply or error, and whether the connection could be used again."""
     loop = _Loop()
-    connection = _Connection(_Pool(), loop)  # type: ignore[arg-type]
+    connection = Connection(loop, "h:443", tls=True, gone=_nobody)  # type: ignore[arg-type]
     wire = _Wire(loop, connection)
     connection.connection_made(wire)  # type: ignore[arg-type]
     call = connection.exchange(b"POST / HTTP/1.1\r\n\r\n", b"{}", 30.0)
@@ -599,7 +594,7 @@ def _exchange(stream: memoryview, step: int) -> tuple[object, bool]:
             break
         connection.data_received(bytes(stream[at : at + step]))
         loop.run()
-        assert connection._received <= MAX_ANSWER
+        assert connection.answer.received <= MAX_ANSWER
     usable = connection.usable
     if not wire.closing:
         connection.eof_received()
@@ -613,7 +608,7 @@ def _exchange(stream: memoryview, step: int) -> tuple[object, bool]:
         call.send(None)
     except StopIteration as done:
         return done.value, usable
-    except (TransportError, _StaleConnectionError) as error:
+    except (TransportError, StaleConnectionError) as error:
         assert "\n" not in str(error)
         assert "\r" not in str(error)
         assert len(str(error)) < 1000

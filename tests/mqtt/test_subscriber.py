@@ -68,7 +68,7 @@ def test_messages_come_and_are_acknowledged_late_and_in_order(run: Any, qos: int
                 await say(server, numbers(100), qos)
                 await until(lambda: len(rig.got) == 100)
                 assert rig.payloads == numbers(100)
-                assert rig.intake.messages == 100
+                assert rig.intake.traffic.messages == 100
                 assert 1 <= rig.reads <= 100
                 if qos == 0:
                     assert {token for _, _, token in rig.got} == {0}
@@ -122,8 +122,8 @@ def test_a_broker_restart_is_survived(caplog: Any) -> None:
                 await until(lambda: len(rig.got) == 5)
                 before = list(rig.got)
                 await asyncio.to_thread(server.restart)
-                await until(lambda: rig.intake.connects == 2 and rig.intake.connected.is_set(), 5.0)
-                assert rig.intake.disconnects == 1
+                await until(lambda: rig.intake.traffic.connects == 2 and rig.intake.connected.is_set(), 5.0)
+                assert rig.intake.traffic.disconnects == 1
                 await until(lambda: rig.ledger.unacked == 5)  # all five again, and taken for what they are
                 assert rig.got == before
                 rig.settle(*before)
@@ -142,7 +142,7 @@ def test_a_lost_session_is_said(caplog: Any) -> None:
         with mosquitto() as server:
             async with Rig(server) as rig:
                 await asyncio.to_thread(server.restart, kill=True)
-                await until(lambda: rig.intake.connects == 2 and rig.intake.connected.is_set(), 5.0)
+                await until(lambda: rig.intake.traffic.connects == 2 and rig.intake.connected.is_set(), 5.0)
                 await say(server, [b"after"])
                 await until(lambda: rig.payloads == [b"after"])
                 rig.settle_all()
@@ -241,13 +241,13 @@ def test_keep_alive_goes_on_while_reading_is_paused(run: Any) -> None:
                 await say(server, numbers(3))
                 await until(lambda: rig.intake.paused)
                 await asyncio.sleep(6)  # mosquitto ends a connection after 3 s of silence
-                assert rig.intake.disconnects == 0
+                assert rig.intake.traffic.disconnects == 0
                 rig.room = True
                 rig.intake.resume()
                 await until(lambda: len(rig.got) == 3)
                 await asyncio.sleep(1.2)
-                assert rig.intake.disconnects == 0
-                assert rig.intake.connects == 1
+                assert rig.intake.traffic.disconnects == 0
+                assert rig.intake.traffic.connects == 1
                 rig.settle_all()
             assert "exceeded timeout" not in server.log()
 
@@ -273,7 +273,7 @@ def test_stop_takes_no_more_but_acknowledges(run: Any) -> None:
             assert rig.task is not None
             await rig.task
             assert rig.intake.state == "closed"
-            assert rig.intake.disconnects == 1
+            assert rig.intake.traffic.disconnects == 1
             async with Rig(server) as again:
                 await until(lambda: len(again.got) == 5)
                 await asyncio.sleep(0.05)
@@ -300,7 +300,7 @@ def test_stop_before_there_is_a_connection() -> None:
         unstarted.intake.flush_acks()
         unstarted.intake.resume()
         await unstarted.intake.run()
-        assert unstarted.intake.connects == 0
+        assert unstarted.intake.traffic.connects == 0
 
     asyncio.run(main())
 
@@ -351,7 +351,7 @@ def test_user_and_password(guarded: Server, caplog: Any, protocol: Any) -> None:
         await wrong.intake.close()
         assert wrong.task is not None
         await wrong.task
-        assert not wrong.intake.connects
+        assert not wrong.intake.traffic.connects
 
     asyncio.run(main())
     said = "\n".join(lines(caplog, logging.DEBUG))
@@ -366,7 +366,7 @@ def test_a_missing_client_id_is_made_and_said(caplog: Any) -> None:
                 first = rig.intake.client_id
                 assert first
                 await asyncio.to_thread(server.restart, kill=True)
-                await until(lambda: rig.intake.connects == 2, 5)
+                await until(lambda: rig.intake.traffic.connects == 2, 5)
                 assert rig.intake.client_id == first
             assert f"as {first}" in server.log()
             async with Rig(server, client_id="", clean_session=True) as rig:
@@ -444,9 +444,9 @@ def test_tls_with_a_client_certificate(run: Any, authority: Authority) -> None:
                     rig.settle_all()
                     rig.intake.flush_acks()
                     await asyncio.sleep(0.01)
-                    if rig.intake.messages >= 2000:
+                    if rig.intake.traffic.messages >= 2000:
                         break
-                assert rig.intake.messages == 2000
+                assert rig.intake.traffic.messages == 2000
                 rig.settle_all()
 
     run(main())
@@ -472,7 +472,7 @@ def test_tls_refusals_are_said_in_words(run: Any, tmp_path: Path, authority: Aut
             rig.start()
             # The alert of TLS 1.3 comes after our handshake, and a reset may overtake it: some attempt hears it.
             await until(lambda: reason in (rig.intake.last_error or ""), 30)
-            assert rig.intake._dialect.next(0.0) == 5  # a TLS refusal says nothing about the MQTT version
+            assert rig.intake._attempts.dialect.next(0.0) == 5  # a TLS refusal says nothing about the MQTT version
             await rig.intake.close()
             assert rig.task is not None
             await rig.task
@@ -596,7 +596,7 @@ def test_websocket_survives_a_restart() -> None:
         with websockets() as (server, listener):
             async with Rig(listener, scheme="ws") as rig:
                 await asyncio.to_thread(server.restart, kill=True)
-                await until(lambda: rig.intake.connects == 2 and rig.intake.connected.is_set(), 5)
+                await until(lambda: rig.intake.traffic.connects == 2 and rig.intake.connected.is_set(), 5)
 
     asyncio.run(main())
 
@@ -604,7 +604,7 @@ def test_websocket_survives_a_restart() -> None:
 async def test_the_face_of_an_intake_before_it_runs() -> None:
     rig = Rig(type("Nobody", (), {"host": "h", "port": 1})())
     intake: Intake = rig.intake
-    assert (intake.state, intake.connects, intake.messages, intake.paused_s) == ("new", 0, 0, 0.0)
+    assert (intake.state, intake.traffic.connects, intake.traffic.messages, intake.paused_s) == ("new", 0, 0, 0.0)
     assert not intake.coalescing
     assert not intake.paused
     assert intake.granted_window == 10_000

@@ -76,7 +76,7 @@ def test_a_malformed_packet_ends_the_connection_and_no_more(run: Any, name: str,
 
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, protocol="5") as rig:
-            await until(lambda: rig.intake.connects == 2 and rig.intake.connected.is_set())
+            await until(lambda: rig.intake.traffic.connects == 2 and rig.intake.connected.is_set())
             (lost,) = [line for line in caplog.messages if "connection lost" in line]
             assert "malformed MQTT" in lost
             assert reason in lost
@@ -233,7 +233,7 @@ def test_no_suback_ends_the_connection() -> None:
         async with FakeBroker(script) as broker:
             rig = Rig(broker, connect_timeout_s=0.3)
             rig.start()
-            await until(lambda: rig.intake.disconnects)
+            await until(lambda: rig.intake.traffic.disconnects)
             assert "no SUBACK" in (rig.intake.last_error or "")
             await rig.intake.close()
 
@@ -271,7 +271,7 @@ def test_the_brokers_own_reason_is_shown() -> None:
 
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, protocol="5") as rig:
-            await until(lambda: rig.intake.disconnects)
+            await until(lambda: rig.intake.traffic.disconnects)
             assert "another client uses the same client id" in rig.intake.last_error
             assert r"'bye\nfoo'" in rig.intake.last_error
 
@@ -293,7 +293,7 @@ def test_a_silent_broker_is_taken_for_dead() -> None:
 
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, keep_alive_s=1) as rig:
-            await until(lambda: rig.intake.disconnects, 6)
+            await until(lambda: rig.intake.traffic.disconnects, 6)
             assert "silent" in (rig.intake.last_error or "")
 
     asyncio.run(main())
@@ -313,7 +313,7 @@ def test_the_brokers_keep_alive_counts() -> None:
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, protocol="5", keep_alive_s=600) as rig:
             await until(lambda: len(pings) >= 4, 6)
-            assert rig.intake.disconnects == 0
+            assert rig.intake.traffic.disconnects == 0
 
     asyncio.run(main())
     assert pings[3] - pings[0] == pytest.approx(1.5, abs=0.4)
@@ -360,7 +360,7 @@ def test_a_record_that_failed_for_good_makes_the_broker_send_again() -> None:
             rig.ledger.settled(rig.got[0][2], 1, 4)  # FAILED
             rig.intake.flush_acks()
             await until(lambda: len(rig.got) == 2)
-            assert rig.intake.connects == 2
+            assert rig.intake.traffic.connects == 2
 
     asyncio.run(main())
 
@@ -383,7 +383,7 @@ def test_settled_in_any_order_acknowledged_in_order(run: Any, protocol: Any) -> 
                 rig.intake.flush_acks()
                 await asyncio.sleep(0)
             report = source.report()
-            assert report["acked"] == report["sent"] == rig.intake.messages == 70_000
+            assert report["acked"] == report["sent"] == rig.intake.traffic.messages == 70_000
             assert report["order_errors"] == 0
 
     run(main())
@@ -396,8 +396,8 @@ def test_a_cut_connection_is_taken_up_again(run: Any) -> None:
             seen = 0
             while not source.done.is_set():
                 rig.intake.flush_acks()
-                if rig.intake.messages > seen + 4000 and cuts < 4:
-                    seen = rig.intake.messages
+                if rig.intake.traffic.messages > seen + 4000 and cuts < 4:
+                    seen = rig.intake.traffic.messages
                     cuts += 1
                     source.drop()
                 if len(rig.got) > 100:
@@ -409,7 +409,7 @@ def test_a_cut_connection_is_taken_up_again(run: Any) -> None:
             report = source.report()
             assert report["acked"] == 30_000
             assert report["order_errors"] == 0
-            assert rig.intake.connects == source.connects == cuts + 1 == 5
+            assert rig.intake.traffic.connects == source.connects == cuts + 1 == 5
 
     run(main())
 
@@ -420,15 +420,15 @@ def test_stop_in_mid_flow_acknowledges_exactly_what_was_taken(run: Any) -> None:
             rig = Rig(source, receive_maximum=20_000)
             rig.start()
             await rig.connected()
-            while rig.intake.messages < 50_000:
+            while rig.intake.traffic.messages < 50_000:
                 rig.settle_all()
                 rig.intake.flush_acks()
                 await asyncio.sleep(0)
             await rig.intake.stop()
             await asyncio.sleep(0.05)
-            taken = rig.intake.messages
+            taken = rig.intake.traffic.messages
             await asyncio.sleep(0.05)
-            assert rig.intake.messages == taken
+            assert rig.intake.traffic.messages == taken
             rig.settle_all()
             await rig.intake.close()  # writes the last acknowledgements
             assert rig.task is not None
@@ -497,8 +497,8 @@ async def flow(rate: float, seconds: float, **broker: Any) -> tuple[Rig, float, 
         while not source.done.is_set():
             on += rig.intake.coalescing
             await asyncio.sleep(0.01)
-        await until(lambda: rig.intake.messages == source.sent)
-        return rig, rig.intake.messages / rig.intake.reads, on
+        await until(lambda: rig.intake.traffic.messages == source.sent)
+        return rig, rig.intake.traffic.messages / rig.intake.traffic.reads, on
 
 
 @pytest.mark.timing

@@ -6,15 +6,18 @@ import asyncio
 import json
 import socket
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fastkin import Producer
-from fastkin.aws.http import HttpPool, Reply
+from fastkin.aws.http import HttpPool
 from fastkin.errors import TransportError
 from support.fake_http import FakeServer, Link, Request, on_both_loops
 from support.servers import ACCESS_KEY, SECRET_KEY
+
+if TYPE_CHECKING:
+    from fastkin.aws.http_answer import Reply
 
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nmine"
 PLANTED = b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nPLANTED"

@@ -57,7 +57,7 @@ def test_subscribe_is_split_below_the_brokers_packet_size() -> None:
 
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, filters, protocol="5") as rig:
-            assert rig.intake.connects == 1
+            assert rig.intake.traffic.connects == 1
         assert max(sizes) <= 128
 
     asyncio.run(main())
@@ -95,7 +95,7 @@ def test_what_the_broker_cannot_do_is_not_asked_for(
             await until(lambda: rig.got)
             await until(lambda: rig.intake.state == "refused")
             await asyncio.sleep(0.5)  # several times reconnect_max_s
-            assert rig.intake.disconnects == 0
+            assert rig.intake.traffic.disconnects == 0
             assert not rig.intake.connected.is_set()
             assert words in (rig.intake.last_error or "")
             await rig.intake.close()
@@ -161,7 +161,7 @@ def test_a_filter_that_ended_the_connection_is_not_asked_for_again(code: int, cu
             rig.start()
             await until(lambda: rig.got)
             await until(lambda: rig.intake.state == "refused")
-            assert rig.intake.disconnects == 1
+            assert rig.intake.traffic.disconnects == 1
             await rig.intake.close()
 
     asyncio.run(main())
@@ -187,7 +187,7 @@ def test_a_broker_that_comes_back_able_is_asked_again() -> None:
     async def main() -> None:
         filters = [("plant/a", 1), ("$share/g/plant/b", 1)]
         async with FakeBroker(script) as broker, Rig(broker, filters, protocol="5") as rig:
-            assert rig.intake.connects == 3
+            assert rig.intake.traffic.connects == 3
 
     asyncio.run(main())
 
@@ -206,7 +206,7 @@ def test_a_packet_identifier_in_use_is_answered_with_another_at_once(caplog: Any
 
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, protocol="5", reconnect_max_s=30.0) as rig:
-            assert rig.intake.connects == 1
+            assert rig.intake.traffic.connects == 1
         assert len(set(ids)) == 4
         assert lines(caplog, logging.WARNING) == []
 
@@ -254,7 +254,7 @@ def test_a_suback_that_is_said_twice_ends_nothing() -> None:
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, protocol="5") as rig:
             await until(lambda: rig.got)
-            assert rig.intake.disconnects == 0
+            assert rig.intake.traffic.disconnects == 0
 
     asyncio.run(main())
 
@@ -273,7 +273,7 @@ def test_a_broker_that_answers_once_per_packet_is_asked_filter_by_filter() -> No
     async def main() -> None:
         filters = [(f"plant/{n}", 1) for n in range(3)]
         async with FakeBroker(script) as broker, Rig(broker, filters, protocol="3.1.1") as rig:
-            assert rig.intake.connects == 1
+            assert rig.intake.traffic.connects == 1
 
     asyncio.run(main())
 
@@ -324,7 +324,7 @@ def test_a_filter_that_cannot_be_unsubscribed_is_told(caplog: Any) -> None:
             rig.intake.unsubscribe = ["former/#"]
             async with rig:
                 await until(lambda: lines(caplog, logging.WARNING))
-                assert rig.intake.disconnects == 0
+                assert rig.intake.traffic.disconnects == 0
 
     asyncio.run(main())
     (told,) = lines(caplog, logging.WARNING)
@@ -351,7 +351,7 @@ def test_packet_identifiers_of_what_is_in_flight_differ() -> None:
             rig = Rig(broker, [(f"plant/{n}", 1) for n in range(24)], protocol="5")
             rig.intake.unsubscribe = [f"former/{n}" for n in range(24)]
             async with rig:
-                assert rig.intake.connects == 1
+                assert rig.intake.traffic.connects == 1
 
     asyncio.run(main())
     assert len(set(ids)) == 6

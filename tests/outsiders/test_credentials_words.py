@@ -13,10 +13,10 @@ import pytest
 
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.error_table import error_from
-from fastkin.aws.http import Reply
+from fastkin.aws.http_answer import Reply
 from fastkin.config import Kinesis
 from fastkin.errors import ConfigError, KinesisError
-from fastkin.mqtt.transport import said
+from fastkin.mqtt.words import said
 from fastkin.status.logs import setup
 from service.test_pipeline import rig
 from support.fake_broker import until
@@ -82,7 +82,7 @@ REFUSALS = [
 async def test_a_refused_role_is_told_in_one_line(
     server: Server, code: str, cure: str, page: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastkin.service.pipeline._RETRY_S", 0.1)
+    monkeypatch.setattr("fastkin.service.preflight._RETRY_S", 0.1)
     async with FakeServer(refusing(code, "not you")) as sts:
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", sts.url)
         async with rig(server, kinesis={"role_arn": ROLE}, shutdown_timeout_s=0.5):

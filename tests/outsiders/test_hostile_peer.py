@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fastkin import Producer
 from fastkin.aws.error_table import error_from, retry_after
-from fastkin.aws.http import Reply
+from fastkin.aws.http_answer import Reply
 from fastkin.aws.native import KinesisClient
 from fastkin.aws.shards import Shard
 from fastkin.config import Kinesis

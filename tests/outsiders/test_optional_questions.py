@@ -76,7 +76,7 @@ async def test_records_go_one_by_one_until_the_mode_is_known(
 
 
 async def test_aggregation_begins_when_the_mode_is_known(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastkin.service.pipeline._RETRY_S", 0.05)
+    monkeypatch.setattr("fastkin.service.preflight._RETRY_S", 0.05)
     monkeypatch.setattr("fastkin.delivery.stream_watch._EVERY_S", 0.05)
     async with rig(server, prepare=lambda emulator: deny(emulator, *QUESTIONS), aggregation="kpl") as r:
         await r.publish(*PAYLOADS)

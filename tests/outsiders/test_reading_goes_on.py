@@ -91,12 +91,12 @@ def test_a_connection_that_is_lost_while_paused_does_not_pause_the_next(run: Any
             rig.room = False
             rig.start()
             for number in range(1, again + 1):
-                await until(lambda number=number: rig.intake.connects == number and rig.intake.paused)
+                await until(lambda number=number: rig.intake.traffic.connects == number and rig.intake.paused)
                 rig.room = True
                 rig.intake.resume()
                 rig.room = False
-                await until(lambda number=number: rig.intake.disconnects == number)
-            await until(lambda: rig.intake.connects == again + 1 and rig.intake.paused)
+                await until(lambda number=number: rig.intake.traffic.disconnects == number)
+            await until(lambda: rig.intake.traffic.connects == again + 1 and rig.intake.paused)
             rig.room = True
             rig.intake.resume()
             await until(lambda: len(rig.got) == again + 1 and not rig.intake.paused)

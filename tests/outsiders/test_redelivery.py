@@ -100,7 +100,7 @@ async def test_what_was_stored_while_the_broker_was_away(protocol: Any) -> None:
     async with FakeBroker(script) as broker:
         rig = Rig(broker, protocol=protocol)
         async with rig:
-            await until(lambda: rig.intake.disconnects == 1)
+            await until(lambda: rig.intake.traffic.disconnects == 1)
             rig.settle_all()
             away.set()
             await until(lambda: len(got) == 3 or len(rig.got) > 0)
@@ -129,7 +129,7 @@ async def test_qos_2_identifier_of_a_message_whose_pubrel_never_came(protocol: A
         rig = Rig(broker, protocol=protocol)
         async with rig:
             await settle_when(rig, 1)
-            await until(lambda: rig.intake.connects == 2)
+            await until(lambda: rig.intake.traffic.connects == 2)
             await until(lambda: rig.payloads == [b"B"] or len(got) == 3)
             assert rig.payloads == [b"B"]
             await settle_when(rig, 1)
@@ -153,7 +153,7 @@ async def test_an_identifier_that_a_restored_broker_uses_again(protocol: Any, qo
     async with FakeBroker(script) as broker:
         rig = Rig(broker, protocol=protocol)
         async with rig:
-            await until(lambda: rig.intake.messages == 4)
+            await until(lambda: rig.intake.traffic.messages == 4)
             assert rig.payloads == [b"one", b"two", b"two"]
             tokens = rig.got[:]
             rig.settle(*tokens[1:])

@@ -122,7 +122,7 @@ def test_a_broker_with_heartbeats_keeps_a_client_that_has_no_room(run: Any) -> N
             rig.start()
             await rig.connected()
             await asyncio.sleep(2.5)
-            assert rig.intake.disconnects == 0
+            assert rig.intake.traffic.disconnects == 0
             rig.room = True
             rig.intake.resume()
             await until(lambda: len(rig.got) == 50)
@@ -137,7 +137,7 @@ def test_a_broker_with_heartbeats_keeps_a_client_that_has_no_room(run: Any) -> N
 
 def test_what_is_read_ahead_is_bounded_and_signs_of_life_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than is read ahead: the pings lie behind it. Pongs go out unasked then, and memory stays."""
-    monkeypatch.setattr("fastkin.mqtt.transport._WEBSOCKET_PONG_S", 0.1, raising=False)
+    monkeypatch.setattr("fastkin.mqtt.websocket._PONG_S", 0.1)
     sent = 0
 
     async def script(websocket: web.WebSocketResponse) -> None:
@@ -246,7 +246,7 @@ def test_the_pings_of_a_proxy_do_not_stand_for_a_broker_that_is_dead(monkeypatch
             rig = Rig(broker, scheme="ws", protocol="3.1.1", keep_alive_s=1)
             rig.start()
             await rig.connected()
-            await until(lambda: rig.intake.disconnects, 10)
+            await until(lambda: rig.intake.traffic.disconnects, 10)
             assert "taken for dead" in (rig.intake.last_error or "")
             await rig.intake.close()
 
@@ -272,7 +272,7 @@ def test_a_large_frame_that_trickles_in_is_a_broker_that_lives(run: Any) -> None
             rig.start()
             await rig.connected()
             await until(lambda: rig.got, 10)
-            assert rig.intake.disconnects == 0
+            assert rig.intake.traffic.disconnects == 0
             await rig.intake.close()
 
     run(main())

@@ -26,7 +26,7 @@ FLOORS = [
 # They know no event loop: what they do can be tried by a call.
 PURE = {
     "errors", "results", "arn", "limits", "lambdas", "setting_row", "config", "formats", "settings",
-    "aws.shards", "aws.signing",
+    "aws.http_answer", "aws.shards", "aws.signing",
     "deadletter.destination", "deadletter.file", "deadletter.reader",
     "delivery.call_errors", "delivery.gate", "delivery.pacing", "delivery.send_counters", "delivery.spool_errors",
     "delivery.spool_file", "delivery.spool_reserve", "delivery.spool_schema",

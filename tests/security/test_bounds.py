@@ -11,14 +11,16 @@ from aiohttp import web
 
 from fastkin._codec import DEAD, Budget, KeyPlan, Lane
 from fastkin.aws.error_table import error_from
-from fastkin.aws.http import FRAMING_PER_BYTE, MAX_HEADER_COUNT, MAX_HEADERS, PUT_ANSWER, HttpPool, Reply
+from fastkin.aws.http import HttpPool
+from fastkin.aws.http_answer import FRAMING_PER_BYTE, MAX_HEADER_COUNT, MAX_HEADERS, PUT_ANSWER, Reply
 from fastkin.config import Broker, Kinesis
 from fastkin.errors import KinesisError, ProtocolError, TransportError
 from fastkin.mqtt import _core as _mqtt
 from fastkin.mqtt.connection import Connection
 from fastkin.mqtt.reading import STALL
 from fastkin.mqtt.subscriber import Intake
-from fastkin.mqtt.transport import Receiver, farewell, open_wire, refusal
+from fastkin.mqtt.transport import Receiver, open_wire
+from fastkin.mqtt.words import farewell, refusal
 from support.codec_rig import Rig
 from support.fake_http import FakeServer, Link, Request
 from support.mqtt_wire import CONNACK_5, packet, props, publish, text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastkin import config
-from fastkin.aws import http as transport
+from fastkin.aws import http_answer as transport
 from fuzz import fuzz_targets
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -349,7 +349,7 @@ async def test_what_comes_before_kinesis_can_be_reached_is_kept(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, operation: str
 ) -> None:
     """The broker hands QoS 0 out once, and to sessions it knows: a start in an outage must subscribe all the same."""
-    monkeypatch.setattr("fastkin.service.pipeline._RETRY_S", 0.1)
+    monkeypatch.setattr("fastkin.service.preflight._RETRY_S", 0.1)
     faults = []
 
     def prepare(emulator: Emulator) -> None:

@@ -108,7 +108,7 @@ async def test_an_unchanged_pipeline_does_not_notice(server: Server) -> None:
             assert changes == fastkin.Changes(restarted=("b",), unchanged=("a",))
             assert str(changes) == "restarted b; unchanged a"
             assert engine.pipelines["a"] is before["a"]
-            assert engine.pipelines["a"].intake.connects == 1
+            assert engine.pipelines["a"].intake.traffic.connects == 1
             assert engine.pipelines["b"] is not before["b"]
             await connected(engine)
             await p.publish(5, "a/1")
@@ -228,7 +228,7 @@ async def test_a_topic_that_is_not_wanted_any_more_is_unsubscribed(server: Serve
         await p.publish(1, "p/2")
         await p.all_stored()
         assert engine.stats()["p"]["messages"] == messages + 1, "the broker does not send the other one"
-        assert engine.pipelines["p"].intake.connects == 1
+        assert engine.pipelines["p"].intake.traffic.connects == 1
 
 
 async def test_what_a_former_process_subscribed_is_stored(server: Server) -> None:
@@ -259,7 +259,7 @@ async def test_settings_that_cannot_be_used_change_nothing(server: Server, tmp_p
             assert engine.settings is settings
             await p.publish(2, "a/1")
             await p.all_stored()
-            assert run.intake.connects == 1
+            assert run.intake.traffic.connects == 1
 
 
 async def test_a_certificate_that_was_written_anew_counts_as_a_change(server: Server, tmp_path: Path) -> None:

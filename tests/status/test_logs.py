@@ -16,10 +16,10 @@ import pytest
 from delivery import test_sender as scripted
 from fastkin._codec import DRAIN, DROPPED, Budget, KeyPlan, Lane
 from fastkin.aws.error_table import error_from
-from fastkin.aws.http import Reply
+from fastkin.aws.http_answer import Reply
 from fastkin.deadletter.handler import Aside
 from fastkin.errors import Action, KinesisError, printable
-from fastkin.mqtt.transport import explain
+from fastkin.mqtt.words import explain
 from fastkin.status import logs
 from support import fake_broker, mqtt_wire
 from support.fake_broker import FakeBroker, Peer

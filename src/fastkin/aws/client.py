@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from fastkin.aws.credentials import Provider
-    from fastkin.aws.http import Reply
+    from fastkin.aws.http_answer import Reply
     from fastkin.aws.signing import Credentials
     from fastkin.config import Kinesis
 

@@ -12,7 +12,7 @@ import orjson
 from fastkin.errors import Action, KinesisError, masked
 
 if TYPE_CHECKING:
-    from fastkin.aws.http import Reply
+    from fastkin.aws.http_answer import Reply
 
 MESSAGE_CHARS = 500
 CODE_CHARS = 80

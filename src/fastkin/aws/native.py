@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from fastkin.aws.client import CONTROL, Client, bundle_path, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.endpoint import Endpoint, resolve_endpoint
-from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, MAX_ANSWER, PUT_ANSWER, HttpPool
+from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, HttpPool
+from fastkin.aws.http_answer import MAX_ANSWER, PUT_ANSWER
 from fastkin.aws.signing import Signer
 from fastkin.net.tls import Renewed, system_files
 

@@ -36,7 +36,9 @@ from botocore.exceptions import ConnectionError as SdkConnectionError
 from fastkin.aws.client import Client, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.endpoint import session_region, split_url
-from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, PATIENCE, Reply
+from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S
+from fastkin.aws.http_answer import Reply
+from fastkin.aws.http_progress import PATIENCE
 from fastkin.errors import Action, ConfigError, KinesisError, NotSent, TransportError
 
 if TYPE_CHECKING:

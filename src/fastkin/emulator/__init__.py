@@ -16,9 +16,10 @@ on 4 connections, measured beside each other on a 2-core x86-64 server (Zen 4, P
     kinesis-mock 0.6.2                     330 us     (and more with every stored record)
 """
 
+from .connection import Put
 from .faults import Fault, Faults
 from .rules import ApiError
-from .server import Counters, Emulator, Put, serve
+from .server import Counters, Emulator, serve
 from .signature import Secret
 from .state import StreamSpec
 from .streams import StoredRecord

@@ -1,20 +1,21 @@
-"""The HTTP side: connections, latency, cuts, and the `Emulator` that ties it all together."""
+"""The `Emulator`: starts and stops, is looked at and steered, and answers a call.
+
+Its connections are in `connection.py`, the text of heads and pages in `pages.py`, what another process may ask for in
+`admin.py`, the operations behind `service.py`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from email.utils import formatdate
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-import httptools
-import orjson
-
-from .faults import Fault, Faults, Plan
+from .admin import admin
+from .connection import Connection, Put, Request
+from .faults import Faults, Plan
+from .pages import Pages
 from .rules import ApiError
 from .service import Service
 from .signature import SKEW_S, Secret, Verifier
@@ -25,22 +26,6 @@ from .wire import CBOR, JSON, WireError, dumps, loads
 if TYPE_CHECKING:
     import ssl
     from pathlib import Path
-
-REASONS: Final[Mapping[int, str]] = {
-    200: "OK",
-    400: "Bad Request",
-    403: "Forbidden",
-    404: "Not Found",
-    413: "Request Entity Too Large",
-    500: "Internal Server Error",
-    502: "Bad Gateway",
-    503: "Service Unavailable",
-    504: "Gateway Timeout",
-}
-# Ten times the largest legal body: only a client gone wild is stopped here.
-MAX_BODY_BYTES: Final = 128 * MIB
-MAX_PIPELINED: Final = 64
-SLOW_STEPS: Final = 10
 
 Streams: TypeAlias = Mapping[str, "int | StreamSpec"] | Iterable["str | tuple[str, int]"]
 
@@ -61,27 +46,6 @@ class Counters:
     max_concurrent: int = 0
     max_records_in_call: int = 0
     operations: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Put:
-    """One call that stored records. `answered`: its true answer was written whole; `port`: the caller's."""
-
-    port: int
-    stored: int
-    answered: bool = False
-
-
-@dataclass(slots=True)
-class _Request:
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes = b""
-    keep_alive: bool = True
-    early: Fault | None = None
-    port: int = 0
-    put: Put | None = None
 
 
 class Emulator:
@@ -157,16 +121,15 @@ class Emulator:
         self._port = port
         self._ssl = ssl_context
         self._server: asyncio.Server | None = None
-        self._connections: set[_Connection] = set()
+        self._connections: set[Connection] = set()
         self._waiters: list[tuple[str, int, asyncio.Future[None]]] = []
         self._templates: dict[int, bytes] = {}
-        self._date = (0, b"")
-        self._request_prefix = str(uuid.uuid4())[:24]
+        self._pages = Pages(wall)
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: _Connection(self, loop),
+            lambda: Connection(self, loop),
             self._host,
             self._port,
             ssl=self._ssl,
@@ -268,6 +231,17 @@ class Emulator:
 
     # --- what a connection asks ----------------------------------------------------------------
 
+    def joined(self, connection: Connection) -> None:
+        self._connections.add(connection)
+        self._counters.connections += 1
+
+    def left(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+
+    def was_cut(self) -> None:
+        """An answer was not written, or not whole, because a fault wanted it."""
+        self._counters.cut += 1
+
     def begin(self) -> None:
         self._concurrent += 1
         self._counters.max_concurrent = max(self._counters.max_concurrent, self._concurrent)
@@ -275,16 +249,17 @@ class Emulator:
     def end(self) -> None:
         self._concurrent -= 1
 
-    def answer(self, request: _Request) -> tuple[bytes, bytes, Plan]:
+    def answer(self, request: Request) -> tuple[bytes, bytes, Plan]:
         """Head, body, and what else happens to the call."""
         counters = self._counters
         target = request.headers.get("x-amz-target", "")
         operation = target.rpartition(".")[2]
         form = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.path.startswith("/_emulator/"):
-            return (*self._admin(request), Plan())
+            status, page = admin(self, request.method, request.path, request.body)
+            return (*self._pages.page(status, page, "application/json"), Plan())
         if request.method != "POST" or form not in (JSON, CBOR):
-            return (*self._page(404, "<UnknownOperationException/>\n"), Plan())
+            return (*self._pages.page(404, "<UnknownOperationException/>\n"), Plan())
         counters.calls += 1
         counters.body_bytes += len(request.body)
         counters.operations[operation] = counters.operations.get(operation, 0) + 1
@@ -322,16 +297,16 @@ class Emulator:
         except ApiError as error:
             counters.refused += 1
             if plan.error is not None and plan.error.kind == "html":
-                return (*self._html(plan.error.http_status), plan)
+                return (*self._pages.html(plan.error.http_status), plan)
             body = dumps({"__type": error.code, "message": error.message}, form)
-            return self._head(error.status, form, len(body), error.code), body, plan
+            return self._pages.head(error.status, form, len(body), counters.calls, error.code), body, plan
         if plan.garbage is not None:
             body = plan.garbage.body or b""
         elif plan.delta:
             body = _recount(body, form, plan.delta)
         if self._waiters and plan.cut != "before":
             self._wake()
-        return self._head(200, form, len(body)), body, plan
+        return self._pages.head(200, form, len(body), counters.calls), body, plan
 
     @staticmethod
     def _fields(body: bytes, form: str) -> dict[str, Any]:
@@ -361,7 +336,7 @@ class Emulator:
                 self._templates[count] = template
         return template
 
-    def _note(self, request: _Request, stored: int) -> None:
+    def _note(self, request: Request, stored: int) -> None:
         if stored and self.service.keep == "all":
             request.put = Put(request.port, stored)
             self.puts.append(request.put)
@@ -375,244 +350,6 @@ class Emulator:
                 self._waiters.remove(entry)
                 if not waiter.done():
                     waiter.set_result(None)
-
-    def _head(self, status: int, form: str, length: int, error: str | None = None) -> bytes:
-        # What AWS sends, in its order; the error type stands in the head as well.
-        request_id = f"{self._request_prefix}{self._counters.calls:012x}"
-        kind = f"x-amzn-ErrorType: {error}\r\n" if error is not None else ""
-        return (
-            f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}\r\n"
-            f"x-amzn-RequestId: {request_id}\r\nx-amz-id-2: {request_id}\r\n{kind}"
-            f"Date: {self._today()}\r\nContent-Type: {form}\r\nContent-Length: {length}\r\n\r\n"
-        ).encode()
-
-    def _today(self) -> str:
-        now = int(self.service.wall())
-        if self._date[0] != now:
-            self._date = (now, formatdate(now, usegmt=True).encode())
-        return self._date[1].decode()
-
-    def _html(self, status: int) -> tuple[bytes, bytes]:
-        return self._page(status, f"<html><body><b>Http/1.1 {REASONS.get(status, 'Error')}</b></body></html>\n")
-
-    def _page(self, status: int, text: str, form: str = "text/html") -> tuple[bytes, bytes]:
-        body = text.encode()
-        head = (
-            f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}\r\nDate: {self._today()}\r\n"
-            f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        return head.encode(), body
-
-    def _admin(self, request: _Request) -> tuple[bytes, bytes]:
-        """/_emulator/...: how another process looks and steers.
-
-        GET counters; POST faults (JSON lines) adds, DELETE faults clears;
-        POST limits {"stream": ..., "factor": ..., "on": ...}
-        """
-        what = (request.method, request.path.removeprefix("/_emulator/"))
-        try:
-            if what == ("GET", "counters"):
-                answer: Any = asdict(self.counters)
-                answer["streams"] = {
-                    name: self.stored_count(name) for name in (*self.service.streams, *self.service.deliveries)
-                }
-            elif what == ("POST", "faults"):
-                answer = len(self.faults.parse_lines(request.body.decode(), "request"))
-            elif what == ("DELETE", "faults"):
-                self.faults.clear()
-                answer = 0
-            elif what == ("POST", "limits"):
-                wanted = orjson.loads(request.body)
-                name = wanted.get("stream")
-                if "on" in wanted:
-                    self.set_limits(bool(wanted["on"]), name)
-                if "factor" in wanted:
-                    factor = float(wanted["factor"])
-                    if name is None:
-                        self.scale_limits(factor)
-                    else:
-                        self.scale_limits(name, factor)
-                answer = True
-            else:
-                return self._page(404, '"no such page"', "application/json")
-        except (ValueError, KeyError, AttributeError) as error:
-            return self._page(400, orjson.dumps(str(error)).decode(), "application/json")
-        return self._page(200, orjson.dumps(answer).decode(), "application/json")
-
-
-class _Connection(asyncio.Protocol):
-    """One connection: requests are answered one after another, in order."""
-
-    def __init__(self, emulator: Emulator, loop: asyncio.AbstractEventLoop) -> None:
-        self._emulator = emulator
-        self._loop = loop
-        self._transport: asyncio.Transport | None = None
-        self._parser: Any = httptools.HttpRequestParser(self)
-        self._queue: deque[_Request] = deque()
-        self._busy = False
-        self._port = 0
-        self._last_put: Put | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._reset()
-
-    # --- asyncio -------------------------------------------------------------------------------
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is of another class
-        self._port = transport.get_extra_info("peername")[1]
-        self._emulator._connections.add(self)
-        self._emulator._counters.connections += 1
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        if exc is not None and self._last_put is not None:
-            self._last_put.answered = False  # a reset throws away what the caller had not read
-        self._emulator._connections.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        for _ in range(len(self._queue) + self._busy):
-            self._emulator.end()
-        self._queue.clear()
-        self._busy = False
-        self._parser = None  # it points back at us
-
-    def data_received(self, data: bytes) -> None:
-        if self._parser is None:
-            return
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refuse()
-        except httptools.HttpParserError:
-            self._refuse()
-
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    # --- httptools -----------------------------------------------------------------------------
-
-    def _reset(self) -> None:
-        self._url = b""
-        self._headers: dict[str, str] = {}
-        self._chunks: list[bytes] = []
-        self._length = 0
-        self._early: Fault | None = None
-
-    def on_message_begin(self) -> None:
-        self._reset()
-
-    def on_url(self, url: bytes) -> None:
-        self._url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
-
-    def on_headers_complete(self) -> None:
-        if self._headers.get("expect", "").lower() == "100-continue" and self._transport:
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self._emulator.faults.earlies:
-            operation = self._headers.get("x-amz-target", "").rpartition(".")[2]
-            self._early = self._emulator.faults.early_answer(operation)
-            if self._early is not None:
-                self._enqueue(b"")
-
-    def on_body(self, chunk: bytes) -> None:
-        self._length += len(chunk)
-        if self._length > MAX_BODY_BYTES:
-            self.abort()
-        elif self._early is None:  # an answered request's body is read and forgotten
-            self._chunks.append(chunk)
-
-    def on_message_complete(self) -> None:
-        if self._early is not None:
-            # Closing before the body was read would reset the connection under the answer.
-            if self._transport is not None:
-                self._transport.close()
-            return
-        self._enqueue(self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks))
-
-    # --- answering -----------------------------------------------------------------------------
-
-    def _enqueue(self, body: bytes) -> None:
-        if len(self._queue) >= MAX_PIPELINED:
-            self.abort()
-            return
-        self._emulator.begin()
-        self._queue.append(
-            _Request(
-                method=self._parser.get_method().decode(),
-                path=self._url.decode("latin-1"),
-                headers=self._headers,
-                body=body,
-                keep_alive=self._parser.should_keep_alive(),
-                early=self._early,
-                port=self._port,
-            )
-        )
-        self._chunks = []
-        if not self._busy:
-            self._next()
-
-    def _next(self) -> None:
-        while self._queue and not self._busy and self._transport is not None:
-            self._busy = True
-            request = self._queue.popleft()
-            head, body, plan = self._emulator.answer(request)
-            if plan.delay_s > 0:
-                self._timer = self._loop.call_later(plan.delay_s, self._send, request, head, body, plan)
-            else:
-                self._send(request, head, body, plan, again=False)
-
-    def _send(self, request: _Request, head: bytes, body: bytes, plan: Plan, again: bool = True) -> None:
-        self._timer = None
-        if self._transport is None:
-            return
-        if plan.cut in ("before", "after"):
-            self._emulator._counters.cut += 1
-            self._transport.abort()
-            return
-        if plan.cut == "inside":
-            self._emulator._counters.cut += 1
-            self._transport.write(head + body[: len(body) // 2])
-            self._transport.close()
-            return
-        if plan.slow_s > 0:
-            self._transport.write(head)
-            self._dribble(request, body, max(1, -(-len(body) // SLOW_STEPS)), plan)
-            return
-        self._transport.write(head + body)
-        self._finish(request, plan)
-        if again:
-            self._next()
-
-    def _dribble(self, request: _Request, body: bytes, step: int, plan: Plan) -> None:
-        self._timer = None
-        if self._transport is None:
-            return
-        self._transport.write(body[:step])
-        if len(body) > step:
-            self._timer = self._loop.call_later(
-                plan.slow_s / SLOW_STEPS, self._dribble, request, body[step:], step, plan
-            )
-        else:
-            self._finish(request, plan)
-            self._next()
-
-    def _finish(self, request: _Request, plan: Plan) -> None:
-        self._busy = False
-        if request.put is not None:
-            request.put.answered = plan.error is None and plan.garbage is None and not plan.delta
-            self._last_put = request.put
-        self._emulator.end()
-        if not request.keep_alive and self._transport is not None:
-            self._transport.close()
-
-    def _refuse(self) -> None:
-        if self._transport is not None:
-            self._transport.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-            self._transport.close()
 
 
 def parse_streams(streams: Streams) -> dict[str, StreamSpec]:

@@ -85,18 +85,7 @@ class Verifier:
             must.add("x-amz-security-token")
         if not must <= set(names) or names != sorted(names):
             raise _mismatch()
-        path, _, query = target.partition("?")
-        canonical = "\n".join(
-            (
-                method,
-                urllib.parse.quote(path, safe="/-_.~") or "/",
-                "&".join(sorted(query.split("&"))) if query else "",
-                *(f"{name}:{' '.join(headers.get(name, '').split())}" for name in names),
-                "",
-                signed_names,
-                hashlib.sha256(body).hexdigest(),
-            )
-        )
+        canonical = _canonical(method, target, headers, signed_names, body)
         text = "\n".join(("AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()))
         key = f"AWS4{known.secret_key}".encode()
         for part in (day, self.region, service, "aws4_request"):
@@ -126,6 +115,22 @@ class Verifier:
                 "InvalidSignatureException",
                 f"Signature not yet current: {stamp} is still later than {edge} ({now} + {minutes})",
             )
+
+
+def _canonical(method: str, target: str, headers: Mapping[str, str], signed_names: str, body: bytes) -> str:
+    """The request as both sides write it before they sign it."""
+    path, _, query = target.partition("?")
+    return "\n".join(
+        (
+            method,
+            urllib.parse.quote(path, safe="/-_.~") or "/",
+            "&".join(sorted(query.split("&"))) if query else "",
+            *(f"{name}:{' '.join(headers.get(name, '').split())}" for name in signed_names.split(";")),
+            "",
+            signed_names,
+            hashlib.sha256(body).hexdigest(),
+        )
+    )
 
 
 def _stamp(wall: float) -> str:

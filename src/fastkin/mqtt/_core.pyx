@@ -8,7 +8,10 @@ One module in parts, in the order a packet passes them:
   mqtt/acks.pxi      which PUBLISH still waits for which records; acknowledgements in order; what comes again
   mqtt/router.pxi    which sink a message goes to
   mqtt/large.pxi     messages that can never be a record: too large, ill-formed
-  mqtt/session.pxi   one connection: buffer, walk, stall and resume
+  mqtt/sinks.pxi     sinks for taps, tests and benches
+  mqtt/receive.pxi   the memory that a connection receives into
+  mqtt/control.pxi   what a broker may send besides messages
+  mqtt/session.pxi   one connection: walk, stall and resume
 
 Rules: a length from the wire is unsigned and compared with what is left, never added to a pointer
 first; no Python object is made per PUBLISH; while a sink runs, the session is whole and refuses
@@ -54,4 +57,7 @@ include "events.pxi"
 include "acks.pxi"
 include "router.pxi"
 include "large.pxi"
+include "sinks.pxi"
+include "receive.pxi"
+include "control.pxi"
 include "session.pxi"

@@ -28,13 +28,15 @@ from fastkin.mqtt.handshake import Asker, Handshake
 from fastkin.mqtt.keep_alive import KeepAlive
 from fastkin.mqtt.reading import COALESCE, PIECE, STALL, STOPPED, Coalescing, Reading
 from fastkin.mqtt.set_apart import SetApart
-from fastkin.mqtt.transport import GONE_S, Receiver, blame, explain, farewell, open_wire, refusal, while_heard
+from fastkin.mqtt.transport import GONE_S, Receiver, blame, open_wire, while_heard
+from fastkin.mqtt.words import explain, farewell, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from fastkin.mqtt._core import Apart, Ledger, Router, Unfit
     from fastkin.mqtt.set_apart import Carrier
+    from fastkin.mqtt.standing import Traffic
     from fastkin.mqtt.transport import Wire
     from fastkin.net.tls import Renewed
 
@@ -57,8 +59,7 @@ class Owner(Asker, Protocol):
     on_read: Callable[[], None]  # after a read in which messages were taken or a sink stalled
     set_apart: Callable[[Apart], Carrier]
     last_read: float  # loop time
-    messages: int
-    reads: int
+    traffic: Traffic
 
     @property
     def stopping(self) -> bool: ...
@@ -208,8 +209,9 @@ class Connection(Receiver):
         self._heard = True
         try:
             if taken:
-                owner.messages += taken
-                owner.reads += 1
+                traffic = owner.traffic
+                traffic.messages += taken
+                traffic.reads += 1
                 owner.window.received(owner.ledger.unacked, now)
             if taken or not flags & EVENTS:
                 self._keep_alive.talked(now)

@@ -22,18 +22,8 @@ from fastkin.mqtt import _core as _mqtt
 from fastkin.mqtt._core import EVENTS, Connack, Disconnect, Ledger, Puback, Router, Session, reason_text
 from fastkin.mqtt.dialect import REFUSALS, Dialect
 from fastkin.mqtt.subscriptions import PACKET_IDS
-from fastkin.mqtt.transport import (
-    GONE_S,
-    Receiver,
-    blame,
-    explain,
-    farewell,
-    open_wire,
-    refusal,
-    renewed_tls,
-    silence,
-    while_heard,
-)
+from fastkin.mqtt.transport import GONE_S, Receiver, blame, open_wire, renewed_tls, silence, while_heard
+from fastkin.mqtt.words import explain, farewell, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

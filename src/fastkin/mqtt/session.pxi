@@ -1,52 +1,20 @@
 # One connection: bytes in, payloads to sinks, control packets to events, acknowledgements out.
 #
-# The buffer holds [read, written). A packet is parsed where it was received, once it is there
-# whole; what is too long or of a wrong type is refused from its fixed header. When its sink has no
-# room, or as many messages are unacknowledged as there may be, the walk stops at that message
-# (`_held`): `_read` stays at the packet, offsets into it are kept, and resume() goes on there.
-# Nothing points into the buffer between two calls. What can never be a record leaves by another
-# door: see mqtt/large.pxi.
-
-cdef extern from *:
-    # In the sanitizer build whatever follows the packet in hand is out of bounds: without this a
-    # read past its end stays inside the receive buffer and is not seen. Nothing in other builds.
-    """
-    #ifdef FASTKIN_SANITIZE
-    #include <sanitizer/asan_interface.h>
-    #define fastkin_fence(p, n) __asan_poison_memory_region((p), (n))
-    #define fastkin_unfence(p, n) __asan_unpoison_memory_region((p), (n))
-    #else
-    #define fastkin_fence(p, n) ((void) 0)
-    #define fastkin_unfence(p, n) ((void) 0)
-    #endif
-    """
-    void fastkin_fence(const void* p, size_t n) noexcept nogil
-    void fastkin_unfence(const void* p, size_t n) noexcept nogil
+# A packet is parsed where it was received (receive.pxi), once it is there whole; what is too long or
+# of a wrong type is refused from its fixed header. When its sink has no room, or as many messages are
+# unacknowledged as there may be, the walk stops at that message (`_held`): `_read` stays at the packet,
+# offsets into it are kept, and resume() goes on there. Nothing points into the buffer between two calls.
+# Control packets are judged in control.pxi. What can never be a record leaves by another door: see
+# mqtt/large.pxi.
+#
+# Large because a message passes all of it in one go: walk, topic and alias, offer, and what is set aside
+# share the packet in hand. Parts held as objects would cost a pointer for each, aliases as an object of
+# their own cost 3 % of the instructions of a PUBLISH. Its bases are parts that cost nothing.
 
 cdef enum:
-    # packet types, with their flags
-    TYPE_CONNACK = 0x20
-    TYPE_PUBLISH = 0x30
-    TYPE_PUBACK = 0x40
-    TYPE_PUBREC = 0x50
-    TYPE_PUBREL = 0x62
-    TYPE_PUBCOMP = 0x70
-    TYPE_SUBACK = 0x90
-    TYPE_UNSUBACK = 0xB0
-    TYPE_PINGRESP = 0xD0
-    TYPE_DISCONNECT = 0xE0
-    TYPE_AUTH = 0xF0
-
-cdef enum:
-    READ_SMALL = 65536    # what a connection starts with: about 300 welder messages a read
-    READ_LARGE = 262144   # what it gets when it fills whole reads; more would leave the cache
-    READ_LEAST = 16384    # with less room than this the rest is moved to the front first
-    READ_CALM = 64        # reads in a row that would do with less before the buffer shrinks
     SMALLEST_LIMIT = 64   # of max_packet_bytes: less would refuse the CONNACK of some brokers
+    ALIAS_MOST = 1048576  # bytes of topics that aliases stand for: 65,535 of 64 KiB would be 4 GiB
     CONTROL_MOST = 131072  # bytes of a packet that is no PUBLISH: a reason of 64 KiB, and as much again
-    EVENTS_MOST = 1024    # control packets in one read; runs of PUBACK and of PINGRESP count once
-    OUTPUT_MOST = 1048576  # bytes of PUBCOMPs that nobody has taken
-    ALIAS_MOST = 1048576  # bytes of topics that aliases stand for
 
 cdef struct Held:
     # the PUBLISH whose offer is not finished; offsets from the start of its packet
@@ -61,115 +29,17 @@ cdef struct Held:
     bint again      # with the DUP flag
 
 cdef struct Alias:
+    # a number that stands for a topic on this connection
     uint8_t* topic
     size_t length
 
 
 @cython.final
-@cython.internal
-cdef class Chunk:
-    """Memory of a receive buffer: an object, so that a memoryview outlives a change of buffer."""
-    cdef uint8_t* data
-    cdef size_t size
-    cdef size_t offset  # where the next memoryview begins
-
-    def __cinit__(self, size_t size):
-        self.data = <uint8_t*> malloc(size)
-        if self.data == NULL:
-            raise MemoryError
-        self.size = size
-
-    def __dealloc__(self):
-        free(self.data)
-
-    def __getbuffer__(self, Py_buffer* view, int flags):
-        PyBuffer_FillInfo(view, self, self.data + self.offset,
-                          <Py_ssize_t> (self.size - self.offset), False, flags)
-
-
-@cython.final
-cdef class CallbackSink(Sink):
-    """A sink in Python: callback(topic, payload, token) says how many settlements will come.
-
-    Topic and payload are bytes. -1 says that there is no room: the same payload is offered again by
-    Session.resume(). The callback must not feed or resume the session that calls it.
-    """
-    cdef object _callback
-
-    def __cinit__(self, callback):
-        if not callable(callback):
-            raise TypeError("CallbackSink needs a callable")
-        self._callback = callback
-
-    cdef Py_ssize_t offer_c(
-        self, const uint8_t* topic, size_t topic_len, const uint8_t* data, size_t length,
-        uint64_t token
-    ) except -2:
-        cdef Py_ssize_t count = self._callback(
-            PyBytes_FromStringAndSize(<const char*> topic, <Py_ssize_t> topic_len),
-            PyBytes_FromStringAndSize(<const char*> data, <Py_ssize_t> length),
-            token,
-        )
-        if count < OFFER_STALLED:
-            raise ValueError(f"the callback of a CallbackSink returned {count}")
-        return count
-
-
-@cython.final
-cdef class CountSink(Sink):
-    """Counts and lets go: measures an intake alone. With a ledger, messages wait for release()."""
-    cdef readonly Py_ssize_t messages
-    cdef readonly Py_ssize_t nbytes
-    cdef Ledger _ledger
-    cdef uint64_t* _tokens
-    cdef size_t _count
-    cdef size_t _room
-
-    def __cinit__(self, Ledger ledger=None):
-        self._ledger = ledger
-
-    def __dealloc__(self):
-        free(self._tokens)
-
-    cdef Py_ssize_t offer_c(
-        self, const uint8_t* topic, size_t topic_len, const uint8_t* data, size_t length,
-        uint64_t token
-    ) except -2:
-        self.messages += 1
-        self.nbytes += <Py_ssize_t> length
-        if token == 0 or self._ledger is None:
-            return 0
-        if self._count == self._room:
-            self._more()
-        self._tokens[self._count] = token
-        self._count += 1
-        return 1
-
-    cdef int _more(self) except -1:
-        cdef size_t room = self._room * 2 + 64
-        cdef uint64_t* tokens = <uint64_t*> realloc(self._tokens, room * sizeof(uint64_t))
-        if tokens == NULL:
-            raise MemoryError
-        self._tokens = tokens
-        self._room = room
-        return 0
-
-    def release(self) -> None:
-        """Settles every message taken since the last time, one by one and in order."""
-        cdef size_t i
-        for i in range(self._count):
-            self._ledger.settle(self._tokens[i], 1, OUT_STORED, None, -1)
-        self._count = 0
-
-
-@cython.final
 @cython.no_gc_clear  # _held points at a sink that the router keeps alive
-cdef class Session:
+cdef class Session(ControlPackets):
     """One connection: get_buffer() and feed() take bytes, take_output() gives what to write."""
 
     cdef readonly int version
-    cdef bint _v5
-    cdef Ledger _ledger
     cdef Router _router
     cdef int _receive_maximum
     cdef int _alias_maximum
@@ -184,27 +54,13 @@ cdef class Session:
     # messages above our Receive Maximum: tolerated
     cdef readonly Py_ssize_t overruns
 
-    cdef Chunk _chunk
-    cdef size_t _read
-    cdef size_t _written
-    cdef size_t _need        # bytes of the packet in hand with its header; 0: not known yet
-    cdef size_t _offered     # how much room the last get_buffer() gave
-    cdef size_t _read_size
-    cdef int _calm
-    cdef int _spare
-
     cdef bint _walking
-    cdef bint _connected     # CONNACK has come
-    cdef bint _resumed       # and it says that the broker kept the session
     cdef int _is_held        # HELD_...: why the walk stands; 0: it does not
     cdef Held _held
-    cdef Alias* _aliases
+    cdef Alias* _aliases     # by number; 0 is never used; NULL: the broker may use none
     cdef size_t _alias_bytes
 
-    cdef list _events
-    cdef bytearray _output   # PUBCOMPs
     cdef bint _broken        # _fault has ended the connection
-    cdef Fault _fault
 
     cdef Apart _apart        # the message in hand that is set aside; None with HELD_BYTES: it is skipped
     cdef size_t _apart_left  # bytes of it that are not handed out
@@ -231,10 +87,6 @@ cdef class Session:
         self._receive_maximum = receive_maximum
         self._max_packet = <size_t> max_packet_bytes
         self._alias_maximum = topic_alias_maximum if version == 5 else 0
-        self._read_size = READ_SMALL
-        self._chunk = Chunk(READ_SMALL)
-        self._events = []
-        self._output = bytearray()
         if self._alias_maximum:
             self._aliases = <Alias*> calloc(<size_t> self._alias_maximum + 1, sizeof(Alias))
             if self._aliases == NULL:
@@ -247,51 +99,6 @@ cdef class Session:
                 free(self._aliases[i].topic)
             free(self._aliases)
 
-    # -- the buffer
-
-    cdef int _rebuild(self, size_t size) except -1:
-        """The unread bytes at the front of a new buffer."""
-        cdef Chunk chunk = Chunk(size)
-        cdef size_t unread = self._written - self._read
-        memcpy(chunk.data, self._chunk.data + self._read, unread)
-        self._chunk = chunk
-        self._read = 0
-        self._written = unread
-        return 0
-
-    cdef int _make_room(self, size_t least) except -1:
-        """Makes place for `least` more bytes (at least one) and for the packet in hand."""
-        cdef size_t unread = self._written - self._read
-        cdef size_t target = self._read_size
-        if unread == 0:
-            self._read = self._written = 0
-        if least == 0:
-            least = 1
-        if self._need > READ_LEAST and self._need > unread:
-            # the packet, and the beginning of what follows it
-            if self._need + READ_LEAST > target:
-                target = self._need + READ_LEAST
-        if least > target or unread > target - least:
-            target = unread + least
-        if self._chunk.size < target:
-            return self._rebuild(target)
-        if self._chunk.size > target:
-            self._spare += 1
-            # a large packet is behind us: give its memory back, but not between two of them
-            if self._spare >= (2 if self._chunk.size > READ_LARGE * 4 else READ_CALM):
-                self._spare = 0
-                return self._rebuild(target)
-        else:
-            self._spare = 0
-        if self._read > 0:
-            if (self._chunk.size - self._written < READ_LEAST
-                    or self._chunk.size - self._written < least
-                    or self._chunk.size - self._read < self._need):
-                memmove(self._chunk.data, self._chunk.data + self._read, unread)
-                self._read = 0
-                self._written = unread
-        return 0
-
     def get_buffer(self, Py_ssize_t sizehint) -> memoryview:
         """Room to receive into; valid until the next call. Then say with feed() how much came."""
         if self._walking:
@@ -302,18 +109,6 @@ cdef class Session:
         self._chunk.offset = self._written
         self._offered = self._chunk.size - self._written
         return PyMemoryView_FromObject(self._chunk)
-
-    cdef void _adapt(self, size_t got) noexcept:
-        """Larger reads when reads are filled, small ones again when they have long been small."""
-        if got == self._offered and got >= READ_SMALL // 2:
-            if self._read_size < READ_LARGE:
-                self._read_size *= 2
-            self._calm = 0
-        elif self._read_size > READ_SMALL and got < READ_SMALL // 2:
-            self._calm += 1
-            if self._calm >= READ_CALM:
-                self._read_size = READ_SMALL
-                self._calm = 0
 
     def feed(self, Py_ssize_t nbytes) -> int:
         """Takes nbytes put where get_buffer() said. Returns EVENTS, STALLED, OUTPUT bits."""
@@ -372,11 +167,6 @@ cdef class Session:
         """A message waits because as many are unacknowledged as there may be: acknowledgements that leave
         make room."""
         return self._is_held == HELD_CROWD
-
-    @property
-    def buffer_bytes(self) -> int:
-        """The size of the receive buffer now."""
-        return self._chunk.size
 
     # -- the walk
 
@@ -743,205 +533,6 @@ cdef class Session:
         self.messages += 1
         self._apart = None
         self._is_held = 0
-
-    # -- control packets
-
-    cdef int _check_type(self, uint8_t first) noexcept:
-        """Whether a broker may send a packet that begins like this, now."""
-        cdef uint8_t kind = first & 0xF0
-        if kind == 0 or kind == 0x10 or kind == 0x80 or kind == 0xA0 or kind == 0xC0:
-            return fail(&self._fault, "a packet that only clients send, or none at all", 0,
-                        CODE_PROTOCOL)
-        if first != kind and not (kind == 0x60 and first == TYPE_PUBREL):
-            return fail(&self._fault, "reserved flags are set", 0, CODE_MALFORMED)  # [MQTT-2.1.3-1]
-        if kind == 0x60 and first != TYPE_PUBREL:
-            return fail(&self._fault, "PUBREL without its flags", 0, CODE_MALFORMED)
-        if kind == TYPE_PUBREC or kind == TYPE_PUBCOMP:
-            return fail(&self._fault, "an answer to a QoS 2 message that was never sent", 0,
-                        CODE_PROTOCOL)
-        if kind == TYPE_AUTH:
-            return fail(&self._fault, "AUTH although no such method was asked for", 0,
-                        CODE_PROTOCOL)
-        if kind == TYPE_DISCONNECT and not self._v5:
-            return fail(&self._fault, "DISCONNECT from a 3.1.1 broker", 0, CODE_PROTOCOL)
-        if kind == TYPE_CONNACK:
-            if self._connected:
-                return fail(&self._fault, "a second CONNACK", 0, CODE_PROTOCOL)
-        elif not self._connected and kind != TYPE_DISCONNECT:
-            return fail(&self._fault, "the first packet is not CONNACK", 0, CODE_PROTOCOL)
-        return 0
-
-    cdef int _take_control(self, const uint8_t* p, size_t head, size_t rest) except -2:
-        """1: taken; -1: malformed."""
-        cdef uint8_t kind = p[0] & 0xF0
-        cdef const uint8_t* body = p + head
-        if <size_t> len(self._events) >= EVENTS_MOST:
-            return fail(&self._fault, "more than 1024 control packets at once", 0, CODE_RATE)
-        if kind == TYPE_PUBACK:
-            return self._take_puback(body, rest, head)
-        if kind == 0x60:
-            return self._take_pubrel(body, rest, head)
-        if kind == TYPE_CONNACK:
-            return self._take_connack(body, rest, head)
-        if kind == TYPE_SUBACK or kind == TYPE_UNSUBACK:
-            return self._take_suback(kind, body, rest, head)
-        if kind == TYPE_DISCONNECT:
-            return self._take_disconnect(body, rest, head)
-        if rest != 0:
-            return fail(&self._fault, "PINGRESP with a body", head, CODE_MALFORMED)
-        if not self._events or type(self._events[len(self._events) - 1]) is not Pingresp:
-            self._events.append(Pingresp.__new__(Pingresp))
-        return 1
-
-    cdef int _take_connack(self, const uint8_t* body, size_t rest, size_t offset) except -2:
-        cdef Connack event
-        cdef size_t head = 0
-        cdef size_t length = 0
-        if rest < 2 or (not self._v5 and rest != 2):
-            return fail(&self._fault, "CONNACK has a wrong length", offset, CODE_MALFORMED)
-        if body[0] > 1:  # [MQTT-3.2.2-1]
-            return fail(&self._fault, "CONNACK has reserved flags set", offset, CODE_MALFORMED)
-        if body[0] and body[1]:  # [MQTT-3.2.2-6]
-            return fail(&self._fault, "CONNACK refuses but says a session is present", offset,
-                        CODE_PROTOCOL)
-        # a 3.1.1 broker refuses a 5.0 client with its own two bytes
-        if self._v5 and not (rest == 2 and body[1] != 0):
-            if last_properties(body + 2, rest - 2, offset + 2, allowed_in_connack(), &head, &length,
-                               &self._fault) < 0:
-                return -1
-        event = Connack.__new__(Connack)
-        event.session_present = body[0] == 1
-        event.code = body[1]
-        event.properties = properties_dict(body + 2 + head, length)
-        if body[1] == 0:
-            self._connected = True
-            self._resumed = body[0] == 1
-            if not self._resumed:
-                self._ledger.forget_session()
-        self._events.append(event)
-        return 1
-
-    cdef int _ack_head(
-        self, const uint8_t* body, size_t rest, size_t offset, int* code, const char* length_fault
-    ) noexcept:
-        """PUBACK and PUBREL: an identifier; in 5.0 a reason and properties when there is more."""
-        cdef size_t head = 0
-        cdef size_t length = 0
-        code[0] = 0
-        if rest < 2 or (rest > 2 and not self._v5):
-            return fail(&self._fault, length_fault, offset, CODE_MALFORMED)
-        if body[0] == 0 and body[1] == 0:
-            return fail(&self._fault, "packet identifier 0", offset, CODE_PROTOCOL)
-        if rest > 2:
-            code[0] = body[2]
-        if rest > 3:
-            if last_properties(body + 3, rest - 3, offset + 3, allowed_in_ack(), &head, &length,
-                               &self._fault) < 0:
-                return -1
-        return 0
-
-    cdef int _take_puback(self, const uint8_t* body, size_t rest, size_t offset) except -2:
-        cdef Puback event = None
-        cdef int code = 0
-        if self._ack_head(body, rest, offset, &code, "PUBACK has a wrong length") < 0:
-            return -1
-        cdef Py_ssize_t last = len(self._events) - 1
-        if last >= 0 and type(self._events[last]) is Puback:
-            event = <Puback> self._events[last]
-            if len(event.packet_ids) >= PACKET_IDS:
-                return fail(&self._fault, "more PUBACKs than there are packet identifiers", offset,
-                            CODE_RATE)
-        else:
-            event = Puback.__new__(Puback)
-            event.packet_ids = []
-            event.refused = {}
-            self._events.append(event)
-        packet_id = load_two(body)
-        event.packet_ids.append(packet_id)
-        if code >= 0x80:
-            event.refused[packet_id] = code
-        return 1
-
-    cdef int _take_pubrel(self, const uint8_t* body, size_t rest, size_t offset) except -2:
-        cdef int code = 0
-        cdef bint known
-        if self._ack_head(body, rest, offset, &code, "PUBREL has a wrong length") < 0:
-            return -1
-        if <size_t> len(self._output) > OUTPUT_MOST:
-            return fail(&self._fault, "PUBRELs without end", offset, CODE_RATE)
-        known = self._ledger.release(<uint16_t> load_two(body))
-        if known or not self._v5:
-            self._output += b"\x70\x02" + body[:2]
-        else:
-            self._output += b"\x70\x03" + body[:2] + b"\x92"  # packet identifier not found
-        return 1
-
-    cdef int _take_suback(
-        self, uint8_t kind, const uint8_t* body, size_t rest, size_t offset
-    ) except -2:
-        cdef Suback suback
-        cdef Unsuback unsuback
-        cdef size_t head = 0
-        cdef size_t length = 0
-        cdef size_t i
-        cdef uint16_t alias = 0
-        cdef uint32_t packet_id
-        if rest < 2:
-            return fail(&self._fault, "SUBACK or UNSUBACK without its packet identifier", offset,
-                        CODE_MALFORMED)
-        packet_id = load_two(body)
-        if packet_id == 0:
-            return fail(&self._fault, "packet identifier 0", offset, CODE_PROTOCOL)
-        body += 2
-        rest -= 2
-        offset += 2
-        if self._v5:
-            if enter_properties(body, rest, offset, &head, &length, &self._fault) < 0:
-                return -1
-            if check_properties(body + head, length, offset + head, allowed_in_ack(), False,
-                                &alias, &self._fault) < 0:
-                return -1
-            body += head + length
-            rest -= head + length
-            offset += head + length
-        if kind == TYPE_UNSUBACK and not self._v5:
-            if rest != 0:
-                return fail(&self._fault, "UNSUBACK has a wrong length", offset, CODE_MALFORMED)
-        elif rest == 0:
-            return fail(&self._fault, "SUBACK or UNSUBACK without a reason code", offset,
-                        CODE_MALFORMED)
-        for i in range(rest):
-            # granted QoS, or "no subscription existed"; from 0x80 on a refusal
-            if body[i] < 0x80 and (body[i] > 2 if kind == TYPE_SUBACK
-                                   else body[i] != 0 and body[i] != 0x11):
-                return fail(&self._fault, "a reason code that does not exist", offset + i,
-                            CODE_MALFORMED)
-        codes = list(body[:rest])
-        if kind == TYPE_SUBACK:
-            suback = Suback.__new__(Suback)
-            suback.packet_id = <int> packet_id
-            suback.codes = codes
-            self._events.append(suback)
-        else:
-            unsuback = Unsuback.__new__(Unsuback)
-            unsuback.packet_id = <int> packet_id
-            unsuback.codes = codes
-            self._events.append(unsuback)
-        return 1
-
-    cdef int _take_disconnect(self, const uint8_t* body, size_t rest, size_t offset) except -2:
-        cdef Disconnect event
-        cdef size_t head = 0
-        cdef size_t length = 0
-        if rest > 1:
-            if last_properties(body + 1, rest - 1, offset + 1, allowed_in_disconnect(), &head, &length,
-                               &self._fault) < 0:
-                return -1
-        event = Disconnect.__new__(Disconnect)
-        event.code = body[0] if rest else 0
-        event.properties = properties_dict(body + 1 + head, length) if rest else {}
-        self._events.append(event)
-        return 1
 
     # -- what comes out
 

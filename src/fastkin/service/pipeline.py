@@ -1,8 +1,11 @@
-"""One pipeline: wires intake, lane, sender, acknowledgements and dead letters together.
+"""One pipeline: wires intake, delivery, acknowledgements and dead letters together, and takes them apart at the end.
 
-Each pipeline has its own MQTT connection, ledger, budget, lane and sender. That way a stream that is down
-holds back its own pipeline only: acknowledgements leave in PUBLISH order per connection, so a shared
-connection would make every pipeline wait for the slowest.
+Each pipeline has its own MQTT connection, ledger, budget, lane and sender. That way a stream that is down holds back
+its own pipeline only: acknowledgements leave in PUBLISH order per connection, so a shared connection would make every
+pipeline wait for the slowest.
+
+Which sink a message goes to is in `routes.py`, what is asked of the stream at the start in `preflight.py`, and how a
+task that ends makes the run fail in `tasks.py`.
 """
 
 from __future__ import annotations
@@ -12,36 +15,30 @@ import logging
 import socket
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
-from fastkin._codec import DRAIN, DROPPED, WINDOW, Budget, FormatSink, KeyPlan, Lane, StraySink
+from fastkin._codec import WINDOW, KeyPlan
 from fastkin.aws.transports import make_client
-from fastkin.config import FORMAT_IDS
 from fastkin.deadletter.handler import Aside, make_store
 from fastkin.delivery.delivery import Delivery, Options
-from fastkin.delivery.stream_watch import StreamWatch
-from fastkin.errors import ConfigError, FastkinError, KinesisError
+from fastkin.errors import FastkinError
 from fastkin.formats.partition_key import key_plan
-from fastkin.mqtt._core import CallbackSink, Ledger, Router
+from fastkin.mqtt._core import Ledger
 from fastkin.mqtt.subscriber import Intake
 from fastkin.runtime.deadline import Deadline
-from fastkin.runtime.dropped import outlive, quiet
-from fastkin.status.logs import Repeats
+from fastkin.runtime.dropped import outlive
+from fastkin.service.preflight import Preflight
+from fastkin.service.routes import Routes
+from fastkin.service.tasks import Tasks
 from fastkin.status.registry import figures
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable
 
-    from fastkin._codec import Sink
-    from fastkin.aws.client import Client, StreamSummary
+    from fastkin.aws.client import Client
     from fastkin.config import Broker, Pipeline
 
 _LOG = logging.getLogger("fastkin.pipeline")
 
 _FIRST_LOOK_S = 3.0  # for credentials and the stream before the broker is connected
-_RETRY_S = 5.0  # between attempts at what an operator must mend
-_UNROUTED_EVERY_S = 60.0  # how often to say that messages came which nobody wants
-_FILTERS_SHOWN = 10
 # KPL's AggregationMaxSize: a record costs a few bytes of overhead, and a retry stays cheap
 _AGGREGATE_BYTES = 51_200
 CLOSE_S = 1.0  # after the shutdown timeout: for the last acknowledgements and goodbyes
@@ -82,64 +79,40 @@ class PipelineRun:
         self.pipeline = pipeline
         self.name = pipeline.id
         self._loop = asyncio.get_running_loop()
-        self._stream = pipeline.kinesis.stream_arn or pipeline.kinesis.stream or ""
         self._hook = on_settled
-        self._on_message = on_message
-        self.failure: asyncio.Future[None] = self._loop.create_future()
+        self._tasks = Tasks(self.name)
+        self.failure = self._tasks.failure
         self.client: Client = make_client(pipeline.kinesis, pipeline.id)
         kind, parts = key_plan(pipeline.partition_key, client_id=broker.client_id, hostname=socket.gethostname())
         self.ledger = Ledger()
         # An eighth is left for what is not charged record by record: ledger, receive buffer, answers, allocator. And
         # one for WebSocket frames that were read: aiohttp counts their bytes, and an object each is much more.
         self.delivery = Delivery(
-            self.client, _options(pipeline), name=self.name, stream=self._stream, key=KeyPlan(kind, parts),
+            self.client, _options(pipeline), name=self.name,
+            stream=pipeline.kinesis.stream_arn or pipeline.kinesis.stream or "", key=KeyPlan(kind, parts),
             frame=pipeline.format, settler=self.ledger,
             keep_bytes=pipeline.budget_bytes // 8 * (2 if broker.scheme in {"ws", "wss"} else 1),
         )  # fmt: skip
         self._lane = self.delivery.lane
-        self._static_key = kind == "parts" and all(part[0] == "text" for part in parts)
-        self._router, several = self._routes()
-        self._unrouted = 0  # of the router, when it was last looked at
-        self._unrouted_at = -_UNROUTED_EVERY_S
+        self._routes = Routes(pipeline, self._lane, on_message)
         self.aside = Aside(
-            self.name,
-            self._lane,
-            make_store(pipeline),
-            topics=pipeline.topics,
-            spawn=self._spawn,
-            on_settled=self.delivery.settled,
-            max_packet_bytes=broker.max_packet_bytes,
-        )
+            self.name, self._lane, make_store(pipeline), topics=pipeline.topics, spawn=self._tasks.spawn,
+            on_settled=self.delivery.settled, max_packet_bytes=broker.max_packet_bytes,
+        )  # fmt: skip
         self.delivery.open(
             refused=self.aside.refused, rejected=self.aside.rejected, on_settled=self._settled, stuck=self.stuck,
             wake=self._wake,
         )  # fmt: skip
-        self.watch = StreamWatch(
-            self.delivery,
-            shards=pipeline.startup_check != "none",
-            limits=pipeline.startup_check != "none",
-            misfit=lambda problem: ConfigError(
-                f"pipeline {self.name!r} aggregation", problem, 'set aggregation = "none"'
-            ),
-            fits=self._fits,
-            cure='set aggregation = "none"',
+        static_key = kind == "parts" and all(part[0] == "text" for part in parts)
+        self._preflight = Preflight(
+            pipeline, self.client, self.delivery, static_key=static_key, spawn=self._tasks.spawn
         )
         self.intake = Intake(
-            broker,
-            [(topic, pipeline.qos) for topic in pipeline.topics],
-            router=self._router,
-            ledger=self.ledger,
-            on_read=self._read,
-            set_apart=self.aside.carrier,
-            name=self.name,
-            identifiers={topic: FORMAT_IDS[kind] for topic, kind in pipeline.formats} if several else {},
-            linger_s=pipeline.linger_ms / 1000,
-        )
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._progress = asyncio.Event()
-        self._lines = Repeats(_LOG, self._loop.call_later, most=5, per_s=60.0)
-        self.ready = False  # the stream was reached: it answered, or it stored something
-        self.start_error: str | None = None  # why it was not yet
+            broker, [(topic, pipeline.qos) for topic in pipeline.topics], router=self._routes.router,
+            ledger=self.ledger, on_read=self._read, set_apart=self.aside.carrier, name=self.name,
+            identifiers=self._routes.identifiers, linger_s=pipeline.linger_ms / 1000,
+        )  # fmt: skip
+        self._progress = asyncio.Event()  # something was settled: stop() looks again
         self._hurried = False
         self._stopping = False
         self._first_failed = False
@@ -158,8 +131,8 @@ class PipelineRun:
     def start(self) -> None:
         self.aside.start()
         self.delivery.watchdog.start()
-        self._spawn(self._run(), "run").add_done_callback(self._run_over)
-        self._spawn(outlive(self._loop_ended), "guard")
+        self._tasks.spawn(self._run(), "run").add_done_callback(self._run_over)
+        self._tasks.spawn(outlive(self._loop_ended), "guard")
 
     def _loop_ended(self) -> None:
         if self._stopping:
@@ -172,19 +145,6 @@ class PipelineRun:
         self.delivery.abort()
         self.intake.abort()
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = quiet(self._loop.create_task(coroutine, name=f"fastkin[{self.name}].{name}"))
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-        return task
-
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()) is None or self.failure.done():
-            return
-        # What gets here is a bug or a wrong setting: the engine must not look alive while a stage is dead.
-        self.failure.set_exception(error)
-
     def _run_over(self, task: asyncio.Task[None]) -> None:
         """Nothing but stop() may end it: a pipeline that takes no more must not look alive."""
         if self._stopping or self.failure.done() or self._first_failed:
@@ -196,58 +156,16 @@ class PipelineRun:
         backlog = self.delivery.backlog
         await backlog.start()
         if backlog.task is not None:
-            backlog.task.add_done_callback(self._task_done)
+            backlog.task.add_done_callback(self._tasks.ended)
         # Only the first look is waited for, and not for long: while Kinesis cannot be reached the messages are taken
         # up to the budget all the same, else the broker would not even know our session yet and drop them.
-        first = self._spawn(self._prepare_first(), "prepare")
+        first = self._tasks.spawn(self._preflight.first(), "prepare")
         await asyncio.wait([first], timeout=_FIRST_LOOK_S)
         if first.done() and not first.cancelled() and first.exception() is not None:
             self._first_failed = True
-            return  # _task_done has it
-        self.watch.settled_in = True
-        self.watch.say_unknown_mode()
+            return  # its error is in `failure`
+        self._preflight.settle_in()
         await self.intake.run()
-
-    async def _prepare_first(self) -> None:
-        if not await self._prepare():
-            self._spawn(self._prepare_later(), "prepare")
-
-    async def _prepare(self) -> bool:
-        """Find credentials and endpoint, try the stream. False: not now, for a reason that was logged."""
-        check = self.pipeline.startup_check
-        try:
-            await self.client.start()
-            if check == "dry_run":
-                await self.client.dry_run()
-            elif check == "put":
-                await self._put_connection_test()
-                self.client.took = True
-            elif check == "describe":
-                await self.watch.look_at_stream()
-        except KinesisError as error:
-            if not self.ready:  # else records are stored: it is only the question that was not answered
-                self.start_error = str(error)
-                if error.code != "NoCredentials":  # who looks for them has told it
-                    self._lines.say(
-                        logging.ERROR, "not ready",
-                        "pipeline=%s stage=send not ready: %s; trying again in %.0f s", self.name, error, _RETRY_S,
-                    )  # fmt: skip
-                return False
-        self._reached()
-        # What is asked from here on makes us better and is not needed: nothing waits for it but the first connect.
-        await self.watch.look()
-        self._spawn(self.watch.run(), "shards")
-        return True
-
-    async def _prepare_later(self) -> None:
-        while True:
-            await asyncio.sleep(_RETRY_S)
-            if await self._prepare():
-                return
-
-    def _reached(self) -> None:
-        self.ready = True
-        self.start_error = None
 
     def hurry(self) -> None:
         """A stop() that lingers has a deadline from now on."""
@@ -297,13 +215,11 @@ class PipelineRun:
 
     async def _close(self, limit: Deadline) -> None:
         """Close every stage. One that hangs or fails does not keep the others from it."""
-        self._lines.close()
+        self._preflight.close()
         # What is on the disk by then is acknowledged by what comes next.
         await self.delivery.close(limit, spool_limit=limit.until(before=_LAST_ACKS_S))
         await self._end(limit.until(before=_LAST_ACKS_S / 2), self.intake.close(), "leaving the broker")
-        for task in self._tasks:
-            task.cancel()
-        await self._end(limit, asyncio.gather(*self._tasks, return_exceptions=True), "ending the tasks")
+        await self._end(limit, self._tasks.cancel(), "ending the tasks")
         await self._end(limit, self.client.close(), "closing the connections to Kinesis")
         await self._end(limit, self.aside.close(), "closing the dead letters")
 
@@ -313,92 +229,12 @@ class PipelineRun:
         except Exception:  # noqa: BLE001 - whatever it is, the others are closed all the same
             _LOG.exception("pipeline=%s stage=engine %s failed", self.name, what)
 
-    # -- the stream ----------------------------------------------------------------------------
-
-    def _fits(self, summary: StreamSummary) -> None:
-        """Do the settings fit the stream? ConfigError, or a WARNING."""
-        if not summary.auto_keys and self.pipeline.partition_key == "none":
-            raise ConfigError(
-                f"pipeline {self.name!r} partition_key",
-                f"'none' needs a stream with RecordDistributionStrategy AUTO, {summary.name} is not one",
-                "use uuid",
-            )
-        self.delivery.sender.refusals.takes = summary.max_record_bytes
-        if self.pipeline.max_record_bytes > summary.max_record_bytes:
-            _LOG.warning(
-                "pipeline=%s stage=send max_record_bytes %d is above what stream %s takes (%d): larger records"
-                " will be dead-lettered one by one", self.name, self.pipeline.max_record_bytes, summary.name,
-                summary.max_record_bytes,
-            )  # fmt: skip
-        if self._static_key and summary.shard_count > 1:
-            _LOG.warning(
-                "pipeline=%s stage=send one static partition key on %d shards: everything goes to one shard, which"
-                " takes 1 MiB/s; use partition_key = uuid or topic to use all", self.name, summary.shard_count,
-            )  # fmt: skip
-
-    async def _put_connection_test(self) -> None:
-        """One real record, for permission systems that know no dry run; consumers are told to ignore it."""
-        budget = Budget(1 << 16, 1)
-        lane = Lane(
-            settler=None, budget=budget, frame="raw", key=KeyPlan("parts", [("text", "key")]),
-            target=self.client.target_json(),
-        )  # fmt: skip
-        test = {"type": "connection_test", "host": socket.gethostname(), "data": "CONNECTION_TEST"}
-        lane.add(orjson.dumps(test))
-        lane.seal(DRAIN)
-        batch = lane.take()
-        assert batch is not None
-        for failure in batch.settle(await self.client.call("PutRecords", batch)):
-            failure.batch.finish(DROPPED)
-            raise KinesisError(failure.code, failure.message)
-
     # -- what the stages call ------------------------------------------------------------------
 
-    def _routes(self) -> tuple[Router, bool]:
-        """One sink for each payload format, and whether there are several."""
-        router = Router()
-        kinds = dict.fromkeys(kind for _, kind in self.pipeline.formats)
-        if len(kinds) == 1:
-            sinks = {kind: self._tapped(self._lane) for kind in kinds}
-        else:
-            sinks = {kind: self._tapped(FormatSink(self._lane, kind)) for kind in kinds}
-            filters = ", ".join(f"{topic!a} ({kind})" for topic, kind in self.pipeline.formats[:_FILTERS_SHOWN])
-            router.otherwise = self._tapped(StraySink(self._lane, filters))
-        for topic, kind in self.pipeline.formats:
-            router.add(topic, sinks[kind], FORMAT_IDS[kind])
-        return router, len(kinds) > 1
-
-    def _tapped(self, sink: Lane | FormatSink | StraySink) -> Sink:
-        on_message = self._on_message
-        if on_message is None:
-            return sink
-
-        def tap(topic: bytes, payload: bytes, token: int) -> int:
-            taken = sink.offer(topic, payload, token)
-            if taken >= 0:
-                on_message(self.name, topic, payload)
-            return taken
-
-        return CallbackSink(tap)
-
-    def _say_unrouted(self) -> None:
-        self._unrouted = self._router.unrouted
-        if (now := self._loop.time()) - self._unrouted_at < _UNROUTED_EVERY_S:
-            return
-        self._unrouted_at = now
-        former = self._router.former
-        _LOG.warning(
-            "pipeline=%s stage=intake topic=%s matches a filter that was removed (%s%s) and none that is set:"
-            " acknowledged and discarded, %d messages so far. The broker's session of client %s had them queued; to"
-            " keep such messages set the filter again",
-            self.name, ascii(self._router.stray.decode("utf-8", "replace")),
-            ", ".join(map(ascii, former[:_FILTERS_SHOWN])), ", ..." if len(former) > _FILTERS_SHOWN else "",
-            self._unrouted, ascii(self.intake.client_id),
-        )  # fmt: skip
-
     def _read(self) -> None:
-        if self._router.unrouted != self._unrouted:
-            self._say_unrouted()
+        routes = self._routes
+        if routes.router.unrouted != routes.seen:
+            routes.say_unrouted(self.intake.client_id)
         delivery = self.delivery
         if self._lane.attention:
             delivery.attend()
@@ -409,8 +245,9 @@ class PipelineRun:
             delivery.flusher.close(WINDOW)
 
     def _settled(self) -> None:
-        if not self.ready and self._lane.stored:
-            self._reached()
+        preflight = self._preflight
+        if not preflight.ready and self._lane.stored:
+            preflight.reached()
         self.intake.flush_acks()
         if self.delivery.budget.low:
             self.intake.resume()
@@ -426,9 +263,11 @@ class PipelineRun:
         # What is unacknowledged may be the broker's turn, or a message that is set aside piece by piece.
         open_ = self._lane.in_flight or self.ledger.unacked
         if found is None and self.intake.paused and not open_ and not self.intake.stopping:
-            found = f"reading is paused after {self.intake.messages} messages, and nothing is in flight"
+            found = f"reading is paused after {self.intake.traffic.messages} messages, and nothing is in flight"
         if found is None and self.intake.forgotten:
-            found = f"reading is paused after {self.intake.messages} messages, for a piece of one that nobody takes"
+            found = (
+                f"reading is paused after {self.intake.traffic.messages} messages, for a piece of one that nobody takes"
+            )
         return found
 
     def _wake(self) -> None:
@@ -442,6 +281,16 @@ class PipelineRun:
         return figures(self)
 
     @property
+    def ready(self) -> bool:
+        """The stream was reached: it answered, or it stored something."""
+        return self._preflight.ready
+
+    @property
+    def start_error(self) -> str | None:
+        """Why it was not reached yet."""
+        return self._preflight.start_error
+
+    @property
     def last_error(self) -> str | None:
         """What is wrong now, for a person; it clears when the same goes well."""
         return self.start_error or self.delivery.sender.last_error or self.intake.last_error
@@ -452,9 +301,7 @@ class PipelineRun:
 
     def failed(self) -> str | None:
         """Why this pipeline does nothing any more, or None."""
-        if not self.failure.done() or self.failure.cancelled() or (error := self.failure.exception()) is None:
-            return None
-        return f"failed: {type(error).__name__}: {error}"
+        return self._tasks.failed()
 
     def unready(self) -> str | None:
         """Why it does not do its work, or None when it is connected, subscribed and can store in its stream."""

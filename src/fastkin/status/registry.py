@@ -188,11 +188,11 @@ OF_RUN: tuple[Row, ...] = (
     _present("fastkin_intake_connected", "0 or 1", "1: connected to the broker, and subscribed",
              lambda run: run.intake.connected.is_set()),
     _counter("connects", "fastkin_intake_connects_total", "connections", "Connections made to the broker",
-             lambda run: run.intake.connects),
+             lambda run: run.intake.traffic.connects),
     _counter("paused_s", "fastkin_intake_paused_seconds_total", "seconds",
              "Time that reading was paused for want of room", lambda run: run.intake.paused_s),
     _counter("messages", "fastkin_messages_received_total", "messages", "MQTT messages taken",
-             lambda run: run.intake.messages),
+             lambda run: run.intake.traffic.messages),
     _counter("unrouted", "fastkin_messages_unrouted_total", "messages",
              "MQTT messages for a filter that a reload removed, which a kept session still brought: acknowledged,"
              " thrown away", lambda run: run.intake.router.unrouted),

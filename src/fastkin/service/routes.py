@@ -1,0 +1,79 @@
+"""Which sink a message goes to, and what is said of messages that nobody wants.
+
+A pipeline has one lane. With one payload format the lane is the sink itself; with several there is a sink for each, and
+one more for topics that no filter of ours explains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from fastkin._codec import FormatSink, Lane, StraySink
+from fastkin.config import FORMAT_IDS
+from fastkin.mqtt._core import CallbackSink, Router
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastkin._codec import Sink
+    from fastkin.config import Pipeline
+
+_LOG = logging.getLogger("fastkin.pipeline")
+_UNROUTED_EVERY_S = 60.0  # how often to say that messages came which nobody wants
+_FILTERS_SHOWN = 10
+
+
+class Routes:
+    """Of one pipeline."""
+
+    def __init__(self, pipeline: Pipeline, lane: Lane, on_message: Callable[[str, bytes, bytes], None] | None) -> None:
+        """`on_message(pipeline, topic, payload)` hears of each message that was taken; it costs Python per message."""
+        self._name = pipeline.id
+        self._loop = asyncio.get_running_loop()
+        self._on_message = on_message
+        self.router = router = Router()
+        kinds = dict.fromkeys(kind for _, kind in pipeline.formats)
+        several = len(kinds) > 1
+        if several:
+            sinks = {kind: self._tapped(FormatSink(lane, kind)) for kind in kinds}
+            filters = ", ".join(f"{topic!a} ({kind})" for topic, kind in pipeline.formats[:_FILTERS_SHOWN])
+            router.otherwise = self._tapped(StraySink(lane, filters))
+        else:
+            sinks = {kind: self._tapped(lane) for kind in kinds}
+        for topic, kind in pipeline.formats:
+            router.add(topic, sinks[kind], FORMAT_IDS[kind])
+        # The Subscription Identifier of each filter: a 5.0 broker says with a message which filter it came by.
+        self.identifiers = {topic: FORMAT_IDS[kind] for topic, kind in pipeline.formats} if several else {}
+        self.seen = 0  # the router's count of unrouted messages, when it was last looked at
+        self._said_at = -_UNROUTED_EVERY_S
+
+    def _tapped(self, sink: Lane | FormatSink | StraySink) -> Sink:
+        on_message = self._on_message
+        if on_message is None:
+            return sink
+
+        def tap(topic: bytes, payload: bytes, token: int) -> int:
+            taken = sink.offer(topic, payload, token)
+            if taken >= 0:
+                on_message(self._name, topic, payload)
+            return taken
+
+        return CallbackSink(tap)
+
+    def say_unrouted(self, client_id: str) -> None:
+        """Messages came that no filter wants. The caller compares `seen` first: this is no work for each read."""
+        self.seen = self.router.unrouted
+        if (now := self._loop.time()) - self._said_at < _UNROUTED_EVERY_S:
+            return
+        self._said_at = now
+        former = self.router.former
+        _LOG.warning(
+            "pipeline=%s stage=intake topic=%s matches a filter that was removed (%s%s) and none that is set:"
+            " acknowledged and discarded, %d messages so far. The broker's session of client %s had them queued; to"
+            " keep such messages set the filter again",
+            self._name, ascii(self.router.stray.decode("utf-8", "replace")),
+            ", ".join(map(ascii, former[:_FILTERS_SHOWN])), ", ..." if len(former) > _FILTERS_SHOWN else "",
+            self.seen, ascii(client_id),
+        )  # fmt: skip
