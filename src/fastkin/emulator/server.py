@@ -325,8 +325,8 @@ class Emulator:
                 return (*self._html(plan.error.http_status), plan)
             body = dumps({"__type": error.code, "message": error.message}, form)
             return self._head(error.status, form, len(body), error.code), body, plan
-        if plan.garbage is not None:
-            body = plan.garbage.body or b""
+        if plan.rewrite is not None:
+            body = plan.rewrite(body)
         elif plan.delta:
             body = _recount(body, form, plan.delta)
         if self._waiters and plan.cut != "before":
@@ -603,7 +603,7 @@ class _Connection(asyncio.Protocol):
     def _finish(self, request: _Request, plan: Plan) -> None:
         self._busy = False
         if request.put is not None:
-            request.put.answered = plan.error is None and plan.garbage is None and not plan.delta
+            request.put.answered = plan.error is None and plan.rewrite is None and not plan.delta
             self._last_put = request.put
         self._emulator.end()
         if not request.keep_alive and self._transport is not None:
