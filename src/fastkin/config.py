@@ -7,7 +7,7 @@ check it, to show it and to write it into the README (setting_row.py says how). 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fastkin.limits import CALL_BYTES, CALL_RECORDS, DEFAULT_CALL_BYTES, LARGE_RECORD_BYTES, RECORD_BYTES
 from fastkin.limits import KIB as KIB  # for who fills tables in code
@@ -16,6 +16,23 @@ from fastkin.net.names import is_endpoint
 from fastkin.setting_row import Row, Shape, meta, row
 
 _TIB = 1024 * 1024 * MIB
+
+
+class Scheme(NamedTuple):
+    """A way to connect to a broker, as its URL begins."""
+
+    port: int  # when none is said
+    tls: bool
+    websocket: bool
+
+
+# Type checkers want the names spelled out once more, in `Broker.scheme`. mqtt/transport.py: open_wire connects.
+SCHEMES = {
+    "mqtt": Scheme(1883, tls=False, websocket=False),
+    "mqtts": Scheme(8883, tls=True, websocket=False),
+    "ws": Scheme(80, tls=False, websocket=True),
+    "wss": Scheme(443, tls=True, websocket=True),
+}
 
 # What texts must look like. The names of AWS are those of its API reference.
 _HOST = Shape(
@@ -115,6 +132,16 @@ class Broker:
     tls: Tls = field(default_factory=Tls)
 
     @property
+    def secure(self) -> bool:
+        """TLS is spoken."""
+        return SCHEMES[self.scheme].tls
+
+    @property
+    def websocket(self) -> bool:
+        """MQTT goes through a WebSocket."""
+        return SCHEMES[self.scheme].websocket
+
+    @property
     def url(self) -> str:
         """Without user, password and what a query may tell of them (a token, a signature): fit for a log line."""
         path, query, _ = self.path.partition("?")
@@ -127,7 +154,7 @@ class Broker:
 
     def _place(self, path: str) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}{path if self.scheme in {'ws', 'wss'} else ''}"
+        return f"{self.scheme}://{host}:{self.port}{path if self.websocket else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

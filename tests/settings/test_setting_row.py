@@ -212,6 +212,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.process
 def test_one_more_row_is_one_more_setting(tmp_path: Path) -> None:
     """A copy of config.py with one line more, and nothing else changed."""
     source = Path(config.__file__).read_text()
