@@ -16,12 +16,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
 
@@ -267,25 +263,16 @@ def copy_into(tree: Path, *, built: bool) -> None:
         shutil.copy2(ROOT / name, tree / name)
 
 
-@pytest.fixture(scope="module")
-def tree_with(tmp_path_factory: pytest.TempPathFactory, process: None) -> Callable[[Toy], Path]:
-    """The copy with all toys of this toy's kind: made when the first one asks for it."""
-    made: dict[bool, Path] = {}
-
-    def tree_of(toy: Toy) -> Path:
-        if toy.compiled not in made:
-            tree = made[toy.compiled] = tmp_path_factory.mktemp("compiled" if toy.compiled else "plain") / "fastkin"
-            copy_into(tree, built=not toy.compiled)
-            for each in TOYS.values():
-                if each.compiled == toy.compiled:
-                    for edit in each.edits:
-                        edit.do(tree)
-            if toy.compiled:
-                run(tree, "setup.py", "-q", "build_ext", "--inplace")
-            run(tree, "tests/project/test_readme.py")  # writes the tables of the README
-        return made[toy.compiled]
-
-    return tree_of
+def tree_of(toys: list[Toy], tree: Path) -> None:
+    """The copy with all these toys in it."""
+    compiled = any(toy.compiled for toy in toys)
+    copy_into(tree, built=not compiled)
+    for toy in toys:
+        for edit in toy.edits:
+            edit.do(tree)
+    if compiled:
+        run(tree, "setup.py", "-q", "build_ext", "--inplace")
+    run(tree, "tests/project/test_readme.py")  # writes the tables of the README
 
 
 @pytest.fixture
@@ -309,11 +296,16 @@ def test_the_steps_change_two_files_at_most(name: str, section: str) -> None:
     assert [test for test in toy.tests if test.partition("::")[0] not in section] == []
 
 
-@pytest.mark.parametrize("name", TOYS)
-def test_a_toy_works(name: str, tree_with: Callable[[Toy], Path], tmp_path: Path) -> None:
-    toy = TOYS[name]
-    tree = tree_with(toy)
-    run(tree, "-W", "error", "-c", BEGIN + toy.shows, tree, tmp_path)
-    if toy.tests:
-        told = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *toy.tests)
-        assert re.search(r"^\d+ passed", told, re.MULTILINE), told[-2000:]
+@pytest.mark.parametrize("compiled", sorted({toy.compiled for toy in TOYS.values()}))
+def test_toys_work(compiled: bool, tmp_path: Path) -> None:
+    """One test for all toys of a copy: where tests run in several processes, each would build a copy for itself."""
+    toys = [toy for toy in TOYS.values() if toy.compiled == compiled]
+    tree = tmp_path / "fastkin"
+    tree_of(toys, tree)
+    for toy in toys:
+        folder = tmp_path / toy.title.replace(" ", "-")
+        folder.mkdir()
+        run(tree, "-W", "error", "-c", BEGIN + toy.shows, tree, folder)
+    tests = list(dict.fromkeys(test for toy in toys for test in toy.tests))
+    told = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests)
+    assert re.search(r"^\d+ passed", told, re.MULTILINE), told[-2000:]
