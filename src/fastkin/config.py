@@ -100,6 +100,7 @@ class Broker:
         shape=_CLIENT_ID,
         microservice="CLIENTID",
     )
+    # Not a row: nobody can set it. A reload must not take a fresh random id for a change of the settings.
     client_id_drawn: bool = False  # nobody chose it: each reading of the settings draws another
     protocol: Literal["auto", "5", "3.1.1"] = row(
         "auto", "`auto` tries 5 first, then 3.1.1; it comes back to 5 later, and stays where 5 has worked"
@@ -144,6 +145,7 @@ class Broker:
     @property
     def url(self) -> str:
         """Without user, password and what a query may tell of them (a token, a signature): fit for a log line."""
+        # Some brokers take their token in the query, so it is as secret as a password.
         path, query, _ = self.path.partition("?")
         return self._place(path + ("?***" if query else ""))
 
@@ -332,6 +334,8 @@ class Pipeline:
         others: tuple[tuple[str, Format], ...] = tuple((t, self.format) for t in self.topics if t != label)
         if label is None or label not in self.topics:
             return others
+        # First, because its filter is the narrower one in practice: a wildcard of `topics` must not take bulk frames
+        # for raw records. A label alone keeps `format` as it was set.
         return ((label, "bulk" if others else self.format), *others)
 
 

@@ -65,6 +65,7 @@ class KinesisClient(Client):
         credentials = await self._provider.get()
         self._account = credentials.account_id
         endpoint = await resolve_endpoint(self.kinesis, credentials)
+        # A region with another key: the signer keeps the signing key of one region only.
         if self._signer is None or self._signer.region != endpoint.region:
             self._signer = Signer(endpoint.region)
         if self._tls is None and "https:" in endpoint.data.base + endpoint.control.base:
@@ -96,6 +97,7 @@ class KinesisClient(Client):
         view = memoryview(body)
         length = view.nbytes
         view.release()
+        # Once per body, not once per attempt: it costs more than the rest of the signature.
         digest = await self._digest(body, length)
         resigned = 0
         while True:
@@ -107,6 +109,8 @@ class KinesisClient(Client):
             assert endpoint is not None
             assert self._signer is not None
             url = endpoint.control if target in CONTROL else endpoint.data
+            # Signed when a connection is there, and anew for a second attempt: a signature is only good for five
+            # minutes, and waiting for a connection may take a part of them.
             head = partial(self._head, self._signer, credentials, target, url.host, url.path, digest, length)
             pool = self._pools.get(url.base) or self._new_pool(url.base)
             offset = self.clock_offset
@@ -145,6 +149,7 @@ class KinesisClient(Client):
 
     async def _digest(self, body: Any, length: int) -> str:
         """SHA-256 of the body in hex. Kept with a body that can hold it, so a resend costs none."""
+        # A batch keeps its digest; what is asked about a stream is plain bytes, which cannot.
         kept = getattr(body, "digest", None)
         if isinstance(kept, str):
             return kept
@@ -172,6 +177,8 @@ class KinesisClient(Client):
             request_timeout_s=kinesis.request_timeout_s,
             ssl_context=self._tls.context if self._tls is not None else None,
             ca_bundle=bundle_path(kinesis),
+            # The other side must not close first: a call on a connection that is just being closed is lost and sent
+            # again.
             idle_s=IDLE_AWS_S if is_aws(base) else IDLE_FOREIGN_S,
             on_resend=self._resent,
         )
