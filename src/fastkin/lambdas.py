@@ -147,6 +147,7 @@ def batch_item_failures(event: Mapping[str, Any], fn: Callable[[Record], object]
         try:
             for record in _read(raw):
                 _done(fn(record), fn)
+        # Not a failed record: the function is wrong for all of them, and the deployment must fail.
         except _NotAwaitedError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was: this record is not stored
@@ -260,6 +261,7 @@ def deaggregate(data: bytes) -> list[tuple[str | None, bytes]]:
     message = data[len(_KPL_MAGIC) : -_DIGEST_BYTES]
     if not data.startswith(_KPL_MAGIC) or len(data) <= len(_KPL_MAGIC) + _DIGEST_BYTES:
         return plain
+    # Magic alone is not enough: plain records may begin with these four bytes, and must come through unchanged.
     if hashlib.md5(message, usedforsecurity=False).digest() != data[-_DIGEST_BYTES:]:
         return plain
     try:
@@ -300,6 +302,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 def _varint(message: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
+        # More than ten bytes are no number of protobuf, and would grow without end.
         if at == len(message) or shift > 63:
             raise ValueError("a number is cut short")
         byte = message[at]

@@ -72,10 +72,13 @@ class _Tape:
         self._topics = topics
         self._qos = qos
         self._version = version
+        # A cycle is as long as there are identifiers: then message n always has the same packet, and packets are made
+        # once.
         self.length = min(count, CYCLE) if qos == 0 else CYCLE
         self._end = max(1, min(self.length, count))  # no more of the cycle is needed
         self._size = sum(map(len, payloads)) / len(payloads) + 40
         self._starts = array("Q")
+        # Large payloads are encoded when they are sent: 65,535 of them would not fit into memory.
         if self._size * self._end <= _TAPE_BYTES:
             packets = [self._encode(i) for i in range(self._end)]
             self._bytes = memoryview(b"".join(packets))
@@ -388,6 +391,7 @@ class _Player(asyncio.Protocol):
         if source._player is not None:
             source._player.abort()  # the same session, taken over
         source._player = self
+        # What was not acknowledged is played again, as a broker does for a kept session.
         self._next = source.acked
         self._tape = source._tapes[self._version]
         self._transport.write(bytes((0x20, 3 if self._version == 5 else 2, present, 0)) + b"\0" * (self._version == 5))

@@ -197,6 +197,7 @@ class _Service:
         log.info("SIGHUP: reading the settings again")
         wrong: ConfigError | None = None
         try:
+            # In a thread: the file may lie on a disk that hangs, and the pipelines must not stand still for it.
             settings, everything = await self._reader.run(self._read_again)
             changes = await self._engine.reload(settings, everything=everything)
         except ConfigError as error:

@@ -126,6 +126,7 @@ def _template(text: str, client_id: str, hostname: str | None) -> KeySpec:
     add_text(text[at:])
     if not parts:
         raise KeySpecError("the template is empty", "for example template:{hostname}/{topic[1]}")
+    # What comes from the payload is known later. What is fixed is too long for every record, and is told now.
     fixed = sum(len(value) for kind, value in parts if kind == "text")
     if fixed > MAX_KEY_CHARS:
         raise KeySpecError(f"the template has {fixed} fixed characters", f"Kinesis takes 1 to {MAX_KEY_CHARS}")

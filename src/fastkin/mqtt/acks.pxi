@@ -275,6 +275,8 @@ cdef class Ledger(Settler):
     ) except -1:
         cdef Slot* slot = self._slot(token)
         if slot == NULL:
+            # An old token is expected: its message was given up. One that was never given out is a bug, and must
+            # show.
             if token >> INDEX_BITS > self._serial:
                 raise RuntimeError(f"token {token} was never given out")
             return 0
@@ -332,6 +334,7 @@ cdef class Ledger(Settler):
             return b""
         out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> (4 * count))
         p = <uint8_t*> PyBytes_AS_STRING(out)
+        # Here and not in begin(): once per run of acknowledgements is often enough, and costs no message anything.
         self._settle_size()
         for at in range(self._first, self._done):
             index = self._ring[at & self._mask]

@@ -206,6 +206,7 @@ def publish(
         if rest > MAX_REMAINING:
             raise LibraryError(f"a payload of {view.len} bytes is more than MQTT allows")
         head = 2 if rest < 128 else 3 if rest < 16384 else 4 if rest < 2097152 else 5
+        # Sized first and filled before anybody else can see it: a payload is copied once.
         out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> (head + rest))
         p = <uint8_t*> PyBytes_AS_STRING(out)
         p[0] = <uint8_t> (0x30 | (0x08 if dup else 0) | (qos << 1) | (1 if retain else 0))

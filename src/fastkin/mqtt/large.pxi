@@ -74,6 +74,7 @@ cdef class Unfit:
 
     cdef bint closes(self, bytes mark, double now) except -1:
         """Whether the connection is to be closed for this packet."""
+        # With a key of this process: nobody outside can make two packets that look alike to us.
         cdef bytes digest = hashlib.blake2b(mark, digest_size=16, key=self._key).digest()
         if digest in self._seen:
             # it is a current one

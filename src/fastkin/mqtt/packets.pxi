@@ -59,6 +59,7 @@ cdef struct Publish:
     uint8_t qos
 
 
+# Every malformed packet ends here. The reason is a constant: no byte of a peer is ever part of it.
 cdef inline int fail(Fault* fault, const char* reason, size_t offset, int code) noexcept nogil:
     fault.reason = reason
     fault.offset = offset
@@ -113,6 +114,8 @@ cdef int check_text(const uint8_t* p, size_t n, bint is_topic) noexcept nogil:
     while n > 0:
         while n > 0:
             if n >= 8:
+                # Eight bytes at a time while they are plain ASCII without NUL and wildcards, which topics nearly
+                # always are. What stops this is looked at byte by byte below.
                 word = load8(p)
             elif <size_t> (p - start) >= 8 - n:
                 word = load8(p + n - 8)  # the rest, and some of what was looked at before
@@ -258,6 +261,7 @@ cdef int check_properties(
         left -= 1
         offset += 1
         used = 0
+        # Any value but 0: what may not be 0 is tested behind the branches, in one place for all kinds.
         value = 1
         if kind == KIND_FLAG:
             used = 1
@@ -277,6 +281,7 @@ cdef int check_properties(
             n = read_varint(p, left, True, &value)
             if n == VARINT_BAD:
                 return fail(fault, "a property's length is not valid", offset, CODE_MALFORMED)
+            # Longer than what is left: the test below calls it a property that runs over its end.
             used = left + 1 if n == VARINT_SHORT else <size_t> n
         else:
             if check_string(p, left, offset, kind != KIND_BINARY, ident == PROP_RESPONSE_TOPIC,
@@ -317,6 +322,7 @@ cdef uint32_t only_identifier(const uint8_t* p, size_t left) noexcept nogil:
         kind = property_kind(p[0])
         if p[0] == PROP_SUBSCRIPTION_ID:
             used = 1 + <size_t> read_varint(p + 1, left - 1, True, &value)
+            # Two subscriptions with different numbers: the packet says that both matched, and not which is meant.
             if found and found != value:
                 return 0
             found = value
@@ -402,6 +408,7 @@ cdef inline int parse_publish(
         left -= 2
         offset += 2
     if v5:
+        # No properties, as nearly always: one comparison instead of two calls.
         if left > 0 and body[0] == 0:
             body += 1
             left -= 1

@@ -227,6 +227,7 @@ cdef class Router:
         self, const uint8_t* topic, size_t n, uint32_t identifier, bint resumed
     ) noexcept:
         """The sink of a message with a valid topic; `identifier`: the only one it has, else 0."""
+        # The plain case, and the fast one: one sink takes all, and no topic is looked at.
         if self._one != NULL and not (resumed and self._former):
             return self._one
         return self._find_among(topic, n, identifier, resumed)
@@ -245,6 +246,7 @@ cdef class Router:
         if self._one != NULL:
             return self._one
         if identifier:
+            # A pipeline has a handful of formats: a table would cost more than the loop.
             for i in range(self._identified_count):
                 if self._identified[i].number == identifier:
                     return <PyObject*> self._sinks[self._identified[i].found]
@@ -295,6 +297,7 @@ cdef class Router:
         cdef Route** place
         if size > self._cached_most:
             return
+        # All at once: no order has to be kept for the sake of a table that is full once in a long while.
         if self.cached_bytes + size > self._cached_most:
             self._forget()
         route = <Route*> malloc(size)

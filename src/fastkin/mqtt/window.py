@@ -86,6 +86,8 @@ class Window:
         acked_at, self._acked_at = self._acked_at, None
         before, self._received_at = self._received_at, now
         probe, self._probe = self._probe, 0
+        # More than the guess: it was wrong. Doubled at once, because a guess that is too small costs a call per
+        # window.
         if unacked > self.granted:
             self.granted = min(self.most, max(2 * unacked, 1))
             self._agreed = 0

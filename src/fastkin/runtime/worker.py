@@ -38,6 +38,7 @@ class Worker:
         self.hangs: str | None = None  # what has not answered, in words
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._started = False
+        # An owner that is dropped without close() would leave its thread waiting for jobs for ever.
         self._end = weakref.finalize(self, self._jobs.put, None)
 
     async def run(self, work: Callable[..., T], *args: Any) -> T:

@@ -52,6 +52,8 @@ def merged(carry: Carry | None, runs: list[dict[str, Any]]) -> dict[str, Any]:
         _add(found, run)
     found = _IDLE | found
     if carry is not None:
+        # Records that the broker sent once more were counted by the run that ended: they are one record, and count
+        # once.
         again = carry.paid(found.get("received", 0))
         _add(found, carry.sums)
         found["received"] -= again

@@ -36,6 +36,7 @@ class Planner:
             if not pipeline.enabled:
                 continue
             broker = self._broker_of(settings, pipeline.id)
+            # A certificate that was renewed under the same name is a change, though no setting says so.
             paths = (broker.tls.ca, broker.tls.cert, broker.tls.key, pipeline.kinesis.ca_bundle)
             wanted[pipeline.id] = Wanted(
                 dataclasses.replace(pipeline, **_LIVE), broker, tuple(_stamp(path) for path in paths if path)

@@ -43,6 +43,7 @@ def check(sources: Sources, number: int, broker: Broker | None, report: Report) 
     if len(report.problems) > before or kinesis is None:
         return None
     made = Pipeline(kinesis=kinesis, **given.values)
+    # What the stream refuses once it would refuse as a dead letter too, and the pipeline would stand still.
     if destination.is_own(made):
         given.problem("dead_letter", "is the stream that refuses what would go there", "name another stream, or a file")
         return None
@@ -100,12 +101,14 @@ def _partition_key(given: Given, broker: Broker | None) -> None:
 
 def _sizes(given: Given) -> None:
     record, batch, budget = given["max_record_bytes"], given["max_batch_bytes"], given["budget_bytes"]
+    # Told here, for the codec would call every large record oversize, and nobody would know that a setting did it.
     if record > batch:
         given.report.problem(
             given.place("max_batch_bytes", "max_record_bytes"),
             f"max_batch_bytes {batch} holds no record of max_record_bytes {record}",
             "raise the one or lower the other",
         )
+    # A record that can never fit into the budget would be offered again and again, and reading would never go on.
     need = record_cost(record)
     if budget < need:
         given.report.problem(
@@ -129,6 +132,7 @@ def _dead_letter(given: Given) -> None:
     if not (os.access(path, os.W_OK) if path.exists() else os.access(path.parent, os.W_OK | os.X_OK)):
         who = f"user id {os.geteuid()}"
         place = given.place("dead_letter")
+        # Only a warning: `fastkin check` may be run by another user than the service.
         given.report.warn(f"{place}: {path} cannot be written by {who}: let the service's user write there")
 
 

@@ -47,6 +47,8 @@ def _merged(layers: Sequence[Raw]) -> Raw:
     for number, layer in enumerate(layers):
         nearer = {key for each in layers[:number] for key in each}
         for key, value in layer.items():
+            # A stream by name in the pipeline takes the ARN of [kinesis] out: the two together would be a
+            # contradiction that nobody wrote.
             if key not in merged and not nearer & TOGETHER.get(key, frozenset()):
                 merged[key] = value
     # an ARN brings its region: another one counts only where the ARN is said, as a contradiction

@@ -91,6 +91,8 @@ class Sources:
             if "USER" in self.vars and not env.get("PASS") and env.get("USER") == self._login_name():
                 del env["USER"]  # every login shell sets it: the file's is meant
             self.from_file = frozenset(name for name in self.vars if not env.get(name))
+        # Behind the env file, so that the real environment wins. An empty variable is an unset one: Compose files and
+        # charts write `NAME=` for what nobody set.
         for name, value in env.items():
             if value:
                 self.vars[name] = Value(value, f"environment variable {name}", True)
@@ -143,6 +145,7 @@ class Sources:
             elif key not in known:
                 cure = _nearest_key(name, kind, known)
                 self.report.problem(place, "is not a key of this table", cure)
+            # An alias and the name it stands for, both in one table.
             elif key in into:
                 self.report.problem(place, f"says {key} a second time", "keep one of them")
             else:
@@ -156,6 +159,8 @@ class Sources:
             if not name.startswith("FASTKIN_") or name in NOT_SETTINGS or _is_service_link(name, str(value.raw)):
                 continue
             if name not in ENV:
+                # An error, not a warning: a slip in a name would otherwise leave the default in place, and nobody
+                # would know why.
                 self.report.problem(value.place, "is not a setting", nearest(name, ENV))
                 continue
             table, key = ENV[name]
@@ -193,6 +198,8 @@ class Sources:
             )
         known = {*ENV, *MICROSERVICE, *MICROSERVICE_MORE}
         for name in sorted(self.from_file - known):
+            # In an env file every line is meant for us, so a near miss is worth a word. The environment is full of
+            # other names.
             if not name.startswith(("AWS_", "FASTKIN_")) and (near := close(name, known)):
                 self.report.warn(f"{self.vars[name].place}: not used; {near} is meant?")
 
@@ -217,6 +224,7 @@ class Sources:
         for name, (table, key) in MICROSERVICE.items():
             if name in self.vars:
                 tables[table][key] = self.vars[name]
+        # The microservice knows fixed keys only: `uuid` set there means the text, and not our rule.
         if fixed := self.vars.get("KIN_PARTITION_KEY"):
             pipeline["partition_key"] = fixed._replace(raw=f"static:{fixed.raw}")
         if "DOCKERLOG" in self.vars:
@@ -259,6 +267,7 @@ class Sources:
             self.broker["url"] = host
             if websocket is not None:
                 self.report.warn("WEBSOCKET not used: BROKER says how to connect")
+        # host:port is how many write it down, and urlsplit() needs a scheme to take it apart.
         elif _has_port(text):
             self.broker["url"] = host._replace(raw=f"mqtt://{text}")
             if websocket is not None:
@@ -307,6 +316,7 @@ def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
 
     try:
         with path.open("rb") as file:
+            # Bounded before it is parsed: somebody may give the path of a device, or of a log.
             raw = file.read(_MOST_BYTES + 1)
         if len(raw) > _MOST_BYTES:
             problem = ConfigError(str(path), "is larger than 1 MiB", "that is no settings file: check the path")

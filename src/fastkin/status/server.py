@@ -151,6 +151,8 @@ class StatusServer:
         except (OSError, TimeoutError):
             pass  # the peer's loss
         finally:
+            # Nothing waits here: a peer that takes its answer byte by byte must not hold a place for longer than its
+            # time.
             writer.transport.abort()
 
     async def _exchange(self, reader: asyncio.StreamReader) -> tuple[bool, _Answer]:
