@@ -472,15 +472,17 @@ async def _serve(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The process: prints its port, then, when all is acknowledged, one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m fastkin.bench.source", description=main.__doc__)
-    parser.add_argument("--port", type=int, default=0, help="0: a free one, on loopback")
+    parser.add_argument("--port", type=int, default=0, help="port to listen on, on loopback; 0: any that is free")
     parser.add_argument("--messages", type=int, default=100_000)
     parser.add_argument("--payload", default="welder", help="welder (152 B JSON), bulk, or a number of bytes")
-    parser.add_argument("--records", type=int, default=100, help="in each bulk frame")
-    parser.add_argument("--topic", default="plant/1/welder", help="topics, comma-separated, in turn")
+    parser.add_argument("--records", type=int, default=100, help="records in each bulk frame")
+    parser.add_argument(
+        "--topic", default="plant/1/welder", help="topics, separated by commas; messages take them in turn"
+    )
     parser.add_argument("--qos", type=int, choices=(0, 1), default=1)
-    parser.add_argument("--window", type=int, default=20_000, help="unacknowledged at most")
-    parser.add_argument("--rate", type=float, help="messages per second; without: full speed")
-    parser.add_argument("--batch", type=int, help="messages a write at most")
+    parser.add_argument("--window", type=int, default=20_000, help="how many messages may be unacknowledged")
+    parser.add_argument("--rate", type=float, help="messages per second; without it: full speed")
+    parser.add_argument("--batch", type=int, help="most messages in one write")
     parser.add_argument("--latency", action="store_true", help="report the time from write to acknowledgement")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds until it gives up")
     args = parser.parse_args(argv)

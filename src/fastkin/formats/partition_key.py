@@ -65,7 +65,7 @@ def key_plan(spec: str, *, client_id: str = "", hostname: str | None = None) -> 
         case "static" if colon:
             if not 1 <= len(rest) <= MAX_KEY_CHARS:
                 raise KeySpecError(
-                    f"a static key of {len(rest)} characters",
+                    f"the static key has {len(rest)} characters",
                     f"Kinesis takes 1 to {MAX_KEY_CHARS}",
                 )
             return KeySpec("parts", (("text", rest),))
@@ -106,7 +106,7 @@ def _template(text: str, client_id: str, hostname: str | None) -> KeySpec:
         name = hole.group(1)
         if name is None:
             if len(hole.group()) == 1:
-                raise KeySpecError(f"a lone {hole.group()} in the template", "write {{ or }} for a brace")
+                raise KeySpecError(f"the template has a lone {hole.group()}", "write {{ or }} for a brace")
             add_text(hole.group()[0])
         elif name == "hostname":
             add_text(hostname if hostname is not None else socket.gethostname())

@@ -73,7 +73,8 @@ def _client_id(given: Given) -> None:
     if "clean_session" not in given:
         given.values["clean_session"] = True
         given.report.warn(
-            "no client_id: clean session, so what the broker would keep while fastkin is away is lost; set client_id"
+            "client_id is not set: the session is clean, and what is published while fastkin is away is lost;"
+            " set client_id"
         )
     elif not given["clean_session"]:
         cure = "set client_id"
@@ -89,10 +90,11 @@ def _warn(given: Given, tls: Given, report: Report) -> None:
         report.warn(f"the broker's password goes unencrypted to {host}: use {_secured(scheme)}://")
     if not given["clean_session"] and given["session_expiry_s"] == 0:
         report.warn(
-            "session_expiry_s = 0: a 5.0 broker forgets the session when fastkin is away; set the longest outage"
+            "session_expiry_s = 0: a 5.0 broker forgets the session as soon as fastkin is away; set it to the"
+            " seconds of your longest outage"
         )
     if tls["insecure_skip_verify"]:
-        report.warn("insecure_skip_verify: any machine in the way can be the broker")
+        report.warn("insecure_skip_verify: any machine on the way can pretend to be the broker")
 
 
 def _url(given: Given) -> None:
@@ -112,7 +114,7 @@ def _url(given: Given) -> None:
         if key in raw and raw[key].text and not address.text:
             continue  # the environment wins over the file, also over a part of its address
         if key in given and given[key] != part:
-            given.problem(key, f"{key} is also in the address, otherwise", "keep one")
+            given.problem(key, f"the address says another {key}", "keep one of them")
         raw.setdefault(key, address)
         given.take(key, Value(part, address.place))
 

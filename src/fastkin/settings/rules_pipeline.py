@@ -45,7 +45,11 @@ def check(sources: Sources, number: int, broker: Broker | None, report: Report) 
     made = Pipeline(kinesis=kinesis, **given.values)
     # What the stream refuses once it would refuse as a dead letter too, and the pipeline would stand still.
     if destination.is_own(made):
-        given.problem("dead_letter", "is the stream that refuses what would go there", "name another stream, or a file")
+        given.problem(
+            "dead_letter",
+            "is the stream of the records, which would refuse them again",
+            "name another stream, or a file",
+        )
         return None
     return made
 
@@ -66,7 +70,9 @@ def _topics(given: Given, where: str, in_file: bool) -> None:
         topics[label_filter(label)] = None
         if len(topics) == 1:  # else `format` is that of the others
             if given.values.get("format") == "raw":
-                given.report.warn(f"{given.place('format')}: raw with bulk_label: frames are stored as they come")
+                given.report.warn(
+                    f"{given.place('format')}: format is raw: each frame of bulk_label is stored whole, as one record"
+                )
             given.values.setdefault("format", "bulk")
     if not topics and not {"topics", "bulk_label"} & given.raw.keys():
         cure = "set topics or bulk_label"
@@ -95,7 +101,7 @@ def _partition_key(given: Given, broker: Broker | None) -> None:
         given.problem("partition_key", error.problem, error.cure)
         return
     if given["aggregation"] == "kpl" and kind == "none":
-        problem = "cannot go with partition_key none: such streams do not take aggregates apart"
+        problem = "does not go with partition_key none: consumers of such a stream do not take aggregates apart"
         given.problem("aggregation", problem, "choose one of them")
 
 
@@ -105,16 +111,16 @@ def _sizes(given: Given) -> None:
     if record > batch:
         given.report.problem(
             given.place("max_batch_bytes", "max_record_bytes"),
-            f"max_batch_bytes {batch} holds no record of max_record_bytes {record}",
-            "raise the one or lower the other",
+            f"max_batch_bytes {batch} has no room for one record of max_record_bytes {record}",
+            "raise max_batch_bytes or lower max_record_bytes",
         )
     # A record that can never fit into the budget would be offered again and again, and reading would never go on.
     need = record_cost(record)
     if budget < need:
         given.report.problem(
             given.place("budget_bytes", "max_record_bytes"),
-            f"budget_bytes {budget} holds no record of max_record_bytes {record}",
-            f"at least {need} (base64 takes a third more)",
+            f"budget_bytes {budget} has no room for one record of max_record_bytes {record}",
+            f"set budget_bytes to {need} or more (base64 takes a third more)",
         )
 
 
@@ -165,8 +171,8 @@ def _spool_file(given: Given, path: Path) -> None:
     if most < 2 * record_cost(record):
         given.report.problem(
             given.place("spool_max_bytes", "max_record_bytes"),
-            f"spool_max_bytes {most} holds no two records of max_record_bytes {record}",
-            f"at least {2 * record_cost(record)}",
+            f"spool_max_bytes {most} has no room for two records of max_record_bytes {record}",
+            f"set spool_max_bytes to {2 * record_cost(record)} or more",
         )
     if _no_place(given, "spool", path):
         return

@@ -62,9 +62,9 @@ def _arn(given: Given) -> None:
     parts = given["stream_arn"].split(":")
     region, stream = parts[3], parts[5].removeprefix("stream/")
     if "stream" in given and given["stream"] != stream:
-        given.problem("stream", f"stream {given['stream']!r} is not the {stream!r} of stream_arn", "keep one")
+        given.problem("stream", f"stream {given['stream']!r} differs from {stream!r} in stream_arn", "keep one")
     if "region" in given and given["region"] != region:
-        problem = f"region {given['region']!r} is not the {region!r} of stream_arn"
+        problem = f"region {given['region']!r} differs from {region!r} in stream_arn"
         given.problem("region", problem, "leave region out: the ARN brings it")
     given.values.update(stream=stream, region=region)
 

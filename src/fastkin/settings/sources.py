@@ -147,7 +147,7 @@ class Sources:
                 self.report.problem(place, "is not a key of this table", cure)
             # An alias and the name it stands for, both in one table.
             elif key in into:
-                self.report.problem(place, f"says {key} a second time", "keep one of them")
+                self.report.problem(place, f"sets {key} a second time", "keep one of them")
             else:
                 into[key] = Value(value, place)
 
@@ -182,8 +182,8 @@ class Sources:
         if PIPELINE_KEYS[key].own and len(self.pipelines) > 1:
             self.report.problem(
                 value.place,
-                f"cannot mean {len(self.pipelines)} pipelines at once",
-                "say it in the settings file",
+                f"cannot be set for {len(self.pipelines)} pipelines at once",
+                "set it in each [[pipeline]] of the settings file",
             )
             return
         for raw in self.pipelines:
@@ -201,7 +201,7 @@ class Sources:
             # In an env file every line is meant for us, so a near miss is worth a word. The environment is full of
             # other names.
             if not name.startswith(("AWS_", "FASTKIN_")) and (near := close(name, known)):
-                self.report.warn(f"{self.vars[name].place}: not used; {near} is meant?")
+                self.report.warn(f"{self.vars[name].place}: not used; did you mean {near}?")
 
     def _aws(self) -> Raw:
         found: Raw = {}
@@ -249,7 +249,7 @@ class Sources:
             # Meant or the shell's: nobody can tell, and a container's login is often the broker's user as well.
             self.report.warn(
                 f"USER={login} comes from the environment and is the login name, as in every login shell: sent to the"
-                " broker because PASS is set; set MQTT_USER to the user that is meant"
+                " broker because PASS is set; set MQTT_USER to the user that you mean"
             )
         self.broker["user"] = user
 

@@ -97,7 +97,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = close(name, known)
     if near is not None:
-        return f"{near} is meant?"
+        return f"did you mean {near}?"
     return f"known are {', '.join(known)}" if len(known) < 8 else "see the settings table of the README"
 
 
@@ -163,7 +163,9 @@ def _told(row: Row, value: Value, said: Any, wrong: Fault) -> tuple[str, str]:
             return f"{said} is out of range", f"{allowed}: {row.why}" if row.why else allowed
         case Fault.CHOICE:
             near = close(said, row.choices)
-            return f"{shown} is not a {row.key}", f"{near} is meant?" if near else f"use {', '.join(row.choices)}"
+            return f"{shown} is no value of {row.key}", (
+                f"did you mean {near}?" if near else f"use {', '.join(row.choices)}"
+            )
         case Fault.EMPTY:
             return ("has an empty text in it", "remove it") if said else ("is empty", "leave it out or fill it")
         case Fault.CONTROL:
