@@ -103,6 +103,8 @@ def transform(
     raws = event["records"]
     failed = [{"recordId": raw["recordId"], "result": "ProcessingFailed"} for raw in raws]
     # Every record has its place, if only as failed: what is Ok takes the room that is left.
+    # Counted as the answer will be written: Lambda refuses an answer that is too long as a whole, with every record
+    # in it.
     used = len('{"records": []}') + sum(map(_size, failed))
     records: list[dict[str, str]] = []
     crowded = 0
@@ -164,7 +166,9 @@ class _NotAwaitedError(TypeError):
 def _done(result: object, fn: object) -> object:
     if isinstance(result, Awaitable):
         if close := getattr(result, "close", None):
+            # Closed, so that the interpreter does not warn of a coroutine that was never awaited as well.
             close()
+        # A coroutine that nobody awaits stores nothing, and without this every record would count as done.
         raise _NotAwaitedError(
             f"{getattr(fn, '__qualname__', fn)} returned an awaitable, which nobody would wait for:"
             " give a plain function, such as lambda record: asyncio.run(store(record))"
@@ -255,6 +259,8 @@ def _of_firehose(raw: Mapping[str, Any]) -> Record:
     )
 
 
+# An aggregate: four bytes of magic; a protobuf message of tables of keys (fields 1 and 2) and records (field 3, each
+# with the index of its key in field 1 and its data in field 3); the MD5 of the message.
 def deaggregate(data: bytes) -> list[tuple[str | None, bytes]]:
     """Keys and data of a KPL aggregate; what is none (as KCL sees it: magic, MD5, message) stays as it is."""
     plain: list[tuple[str | None, bytes]] = [(None, data)]

@@ -117,6 +117,7 @@ def meta(made: Row) -> dict[str, Row]:
 
 def rows_of(table: type, section: str) -> Mapping[str, Row]:
     """The rows of a dataclass by key, in their order. Fields without a row are no settings."""
+    # Annotations are texts in this package: only this makes types of them.
     hints = get_type_hints(table)
     found = {}
     for each in fields(table):

@@ -128,6 +128,8 @@ def static_credentials(kinesis: Kinesis, environ: Mapping[str, str] | None = Non
     )
 
 
+# Three states. Keys that are valid and not due: handed out. Due: handed out, and a look goes on beside it. None,
+# refused or expired: whoever asks waits for the look, and hears its error when it fails.
 class ChainCredentials:
     """The SDK's whole chain: profile, SSO, web identity, container, IMDS, a process, an assumed role.
 
@@ -367,6 +369,7 @@ def _consume(task: asyncio.Task[Credentials]) -> None:
 def _seconds_left(source: Any) -> float:
     """How long the SDK's keys are valid, found by its public question alone."""
     needed = getattr(source, "refresh_needed", None)
+    # Keys without an end: nothing has to be looked at again.
     if needed is None or not needed(refresh_in=_FAR_S):
         return math.inf
     # The SDK keeps the time of expiry to itself and only answers "must they be refreshed within so many seconds?".
@@ -418,6 +421,7 @@ async def _load_source(kinesis: Kinesis) -> Any:
     arguments = {"RoleSessionName": kinesis.session_name or "fastkin"}
     if kinesis.external_id:
         arguments["ExternalId"] = kinesis.external_id
+    # The SDK assumes the role when its keys are first asked for, and again before they expire.
     fetcher = AioAssumeRoleCredentialFetcher(
         partial(session.create_client, region_name=region),
         source,

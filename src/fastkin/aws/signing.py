@@ -66,6 +66,7 @@ class Signer:
         self._scope = ""
         self._second = -1
         self._date = ""
+        # An endpoint has one path, nearly always "/": it is made canonical once.
         self._paths: dict[str, str] = {}
 
     def head(
@@ -103,10 +104,13 @@ class Signer:
         else:
             names = "content-type;host;x-amz-date;x-amz-target"
             signed_token = token_header = ""
+        # The canonical request: method, path, query (none here), the headers that are signed, their names, the hash
+        # of the body. Each in the form that the service makes of what it received, or the signatures differ.
         request = (
             f"POST\n{signed_path}\n\ncontent-type:{content_type}\nhost:{host}\nx-amz-date:{date}\n"
             f"{signed_token}x-amz-target:{target}\n\n{names}\n{body_sha256_hex}"
         )
+        # What is signed in the end: algorithm, time, scope, and the hash of the canonical request.
         text = f"{ALGORITHM}\n{date}\n{self._scope}\n{sha256(request.encode()).hexdigest()}"
         signature = hmac.digest(self._key, text.encode(), "sha256").hex()
         return (

@@ -206,6 +206,8 @@ class Source:
             self.done.set()
 
 
+# Enough of a broker to measure with, and no more: it believes its subscriber, and a malformed packet is not its
+# subject.
 class _Player(asyncio.Protocol):
     """One connection of the subscriber."""
 

@@ -109,6 +109,8 @@ class Watch:
             flush()
 
         if not again:  # else the one who began hangs in it
+            # In a thread with a limit: to write the last line may hang as well, when the log goes to a pipe that
+            # nobody reads.
             thread = threading.Thread(target=words, name="fastkin last words", daemon=True)
             thread.start()
             thread.join(words_s)

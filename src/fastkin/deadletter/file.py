@@ -328,6 +328,8 @@ class DeadLetters:
         # a line larger than the limit has a file of its own, a device no size
         return bool(told.st_size) and told.st_size + more > self.max_bytes and stat.S_ISREG(told.st_mode)
 
+    # From the oldest down, each onto a name that is free. A crash between two renames leaves a gap and no file twice,
+    # and the next rotation stops at that gap.
     def _rotate(self) -> None:
         for extra in sorted(rotated(self.path), reverse=True):
             if extra > self.keep:  # `keep` was lowered
@@ -371,6 +373,8 @@ class Pieces(Protocol):
     def pieces(self, size: int) -> Iterator[bytes]: ...
 
 
+# The line is written as head, payload in pieces, tail: a payload of hundreds of MiB is never in memory, neither raw
+# nor as base64.
 class LongLine:
     """The line of a letter whose payload is not in memory, made of the same without a payload."""
 
@@ -394,6 +398,7 @@ class LongLine:
 _EMPTY = b',"payload":""'
 
 
+# All lines of a call, or none: a caller that hears of a failure writes all of it again.
 def append(fd: int, lines: Iterable[bytes | bytearray | LongLine]) -> None:
     """Add whole lines to a locked file, durably. OSError: nothing was added."""
     end = os.fstat(fd).st_size

@@ -228,6 +228,7 @@ class LetterFile:
             raise ValueError("`payload` is not base64")
         return told | {"payload": Stored(self, at + begin, size, size // 4 * 3 - padding)}
 
+    # Lines are found by their ends, piece by piece: only short ones are joined, a long one is measured and let go.
     def _lines(self) -> Iterator[tuple[int, bytes, int]]:
         """Where each begins, what it says (of a long one the beginning), how long it is."""
         begin = at = length = 0
@@ -256,6 +257,7 @@ class LetterFile:
             yield begin, b"".join(rest), length
 
 
+# Opened together under the lock, so that no rotation moves a file between two opens: a letter is then seen once.
 class LetterFiles:
     """Files and their rotated ones, oldest first, as they were at one moment."""
 
@@ -351,6 +353,9 @@ def _tidy(path: Path, fd: int, *, live: bool) -> None:
         raise _failed(path, "take out what was replayed", error) from error
 
 
+# The new file takes the old one's place by a rename. Who has the old one open goes on writing to nothing: so the live
+# file is rewritten under its lock, and writers look whose name their file bears before each write
+# (DeadLetters._lock).
 def _rewrite(path: Path, fd: int, *, live: bool) -> None:
     """A file without its marked lines, in its place in one step. Its lock, or that of the live file, is held."""
     done = kept = False
@@ -436,6 +441,7 @@ def _base(path: Path) -> Path:
     return path if match is None or rotated(path) else path.with_name(match[1])
 
 
+# Strict, because what passes is sent to a stream: a letter that was damaged on the disk must not become a record.
 def _parse(raw: bytes) -> dict[str, Any]:
     """The fields of one line; ValueError says what is wrong with it."""
     try:

@@ -44,6 +44,7 @@ _LEVEL = re.compile(r"topic\[(\d{1,5})\]")
 
 def key_plan(spec: str, *, client_id: str = "", hostname: str | None = None) -> KeySpec:
     """Raises KeySpecError."""
+    # Only the first colon counts: what is behind it may hold others, as a static key or a template may.
     word, colon, rest = spec.partition(":")
     match word:
         case "uuid" | "none" | "topic" | "client" if not colon:

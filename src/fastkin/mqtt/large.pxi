@@ -29,6 +29,7 @@ cdef inline size_t least(size_t one, size_t other) noexcept nogil:
     return one if one < other else other
 
 
+# A packet above the limit is never there whole. Its head must be, up to the last property, before it can be judged.
 cdef size_t publish_head(
     const uint8_t* body, size_t have, size_t rest, uint8_t first, bint v5
 ) noexcept nogil:

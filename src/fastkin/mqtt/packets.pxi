@@ -42,11 +42,14 @@ cdef enum:
     VARINT_SHORT = -1  # the next byte is not there yet
     VARINT_BAD = -2    # more than four bytes
 
+# What is wrong with a packet, without a Python object: a constant text, the place in the packet, the reason code for
+# the broker.
 cdef struct Fault:
     const char* reason
     size_t offset
     int code
 
+# All pointers lead into the packet where it was received: nothing is copied before the sink takes it.
 cdef struct Publish:
     const uint8_t* topic
     size_t topic_len
@@ -237,6 +240,8 @@ cdef int check_string(
     return 0
 
 
+# A property is its identifier and a value whose layout the identifier decides (property_kind). There is no length
+# that would lead past one that is not known, so an unknown one ends the packet.
 cdef int check_properties(
     const uint8_t* p, size_t left, size_t offset, uint64_t allowed, bint repeat_ids,
     uint16_t* alias, Fault* fault
@@ -372,6 +377,9 @@ cdef int last_properties(
     return 0
 
 
+# PUBLISH, section 3.3, behind its fixed header: topic with two bytes of length; packet identifier when QoS is not 0;
+# in 5.0 the property length and the properties; what is left is the payload. Its length is nowhere but in the fixed
+# header.
 cdef inline int parse_publish(
     const uint8_t* body, size_t left, size_t offset, uint8_t first, bint v5, Publish* out,
     Fault* fault

@@ -65,6 +65,7 @@ cdef inline uint64_t topic_hash(const uint8_t* p, size_t n) noexcept nogil:
     return h ^ (h >> 32)
 
 
+# Brokers strip prefixes of their own before they deliver: a message that came by `$queue/a` has the topic `a`.
 cdef list filter_forms(bytes encoded):
     """(rank, pattern) of what a filter may stand for; `$share/group/` is off."""
     cdef list forms = [(RANK_PLAIN, encoded)]
@@ -275,6 +276,8 @@ cdef class Router:
                         return pattern.found
         return MATCH_NONE
 
+    # Brokers send the same few topics again and again. To match each message against every filter would cost more
+    # than to take its records.
     cdef Py_ssize_t _recall(self, const uint8_t* topic, size_t n) noexcept:
         cdef uint64_t h = topic_hash(topic, n)
         cdef Route** ways = self._table + (h & self._set_mask) * WAYS

@@ -18,7 +18,9 @@ class Window:
     no hurry. It is verified now and then by holding a batch although the guess says that no more will come.
     """
 
+    # Chosen against brokers on one machine and across a network: shorter gaps lie between the packets of one burst.
     QUIET_S = 0.005
+    # One silence may be chance. Three in a row with the same count, and each ended by acknowledgements, are not.
     AGREE = 3
     LONG = 4  # silence this many times as long as the gaps before it is no gap
     MOST_OF = 0.8  # of the linger

@@ -113,6 +113,7 @@ async def _take(
     return transport
 
 
+# The receiver must not hear connection_made() before nothing can fail. Somebody has to take what comes meanwhile.
 class _Keeper(asyncio.Protocol):
     """Stands for the receiver until the connection is its own."""
 
@@ -205,6 +206,7 @@ async def look_up(host: str, port: int) -> list[AddrInfo]:
 
 # -- addresses ---------------------------------------------------------------------------------
 
+# For the whole process: an address that failed one pipeline will fail the others too.
 _avoided: dict[Any, float] = {}
 
 

@@ -26,6 +26,8 @@ T = TypeVar("T")
 HANGS_S = 10.0
 
 
+# One call after the other, because a file has one state: two threads in one SQLite connection, or two that rotate one
+# file, would need locks of their own.
 class Worker:
     """One thread, one call after the other. It starts with the first call, and ends after close() or with its owner."""
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _LIVE: dict[str, Any] = {"description": "", "shutdown_timeout_s": 0.0, "stdout": False}
 
 
+# Compared with what the present run was made from: equal means that a new run would do nothing else.
 class Wanted(NamedTuple):
     """All that a run is made from: runs are replaced when it differs."""
 

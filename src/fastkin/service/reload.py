@@ -193,6 +193,8 @@ class Reload:
             name: Former(runs.wanted.get(name, wanted[name]), old[name].pipeline, old[name].intake.broker)
             for name in changed
         }
+        # Early runs start before the old ones leave, so nothing is missed. Late ones need what an old run still
+        # holds.
         early, late = self._beside(made, old)
 
         # First those that can stand beside what they replace.

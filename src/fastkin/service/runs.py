@@ -69,6 +69,7 @@ class Runs:
         self.pipelines[pipeline.id] = run
         self.wanted[pipeline.id] = wanted
 
+    # A run that leaves goes on counting, so it stays in `leaving` until it has ended.
     def leave(self, run: PipelineRun) -> None:
         """Take a run out of its place; its numbers stay in stats()."""
         if self.pipelines.get(run.name) is run:

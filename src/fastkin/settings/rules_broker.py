@@ -81,6 +81,8 @@ def _client_id(given: Given) -> None:
         given.problem("clean_session", "false needs a client id: the broker keeps the session under it", cure)
     # a blank id that was written down is wanted: the broker then draws one
     if "client_id" not in given:
+        # Drawn by us and not by the broker: a name in the log, and an id that several connections of this process
+        # share.
         given.values.update(client_id=f"fastkin-{os.urandom(6).hex()}", client_id_drawn=True)
 
 
@@ -115,6 +117,8 @@ def _url(given: Given) -> None:
             continue  # the environment wins over the file, also over a part of its address
         if key in given and given[key] != part:
             given.problem(key, f"the address says another {key}", "keep one of them")
+        # The part stands under its own key from here on, with the address as its place: rules need not know where it
+        # came from.
         raw.setdefault(key, address)
         given.take(key, Value(part, address.place))
 

@@ -61,6 +61,7 @@ def record_cost(nbytes: int) -> int:
 
 def _topics(given: Given, where: str, in_file: bool) -> None:
     """`topics` as the pipeline has them: that of `bulk_label` is among them, and nothing twice."""
+    # The same filter twice would make a broker deliver twice, or refuse the packet.
     topics = dict.fromkeys(given["topics"])
     for topic in topics:
         if wrong := _filter_problem(topic):

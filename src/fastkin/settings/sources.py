@@ -35,6 +35,7 @@ _STREAM = frozenset({"stream", "stream_arn"})
 # names of the microservice that a login or a container sets for reasons of its own
 _EVERYWHERE = frozenset({"USER", "PASS", "PORT", "STDOUT", "WEBSOCKET", "DOCKERLOG"})
 _KEYS = frozenset({"access_key", "secret_key", "profile"})
+# Values that mean one thing together. A nearer source that says one of them makes the others of a farther one void.
 TOGETHER = {
     **dict.fromkeys(_STREAM, _STREAM),
     **dict.fromkeys((*_KEYS, "session_token"), _KEYS),
@@ -69,6 +70,8 @@ class Sources:
         else:
             self.pipelines.append({})
             self._microservice(self.pipelines[0])
+        # The order is that of the head of this package: the file first, then the FASTKIN_ names over it, the AWS_
+        # names last, for what nobody has said.
         self._fastkin_names()
         self._unused_names()
         self.aws = self._aws()

@@ -54,6 +54,7 @@ class Value(NamedTuple):
 Raw = dict[str, Value]
 
 
+# Values that are wrong count as not said, so that one mistake does not bring others after it.
 class Given:
     """What was said in one table and is right by itself; the rest is in the report. The rules go on from here."""
 

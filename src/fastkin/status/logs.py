@@ -101,6 +101,8 @@ class _Window:
         self.last: tuple[int, str, tuple[object, ...]] = (0, "", ())
 
 
+# The first lines of a kind are said at once, so that a fault is seen when it begins. What comes after them within the
+# same window is counted, and the last of them is said with that count when the window ends.
 class Repeats:
     """Says what a peer can make us say without end: so much of a kind per while, and then how often more."""
 

@@ -50,6 +50,8 @@ class _Answer(NamedTuple):
     kind: str = "text/plain; charset=utf-8"
 
 
+# HTTP/1.1 by hand: three paths, no body, one request a connection. A web framework would cost more memory than a
+# pipeline, in every process that has a status port.
 class StatusServer:
     """Serves one engine's metrics and health."""
 
