@@ -62,6 +62,16 @@ def places() -> list[tuple[str, str]]:
     return [each for each in found if not each[0].startswith("tests/")]
 
 
+MEMBER = re.compile(r"`(_?[A-Z]\w+\.\w+)`")
+
+
+@pytest.mark.parametrize("symbol", sorted(set(MEMBER.findall(PAGE))))
+def test_a_member_without_its_file_is_there_too(symbol: str) -> None:
+    """A step names the file once, and further members of a class without it."""
+    files = [path for path in PACKAGE.rglob("*") if path.suffix in SUFFIXES - {".pyi"}]
+    assert any(defines(path, symbol) for path in files)
+
+
 def file_of(path: str) -> Path:
     folder, _, name = path.rpartition("/")
     for each in (name, FORMER.get(name, name)):

@@ -161,7 +161,6 @@ class Emulator:
         self._waiters: list[tuple[str, int, asyncio.Future[None]]] = []
         self._templates: dict[int, bytes] = {}
         self._date = (0, b"")
-        # One random beginning a process and a counter behind it: a UUID per call would cost more than the answer.
         self._request_prefix = str(uuid.uuid4())[:24]
 
     async def start(self) -> None:
@@ -291,8 +290,6 @@ class Emulator:
         counters.operations[operation] = counters.operations.get(operation, 0) + 1
         plan = Plan()
         try:
-            # Each of these ends the call as an error, in the order in which Kinesis looks: the operation, the
-            # signature, the stream and its records.
             if request.early is not None:
                 raise ApiError(request.early.code, request.early.text, request.early.http_status)
             if not self.service.knows(target):
@@ -309,8 +306,6 @@ class Emulator:
             counting = self.count_only and operation == "PutRecords"
             fields = {} if counting else self._fields(request.body, form)
             plan = self._plan(operation, fields)
-            # An error that hides what it stored is raised behind the work: the caller must not be able to tell the
-            # two apart.
             failed = plan.error
             if failed is not None and not failed.stored:
                 raise ApiError(failed.code, failed.text, failed.http_status)
@@ -525,7 +520,6 @@ class _Connection(asyncio.Protocol):
 
     def on_body(self, chunk: bytes) -> None:
         self._length += len(chunk)
-        # Far above what Kinesis takes, so that a test sees the service's own refusal, and not that of the parser.
         if self._length > MAX_BODY_BYTES:
             self.abort()
         elif self._early is None:  # an answered request's body is read and forgotten
@@ -542,7 +536,6 @@ class _Connection(asyncio.Protocol):
     # --- answering -----------------------------------------------------------------------------
 
     def _enqueue(self, body: bytes) -> None:
-        # Whoever asks on without reading would have his answers kept here for ever.
         if len(self._queue) >= MAX_PIPELINED:
             self.abort()
             return
@@ -570,8 +563,6 @@ class _Connection(asyncio.Protocol):
             if plan.delay_s > 0:
                 self._timer = self._loop.call_later(plan.delay_s, self._send, request, head, body, plan)
             else:
-                # The loop of _next() goes on with the next request by itself: to call it from here would nest as deep
-                # as the queue.
                 self._send(request, head, body, plan, again=False)
 
     def _send(self, request: _Request, head: bytes, body: bytes, plan: Plan, again: bool = True) -> None:
@@ -612,7 +603,6 @@ class _Connection(asyncio.Protocol):
     def _finish(self, request: _Request, plan: Plan) -> None:
         self._busy = False
         if request.put is not None:
-            # What the caller may not know to be stored: the bound on the duplicates that it may make.
             request.put.answered = plan.error is None and plan.rewrite is None and not plan.delta
             self._last_put = request.put
         self._emulator.end()

@@ -288,7 +288,6 @@ class _WebSocketWire:
     def write(self, data: bytes, /) -> None:
         if self._closing or self._lost:
             return
-        # Kept here and sent by the task: a transport's write() never waits, and who calls it relies on that.
         self._waiting += data
         self._kick.set()
         if not self._full and len(self._waiting) > _WEBSOCKET_HIGH:
@@ -308,8 +307,6 @@ class _WebSocketWire:
         self._paused = False
         if self._ahead and not self._scheduled:
             self._scheduled = True
-            # Not at once: who resumes reading may be in the middle of a feed, and the session refuses to be fed from
-            # within.
             asyncio.get_running_loop().call_soon(self._hand_on)
 
     def is_closing(self) -> bool:
@@ -327,7 +324,6 @@ class _WebSocketWire:
         self._scheduled = False
         if self._handing:
             return
-        # data_received() may pause and resume reading; this must not hand on a second frame from within the first.
         self._handing = True
         try:
             while self._ahead and not self._paused and not self._lost:
@@ -354,7 +350,6 @@ class _WebSocketWire:
             message = await self._websocket.receive()
             if message.type is WSMsgType.BINARY:
                 self._ahead.append(memoryview(message.data))
-                # A flood of empty frames costs memory too: each is charged for the object that holds it.
                 self._ahead_bytes += len(message.data) + _WEBSOCKET_FRAME
                 if not self._scheduled:
                     self._hand_on()
@@ -383,7 +378,6 @@ class _WebSocketWire:
             await self._kick.wait()
             self._kick.clear()
             while self._waiting:
-                # What was written while the last send waited goes as one message.
                 data = bytes(self._waiting)
                 self._waiting.clear()
                 self._sending = len(data)
@@ -409,7 +403,6 @@ class _WebSocketWire:
             return
         self._lost = True
         loop = asyncio.get_running_loop()
-        # A task, because to close a WebSocket takes a round trip, and whoever aborts cannot wait.
         self._tasks.append(loop.create_task(self._shut(error), name="fastkin[websocket].close"))
 
     async def _shut(self, error: Exception | None) -> None:
@@ -484,7 +477,6 @@ async def _open_websocket(broker: Broker, receiver: Receiver, tls: ssl.SSLContex
     connector._factory = functools.partial(_cutting(), loop=asyncio.get_running_loop())
     session = aiohttp.ClientSession(
         connector=connector,
-        # The caller bounds the time of the whole; aiohttp's own default would end a connection after five minutes.
         timeout=aiohttp.ClientTimeout(total=None),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
