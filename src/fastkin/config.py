@@ -334,8 +334,6 @@ class Pipeline:
         others: tuple[tuple[str, Format], ...] = tuple((t, self.format) for t in self.topics if t != label)
         if label is None or label not in self.topics:
             return others
-        # First, because its filter is the narrower one in practice: a wildcard of `topics` must not take bulk frames
-        # for raw records. A label alone keeps `format` as it was set.
         return ((label, "bulk" if others else self.format), *others)
 
 

@@ -44,7 +44,6 @@ MOST_PAGES = 1_000
 # AWS answers a DryRun that would have been allowed with an error of this name, and never with a 200.
 DRY_RUN_PASSED = "DryRunOperationException"
 
-# Calls about a stream. On AWS they have a host of their own where an account id is part of the name.
 CONTROL = frozenset({"DescribeStreamSummary", "DescribeStream", "ListShards"})
 
 
@@ -261,8 +260,6 @@ class Client(ABC):
 
         Only AWS, and who has answered a DryRun before, are known not to store what they are asked about.
         """
-        # A server that has stored our test record once has answered the question: it takes records. To ask again
-        # would store one more each time.
         if not self.dry_runs and (self.took or not self.at_aws):
             return True if self.took else None
         try:

@@ -225,11 +225,8 @@ async def captured_endpoint(kinesis: Kinesis, credentials: Credentials) -> Endpo
             aws_account_id=credentials.account_id,
             config=AioConfig(parameter_validation=False, retries={"total_max_attempts": 1}),
         ) as client:
-            # "before-send" may answer in the place of the network: the SDK takes what the handler returns for the
-            # answer.
             client.meta.events.register("before-send.kinesis", take)
             name = {"StreamARN": kinesis.stream_arn} if kinesis.stream_arn else {"StreamName": kinesis.stream or "-"}
-            # Two calls, for data and control may have hosts of their own. Nothing is sent, so no record is needed.
             await client.put_records(Records=[], **name)
             await client.describe_stream_summary(**name)
     except BotoCoreError as error:

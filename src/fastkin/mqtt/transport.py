@@ -109,7 +109,7 @@ async def while_heard(waited: asyncio.Future[Any], silence_s: float, heard_at: C
 
 
 async def _open(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | None) -> None:
-    if broker.websocket:
+    if broker.scheme in {"ws", "wss"}:
         wire = await _open_websocket(broker, receiver, tls)
         receiver.connection_made(wire)  # type: ignore[arg-type]
         wire.start()
@@ -119,7 +119,7 @@ async def _open(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | None) 
 
 def renewed_tls(broker: Broker) -> Renewed | None:
     """TLS that follows its files; None for a scheme without. ConfigError names the file that is wrong."""
-    if not broker.secure:
+    if broker.scheme not in {"mqtts", "wss"}:
         return None
     tls = broker.tls
     files = (tls.ca, tls.cert, tls.key) if tls.ca else (*system_files(), tls.cert, tls.key)
@@ -128,7 +128,7 @@ def renewed_tls(broker: Broker) -> Renewed | None:
 
 def tls_context(broker: Broker) -> ssl.SSLContext | None:
     """None for a scheme without TLS. ConfigError names the file that is wrong."""
-    return _tls_context(broker) if broker.secure else None
+    return _tls_context(broker) if broker.scheme in {"mqtts", "wss"} else None
 
 
 def _tls_context(broker: Broker) -> ssl.SSLContext:
@@ -354,7 +354,7 @@ class _WebSocketWire:
                 if not self._scheduled:
                     self._hand_on()
             elif message.type is WSMsgType.TEXT:
-                raise ProtocolError("a WebSocket text message came, MQTT needs binary ones", 0, 0x81)
+                raise ProtocolError("a WebSocket text message, MQTT comes in binary ones", 0, 0x81)
             elif message.type is WSMsgType.ERROR:
                 raise self._websocket.exception() or ConnectionResetError(errno.ECONNRESET, "")
             else:

@@ -71,9 +71,7 @@ def _topics(given: Given, where: str, in_file: bool) -> None:
         topics[label_filter(label)] = None
         if len(topics) == 1:  # else `format` is that of the others
             if given.values.get("format") == "raw":
-                given.report.warn(
-                    f"{given.place('format')}: format is raw: each frame of bulk_label is stored whole, as one record"
-                )
+                given.report.warn(f"{given.place('format')}: raw with bulk_label: frames are stored as they come")
             given.values.setdefault("format", "bulk")
     if not topics and not {"topics", "bulk_label"} & given.raw.keys():
         cure = "set topics or bulk_label"
