@@ -7,7 +7,7 @@ check it, to show it and to write it into the README (setting_row.py says how). 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fastkin.limits import CALL_BYTES, CALL_RECORDS, DEFAULT_CALL_BYTES, LARGE_RECORD_BYTES, RECORD_BYTES
 from fastkin.limits import KIB as KIB  # for who fills tables in code
@@ -16,6 +16,23 @@ from fastkin.net.names import is_endpoint
 from fastkin.setting_row import Row, Shape, meta, row
 
 _TIB = 1024 * 1024 * MIB
+
+
+class Scheme(NamedTuple):
+    """A way to connect to a broker, as its URL begins."""
+
+    port: int  # when none is said
+    tls: bool
+    websocket: bool
+
+
+# Type checkers want the names spelled out once more, in `Broker.scheme`. mqtt/transport.py: open_wire connects.
+SCHEMES = {
+    "mqtt": Scheme(1883, tls=False, websocket=False),
+    "mqtts": Scheme(8883, tls=True, websocket=False),
+    "ws": Scheme(80, tls=False, websocket=True),
+    "wss": Scheme(443, tls=True, websocket=True),
+}
 
 # What texts must look like. The names of AWS are those of its API reference.
 _HOST = Shape(
@@ -83,6 +100,7 @@ class Broker:
         shape=_CLIENT_ID,
         microservice="CLIENTID",
     )
+    # Not a row: nobody can set it. A reload must not take a fresh random id for a change of the settings.
     client_id_drawn: bool = False  # nobody chose it: each reading of the settings draws another
     protocol: Literal["auto", "5", "3.1.1"] = row(
         "auto", "`auto` tries 5 first, then 3.1.1; it comes back to 5 later, and stays where 5 has worked"
@@ -115,8 +133,19 @@ class Broker:
     tls: Tls = field(default_factory=Tls)
 
     @property
+    def secure(self) -> bool:
+        """TLS is spoken."""
+        return SCHEMES[self.scheme].tls
+
+    @property
+    def websocket(self) -> bool:
+        """MQTT goes through a WebSocket."""
+        return SCHEMES[self.scheme].websocket
+
+    @property
     def url(self) -> str:
         """Without user, password and what a query may tell of them (a token, a signature): fit for a log line."""
+        # Some brokers take their token in the query, so it is as secret as a password.
         path, query, _ = self.path.partition("?")
         return self._place(path + ("?***" if query else ""))
 
@@ -127,7 +156,7 @@ class Broker:
 
     def _place(self, path: str) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}{path if self.scheme in {'ws', 'wss'} else ''}"
+        return f"{self.scheme}://{host}:{self.port}{path if self.websocket else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

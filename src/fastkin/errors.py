@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def escaped(text: str) -> str:
     """The whole text, fit for a terminal whoever chose it: what does not print is written as an escape, also what ends
     a line for some reader, or turns the direction of reading."""
+    # Nearly every text is: the walk over its characters is for those that are not.
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)

@@ -103,6 +103,8 @@ def transform(
     raws = event["records"]
     failed = [{"recordId": raw["recordId"], "result": "ProcessingFailed"} for raw in raws]
     # Every record has its place, if only as failed: what is Ok takes the room that is left.
+    # Counted as the answer will be written: Lambda refuses an answer that is too long as a whole, with every record
+    # in it.
     used = len('{"records": []}') + sum(map(_size, failed))
     records: list[dict[str, str]] = []
     crowded = 0
@@ -147,6 +149,7 @@ def batch_item_failures(event: Mapping[str, Any], fn: Callable[[Record], object]
         try:
             for record in _read(raw):
                 _done(fn(record), fn)
+        # Not a failed record: the function is wrong for all of them, and the deployment must fail.
         except _NotAwaitedError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was: this record is not stored
@@ -163,7 +166,9 @@ class _NotAwaitedError(TypeError):
 def _done(result: object, fn: object) -> object:
     if isinstance(result, Awaitable):
         if close := getattr(result, "close", None):
+            # Closed, so that the interpreter does not warn of a coroutine that was never awaited as well.
             close()
+        # A coroutine that nobody awaits stores nothing, and without this every record would count as done.
         raise _NotAwaitedError(
             f"{getattr(fn, '__qualname__', fn)} returned an awaitable, which nobody would wait for:"
             " give a plain function, such as lambda record: asyncio.run(store(record))"
@@ -254,12 +259,15 @@ def _of_firehose(raw: Mapping[str, Any]) -> Record:
     )
 
 
+# An aggregate: four bytes of magic; a protobuf message of tables of keys (fields 1 and 2) and records (field 3, each
+# with the index of its key in field 1 and its data in field 3); the MD5 of the message.
 def deaggregate(data: bytes) -> list[tuple[str | None, bytes]]:
     """Keys and data of a KPL aggregate; what is none (as KCL sees it: magic, MD5, message) stays as it is."""
     plain: list[tuple[str | None, bytes]] = [(None, data)]
     message = data[len(_KPL_MAGIC) : -_DIGEST_BYTES]
     if not data.startswith(_KPL_MAGIC) or len(data) <= len(_KPL_MAGIC) + _DIGEST_BYTES:
         return plain
+    # Magic alone is not enough: plain records may begin with these four bytes, and must come through unchanged.
     if hashlib.md5(message, usedforsecurity=False).digest() != data[-_DIGEST_BYTES:]:
         return plain
     try:
@@ -300,6 +308,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 def _varint(message: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
+        # More than ten bytes are no number of protobuf, and would grow without end.
         if at == len(message) or shift > 63:
             raise ValueError("a number is cut short")
         byte = message[at]

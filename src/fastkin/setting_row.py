@@ -117,6 +117,7 @@ def meta(made: Row) -> dict[str, Row]:
 
 def rows_of(table: type, section: str) -> Mapping[str, Row]:
     """The rows of a dataclass by key, in their order. Fields without a row are no settings."""
+    # Annotations are texts in this package: only this makes types of them.
     hints = get_type_hints(table)
     found = {}
     for each in fields(table):
@@ -178,6 +179,8 @@ def _fault_of_number(row: Row, number: Any, least: float | None) -> Fault | None
 
 
 def _fault_of_text(row: Row, text: str) -> Fault | None:
+    # Whatever the text is for: names go into log lines, topics and keys into packets and headers, and none of them
+    # can have a control character.
     if re.search(r"[\x00-\x1f\x7f]", text):
         return Fault.CONTROL
     if row.choices:
@@ -191,6 +194,7 @@ def close(name: str, known: Iterable[str]) -> str | None:
     """The name that was probably meant, whatever its case and underscores; None: nothing is near."""
     import difflib  # only who made a mistake pays for it
 
+    # People write clientId, CLIENT-ID and client_id, and mean the same.
     folded = {each.casefold().replace("_", ""): each for each in known}
     near = difflib.get_close_matches(name.casefold().replace("_", ""), folded, 1, 0.7)
     return folded[near[0]] if near else None

@@ -179,7 +179,7 @@ def test_check_prints_what_is_in_effect(
     assert 'password = "***"' in out
     assert "qos = 2" in out
     assert "brokersecret" not in out + err
-    assert "warning: no client_id" in err
+    assert "warning: client_id is not set" in err
     code, out, _ = invoke(capsys, "check", "--quiet", str(path))
     assert (code, out) == (0, "")
 

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent.parent / "src" / "fastkin"
 
-# Modules and packages of the top level from the ground up: the floors of DESIGN.md section 4.
+# Modules and packages of the top level from the ground up: the floors of DESIGN.md section 6.
 FLOORS = [
     {"errors", "results", "arn", "limits", "_codec", "lambdas", "setting_row"},
     {"formats", "net", "runtime", "status"},

@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from fastkin import settings
 from fastkin.emulator import Emulator
+from fastkin.emulator.faults import KINDS
 from fastkin.settings import tables as keys
 from fastkin.status.registry import OF_ENGINE, OF_RUN
 
@@ -105,6 +106,11 @@ def test_the_environment_of_the_readme_is_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(keys.MICROSERVICE) + sorted(keys.MICROSERVICE_MORE))
 def test_the_readme_names_every_variable_of_the_microservice(name: str) -> None:
     assert f"`{name}`" in README.read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_readme_names_every_fault_of_the_emulator(kind: str) -> None:
+    assert f"`{kind}`" in README.read_text().partition("`--faults FILE`")[2].partition("##")[0]
 
 
 def test_the_examples_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,20 +201,20 @@ def test_the_aliases_of_the_reference_systems(read: Any) -> None:
 
 def test_an_alias_beside_its_key_is_an_error(read: Any) -> None:
     (line,) = problems(read, CLIENT + SMALL + 'stream_name = "t"\n')
-    assert "says stream a second time" in line
+    assert "sets stream a second time" in line
 
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ('[brokr]\nhost = "x"\n', "broker is meant?"),
-        ("[broker]\nkeepalive = 3\n", "keep_alive_s is meant?"),
-        ('[broker]\nclient-id = "x"\n', "client_id is meant?"),
+        ('[brokr]\nhost = "x"\n', "did you mean broker?"),
+        ("[broker]\nkeepalive = 3\n", "did you mean keep_alive_s?"),
+        ('[broker]\nclient-id = "x"\n', "did you mean client_id?"),
         ('[broker]\ntopics = ["x"]\n', "it belongs into [[pipeline]]"),
         ('[broker.tls]\nkeyfile = "x"\n', "known are ca, cert, key"),
-        ('[kinesis]\nstreamname = "x"\n', "stream is meant?"),
+        ('[kinesis]\nstreamname = "x"\n', "did you mean stream?"),
         ("[kinesis]\nqos = 1\n", "it belongs into [[pipeline]]"),
-        ("[[pipeline]]\npartitionkey = 'uuid'\n", "partition_key is meant?"),
+        ("[[pipeline]]\npartitionkey = 'uuid'\n", "did you mean partition_key?"),
         ("[[pipeline]]\nbroker = 'uuid'\n", "README"),
     ],
 )
@@ -252,13 +252,13 @@ def test_what_is_not_built_is_not_accepted(read: Any, key: str) -> None:
         ("max_connections", "257", "1 to 256"),
         ("max_batch_bytes", str(10 * MIB + 1), "out of range"),
         ("max_record_bytes", str(10 * MIB + 1), "out of range"),
-        ("max_record_bytes", str(6 * MIB), "holds no record of max_record_bytes"),
-        ("max_batch_bytes", "100000", "holds no record of max_record_bytes"),
-        ("budget_bytes", str(MIB), "holds no record of max_record_bytes"),
-        ("format", '"bulkk"', "bulk is meant?"),
+        ("max_record_bytes", str(6 * MIB), "has no room for one record of max_record_bytes"),
+        ("max_batch_bytes", "100000", "has no room for one record of max_record_bytes"),
+        ("budget_bytes", str(MIB), "has no room for one record of max_record_bytes"),
+        ("format", '"bulkk"', "did you mean bulk?"),
         ("format", '"event"', "use raw, bulk"),
         ("aggregation", '"gzip"', "use none, kpl"),
-        ("startup_check", '"dryrun"', "dry_run is meant?"),
+        ("startup_check", '"dryrun"', "did you mean dry_run?"),
         ("topics", "[]", "is empty"),
         ("topics", "[1]", "not a list of texts"),
         ("topics", '[""]', "empty text"),
@@ -305,7 +305,7 @@ def test_wrong_values_name_file_table_key_and_cure(read: Any, key: str, value: s
         ('url = "mqtt://"', "names no host"),
         ('url = "mqtt://h:x"', "is not an address"),
         ('url = "mqtt://h/path"', "more than host and port"),
-        ('url = "mqtt://h:1"\nport = 2', "also in the address"),
+        ('url = "mqtt://h:1"\nport = 2', "the address says another port"),
         ('host = "a b"', "not a host name"),
         ("port = 0", "1 to 65535"),
         ("port = 65536", "1 to 65535"),
@@ -480,8 +480,8 @@ def test_an_arn_brings_stream_and_region(read: Any) -> None:
 @pytest.mark.parametrize(
     ("more", "wanted"),
     [
-        ('region = "us-east-1"', "region 'us-east-1' is not the 'eu-west-1' of stream_arn"),
-        ('stream = "other"', "stream 'other' is not the 'welders' of stream_arn"),
+        ('region = "us-east-1"', "region 'us-east-1' differs from 'eu-west-1' in stream_arn"),
+        ('stream = "other"', "stream 'other' differs from 'welders' in stream_arn"),
     ],
 )
 def test_an_arn_that_contradicts_is_an_error(read: Any, more: str, wanted: str) -> None:
@@ -627,7 +627,7 @@ def test_brokers_of_the_environment(env: dict[str, str], url: str) -> None:
         ({"PORT": "70000"}, "out of range"),
         ({"WEBSOCKET": "yes"}, "WEBSOCKET: 'yes' is not a whole number"),
         ({"BROKER": "h:1", "WEBSOCKET": "8080"}, "BROKER has a port already"),
-        ({"BROKER": "tcp://h:1", "PORT": "2"}, "PORT: port is also in the address"),
+        ({"BROKER": "tcp://h:1", "PORT": "2"}, "PORT: the address says another port"),
         ({"QOS": "3"}, "QOS: 3 is out of range"),
         ({"QOS": "one"}, "QOS: 'one' is not a whole number; use 0 to 2"),
         ({"KIN_MAXCONN": "0"}, "1 to 256"),
@@ -638,7 +638,7 @@ def test_brokers_of_the_environment(env: dict[str, str], url: str) -> None:
         ({"KIN_PARTITION_KEY": "k" * 257}, "1 to 256"),
         ({"AWS_ASSUME_ROLE_ARN": "x"}, "not the ARN of a role"),
         ({"TOPIC": "a/#/b"}, "not a topic filter"),
-        ({"FASTKIN_BROKER_PROT": "1"}, "FASTKIN_BROKER_PORT is meant?"),
+        ({"FASTKIN_BROKER_PROT": "1"}, "did you mean FASTKIN_BROKER_PORT?"),
         ({"AWS_ENDPOINT_URL": "nowhere"}, "AWS_ENDPOINT_URL: is not an endpoint"),
     ],
 )
@@ -775,7 +775,7 @@ def test_fastkin_names_for_several_pipelines(read: Any) -> None:
     made = read(text, {"FASTKIN_PIPELINE_QOS": "2"})
     assert [pipeline.qos for pipeline in made.pipelines] == [2, 2]
     (line,) = problems(read, text, {"FASTKIN_PIPELINE_TOPICS": "x"})
-    assert "cannot mean 2 pipelines at once" in line
+    assert "cannot be set for 2 pipelines at once" in line
 
 
 def test_microservice_names_beside_a_file_are_not_used_but_told(read: Any) -> None:
@@ -895,7 +895,7 @@ def test_the_real_environment_wins_over_the_file(tmp_path: Path) -> None:
     assert made.pipelines[0].qos == 2
     assert made.pipelines[0].kinesis.stream == "s"
     assert made.pipelines[0].kinesis.max_connections == 5
-    assert any("line 3: TOPIK: not used; TOPIC is meant?" in each for each in made.warnings)
+    assert any("line 3: TOPIK: not used; did you mean TOPIC?" in each for each in made.warnings)
     assert not any("OTHER" in each or "AWS_SOMETHING" in each for each in made.warnings)
     path.write_text("QOS=7\n")
     (line,) = problems(env_only, MICRO, env_file=path)
@@ -1023,7 +1023,7 @@ def test_load_settings_is_the_same(tmp_path: Path) -> None:
         ('on_full = "spool"', "key 'on_full': on_full is spool, and no file is named; set spool"),
         ('on_full = "spool"\nspool = "{tmp}/no/spool.db"', "there is no directory {tmp}/no; make it"),
         ('on_full = "spool"\nspool = "{tmp}"', "{tmp} is a directory; name a file in it"),
-        ('on_full = "spool"\nspool = "{tmp}/s"\nspool_max_bytes = 1048576', "holds no two records"),
+        ('on_full = "spool"\nspool = "{tmp}/s"\nspool_max_bytes = 1048576', "has no room for two records"),
         ('on_full = "drop"', "use pause, spool, drop_oldest, drop_newest"),
         ("spool_max_bytes = 1", "spool_max_bytes"),
     ],

@@ -133,7 +133,7 @@ def test_a_choice_is_one_of_those_of_the_type(each: Row) -> None:
         assert parse(each, Value(choice, "here")) == choice
     with pytest.raises(ConfigError) as caught:
         parse(each, Value("zzz", "here"))
-    assert str(caught.value) == f"here: 'zzz' is not a {each.key}; use {', '.join(each.choices)}"
+    assert str(caught.value) == f"here: 'zzz' is no value of {each.key}; use {', '.join(each.choices)}"
 
 
 @pytest.mark.parametrize(
@@ -230,5 +230,5 @@ def test_one_more_row_is_one_more_setting(tmp_path: Path) -> None:
         "microservice": 6.0,
         "range": ":8: [[pipeline]] 1 ('a') key 'toy_ms': 10 is out of range; use 1 to 9",
         "kind": "environment variable FASTKIN_PIPELINE_TOY_MS: 'soon' is not a number; use 1 to 9",
-        "near": ":8: [[pipeline]] 1 ('a') key 'toy': is not a key of this table; toy_ms is meant?",
+        "near": ":8: [[pipeline]] 1 ('a') key 'toy': is not a key of this table; did you mean toy_ms?",
     }

@@ -186,7 +186,7 @@ async def test_sighup_takes_up_the_file_again(server: Server, tmp_path: Path) ->
             number = path.read_text().splitlines().index("qos = 7") + 1
             begin = f"{path}:{number}: [[pipeline]] 1 ('a') key 'qos'"
             assert any(f"{begin}: 7 is out of range; use 0 to 2" in line for line in wrong)
-            assert any("key 'lingerms': is not a key of this table; linger_ms is meant?" in line for line in wrong)
+            assert any("key 'lingerms': is not a key of this table; did you mean linger_ms?" in line for line in wrong)
 
             path.write_text(first.replace('id = "a"', 'id = "a"\nenabled = false') + MORE)
             send(run, signal.SIGHUP)

@@ -41,6 +41,7 @@ SKEW_S = 60.0  # a clock this far off explains a refused signature (the service 
 # What an answer may make us keep or ask. A stream has at most some ten thousand shards, a page of DescribeStream 100.
 MOST_SHARDS = 50_000
 MOST_PAGES = 1_000
+# AWS answers a DryRun that would have been allowed with an error of this name, and never with a 200.
 DRY_RUN_PASSED = "DryRunOperationException"
 
 CONTROL = frozenset({"DescribeStreamSummary", "DescribeStream", "ListShards"})
@@ -71,6 +72,8 @@ class Client(ABC):
         self.name = name
         # told each body that the transport sends a second time by itself
         self.on_resend: Callable[[Buffer], None] | None = None
+        # What harmless() goes by: an endpoint that does not know DryRun would store the record that it is only asked
+        # about.
         self.at_aws = False  # the endpoint is one of AWS's own
         self.dry_runs: bool | None = None  # the server knows DryRun; None: it was not asked
         self.took = False  # it has stored a record of ours that was only meant to try
@@ -127,6 +130,8 @@ class Client(ABC):
 
         `signed_offset`: the clock's correction when the refused call was made.
         """
+        # The service's own Date tells more than its error code: several codes may stand for a wrong clock, and some
+        # of them blame the keys. So the clock is looked at first, whatever the code says.
         at = http_date(reply.headers.get("date"))
         if at is not None and abs(at - (now + signed_offset)) > SKEW_S:
             error.action = Action.CLOCK  # whatever its code blames
@@ -144,10 +149,14 @@ class Client(ABC):
         assert self._provider is not None
         if not self._provider.invalidate(credentials):
             return False
+        # The provider may have found the same keys again. To sign with them once more would only bring the same
+        # refusal.
         return await self._provider.get() != credentials
 
     async def _ask(self, target: str, request: dict[str, Any]) -> dict[str, Any]:
         try:
+            # Questions about a stream are only asked to do better. Whatever an answer holds, its caller must be able
+            # to go on, so every failure becomes one error that callers expect.
             body = await self.call(target, orjson.dumps(request))
         except FastkinError:
             raise
@@ -174,6 +183,8 @@ class Client(ABC):
         else:
             with _expecting("a description of the stream"):
                 told = _table(answer, "StreamDescriptionSummary")
+                # Limits and names are a peer's words: numbers are held to a range before anything is sized by them,
+                # texts are made fit for a log line.
                 shards = _number(told, "OpenShardCount", 0, 10**9, 0)
         with _expecting("a description of the stream"):
             return StreamSummary(
@@ -215,6 +226,8 @@ class Client(ABC):
             with _expecting("a description of the stream"):
                 told = _table(answer, "StreamDescription")
                 pages.add(shards, told)
+                # Without a shard there is no name to ask for the next page by: a server that says "more" all the same
+                # would be asked the same thing for ever.
                 if not told.get("HasMoreShards") or not shards:
                     return told, shards
                 pages.turn(shards[-1].id)
@@ -225,6 +238,8 @@ class Client(ABC):
 
         Raises the KinesisError a real call would.
         """
+        # No data and a short key: nothing about this record can be objected to, so a refusal is about permissions,
+        # the stream or the settings.
         record = {"Data": "", "PartitionKey": "fastkin-dry-run"}
         request = {"Records": [record], "DryRun": True, **self._target()}
         try:
@@ -234,6 +249,8 @@ class Client(ABC):
                 self.dry_runs = True
                 return True
             raise
+        # The server ignored DryRun and stored the record. It is empty, its key says what it is, and it is not done
+        # again: see harmless().
         self.dry_runs = False
         self.took = True
         return False
@@ -296,6 +313,7 @@ def _number(told: dict[str, Any], name: str, least: int, most: int, default: int
     value = told.get(name)
     if value is None and default is not None:
         return default
+    # int() of a text takes time that grows with the square of its length, so the length is bounded before.
     if isinstance(value, str) and _DIGITS.fullmatch(value):
         value = int(value)
     if type(value) is not int or not least <= value <= most:
@@ -317,6 +335,7 @@ class _Pages:
         told = page.get("Shards") or []
         if not isinstance(told, list):
             raise TypeError("Shards is not a list")
+        # Before they become objects of ours: a page of a million shards costs no more than its own bytes.
         if len(shards) + len(told) > MOST_SHARDS:
             raise ValueError(f"{self._target} tells of more than {MOST_SHARDS} shards")
         shards += map(_shard, told)
@@ -331,6 +350,7 @@ class _Pages:
 
 
 def _is_auto(strategy: object) -> bool:
+    # A text, or a structure that holds one: what there is may grow, and both are understood.
     if isinstance(strategy, dict):
         return "AUTO" in strategy.values()
     return strategy == "AUTO"

@@ -63,12 +63,15 @@ def checked(credentials: Credentials, place: str) -> Credentials:
         ("access key", credentials.access_key),
         ("session token", credentials.token or "-"),
     ):
+        # Both go into a header. A line break in a key would let it add headers of its own.
         if not value.isascii() or not value.isprintable() or " " in value:
             raise ConfigError(
                 place,
                 f"the {name} holds a blank, a line break or another character that no key has",
                 "copy it again",
             )
+    # It never leaves this process, so any character would do; but a blank at its end is what a careless copy brings,
+    # and the service would only say that the signature is wrong.
     if credentials.secret_key != credentials.secret_key.strip():
         raise ConfigError(place, "the secret key begins or ends with a blank", "copy it again")
     try:
@@ -108,6 +111,7 @@ def static_credentials(kinesis: Kinesis, environ: Mapping[str, str] | None = Non
             Credentials(kinesis.access_key, kinesis.secret_key, kinesis.session_token or None),
             "kinesis.access_key",
         )
+    # A profile is asked for, or keys that expire: only the SDK's chain knows how to follow these.
     if kinesis.profile or env.get("AWS_PROFILE") or env.get("AWS_DEFAULT_PROFILE"):
         return None
     access_key, secret_key = env.get("AWS_ACCESS_KEY_ID"), env.get("AWS_SECRET_ACCESS_KEY")
@@ -124,6 +128,8 @@ def static_credentials(kinesis: Kinesis, environ: Mapping[str, str] | None = Non
     )
 
 
+# Three states. Keys that are valid and not due: handed out. Due: handed out, and a look goes on beside it. None,
+# refused or expired: whoever asks waits for the look, and hears its error when it fails.
 class ChainCredentials:
     """The SDK's whole chain: profile, SSO, web identity, container, IMDS, a process, an assumed role.
 
@@ -153,16 +159,21 @@ class ChainCredentials:
     async def get(self) -> Credentials:
         current = self._current
         wait = self._due - self._clock()
+        # Not time to look again. Keys that are valid are handed out at once; where there are none the last reason is
+        # told again, so that a hundred calls do not ask an STS that is down a hundred times.
         if wait > 0:
             if current is not None:
                 return current
             if self._why:
                 raise KinesisError("NoCredentials", self._why, action=Action.OPERATOR, retry_after=wait)
+        # One look at a time, whoever asks: the others wait for the same task.
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._refresh(), name="fastkin credentials")
             self._task.add_done_callback(_consume)
+        # The present keys are good: the look goes on in the background, and this call does not wait for it.
         if current is not None and not self._refused and self._clock() < self._expires:
             return current
+        # Shielded, for the look belongs to everybody who waits: one cancelled call must not end it.
         return await asyncio.shield(self._task)
 
     def invalidate(self, refused: Credentials | None = None) -> bool:
@@ -208,6 +219,7 @@ class ChainCredentials:
         except asyncio.CancelledError:
             raise
         except ConfigError as error:
+            # Nothing was ever found with these settings: that is a mistake of theirs, and the start ends with it.
             if self._source is None:
                 raise  # never worked: the user hears of it at the start
             return self._failed(str(error), _cure(self._kinesis, error))
@@ -220,6 +232,8 @@ class ChainCredentials:
         now = self._clock()
         self._current = current
         self._expires = now + left
+        # The SDK swallows a failed refresh while its keys are valid: the same keys, and little time left, are the
+        # only sign.
         if current == before and left < ADVISORY_S:
             # the SDK tried and kept the old ones
             return self._failed("the refresh brought no newer keys", _cure(self._kinesis, None))
@@ -227,12 +241,15 @@ class ChainCredentials:
             log.info("%s credentials are fresh again", self._where)
         self._failures = 0
         self._why = ""
+        # Early enough for three more attempts before the end, and often enough that keys which somebody replaced on
+        # the disk are noticed within a minute.
         self._due = now + min(max(left / 4, 1.0), POLL_S) if left < math.inf else math.inf
         return current
 
     def _failed(self, why: str, cure: str) -> Credentials:
         why = printable(why)
         now = self._clock()
+        # A failed refresh costs nothing while the present keys are valid.
         current = self._current if now < self._expires else None
         wait = min(2.0 ** min(self._failures, 10), BACKOFF_S, math.inf if current is not None else WAITING_S)
         self._failures += 1
@@ -261,6 +278,7 @@ class ChainCredentials:
 
     def _told(self, error: Exception) -> str:
         kinesis = self._kinesis
+        # Providers put what they were given into their exceptions; what comes from a peer is cut besides.
         secrets = (kinesis.secret_key, kinesis.session_token, kinesis.external_id)
         text = masked(f"{type(error).__name__}: {error}".partition("\n")[0], secrets)[:500]
         if isinstance(error, TimeoutError):
@@ -290,6 +308,8 @@ def _cure(kinesis: Kinesis, error: Exception | None) -> str:
     role = kinesis.role_arn
     if isinstance(error, sdk.ClientError):
         code = str(error.response.get("Error", {}).get("Code"))
+        # Each answer of STS has its own cure; "check the credentials" would be true for all of them and help with
+        # none.
         if code in _REFUSED and error.operation_name == "AssumeRole":
             return (
                 "allow these keys sts:AssumeRole on the role, and see that its trust policy names them and that"
@@ -335,6 +355,7 @@ _KEEP_BACK = _KeepBack()
 def _quietly() -> None:
     """From here on this task's SDK says nothing by itself. Who uses the SDK beside us hears all that it says to him."""
     _OURS.set(True)
+    # A filter, and not a level: the level of these loggers belongs to the application that embeds us.
     for package in ("aiobotocore", "botocore"):
         for module in ("credentials", "tokens", "utils", "httpchecksum", "endpoint", "httpsession"):
             logging.getLogger(f"{package}.{module}").addFilter(_KEEP_BACK)
@@ -348,8 +369,11 @@ def _consume(task: asyncio.Task[Credentials]) -> None:
 def _seconds_left(source: Any) -> float:
     """How long the SDK's keys are valid, found by its public question alone."""
     needed = getattr(source, "refresh_needed", None)
+    # Keys without an end: nothing has to be looked at again.
     if needed is None or not needed(refresh_in=_FAR_S):
         return math.inf
+    # The SDK keeps the time of expiry to itself and only answers "must they be refreshed within so many seconds?".
+    # Some twenty such questions find the time to half a second.
     low, high = 0.0, _FAR_S
     while high - low > 0.5:
         middle = (low + high) / 2
@@ -377,11 +401,13 @@ async def _load_source(kinesis: Kinesis) -> Any:
     )
 
     session = AioSession(profile=kinesis.profile)
+    # Its own attempts would stack on ours, each with its own waits.
     session.set_default_client_config(
         AioConfig(retries={"total_max_attempts": 1}, connect_timeout=STS_CONNECT_S, read_timeout=STS_READ_S)
     )
     try:
         region = find_region(kinesis) or session.get_config_variable("region")
+        # Keys of the settings may be what a role is assumed with: then they are the beginning of the chain.
         keys = static_credentials(kinesis)
         source = AioCredentials(*keys[:3]) if keys else await session.get_credentials()
     except ProfileNotFound as error:
@@ -395,6 +421,7 @@ async def _load_source(kinesis: Kinesis) -> Any:
     arguments = {"RoleSessionName": kinesis.session_name or "fastkin"}
     if kinesis.external_id:
         arguments["ExternalId"] = kinesis.external_id
+    # The SDK assumes the role when its keys are first asked for, and again before they expire.
     fetcher = AioAssumeRoleCredentialFetcher(
         partial(session.create_client, region_name=region),
         source,

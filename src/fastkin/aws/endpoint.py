@@ -68,14 +68,18 @@ def split_url(url: str, place: str = "kinesis.endpoint_url") -> Url:
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigError(place, "is not an http or https URL", "it looks like http://localhost:4567")
     try:
+        # The resolver would raise this error in the middle of the first call; here it names the setting.
         parts.hostname.encode("idna")
     except UnicodeError:
         raise ConfigError(place, f"{parts.hostname!r} is no name of a host", "it looks like localhost") from None
+    # They would be sent in the clear with each call, and nothing reads them.
     if parts.username is not None or parts.password is not None:
         raise ConfigError(place, "must not hold a user name or password", "set the AWS keys instead")
     if parts.query or parts.fragment:
         raise ConfigError(place, "must end with the path", "leave out everything from ? or #")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    # The Host header is signed: it must be written as every client writes it, without the port that goes without
+    # saying.
     if port is not None and port != {"http": 80, "https": 443}[parts.scheme]:
         host = f"{host}:{port}"
     # what may not stand in a request line is encoded; what is encoded already stays
@@ -88,9 +92,12 @@ def find_region(kinesis: Kinesis, environ: Mapping[str, str] | None = None) -> s
     env = os.environ if environ is None else environ
     arn = parse_arn(kinesis.stream_arn) if kinesis.stream_arn else None
     region = kinesis.region or env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
+    # It becomes a part of a host's name: a slash or an @ in it would send signed calls somewhere else.
     if region and not re.fullmatch(r"[a-zA-Z0-9-]{1,63}", region):
         raise ConfigError("kinesis.region", f"{region!r} is not a region", "for example eu-west-1")
     if arn is not None:
+        # The region is signed. A stream that is somewhere else would be answered with "not found", which tells nobody
+        # why.
         if region and region != arn.region:
             raise ConfigError(
                 "kinesis.stream_arn",
@@ -140,8 +147,10 @@ def light_endpoint(
             if url:
                 break
     if url:
+        # One address was given, so it serves for both kinds of calls.
         taken = split_url(url, place)
         return Endpoint(taken, taken, region)
+    # To guess wrong here would send records to the wrong place. In doubt the SDK is asked, which costs 30 MB once.
     if _asks_for_more(kinesis, env):
         return None
     if _AWS.fullmatch(region):
@@ -172,6 +181,7 @@ def _asks_for_more(kinesis: Kinesis, env: Mapping[str, str]) -> bool:
         return True
     path = Path(env.get("AWS_CONFIG_FILE") or "~/.aws/config").expanduser()
     try:
+        # The file is not parsed: one of these words anywhere in it is enough to leave the answer to the SDK.
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
@@ -194,6 +204,8 @@ async def captured_endpoint(kinesis: Kinesis, credentials: Credentials) -> Endpo
     seen: list[tuple[str, str]] = []
 
     def take(request: Any, **_: object) -> Any:
+        # The region that the SDK signed for stands in the scope of its signature: it may differ from the one that was
+        # set.
         signed = request.headers["Authorization"]
         if isinstance(signed, bytes):
             signed = signed.decode()
@@ -206,6 +218,7 @@ async def captured_endpoint(kinesis: Kinesis, credentials: Credentials) -> Endpo
             "kinesis",
             region_name=region,
             endpoint_url=kinesis.endpoint_url or None,
+            # The real keys are needed for an account's own host. The call is stopped before it would leave.
             aws_access_key_id=credentials.access_key,
             aws_secret_access_key=credentials.secret_key,
             aws_session_token=credentials.token,

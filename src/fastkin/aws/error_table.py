@@ -48,6 +48,8 @@ _REJECTED = """
 InvalidArgumentException ValidationException ValidationError SerializationException
 RequestEntityTooLarge RequestEntityTooLargeException
 """
+# Where a code stands decides what becomes of data. REJECTED is the only action that gives records up, so a code goes
+# there only when it is known to be about the records themselves.
 REQUEST_ACTIONS: dict[str, Action] = {
     code: action
     for codes, action in (

@@ -97,6 +97,7 @@ class KinesisClient(Client):
         view = memoryview(body)
         length = view.nbytes
         view.release()
+        # Once per body, not once per attempt: it costs more than the rest of the signature.
         digest = await self._digest(body, length)
         resigned = 0
         while True:
@@ -146,6 +147,7 @@ class KinesisClient(Client):
 
     async def _digest(self, body: Any, length: int) -> str:
         """SHA-256 of the body in hex. Kept with a body that can hold it, so a resend costs none."""
+        # A batch keeps its digest; what is asked about a stream is plain bytes, which cannot.
         kept = getattr(body, "digest", None)
         if isinstance(kept, str):
             return kept
@@ -173,6 +175,8 @@ class KinesisClient(Client):
             request_timeout_s=kinesis.request_timeout_s,
             ssl_context=self._tls.context if self._tls is not None else None,
             ca_bundle=bundle_path(kinesis),
+            # The other side must not close first: a call on a connection that is just being closed is lost and sent
+            # again.
             idle_s=IDLE_AWS_S if is_aws(base) else IDLE_FOREIGN_S,
             on_resend=self._resent,
         )

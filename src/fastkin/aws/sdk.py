@@ -58,6 +58,8 @@ _METHODS = {
 }
 
 
+# The SDK's serialiser builds the body from `Records`. Ours is finished, so it is given an empty list, and the event
+# `before-call` puts the finished body in the place of what it made.
 class _Finished(list[Any]):
     """Stands for Records: an empty list that carries the whole body past the serialiser."""
 
@@ -86,6 +88,7 @@ class _Bridge(AioCredentials):  # type: ignore[misc]  # the SDK has no types
     """The SDK asks this for keys before each signature; our provider answers."""
 
     def __init__(self, provider: Provider, account_id: str | None) -> None:
+        # Never used: get_frozen_credentials() is asked before each signature.
         super().__init__("-", "-", account_id=account_id, method="fastkin")
         self._provider = provider
 
@@ -145,7 +148,10 @@ class SdkClient(Client):
                 endpoint_url=kinesis.endpoint_url or None,
                 verify=kinesis.ca_bundle or None,
                 config=AioConfig(
+                    # It would look through every record again, at a third of the SDK's cost of a call.
                     parameter_validation=False,
+                    # The sender decides what goes again and when; a second loop of retries below it would hide
+                    # failures from it.
                     retries={"total_max_attempts": 1},
                     max_pool_connections=kinesis.max_connections,
                     connect_timeout=kinesis.connect_timeout_s,
@@ -153,6 +159,7 @@ class SdkClient(Client):
                     connector_args={"keepalive_timeout": IDLE_FOREIGN_S if foreign else IDLE_AWS_S},
                 ),
             )
+            # Entered by hand: it lives from start() to close(), which are two calls.
             self._client = await context.__aenter__()
         except BotoCoreError as error:
             raise ConfigError("kinesis", f"the SDK refuses the settings: {error}") from None
@@ -183,6 +190,7 @@ class SdkClient(Client):
             offset = self.clock_offset
             try:
                 return await self._once(target, body)
+            # The raw parser gave the body through, so the error is read by the same table as the native client's.
             except ClientError as refusal:
                 told = refusal.response["ResponseMetadata"]
                 reply = Reply(told["HTTPStatusCode"], told["HTTPHeaders"], refusal.response["Body"])
@@ -211,6 +219,8 @@ class SdkClient(Client):
         except TimeoutError:
             raise TransportError("RequestTimeout", f"no whole answer within {most:.3g} s") from None
         except (ConnectTimeoutError, ReadTimeoutError) as error:
+            # Whether the body can have arrived decides if the records may be stored twice: NotSent says that it
+            # cannot.
             if isinstance(error, ConnectTimeoutError):
                 raise NotSent("ConnectTimeout", str(error)) from None
             raise TransportError("RequestTimeout", str(error)) from None

@@ -46,6 +46,8 @@ class ShardMap:
         self.shards = tuple(sorted((s for s in shards if not s.closed), key=lambda s: s.start))
         expected = 0
         for shard in self.shards:
+            # A map with a hole or an overlap is no map: a split or merge was read half-way. It is refused as a whole,
+            # and read again later.
             if shard.start != expected:
                 raise ValueError(
                     f"the open shards do not cover the hash key space: {shard.id} starts at"

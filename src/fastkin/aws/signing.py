@@ -41,6 +41,7 @@ def canonical_path(path: str) -> str:
         return "/"
     kept: list[str] = []
     for part in path.split("/"):
+        # The service makes the path canonical before it checks the signature, so it must be signed as it will see it.
         if part in {"", "."}:
             continue
         if part == "..":
@@ -65,6 +66,7 @@ class Signer:
         self._scope = ""
         self._second = -1
         self._date = ""
+        # An endpoint has one path, nearly always "/": it is made canonical once.
         self._paths: dict[str, str] = {}
 
     def head(
@@ -81,17 +83,20 @@ class Signer:
     ) -> bytes:
         """The request line and all headers of one signed POST, ready to be written before the body."""
         second = int(now)
+        # The text of a second serves for all calls in it: strftime costs more than the two hashes.
         if second != self._second:
             self._second = second
             self._date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(second))
         date = self._date
         day = date[:8]
+        # The key is made of keys, day, region and service by four hashes, and holds for the day.
         if credentials is not self._credentials or day != self._day:
             self._new_key(credentials, day)
         signed_path = self._paths.get(path)
         if signed_path is None:
             signed_path = self._paths[path] = canonical_path(path)
         token = credentials.token
+        # The names of the signed headers must be sorted, and the token is one of them only when it is there.
         if token:
             names = "content-type;host;x-amz-date;x-amz-security-token;x-amz-target"
             signed_token = f"x-amz-security-token:{token}\n"
@@ -99,10 +104,13 @@ class Signer:
         else:
             names = "content-type;host;x-amz-date;x-amz-target"
             signed_token = token_header = ""
+        # The canonical request: method, path, query (none here), the headers that are signed, their names, the hash
+        # of the body. Each in the form that the service makes of what it received, or the signatures differ.
         request = (
             f"POST\n{signed_path}\n\ncontent-type:{content_type}\nhost:{host}\nx-amz-date:{date}\n"
             f"{signed_token}x-amz-target:{target}\n\n{names}\n{body_sha256_hex}"
         )
+        # What is signed in the end: algorithm, time, scope, and the hash of the canonical request.
         text = f"{ALGORITHM}\n{date}\n{self._scope}\n{sha256(request.encode()).hexdigest()}"
         signature = hmac.digest(self._key, text.encode(), "sha256").hex()
         return (

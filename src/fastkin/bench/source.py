@@ -72,10 +72,13 @@ class _Tape:
         self._topics = topics
         self._qos = qos
         self._version = version
+        # A cycle is as long as there are identifiers: then message n always has the same packet, and packets are made
+        # once.
         self.length = min(count, CYCLE) if qos == 0 else CYCLE
         self._end = max(1, min(self.length, count))  # no more of the cycle is needed
         self._size = sum(map(len, payloads)) / len(payloads) + 40
         self._starts = array("Q")
+        # Large payloads are encoded when they are sent: 65,535 of them would not fit into memory.
         if self._size * self._end <= _TAPE_BYTES:
             packets = [self._encode(i) for i in range(self._end)]
             self._bytes = memoryview(b"".join(packets))
@@ -203,6 +206,8 @@ class Source:
             self.done.set()
 
 
+# Enough of a broker to measure with, and no more: it believes its subscriber, and a malformed packet is not its
+# subject.
 class _Player(asyncio.Protocol):
     """One connection of the subscriber."""
 
@@ -388,6 +393,7 @@ class _Player(asyncio.Protocol):
         if source._player is not None:
             source._player.abort()  # the same session, taken over
         source._player = self
+        # What was not acknowledged is played again, as a broker does for a kept session.
         self._next = source.acked
         self._tape = source._tapes[self._version]
         self._transport.write(bytes((0x20, 3 if self._version == 5 else 2, present, 0)) + b"\0" * (self._version == 5))
@@ -468,15 +474,17 @@ async def _serve(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The process: prints its port, then, when all is acknowledged, one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m fastkin.bench.source", description=main.__doc__)
-    parser.add_argument("--port", type=int, default=0, help="0: a free one, on loopback")
+    parser.add_argument("--port", type=int, default=0, help="port to listen on, on loopback; 0: any that is free")
     parser.add_argument("--messages", type=int, default=100_000)
     parser.add_argument("--payload", default="welder", help="welder (152 B JSON), bulk, or a number of bytes")
-    parser.add_argument("--records", type=int, default=100, help="in each bulk frame")
-    parser.add_argument("--topic", default="plant/1/welder", help="topics, comma-separated, in turn")
+    parser.add_argument("--records", type=int, default=100, help="records in each bulk frame")
+    parser.add_argument(
+        "--topic", default="plant/1/welder", help="topics, separated by commas; messages take them in turn"
+    )
     parser.add_argument("--qos", type=int, choices=(0, 1), default=1)
-    parser.add_argument("--window", type=int, default=20_000, help="unacknowledged at most")
-    parser.add_argument("--rate", type=float, help="messages per second; without: full speed")
-    parser.add_argument("--batch", type=int, help="messages a write at most")
+    parser.add_argument("--window", type=int, default=20_000, help="how many messages may be unacknowledged")
+    parser.add_argument("--rate", type=float, help="messages per second; without it: full speed")
+    parser.add_argument("--batch", type=int, help="most messages in one write")
     parser.add_argument("--latency", action="store_true", help="report the time from write to acknowledgement")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds until it gives up")
     args = parser.parse_args(argv)

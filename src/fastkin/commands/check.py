@@ -34,6 +34,8 @@ def check(settings: Settings, *, connect: bool, quiet: bool, own_id: bool = Fals
         click.echo(f"warning: {warning}", err=True)
     problems: dict[str, ConfigError] = {}  # what keeps `fastkin run` from starting, each told once
     # do certificate and key belong together, and is there a region?
+    # These need no network, so they are part of the plain check; settings/ cannot ask them, for it knows neither TLS
+    # nor the SDK's files.
     tests: list[Callable[[], object]] = [functools.partial(tls_context, settings.broker)]
     tests += [functools.partial(region_of, pipeline.kinesis) for pipeline in settings.pipelines if pipeline.enabled]
     for test in tests:
@@ -52,7 +54,9 @@ async def _connect(settings: Settings, *, own_id: bool) -> int:
     good = True
     for pipeline in settings.pipelines:
         if pipeline.enabled:
+            # All are tried, also when one fails: who mends settings wants to see every fault at once.
             good &= await _filters(settings, pipeline, own_id=own_id)
+    # Pipelines may share a stream, and dead letters may go to one that is checked already.
     seen: set[Kinesis] = set()
     for pipeline in settings.pipelines:
         for kinesis in (pipeline.kinesis, destination(pipeline)):

@@ -70,7 +70,7 @@ def settings_from(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option(
         "--env-file",
         type=click.Path(dir_okay=False),
-        help="Read KEY=VALUE lines first; the real environment wins over them.",
+        help="Read settings from KEY=VALUE lines; the real environment wins over them.",
     )(command)
     return click.argument("config", required=False, envvar="FASTKIN_CONFIG", metavar="[CONFIG.toml]")(command)
 
@@ -130,14 +130,14 @@ def run(config: str | None, env_file: str | None, verbose: bool, quiet: bool, lo
 @click.option(
     "--own-id",
     is_flag=True,
-    help="Connect with the service's own client id: it pushes a service that runs off the broker.",
+    help="Connect with the service's own client id. This disconnects a service that runs.",
 )
 @common
 def check(config: str | None, env_file: str | None, connect: bool, own_id: bool, verbose: bool, quiet: bool) -> int:
     """Check the settings and print what is in effect, secrets hidden.
 
-    --connect subscribes each pipeline's filters, under a client id of its own and shared ones under a
-    group of its own, so that no message is taken from a service that runs.
+    --connect subscribes the filters of each pipeline. It uses a client id of its own, and a group of
+    its own for shared filters, so it takes no message away from a service that runs.
 
     Every wrong setting is named with its file, its key and the cure; the exit code is 2 then.
     """
@@ -151,23 +151,29 @@ def check(config: str | None, env_file: str | None, connect: bool, own_id: bool,
 
 
 @cli.command()
-@click.option("--port", type=click.IntRange(0, 65_535), default=4567, show_default=True, help="0: any.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65_535),
+    default=4567,
+    show_default=True,
+    help="Port to listen on; 0: any that is free.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--stream",
     "streams",
     multiple=True,
     metavar="NAME:SHARDS",
-    help="A stream to begin with; may be given again. Without: welders:4.",
+    help="Make this stream at the start; may be given several times. Without it: welders:4.",
 )
 @click.option(
     "--limits",
     type=click.Choice(["on", "off"]),
     default="on",
     show_default=True,
-    help="Per shard 1,000 records and 1 MiB a second, as Kinesis has it.",
+    help="Limit each shard to 1,000 records and 1 MiB a second, as Kinesis does.",
 )
-@click.option("--latency-ms", type=click.FloatRange(0), default=0.0, help="Wait before each answer.")
+@click.option("--latency-ms", type=click.FloatRange(0), default=0.0, help="Milliseconds to wait before each answer.")
 @click.option(
     "--faults",
     type=click.Path(exists=True, dir_okay=False),
@@ -235,10 +241,10 @@ def demo(seconds: float, rate: float, kill: bool, keep: bool, verbose: bool, qui
     default="latest",
     show_default=True,
     metavar="trim_horizon|latest|TIME",
-    help="Begin with the oldest record, the next one, or at 2026-11-21T04:00:00Z.",
+    help="Begin with the oldest record, with the next one, or at a time: 2026-11-21T04:00:00Z.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with key and shard.")
-@click.option("--raw", is_flag=True, help="Nothing but the data, a line break after each record.")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object a line, with key and shard.")
+@click.option("--raw", is_flag=True, help="Write only the data, with a line break after each record.")
 @click.option("--as-stored", is_flag=True, help="Do not take KPL aggregates apart.")
 @click.option("--limit", type=click.IntRange(1), help="Stop after so many records.")
 @click.option("--region", help="Region; else AWS_REGION or the AWS configuration.")
@@ -260,7 +266,7 @@ def tail(
 ) -> int:
     """Print the records of STREAM (a name or an ARN), all shards, until Ctrl-C.
 
-    KPL aggregates are taken apart, as KCL does it; what does not print is written as an escape.
+    KPL aggregates are taken apart, as KCL does. Characters that do not print are written as escapes.
     """
     _set_up_logs(verbose, quiet)
     if as_json and raw:
@@ -287,8 +293,8 @@ def tail(
 def dead_letters() -> None:
     """See what was set aside because Kinesis can never take it, and send it once more.
 
-    A FILE stands for itself and its rotated ones (FILE.1, FILE.2, ...), the oldest first; without one
-    those of the settings are meant. A service may go on writing to them meanwhile.
+    A FILE stands for itself and its rotated files (FILE.1, FILE.2, ...), the oldest first. Without a
+    FILE those of the settings are used. A service may go on writing to them meanwhile.
     """
 
 
@@ -302,10 +308,16 @@ def _letters(command: Callable[..., Any]) -> Callable[..., Any]:
         return int(command(wanted=_letter_filter(pipeline, reason, topic, since), **others))
 
     for option in (
-        click.option("--since", metavar="TIME", help="Not older than this: 90s, 30m, 2h, 7d, or 2026-11-21T04:00:00Z."),
-        click.option("--topic", metavar="FILTER", help="Of topics that match, by MQTT's rules of +, #, $ and $share/."),
-        click.option("--reason", metavar="TEXT", help="Whose reason has this in it."),
-        click.option("--pipeline", metavar="ID", help="Of this pipeline."),
+        click.option(
+            "--since",
+            metavar="TIME",
+            help="Only letters that are not older: 90s, 30m, 2h, 7d, or since 2026-11-21T04:00:00Z.",
+        ),
+        click.option(
+            "--topic", metavar="FILTER", help="Only letters whose topic matches this MQTT filter (+, #, $share/GROUP/)."
+        ),
+        click.option("--reason", metavar="TEXT", help="Only letters whose reason contains this text."),
+        click.option("--pipeline", metavar="ID", help="Only letters of this pipeline."),
     ):
         filtered = option(filtered)
     return filtered
@@ -320,10 +332,15 @@ def _letter_settings(command: Callable[..., Any]) -> Callable[..., Any]:
         return int(command(load=lambda: _load(config, env_file) if named else None, **others))
 
     option = click.option(
-        "--env-file", type=click.Path(dir_okay=False), help="Read KEY=VALUE lines first, for the settings."
+        "--env-file",
+        type=click.Path(dir_okay=False),
+        help="Read settings from KEY=VALUE lines; the real environment wins over them.",
     )
     return click.option(
-        "--config", envvar="FASTKIN_CONFIG", metavar="CONFIG.toml", help="Settings that name files and streams."
+        "--config",
+        envvar="FASTKIN_CONFIG",
+        metavar="CONFIG.toml",
+        help="Settings file: it names the dead letter files and the streams.",
     )(option(told))
 
 
@@ -348,7 +365,7 @@ def _letter_filter(pipeline: str | None, reason: str | None, topic: str | None, 
 @dead_letters.command("list")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
 @_letters
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, also on a terminal.")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object a line, also on a terminal.")
 @_letter_settings
 @common
 def list_dead_letters(
@@ -364,7 +381,7 @@ def list_dead_letters(
 @dead_letters.command("show")
 @click.argument("number", type=click.IntRange(1), metavar="N")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
-@click.option("--raw", is_flag=True, help="Nothing but the payload, byte for byte, into a file or a pipe.")
+@click.option("--raw", is_flag=True, help="Write only the payload, byte for byte, into a file or a pipe.")
 @_letter_settings
 @common
 def show_dead_letter(number: int, files: tuple[str, ...], raw: bool, load: Load, verbose: bool, quiet: bool) -> int:
@@ -399,8 +416,9 @@ def replay_dead_letters(
 ) -> int:
     """Send dead letters again, to the stream of their pipeline; what is stored leaves the files.
 
-    What fails again is kept with its new reason, and the exit code is 1 then. It may be broken off
-    and run again: no letter is sent twice, but for the last 500 (or 4 MiB) of a run that was killed.
+    A letter that fails again is kept with its new reason, and the exit code is 1 then. You can break
+    it off and run it again. No letter is sent twice, except for the last 500 (or 4 MiB) of a run
+    that was killed.
     """
     _set_up_logs(verbose, quiet)
     if stream is None and (region or endpoint_url or profile):

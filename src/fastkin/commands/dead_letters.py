@@ -98,6 +98,7 @@ def paths_of(files: Sequence[str], settings: Settings | None) -> list[Path]:
             found[place] = None
     if not found:
         raise click.UsageError("no pipeline of these settings has a file as its dead_letter: name a FILE")
+    # A pipeline that never had a dead letter has no file. Only when none is there at all is that worth an error.
     there = [Path(name) for name in found if _there(Path(name))]
     return there or [Path(name) for name in found]
 
@@ -114,6 +115,7 @@ def _there(path: Path) -> bool:
 def list_letters(paths: Sequence[Path], wanted: Filter, *, as_json: bool) -> int:
     with LetterFiles(paths) as files:
         found = ((n, one) for n, one in numbered_letters(files) if wanted(one))
+        # A table is for eyes; what is piped is for programs.
         if as_json or not sys.stdout.isatty():
             for n, one in found:
                 click.echo(json.dumps({"n": n, "file": str(one.file.path), "line": one.line} | one.fields()))
@@ -292,6 +294,7 @@ async def _replay(
                 posts[name] = await _open(stack, name, settings, stream, form)
             return posts[name]
 
+        # One group after the other: a crash can send no more than one group twice.
         for letters in _groups(files, wanted, tally):
             await _replay_group(letters, again_for, tally)
             _progress(tally)
@@ -412,6 +415,7 @@ class Again:
         Of a frame larger than a group, those that are stored when this returns are left out. Broken off before that,
         all of it goes again.
         """
+        # It was a record by itself, or one of a frame: what Kinesis refused, or what was too large.
         if letter.offset is None or letter.index is not None:
             return [self._put(letter)]
         form = self.route.format(letter.topic)
@@ -435,10 +439,13 @@ class Again:
             if nbytes >= GROUP_BYTES:
                 nbytes = 0
                 await self.post.flush()
+                # A frame may be larger than memory should hold: what is stored by now is let go, before more of it is
+                # put.
                 parts = [part for part in parts if _left(part) is not None]
         return parts
 
     def _put(self, letter: Letter) -> Letter | tuple[Letter, Receipt]:
+        # Told from its length: to read hundreds of MiB only to be refused would fill memory for nothing.
         if isinstance(letter.payload, Stored) and len(letter.payload) > self.largest:
             _say_kept(
                 letter, f"a record of {len(letter.payload)} bytes; the largest that may be sent has {self.largest}"
@@ -446,6 +453,7 @@ class Again:
             return letter
         payload = letter.content()
         try:
+            # A record that Kinesis refused keeps its key, so that a duplicate can be recognised.
             key = letter.partition_key
             if key is None and not self.route.drawn:
                 key = self.route.key.render((letter.topic or "").encode(), payload)
@@ -473,6 +481,7 @@ async def _open(
             )
             return None
         route = route_of(named[0], settings.broker.client_id, form)
+    # Trusted: a letter that is refused stays in its file, so nothing is lost by believing the refusal at once.
     post = Post(pipeline or "-", route.kinesis, max_calls=min(4, route.kinesis.max_connections), trusted=True)
     stack.push_async_callback(post.close)
     await post.client.start()

@@ -149,6 +149,8 @@ class Process:
             try:
                 await asyncio.wait_for(self.process.wait(), timeout_s)
             except TimeoutError:
+                # It has had its time. A child that outlives the demo would hold its port, and the next demo would
+                # talk to it.
                 self.process.kill()
                 await self.process.wait()
         return int(self.process.returncode or 0)
@@ -341,10 +343,12 @@ def balance(
     there = Counter(stored)
     missing = there_is = 0
     for n in range(published):
+        # Payloads never repeat, so each record is looked up by its bytes: no count of fastkin's is believed here.
         times = there.pop(welder_payload(n), 0)
         missing += times == 0
         there_is += times > 0
     lost_frames = len(spoilt) - sum((Counter(spoilt) & Counter(set_aside)).values())
+    # What is left was stored and never published: bytes that were changed on the way.
     foreign = sum(there.values())
     return Ledger(
         published=published,
@@ -395,6 +399,8 @@ class Demo:
                 at = f", at {self.rate:g} records/s" if self.rate < rate else ""
                 self.show.say(f"mosquitto is not installed: amqtt{at}")
             emulator = await stack.enter_async_context(Emulator({STREAM: SHARDS}))
+            # A process of its own, as in production. So that what it says about memory and CPU is about fastkin
+            # alone, the plant and the stream are in this one.
             service = await stack.enter_async_context(self._service(name, port, emulator.url))
             await service.until(lambda: service.log().count("subscribed") >= 2)
             self.show.say(
@@ -433,6 +439,7 @@ class Demo:
         path.write_text(
             SETTINGS.format(host=HOST, port=port, protocol=protocol, stream=STREAM, url=url, dead_letters=dead_letters)
         )
+        # The demo must not reach a real stream because of what happens to be set in this shell.
         away = ("AWS_", "FASTKIN_", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
         env = {name: value for name, value in os.environ.items() if not name.startswith(away)}
         command = [sys.executable, "-m", "fastkin", "run", str(path)]
@@ -511,11 +518,13 @@ def demo(*, seconds: float, rate: float, kill: bool, keep: bool, verbose: bool, 
             ledger = runner.run(Demo(seconds, rate, kill, folder, show, verbose).run())
         good = ledger.good
     except BaseExceptionGroup as group:
+        # The demo's one task group has one error to tell; the group around it would only hide its text.
         raise group.exceptions[0] from None
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     finally:
         show.close()
+        # When something was lost the logs are the only witness.
         if keep or (not good and any(folder.iterdir())):
             click.echo(f"settings, logs and dead letters are in {folder}", err=True)
         else:

@@ -90,7 +90,11 @@ class _Service:
         self._printed: set[str] = set()
         self._print(settings)
         self._engine = Engine(settings, on_message=None if printer is None else self._on_message)
+        # A queue, for signals come from another thread and may come faster than they are acted on. None is lost, and
+        # they are looked at in their order.
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        # SIGHUP means two things: "read your settings again" from a supervisor, and "your terminal is gone" from the
+        # kernel. Which one it was is seen by whether the terminal that we had still answers.
         self._terminal = next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
         self._reload_asked = False
         self._reloading: asyncio.Task[None] | None = None
@@ -181,8 +185,11 @@ class _Service:
             self._reloading = asyncio.create_task(self._reload_all(), name="fastkin reload")
 
     async def _reload_all(self) -> None:
+        # SIGHUPs that come during a reload are one more reload, however many they are: the file is read as it is
+        # then.
         while self._reload_asked:
             self._reload_asked = False
+            # systemd counts the time of a reload from this moment, and it must be its own clock.
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
             try:
                 await self._reload()
@@ -197,6 +204,7 @@ class _Service:
         log.info("SIGHUP: reading the settings again")
         wrong: ConfigError | None = None
         try:
+            # In a thread: the file may lie on a disk that hangs, and the pipelines must not stand still for it.
             settings, everything = await self._reader.run(self._read_again)
             changes = await self._engine.reload(settings, everything=everything)
         except ConfigError as error:

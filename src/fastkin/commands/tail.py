@@ -101,6 +101,7 @@ def render(record: Mapping[str, Any], shard: str, form: Form) -> bytes:
         if (place := record.get("SubSequenceNumber")) is not None:
             line["subsequence_number"] = place
         if text is None:
+            # Another name for another form: who reads `data` must never get base64 by surprise.
             line["data_base64"] = base64.b64encode(data).decode("ascii")
         else:
             line["data"] = text
@@ -151,6 +152,8 @@ class Tail:
                 done.cancel()
                 for task in self._shards.values():
                     if task.done():
+                        # Raises what ended a shard's task: reading the others alone would show a part as if it were
+                        # all.
                         task.result()
                 if not self._done.is_set():
                     await self._open(first=False)
@@ -177,7 +180,10 @@ class Tail:
                     self._read_shard(name, self.start)
                 continue
             parents = {shard.get("ParentShardId"), shard.get("AdjacentParentShardId")} & there
+            # Parents that are no longer listed are older than what the stream keeps: nobody waits for them.
             if parents <= self._ended:
+                # A child that appears while we read is read from its beginning, else what came between two looks
+                # would be missing.
                 start = self.start if first or self.start.kind == "AT_TIMESTAMP" else None
                 self._read_shard(name, start or Start("TRIM_HORIZON"))
 
@@ -290,6 +296,7 @@ def tail(
     profile: str | None,
     as_stored: bool = False,
 ) -> int:
+    # Payloads come from strangers, and a terminal obeys what is in them.
     if form == "raw" and sys.stdout.isatty():
         raise click.UsageError("--raw writes the bytes as they are: not to a terminal; send it into a file or a pipe")
     out = sys.stdout.buffer

@@ -82,7 +82,9 @@ async def subscribe(broker: Broker, pipeline: Pipeline, *, own_id: str | None) -
     broker = dataclasses.replace(
         broker,
         client_id=name,
+        # A session under a name that nobody uses again would collect messages at the broker until it expires.
         clean_session=broker.clean_session if own_id else True,
+        # Retained messages would be handed out to the trial, and a filter with many of them takes long.
         retain_handling="never",
         reconnect_min_s=_AGAIN_S,
         reconnect_max_s=_AGAIN_S,

@@ -109,9 +109,12 @@ class Watch:
             flush()
 
         if not again:  # else the one who began hangs in it
+            # In a thread with a limit: to write the last line may hang as well, when the log goes to a pipe that
+            # nobody reads.
             thread = threading.Thread(target=words, name="fastkin last words", daemon=True)
             thread.start()
             thread.join(words_s)
+        # Not sys.exit(): that would wait for threads, and one of them is why we are here.
         os._exit(code)
 
     # -- the thread ------------------------------------------------------------------------------
@@ -121,6 +124,8 @@ class Watch:
             left = None if self._end_at is None else max(0.001, self._end_at - time.monotonic())
             self._read.settimeout(left)
             try:
+                # Python's own C handler writes the number of each signal: that needs neither the loop nor the
+                # interpreter's lock.
                 numbers = self._read.recv(64)
             except TimeoutError:
                 if self._end_at is not None and time.monotonic() >= self._end_at:

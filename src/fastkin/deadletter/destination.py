@@ -42,5 +42,6 @@ def is_own(pipeline: Pipeline) -> bool:
     own = pipeline.kinesis
     if own.stream_arn and other.stream_arn:
         return own.stream_arn == other.stream_arn
+    # A region that is not said may be the same one. In doubt it counts as the same, for the caller only warns.
     same_region = own.region is None or other.region is None or own.region == other.region
     return own.stream == other.stream and same_region

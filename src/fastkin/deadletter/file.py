@@ -105,6 +105,8 @@ def lock(
     pause = 0.001
     while True:
         try:
+            # Asked again and again, and never waited for: a blocking flock() cannot be given up, and would keep its
+            # thread in the kernel as long as the holder likes.
             fcntl.flock(fd, how | fcntl.LOCK_NB)
         except BlockingIOError:
             left = ends - time.monotonic()
@@ -121,6 +123,7 @@ def _holder(fd: int) -> int:
     """The process that holds a lock on the file, as far as the kernel tells us; 0: it does not."""
     try:
         told = os.fstat(fd)
+        # The table of the kernel names files by device and inode. Looked up only to name the holder in an error.
         where = f"{os.major(told.st_dev):02x}:{os.minor(told.st_dev):02x}:{told.st_ino}"
         for line in Path("/proc/locks").read_text().splitlines():
             fields = line.split()
@@ -173,6 +176,8 @@ class Spill:
                 self._fd = _nameless(self._beside)
             at, left = self.size, memoryview(piece)
             while left:
+                # At a position, not at the end: a piece that failed half-way is simply written again in the same
+                # place.
                 done = os.pwrite(self._fd, left, at)
                 at, left = at + done, left[done:]
         except OSError as error:
@@ -183,6 +188,7 @@ class Spill:
         at = 0
         while at < self.size:
             piece = os.pread(self._fd, min(size, self.size - at), at)
+            # The file has no name, so nobody else can shorten it: a short read is a failing disk.
             if len(piece) != min(size, self.size - at):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             yield piece
@@ -196,6 +202,8 @@ def _nameless(beside: Path) -> int:
         try:
             return _nameless_in(folder)
         except OSError as error:
+            # A full disk is no reason to look elsewhere: /tmp may be memory, and that is what the file is there to
+            # save.
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or folder == tempfile.gettempdir():
                 raise
             folder = tempfile.gettempdir()
@@ -205,6 +213,7 @@ def _nameless_in(folder: Path | str) -> int:
     try:
         return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
+        # Some file systems know no file without a name. There it has one for the moment between these two calls.
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise
     fd, name = tempfile.mkstemp(dir=folder)
@@ -218,6 +227,7 @@ class DeadLetters:
     def __init__(self, path: str | Path, *, max_bytes: int = 0, keep: int = 5) -> None:
         """max_bytes: rotate before a write that would pass it; 0: never. keep: rotated files to keep; 0: none, a
         full file is deleted."""
+        # A rename would move the link and not the file, so rotation works on the file that the link leads to.
         self.path = real(Path(path))
         self.max_bytes = max_bytes
         self.keep = keep
@@ -229,6 +239,8 @@ class DeadLetters:
     def open(self) -> Self:
         """Open the file now, so that a wrong path shows at start and not at the first bad frame."""
         if self._fd < 0:
+            # Read as well, to see whether the last line is whole. O_APPEND, because other processes append to the
+            # same file.
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             new = not self.path.exists()
             try:
@@ -249,6 +261,7 @@ class DeadLetters:
         for letter in letters:
             if isinstance(letter["payload"], Spill):
                 lines.append(LongLine(line_of({**letter, "payload": b""}), letter["payload"]))
+            # Joined, so that a thousand letters are one write.
             elif lines and isinstance(lines[-1], bytearray):
                 lines[-1] += line_of(letter)
             else:
@@ -291,6 +304,8 @@ class DeadLetters:
             except OSError as error:
                 self.close()
                 raise DeadLetterError(self.path, "lock it", error) from error
+            # We hold the lock of a file that may have been moved while we waited: what we wrote to it would be in
+            # FILE.1, or gone.
             if same(self.path, self._fd):
                 return
             self.close()
@@ -313,6 +328,8 @@ class DeadLetters:
         # a line larger than the limit has a file of its own, a device no size
         return bool(told.st_size) and told.st_size + more > self.max_bytes and stat.S_ISREG(told.st_mode)
 
+    # From the oldest down, each onto a name that is free. A crash between two renames leaves a gap and no file twice,
+    # and the next rotation stops at that gap.
     def _rotate(self) -> None:
         for extra in sorted(rotated(self.path), reverse=True):
             if extra > self.keep:  # `keep` was lowered
@@ -320,6 +337,7 @@ class DeadLetters:
         if not self.keep:
             self._delete(self.path)
             return
+        # The first gap takes the files before it. Without one the oldest makes room.
         free = 1
         while free <= self.keep and os.path.lexists(numbered(self.path, free)):
             free += 1
@@ -333,6 +351,7 @@ class DeadLetters:
     def _delete(self, path: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # somebody tidied up
             with path.open("rb") as file:
+                # Letters that were replayed are no loss: only the others count as deleted.
                 lost = sum(bool(line.strip()) and not line.startswith(DONE) for line in line_heads(file))
             path.unlink()
             self.deleted += lost
@@ -354,6 +373,8 @@ class Pieces(Protocol):
     def pieces(self, size: int) -> Iterator[bytes]: ...
 
 
+# The line is written as head, payload in pieces, tail: a payload of hundreds of MiB is never in memory, neither raw
+# nor as base64.
 class LongLine:
     """The line of a letter whose payload is not in memory, made of the same without a payload."""
 
@@ -377,17 +398,22 @@ class LongLine:
 _EMPTY = b',"payload":""'
 
 
+# All lines of a call, or none: a caller that hears of a failure writes all of it again.
 def append(fd: int, lines: Iterable[bytes | bytearray | LongLine]) -> None:
     """Add whole lines to a locked file, durably. OSError: nothing was added."""
     end = os.fstat(fd).st_size
     try:
+        # A crash cut the last line short. It is closed, so that it is damaged alone and does not swallow the next
+        # one.
         if end and os.pread(fd, 1, end - 1) != b"\n":
             os.write(fd, b"\n")
         for line in lines:
             for piece in line.pieces() if isinstance(line, LongLine) else (line,):
                 left = memoryview(piece)
                 while left:
+                    # A write may take a part only, when the disk fills up or a signal comes.
                     left = left[os.write(fd, left) :]
+        # Before this returns the message may not be acknowledged: see the head of this file.
         os.fsync(fd)
     except OSError:
         # what got through must not stay: the caller writes all of it again
@@ -425,6 +451,7 @@ def rotated(path: Path) -> list[int]:
     except OSError:
         return []
     numbers = [name[len(begin) :] for name in names if name.startswith(begin)]
+    # FILE.007 and FILE.bak are somebody else's. Seven digits and more are no rotation, but a date perhaps.
     return sorted(int(n) for n in numbers if n.isascii() and n.isdecimal() and n[0] != "0" and len(n) < 7)
 
 

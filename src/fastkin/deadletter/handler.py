@@ -277,9 +277,12 @@ class Aside:
             "packet": not too_large,
         }
         held = payload if isinstance(payload, bytes) else b""
+        # Counted as received and charged, though it was never offered: the books must know of what is acknowledged.
         reject = self._lane.refuse(message.topic or b"", held, kind, reason, message.offset, message.token)
         stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+        # A large one holds a file and a place in the queue: as many of them as would fill the bound are let through,
+        # no more.
         cost = _MEMORY_BYTES if isinstance(payload, Spill) else kept + _CARRIED_COST
 
         def settle(outcome: int) -> None:
@@ -291,6 +294,8 @@ class Aside:
 
         self._carried_cost += cost
         self._lay(_Group(kind, lambda: [letter], settle, kept))
+        # Many small ill-formed messages go on without a wait. When together they are as much as a large one, reading
+        # waits.
         return stored if self._carried_cost >= _MEMORY_BYTES else None
 
     def _say_carried(self, message: Apart, kept: int, kind: str, reason: str) -> None:
@@ -317,6 +322,8 @@ class Aside:
 
     def _lay(self, group: _Group) -> None:
         self._waiting.append(group)
+        # One writer: letters stay in the order in which they came, and a full disk is tried by one task, not by a
+        # thousand.
         if self._writing is None:
             self._writing = self._spawn(self._write(), "dead-letters")
 
@@ -329,6 +336,8 @@ class Aside:
                 outcome = DEAD
                 await self._store.store([{"pipeline": self._name, **one} for group in work for one in group.letters()])
                 self._say_deleted()
+            # Durable from here on. They leave the list before they are settled, for a settlement may bring more
+            # letters.
             del self._waiting[: len(work)]
             for group in work:
                 self._settle(group, outcome)

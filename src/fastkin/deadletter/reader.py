@@ -66,6 +66,7 @@ class Stored:
         return self.size
 
     def pieces(self, size: int = _PIECE) -> Iterator[bytes]:
+        # Base64 can be decoded in pieces of four characters: no piece may end within one.
         step = size // 3 * 4
         try:
             for at in range(0, self.length, step):
@@ -181,6 +182,8 @@ class LetterFile:
             for letter in letters:
                 # somebody may have cut the file off meanwhile (copytruncate): never write into what is not the line
                 if os.pread(self.fd, _SURE, letter.at) == letter.raw[:_SURE]:
+                    # Four bytes in place. Nothing moves, so the service may append and rotate meanwhile, and no
+                    # offset changes.
                     os.pwrite(self.fd, _MARK, letter.at + 2)
             os.fdatasync(self.fd)
         except OSError as error:
@@ -198,6 +201,8 @@ class LetterFile:
 
     def _parse_long(self, at: int, head: bytes, length: int) -> dict[str, Any]:
         """As _parse(), of a line that is not held: its payload is looked through where it lies."""
+        # The fields before the payload are short, and so are those behind it: the payload is what is between, however
+        # long.
         begin = head.find(_PAYLOAD)
         if begin < 0:
             raise ValueError("not a whole JSON line")
@@ -206,12 +211,15 @@ class LetterFile:
         tail = os.pread(self.fd, behind, at + length - behind)
         if (end := tail.find(b'"')) < 0:
             raise ValueError("not a whole JSON line")
+        # The line without its payload is a letter like any other, and is judged by the same rules.
         told = _parse(head[:begin] + tail[end:])
         size = length - len(tail) + end - begin
         last = b""
         for done in range(0, size, _PIECE):
             piece = os.pread(self.fd, min(_PIECE, size - done), at + begin + done)
             last = (last + piece)[-4:]
+            # What is left are bytes that base64 does not have. Only padding may be among them, and only at the very
+            # end.
             strange = piece.translate(None, _BASE64)
             if strange and (done + len(piece) < size or not last.endswith(strange) or strange.strip(b"=")):
                 raise ValueError("`payload` is not base64")
@@ -220,6 +228,7 @@ class LetterFile:
             raise ValueError("`payload` is not base64")
         return told | {"payload": Stored(self, at + begin, size, size // 4 * 3 - padding)}
 
+    # Lines are found by their ends, piece by piece: only short ones are joined, a long one is measured and let go.
     def _lines(self) -> Iterator[tuple[int, bytes, int]]:
         """Where each begins, what it says (of a long one the beginning), how long it is."""
         begin = at = length = 0
@@ -248,6 +257,7 @@ class LetterFile:
             yield begin, b"".join(rest), length
 
 
+# Opened together under the lock, so that no rotation moves a file between two opens: a letter is then seen once.
 class LetterFiles:
     """Files and their rotated ones, oldest first, as they were at one moment."""
 
@@ -269,12 +279,14 @@ class LetterFiles:
             self._exclude(base)
         self._bases[base] = None
         with _lock_of(base, change=change):  # no rotation while we look
+            # Who names FILE.2 means that one alone; who names FILE means all of it, oldest first.
             names = [path] if path != base else [*(numbered(base, n) for n in reversed(rotated(base))), base]
             there = [name for name in names if name.exists()]
             if not there:
                 raise _failed(path, "open it", FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
             for name in there:
                 file = LetterFile(name, change=change)
+                # Two names may lead to one file: to send its letters twice would be worse than to read it once.
                 if any(os.path.sameopenfile(file.fd, other.fd) for other in self.files):
                     file.close()
                 else:
@@ -341,6 +353,9 @@ def _tidy(path: Path, fd: int, *, live: bool) -> None:
         raise _failed(path, "take out what was replayed", error) from error
 
 
+# The new file takes the old one's place by a rename. Who has the old one open goes on writing to nothing: so the live
+# file is rewritten under its lock, and writers look whose name their file bears before each write
+# (DeadLetters._lock).
 def _rewrite(path: Path, fd: int, *, live: bool) -> None:
     """A file without its marked lines, in its place in one step. Its lock, or that of the live file, is held."""
     done = kept = False
@@ -361,6 +376,8 @@ def _rewrite(path: Path, fd: int, *, live: bool) -> None:
             sync_folder(path)
         return
     told = os.fstat(fd)
+    # Beside it: only within one directory is a rename one step, and a crash leaves either the old file or the new
+    # one.
     new = path.with_name(path.name + ".tidy")
     try:
         out_fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -424,6 +441,7 @@ def _base(path: Path) -> Path:
     return path if match is None or rotated(path) else path.with_name(match[1])
 
 
+# Strict, because what passes is sent to a stream: a letter that was damaged on the disk must not become a record.
 def _parse(raw: bytes) -> dict[str, Any]:
     """The fields of one line; ValueError says what is wrong with it."""
     try:
@@ -432,9 +450,12 @@ def _parse(raw: bytes) -> dict[str, Any]:
         raise ValueError("not a whole JSON line") from None
     if not isinstance(told, dict):
         raise ValueError("not a JSON object")  # noqa: TRY004 - of the text, not of our types
+    # The mark is written over the first key, so a letter must begin with it, whatever JSON says about the order of
+    # keys.
     if not raw.startswith(TIME):
         raise ValueError('does not begin with {"time":')
     for name, kinds in _KINDS.items():
+        # In Python True is a number too.
         if not isinstance(told.get(name), kinds) or isinstance(told.get(name), bool):
             raise ValueError(f"`{name}` is missing or not what it should be")  # noqa: TRY004
     try:

@@ -142,6 +142,7 @@ class LetterStream:
         async def attempt() -> str | None:
             nonlocal todo
             try:
+                # Only what was refused goes again. What was stored must not come twice because of its neighbours.
                 todo, problem = await self._put(todo)
             except (KinesisError, ConfigError) as error:
                 problem = str(error)
@@ -159,6 +160,7 @@ class LetterStream:
     async def _put(self, records: list[tuple[bytes, str]]) -> tuple[list[tuple[bytes, str]], str]:
         """What the stream refused, and why."""
         await self._post.start()
+        # All are put before the first is waited for: they share calls, and one round trip.
         receipts = [self._post.put(data, key) for data, key in records]
         await self._post.flush()
         left, problem = [], ""

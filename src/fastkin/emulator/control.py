@@ -121,6 +121,7 @@ class Control:
     def list_shards(self, body: dict[str, Any]) -> dict[str, Any]:
         token = body.get("NextToken")
         start = body.get("ExclusiveStartShardId") or ""
+        # The token holds name and place: the stream must not be named a second time, as on AWS.
         if token is not None:
             if body.get("StreamName") is not None or body.get("StreamARN") is not None:
                 raise ApiError("InvalidArgumentException", "NextToken and StreamName cannot be given together.")
@@ -200,6 +201,7 @@ def _filtered(stream: Stream, wanted: Any) -> list[Shard]:
         return [shard for shard in stream.shards if shard.closed_at is None]
     if kind == "AFTER_SHARD_ID":
         return [shard for shard in stream.shards if shard.id > (wanted.get("ShardId") or "")]
+    # Nothing is ever trimmed here, so the shards of that moment are those that have no parents.
     if kind == "AT_TRIM_HORIZON":
         return [shard for shard in stream.shards if shard.parent is None]
     if kind == "FROM_TRIM_HORIZON":

@@ -1,5 +1,8 @@
 """Faults on demand: what goes wrong, when, and how often.
 
+To add a kind: its word in `Kind`, and its row in `EFFECTS`. Only a kind that does what none did before needs a field of
+`Plan` too, and the place in server.py that looks at it.
+
 A fault says what happens (`kind` and its details) and when (`times`, `skip`, `every`,
 `probability`, `after_s`, `for_s`, `stream`, `operation`). In code:
 
@@ -22,7 +25,7 @@ import time
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, get_args
 
 import orjson
 
@@ -36,8 +39,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["record", "call", "latency", "cut", "slow", "count", "html", "early", "garbage"]
 Where = Literal["before", "after", "inside"]
-KINDS: Final = ("record", "call", "latency", "cut", "slow", "count", "html", "early", "garbage")
-WHERES: Final = ("before", "after", "inside")
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+WHERES: Final[tuple[Where, ...]] = get_args(Where)
 
 # docs.aws.amazon.com/kinesis/latest/APIReference/CommonErrors.html and API_PutRecords.html;
 # a code that is not here is a 400.
@@ -162,14 +165,45 @@ class Fault:
 
 @dataclass(slots=True)
 class Plan:
-    """What happens to one call."""
+    """What happens to one call: several faults may strike it."""
 
-    delay_s: float = 0.0
-    error: Fault | None = None
+    delay_s: float = 0.0  # before the answer
+    error: Fault | None = None  # the answer is this error
     cut: Where | None = None
-    slow_s: float = 0.0
-    delta: int = 0
-    garbage: Fault | None = None
+    slow_s: float = 0.0  # in which the body of the answer dribbles out
+    delta: int = 0  # entries the answer has too many
+    rewrite: Callable[[bytes], bytes] | None = None  # makes another body of that of a 200 answer
+
+    def refuse(self, fault: Fault) -> None:
+        self.error = self.error or fault
+
+    def delay(self, fault: Fault) -> None:
+        self.delay_s += fault.ms / 1000
+
+    def dribble(self, fault: Fault) -> None:
+        self.slow_s += fault.ms / 1000
+
+    def miscount(self, fault: Fault) -> None:
+        self.delta += fault.delta
+
+    def cut_off(self, fault: Fault) -> None:
+        self.cut = self.cut or fault.where
+
+    def replace(self, fault: Fault) -> None:
+        self.rewrite = self.rewrite or (lambda _: fault.body or b"")
+
+
+# What each kind does to a call that it strikes. Two are not here: `record` strikes as the records of a call are stored,
+# `early` before the body of a call is read.
+EFFECTS: Final[Mapping[Kind, Callable[[Plan, Fault], None]]] = {
+    "call": Plan.refuse,
+    "html": Plan.refuse,
+    "latency": Plan.delay,
+    "slow": Plan.dribble,
+    "count": Plan.miscount,
+    "cut": Plan.cut_off,
+    "garbage": Plan.replace,
+}
 
 
 class Faults:
@@ -342,18 +376,7 @@ class Faults:
                 continue
             if not fault.strikes(now):
                 continue
-            if fault.kind == "latency":
-                plan.delay_s += fault.ms / 1000
-            elif fault.kind == "slow":
-                plan.slow_s += fault.ms / 1000
-            elif fault.kind == "count":
-                plan.delta += fault.delta
-            elif fault.kind == "garbage":
-                plan.garbage = plan.garbage or fault
-            elif fault.kind == "cut":
-                plan.cut = plan.cut or fault.where
-            else:
-                plan.error = plan.error or fault
+            EFFECTS[fault.kind](plan, fault)
             if fault.spent:
                 self.discard(fault)
         return plan
@@ -389,4 +412,4 @@ class Faults:
     def _sort(self) -> None:
         self.records = [fault for fault in self._faults if fault.kind == "record"]
         self.earlies = [fault for fault in self._faults if fault.kind == "early"]
-        self.calls = [fault for fault in self._faults if fault.kind not in ("record", "early")]
+        self.calls = [fault for fault in self._faults if fault.kind in EFFECTS]

@@ -91,6 +91,7 @@ class Reading:
         while position < last:
             arrival, key, data, _ = shard.log[position]
             size = len(data) + len((key or "").encode())
+            # The first record is given out whatever its size: a reader that could not pass it would stand still.
             if taken + size > GET_BYTES_MAX and records:
                 break
             taken += size
@@ -108,6 +109,7 @@ class Reading:
         if position < len(shard.log):
             behind = max(0, int((wall - shard.log[position][0]) * 1000))
         answer: dict[str, Any] = {"Records": records, "MillisBehindLatest": behind}
+        # No next iterator: that is how a reader learns that the shard has ended, and which ones follow.
         if shard.closed_at is not None and position >= len(shard.log):
             answer["ChildShards"] = [
                 {
@@ -122,6 +124,7 @@ class Reading:
         return answer
 
     def _iterator(self, stream: Stream, shard: Shard, position: int) -> str:
+        # The iterator says when it was made, so that nothing is kept here for readers that never come back.
         return pack("it", stream.name, shard.id, str(position), repr(self._state.clock()))
 
 

@@ -300,8 +300,8 @@ class Emulator:
                 return (*self._pages.html(plan.error.http_status), plan)
             body = dumps({"__type": error.code, "message": error.message}, form)
             return self._pages.head(error.status, form, len(body), counters.calls, error.code), body, plan
-        if plan.garbage is not None:
-            body = plan.garbage.body or b""
+        if plan.rewrite is not None:
+            body = plan.rewrite(body)
         elif plan.delta:
             body = _recount(body, form, plan.delta)
         if self._waiters and plan.cut != "before":

@@ -90,6 +90,7 @@ class State:
     def stream(self, body: Mapping[str, Any], *, active: bool = True) -> Stream:
         arn, name = body.get("StreamARN"), body.get("StreamName")
         for key in ("StreamName", "StreamARN"):
+            # The form of a name is checked before it is looked up: a wrong form is a mistake of the caller.
             value = body.get(key)
             if value is not None:
                 refuse(list(violations(RULES[key], key, key[0].lower() + key[1:], value)))
@@ -99,6 +100,7 @@ class State:
             if name is not None and name != match[3]:
                 raise ApiError("InvalidArgumentException", "StreamARN and StreamName name different streams.")
             name = match[3]
+            # A stream of another account is answered as one that does not exist.
             if match[2] != self.account or match[1] != self.region:
                 raise self.no_stream(name, match[2])
         if name is None:

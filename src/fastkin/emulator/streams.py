@@ -156,6 +156,8 @@ class Shard:
         self.log: list[LogEntry] = []
         self.stored_bytes = 0
         self.throttled = 0
+        # The two halves of a stored entry's answer, made once per shard: of each record only its counter is written
+        # between them. A bench must measure its peer and not this.
         self.fragments = {
             JSON: (f'{{"SequenceNumber":"{self.prefix}', f'","ShardId":"{self.id}"}}'),
             # 0xa2: a map of two; 0x78 0x38: a text of 56 bytes, the length of every sequence number
@@ -182,6 +184,7 @@ class Shard:
         self.bytes_left = self._bytes_cap if fill else min(self.bytes_left, self._bytes_cap)
         if limits is UNLIMITED:
             self.records_left = self.bytes_left = math.inf
+        # Limits are switched on: what was infinite begins with a full bucket.
         elif math.isinf(self.records_left):
             self.records_left, self.bytes_left = self._records_cap, self._bytes_cap
         self._refilled = now
@@ -209,6 +212,8 @@ class Shard:
         self.read_refilled = now
         self.read_calls_left = min(READ_CALLS_PER_S, self.read_calls_left + passed * READ_CALLS_PER_S)
         self.read_bytes_left = min(READ_BURST, self.read_bytes_left + passed * READ_BYTES_PER_S)
+        # A call is let through while anything is left, and may then take 10 MiB: the debt is paid by waiting, as on
+        # AWS.
         if self.read_calls_left < 1 or self.read_bytes_left <= 0:
             return False
         self.read_calls_left -= 1
@@ -314,6 +319,7 @@ class Stream:
         )
         width = HASH_SPACE // shards
         for index in range(shards):
+            # The last shard takes what the division leaves over, so that no hash key belongs to nobody.
             end = HASH_SPACE - 1 if index == shards - 1 else (index + 1) * width - 1
             stream._add(index * width, end, wall, now)
         stream._reindex()
@@ -353,6 +359,8 @@ class Stream:
         self.set_factor(self.factor, now)
 
     def digest(self, key: str | None) -> bytes:
+        # On such a stream Kinesis chooses the shard itself: any place is as good, and none may be guessed from the
+        # key.
         return os.urandom(16) if self.auto_keys or key is None else digest_of(key.encode())
 
     @property
@@ -372,6 +380,7 @@ class Stream:
         entries: list[str] = []
         append = entries.append
         shards, starts = self._open, self._starts
+        # What does not change within a call is looked up before the loop over its records.
         heads = [(*shard.fragments[content_type], shard) for shard in shards]
         for shard in shards:
             shard.refill(now)
@@ -381,6 +390,8 @@ class Stream:
         for key, data, size, digest, hash_key in zip(
             batch.keys, batch.datas, batch.sizes, batch.digests, hash_keys, strict=True
         ):
+            # A digest and the starts of the shards are 16 bytes, big-endian: comparing bytes is comparing 128-bit
+            # numbers.
             head, tail, shard = heads[bisect_right(starts, digest) - 1]
             if fault is not None and (error := fault(shard, key, data)) is not None:
                 failed += 1
@@ -412,6 +423,7 @@ class Stream:
         return batch.hash_keys if batch.hash_keys is not None else [None] * len(batch.keys)
 
     def split(self, shard: Shard, new_start: int, wall: float, now: float) -> None:
+        # The parent keeps its log: readers read it to its end before they begin with the children.
         shard.closed_at = wall
         self._add(shard.start, new_start - 1, wall, now, shard)
         self._add(new_start, shard.end, wall, now, shard)
@@ -430,6 +442,7 @@ class Stream:
             for shard in self.shards
             for at, (arrival, key, data, hash_key) in enumerate(shard.log)
         ]
+        # Stable, so records of one call and shard stay in the order of their numbers.
         records.sort(key=lambda record: record.arrival)
         return records
 

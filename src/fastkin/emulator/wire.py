@@ -78,6 +78,7 @@ def decode_cbor(body: bytes) -> Any:
 
 def _decode(body: bytes, at: int, depth: int) -> tuple[Any, int]:
     """The item at `at`, and where the next one begins."""
+    # A body of a hundred thousand opening bytes would end in the interpreter's own limit of recursion.
     if depth > _MAX_DEPTH:
         raise WireError(f"CBOR nested deeper than {_MAX_DEPTH} at byte {at}")
     if at >= len(body):
@@ -92,6 +93,8 @@ def _decode(body: bytes, at: int, depth: int) -> tuple[Any, int]:
     if major in (2, 3):
         if length is None:
             return _decode_chunks(body, at, depth, bytes if major == 2 else str)
+        # Compared with what is left, never added to a position: a length of eight bytes may be larger than any
+        # position.
         if len(body) - at < length:
             raise WireError(f"CBOR string of {length} bytes at byte {start} is cut")
         raw = body[at : at + length]
@@ -148,6 +151,7 @@ def _decode_chunks(body: bytes, at: int, depth: int, kind: type) -> tuple[bytes 
 
 def _decode_array(body: bytes, at: int, depth: int, length: int | None) -> tuple[list[Any], int]:
     items: list[Any] = []
+    # Items are appended as they come. A head that says a thousand million of them makes nothing ready for them.
     while length is None or len(items) < length:
         item, at = _decode(body, at, depth + 1)
         if item is _BREAK:

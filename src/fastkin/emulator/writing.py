@@ -29,6 +29,8 @@ class Writing:
 
     def put_records(self, body: dict[str, Any], content_type: str) -> bytes:
         records = body.get("Records")
+        # The fast way: what is right is not looked at by the table of rules. Only a call that is wrong pays for its
+        # words.
         if not isinstance(records, list) or not 0 < len(records) <= self._state.max_records:
             check("PutRecords", body)
             assert isinstance(records, list)
@@ -37,6 +39,7 @@ class Writing:
             refuse([broken_rule(records, "records", most)])
         stream = self._state.stream(body)
         batch = self._batch(stream, records)
+        # Behind the checks: a DryRun is to say what the real call would.
         refuse_dry_run(body)
         fault = None
         if self._state.faults.records:
@@ -136,6 +139,8 @@ class Writing:
             else:
                 keys = [record["PartitionKey"] for record in records]
                 raw = [key.encode() for key in keys]
+        # Something about a record is not as it must be. Which record and what is looked for now, when it is known
+        # that one is.
         except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
             explain_records(records, "PutRecords", stream.auto_keys)
         sizes = [len(data) + len(key) for data, key in zip(datas, raw, strict=True)]
@@ -161,6 +166,7 @@ class Writing:
             )
         digests = [stream.digest(key) for key in keys] if stream.auto_keys else None
         hash_keys = None
+        # Two members are data and key. Only a record with more of them can have an explicit hash key.
         if not stream.auto_keys and any(len(record) > 2 for record in records):
             hash_keys = [record.get("ExplicitHashKey") for record in records]
             if any(key is not None for key in hash_keys):

@@ -44,6 +44,7 @@ _LEVEL = re.compile(r"topic\[(\d{1,5})\]")
 
 def key_plan(spec: str, *, client_id: str = "", hostname: str | None = None) -> KeySpec:
     """Raises KeySpecError."""
+    # Only the first colon counts: what is behind it may hold others, as a static key or a template may.
     word, colon, rest = spec.partition(":")
     match word:
         case "uuid" | "none" | "topic" | "client" if not colon:
@@ -65,7 +66,7 @@ def key_plan(spec: str, *, client_id: str = "", hostname: str | None = None) -> 
         case "static" if colon:
             if not 1 <= len(rest) <= MAX_KEY_CHARS:
                 raise KeySpecError(
-                    f"a static key of {len(rest)} characters",
+                    f"the static key has {len(rest)} characters",
                     f"Kinesis takes 1 to {MAX_KEY_CHARS}",
                 )
             return KeySpec("parts", (("text", rest),))
@@ -106,7 +107,7 @@ def _template(text: str, client_id: str, hostname: str | None) -> KeySpec:
         name = hole.group(1)
         if name is None:
             if len(hole.group()) == 1:
-                raise KeySpecError(f"a lone {hole.group()} in the template", "write {{ or }} for a brace")
+                raise KeySpecError(f"the template has a lone {hole.group()}", "write {{ or }} for a brace")
             add_text(hole.group()[0])
         elif name == "hostname":
             add_text(hostname if hostname is not None else socket.gethostname())
@@ -126,6 +127,7 @@ def _template(text: str, client_id: str, hostname: str | None) -> KeySpec:
     add_text(text[at:])
     if not parts:
         raise KeySpecError("the template is empty", "for example template:{hostname}/{topic[1]}")
+    # What comes from the payload is known later. What is fixed is too long for every record, and is told now.
     fixed = sum(len(value) for kind, value in parts if kind == "text")
     if fixed > MAX_KEY_CHARS:
         raise KeySpecError(f"the template has {fixed} fixed characters", f"Kinesis takes 1 to {MAX_KEY_CHARS}")

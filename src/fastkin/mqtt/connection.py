@@ -105,7 +105,7 @@ class Connection(Receiver):
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
         self.reading = Reading(self.loop)
-        self.coalescing = Coalescing(broker.coalesce_ms / 1000 if broker.scheme in {"mqtt", "mqtts"} else 0.0)
+        self.coalescing = Coalescing(0.0 if broker.websocket else broker.coalesce_ms / 1000)
         self._keep_alive = KeepAlive(
             self.loop, self.session, self.reading, lambda: owner.last_read, lambda why: self._give_up(why, None)
         )

@@ -21,6 +21,7 @@ class Dialect:
     def __init__(self, protocol: str, prefer: int = 5) -> None:
         self._fixed = _FIXED.get(protocol)
         self._prefer = prefer
+        # 4 and 5 are the two versions, as CONNECT writes them.
         self._other = 9 - prefer
         self._spoken = False  # the broker has spoken the preferred version
         self._once = False  # the other one comes next, and only then

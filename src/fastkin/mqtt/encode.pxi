@@ -3,6 +3,7 @@
 cdef enum:
     MAX_REMAINING = 268435455  # four bytes of seven bits
 
+# One table for both versions. The codes of 3.1.1 are below 6, and 5.0 begins its errors at 0x80, so they do not meet.
 cdef dict REASONS = {
     # 3.1.1 CONNACK return codes, table 3.1
     0x00: "success",
@@ -62,6 +63,8 @@ def reason_text(code: int) -> str:
     return f"{text} (code 0x{code:02x})" if code else text
 
 
+# Every text of MQTT: two bytes of length, UTF-8, no NUL [MQTT-1.5.4-2]. What breaks this rule is told here, for a
+# broker would only close the connection.
 cdef bytes utf8(str text, str what):
     try:
         encoded = text.encode()
@@ -74,6 +77,7 @@ cdef bytes utf8(str text, str what):
     return encoded
 
 
+# Seven bits a byte, the lowest first; the top bit says that another byte follows. Lengths and identifiers are so.
 cdef bytes varint(size_t value):
     cdef uint8_t[4] out
     cdef Py_ssize_t n = 0
@@ -125,6 +129,7 @@ cdef int check_qos(int qos) except -1:
     return 0
 
 
+# Filters come from settings: what is wrong is told in words, once, and not found out by the broker's refusal.
 cdef tuple read_filter(str topic_filter):
     """(None, the filter's bytes without `$share/group/`), or (what is wrong, None)."""
     cdef str group, rest, level
@@ -206,6 +211,7 @@ def publish(
         if rest > MAX_REMAINING:
             raise LibraryError(f"a payload of {view.len} bytes is more than MQTT allows")
         head = 2 if rest < 128 else 3 if rest < 16384 else 4 if rest < 2097152 else 5
+        # Sized first and filled before anybody else can see it: a payload is copied once.
         out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> (head + rest))
         p = <uint8_t*> PyBytes_AS_STRING(out)
         p[0] = <uint8_t> (0x30 | (0x08 if dup else 0) | (qos << 1) | (1 if retain else 0))
@@ -234,6 +240,9 @@ def publish(
         PyBuffer_Release(&view)
 
 
+# CONNECT, section 3.1: fixed header, "MQTT" with its length, version (4 or 5), flags, keep-alive; in 5.0 the
+# properties; then client id, user and password, each with two bytes of length, and the last two only when their flag
+# is set.
 cdef bytes encode_connect(
     int version, str client_id, str user, bytes password, bint clean_start, int keep_alive,
     int64_t session_expiry, int receive_maximum, int topic_alias_maximum
@@ -269,6 +278,8 @@ cdef bytes encode_connect(
                   + properties + tail)
 
 
+# SUBSCRIBE, section 3.8: packet identifier; in 5.0 the properties; then each filter with its length and a byte of
+# options.
 cdef bytes encode_subscribe(
     int version, int packet_id, object filters, int retain_handling, uint32_t identifier
 ):

@@ -25,6 +25,7 @@ cdef enum:
     USERS_KEPT = 32  # user properties of one packet; the others are checked and let go
 
 
+# Control packets are few, so they may be objects. PUBLISH never comes this way.
 cdef dict properties_dict(const uint8_t* p, size_t left):
     """Properties that check_properties() has passed."""
     cdef dict out = {}

@@ -106,11 +106,15 @@ class Handshake:
     def accepted(self, connack: Connack, now: float) -> None:
         """CONNACK says yes: ask for the subscriptions."""
         asker = self._asker
+        # CONNECT to CONNACK is one round trip and what the broker does for it. The window judges by it what "at once"
+        # means.
         asker.window.round_trip_s = now - self.sent_at
         self.up = True
         asker.opened(self, connack)
         if not self.ready.done():
             self.ready.set_result(None)
+        # Before anything is asked for: what the broker says it cannot do must not be asked, for it would end the
+        # connection.
         self.subscriptions.learn(connack.properties)
         self._subscribe(asker.subscriptions)
         self._write(self.subscriptions.unsubscribe(asker.unsubscribe))
@@ -139,6 +143,8 @@ class Handshake:
         """Say it when they bring nothing."""
 
         def look() -> None:
+            # Any message will do, whatever filter it came by: a broker that takes `$share` for a plain topic sends
+            # none at all.
             if not self._session.messages and not self._reading.stopped:
                 self._asker.quiet_shared(filters)
 
@@ -176,6 +182,8 @@ class Handshake:
         if not self._reading.listening:  # it may be behind what we do not read
             self._await_subacks(limit)
             return
+        # A session with a long queue may send all of it before it comes to SUBACK: a deadline of its own would end
+        # the connection again and again, and the queue would never shrink.
         left = self._keep_alive.patience_left(limit, now)
         if left <= 0:
             self._give_up(f"no SUBACK within {limit:g} s", _UNSPECIFIC)
@@ -192,6 +200,7 @@ class Handshake:
             (refusal.topic_filter, refusal.qos) for refusal in self.subscriptions.missing.values() if not refusal.final
         ]
         if again:
+            # Permissions may be granted later. Other filters are served meanwhile, so the connection stays.
             self._timers["again"] = self._loop.call_later(
                 self._asker.broker.reconnect_max_s, self._subscribe_again, again
             )

@@ -52,6 +52,7 @@ class KeepAlive:
         self._alive_at = now
         self._keep_alive_s = keep_alive_s
         if keep_alive_s:
+            # Half of it: the broker may count from when it read our last packet, and one ping may be late.
             self._timer = self._loop.call_later(keep_alive_s / 2, self._ping)
 
     def talked(self, now: float) -> None:
@@ -83,11 +84,14 @@ class KeepAlive:
     def _ping(self) -> None:
         assert self._wire is not None
         now = self._loop.time()
+        # We do not read, so silence says nothing. The ping goes out all the same: the broker must not take us for
+        # dead.
         if not self._reading.listening:
             self._alive_at = now
         else:
             heard = max(self._alive_at, self.asked_at, self._last_read())
             silent = now - self._heard_at(now, 1.5 * self._keep_alive_s, heard)
+            # One and a half times: when a broker gives a silent client up [MQTT-3.1.2-22], we give up a silent broker.
             if silent > 1.5 * self._keep_alive_s:
                 self._give_up(f"the broker has been silent for {silent:.0f} s: it is taken for dead")
                 return

@@ -29,6 +29,7 @@ cdef inline size_t least(size_t one, size_t other) noexcept nogil:
     return one if one < other else other
 
 
+# A packet above the limit is never there whole. Its head must be, up to the last property, before it can be judged.
 cdef size_t publish_head(
     const uint8_t* body, size_t have, size_t rest, uint8_t first, bint v5
 ) noexcept nogil:
@@ -74,6 +75,7 @@ cdef class Unfit:
 
     cdef bint closes(self, bytes mark, double now) except -1:
         """Whether the connection is to be closed for this packet."""
+        # With a key of this process: nobody outside can make two packets that look alike to us.
         cdef bytes digest = hashlib.blake2b(mark, digest_size=16, key=self._key).digest()
         if digest in self._seen:
             # it is a current one

@@ -42,11 +42,14 @@ cdef enum:
     VARINT_SHORT = -1  # the next byte is not there yet
     VARINT_BAD = -2    # more than four bytes
 
+# What is wrong with a packet, without a Python object: a constant text, the place in the packet, the reason code for
+# the broker.
 cdef struct Fault:
     const char* reason
     size_t offset
     int code
 
+# All pointers lead into the packet where it was received: nothing is copied before the sink takes it.
 cdef struct Publish:
     const uint8_t* topic
     size_t topic_len
@@ -59,6 +62,7 @@ cdef struct Publish:
     uint8_t qos
 
 
+# Every malformed packet ends here. The reason is a constant: no byte of a peer is ever part of it.
 cdef inline int fail(Fault* fault, const char* reason, size_t offset, int code) noexcept nogil:
     fault.reason = reason
     fault.offset = offset
@@ -113,6 +117,8 @@ cdef int check_text(const uint8_t* p, size_t n, bint is_topic) noexcept nogil:
     while n > 0:
         while n > 0:
             if n >= 8:
+                # Eight bytes at a time while they are plain ASCII without NUL and wildcards, which topics nearly
+                # always are. What stops this is looked at byte by byte below.
                 word = load8(p)
             elif <size_t> (p - start) >= 8 - n:
                 word = load8(p + n - 8)  # the rest, and some of what was looked at before
@@ -234,6 +240,8 @@ cdef int check_string(
     return 0
 
 
+# A property is its identifier and a value whose layout the identifier decides (property_kind). There is no length
+# that would lead past one that is not known, so an unknown one ends the packet.
 cdef int check_properties(
     const uint8_t* p, size_t left, size_t offset, uint64_t allowed, bint repeat_ids,
     uint16_t* alias, Fault* fault
@@ -258,6 +266,7 @@ cdef int check_properties(
         left -= 1
         offset += 1
         used = 0
+        # Any value but 0: what may not be 0 is tested behind the branches, in one place for all kinds.
         value = 1
         if kind == KIND_FLAG:
             used = 1
@@ -277,6 +286,7 @@ cdef int check_properties(
             n = read_varint(p, left, True, &value)
             if n == VARINT_BAD:
                 return fail(fault, "a property's length is not valid", offset, CODE_MALFORMED)
+            # Longer than what is left: the test below calls it a property that runs over its end.
             used = left + 1 if n == VARINT_SHORT else <size_t> n
         else:
             if check_string(p, left, offset, kind != KIND_BINARY, ident == PROP_RESPONSE_TOPIC,
@@ -317,6 +327,7 @@ cdef uint32_t only_identifier(const uint8_t* p, size_t left) noexcept nogil:
         kind = property_kind(p[0])
         if p[0] == PROP_SUBSCRIPTION_ID:
             used = 1 + <size_t> read_varint(p + 1, left - 1, True, &value)
+            # Two subscriptions with different numbers: the packet says that both matched, and not which is meant.
             if found and found != value:
                 return 0
             found = value
@@ -366,6 +377,9 @@ cdef int last_properties(
     return 0
 
 
+# PUBLISH, section 3.3, behind its fixed header: topic with two bytes of length; packet identifier when QoS is not 0;
+# in 5.0 the property length and the properties; what is left is the payload. Its length is nowhere but in the fixed
+# header.
 cdef inline int parse_publish(
     const uint8_t* body, size_t left, size_t offset, uint8_t first, bint v5, Publish* out,
     Fault* fault
@@ -402,6 +416,7 @@ cdef inline int parse_publish(
         left -= 2
         offset += 2
     if v5:
+        # No properties, as nearly always: one comparison instead of two calls.
         if left > 0 and body[0] == 0:
             body += 1
             left -= 1

@@ -50,6 +50,7 @@ class Publisher:
 
         ConfigError: certificate files that cannot be read.
         """
+        # More than there are identifiers could never be told apart.
         if not 1 <= window <= PACKET_IDS:
             raise LibraryError(f"window {window} is not in 1..{PACKET_IDS}")
         self.broker = broker
@@ -223,6 +224,7 @@ class _Link(Receiver):
             self._in_flight.add(packet_id)
         self._out.append(packet)
         self._out_bytes += len(packet)
+        # Many small packets of one turn of the loop become one write; a large amount does not wait for its end.
         if self._out_bytes >= _BATCH:
             self.write()
         elif not self._scheduled:
@@ -275,6 +277,7 @@ class _Link(Receiver):
                     client_id=self._publisher.client_id,
                     user=user,
                     password=password,
+                    # Nothing is taken up again: what was not acknowledged is the caller's to publish anew.
                     clean_start=True,
                     keep_alive=broker.keep_alive_s,
                 )

@@ -74,6 +74,7 @@ class Reading:
             return
         if why == STALL:
             self._stalled_at = self._loop.time()
+        # Only the first cause pauses the wire, and only the last one to end resumes it.
         if not self.paused and self._wire is not None and not self._wire.is_closing():
             self._wire.pause_reading()
         self.paused |= why
@@ -130,6 +131,8 @@ class Coalescing:
         elapsed = now - self._looked_at
         if elapsed >= _COALESCE_LOOK_S:
             rate = self._messages / elapsed
+            # Two thresholds, so that a rate between them does not switch it on and off. Large reads gain nothing from
+            # a pause.
             self.on = (
                 rate >= (_COALESCE_OFF if self.on else _COALESCE_ON) and self._bytes < self._reads * _COALESCE_READ
             )

@@ -65,6 +65,7 @@ cdef inline uint64_t topic_hash(const uint8_t* p, size_t n) noexcept nogil:
     return h ^ (h >> 32)
 
 
+# Brokers strip prefixes of their own before they deliver: a message that came by `$queue/a` has the topic `a`.
 cdef list filter_forms(bytes encoded):
     """(rank, pattern) of what a filter may stand for; `$share/group/` is off."""
     cdef list forms = [(RANK_PLAIN, encoded)]
@@ -227,6 +228,7 @@ cdef class Router:
         self, const uint8_t* topic, size_t n, uint32_t identifier, bint resumed
     ) noexcept:
         """The sink of a message with a valid topic; `identifier`: the only one it has, else 0."""
+        # The plain case, and the fast one: one sink takes all, and no topic is looked at.
         if self._one != NULL and not (resumed and self._former):
             return self._one
         return self._find_among(topic, n, identifier, resumed)
@@ -245,6 +247,7 @@ cdef class Router:
         if self._one != NULL:
             return self._one
         if identifier:
+            # A pipeline has a handful of formats: a table would cost more than the loop.
             for i in range(self._identified_count):
                 if self._identified[i].number == identifier:
                     return <PyObject*> self._sinks[self._identified[i].found]
@@ -273,6 +276,8 @@ cdef class Router:
                         return pattern.found
         return MATCH_NONE
 
+    # Brokers send the same few topics again and again. To match each message against every filter would cost more
+    # than to take its records.
     cdef Py_ssize_t _recall(self, const uint8_t* topic, size_t n) noexcept:
         cdef uint64_t h = topic_hash(topic, n)
         cdef Route** ways = self._table + (h & self._set_mask) * WAYS
@@ -295,6 +300,7 @@ cdef class Router:
         cdef Route** place
         if size > self._cached_most:
             return
+        # All at once: no order has to be kept for the sake of a table that is full once in a long while.
         if self.cached_bytes + size > self._cached_most:
             self._forget()
         route = <Route*> malloc(size)

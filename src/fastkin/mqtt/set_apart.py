@@ -88,12 +88,15 @@ class SetApart:
             while True:
                 await self._piece.wait()
                 self._piece.clear()
+                # A disk may take as long as it likes: nothing is read meanwhile, and keep-alive goes on by itself.
                 await carrier.take(session.take_piece())
                 if not session.apart_left:
                     break
                 self._behind_piece(0)
+            # Not whole and not settled: it stays the broker's, which sends it to the next connection.
             if self._reading.stopped:
                 return
+            # From here on the token waits for one settlement, and the carrier gives it.
             session.finish_apart()
             await carrier.whole()
             self._behind_piece(1)

@@ -122,6 +122,8 @@ class Subscriptions:
                 return b""  # said twice
             raise ProtocolError("a SUBACK that answers no SUBSCRIBE of ours", 0, 0x82)
         self._answered.add(packet_id)
+        # It said that it can, and cannot. Without identifiers several formats are told by topic alone, which is
+        # enough.
         if _NO_IDENTIFIERS in codes and packet_id in self._numbered:
             self._identifiers.clear()
             return self._ask(asked)
@@ -224,6 +226,8 @@ class Subscriptions:
     def _take_id(self) -> int:
         while True:
             self._last_id = self._last_id - 1 if self._last_id > 1 else PACKET_IDS
+            # An identifier that waits for its answer must not be given to another question: one SUBACK would answer
+            # both.
             if self._last_id not in self._asked and self._last_id not in self._dropping:
                 self._answered.discard(self._last_id)
                 self._numbered.discard(self._last_id)

@@ -18,7 +18,9 @@ class Window:
     no hurry. It is verified now and then by holding a batch although the guess says that no more will come.
     """
 
+    # Chosen against brokers on one machine and across a network: shorter gaps lie between the packets of one burst.
     QUIET_S = 0.005
+    # One silence may be chance. Three in a row with the same count, and each ended by acknowledgements, are not.
     AGREE = 3
     LONG = 4  # silence this many times as long as the gaps before it is no gap
     MOST_OF = 0.8  # of the linger
@@ -86,6 +88,8 @@ class Window:
         acked_at, self._acked_at = self._acked_at, None
         before, self._received_at = self._received_at, now
         probe, self._probe = self._probe, 0
+        # More than the guess: it was wrong. Doubled at once, because a guess that is too small costs a call per
+        # window.
         if unacked > self.granted:
             self.granted = min(self.most, max(2 * unacked, 1))
             self._agreed = 0

@@ -64,6 +64,7 @@ async def dial(
         try:
             sock, info = await _race(infos)
         except OSError as error:
+            # The first failure tells most: what came after it was only tried because of it.
             raise first or error from None
         infos.remove(info)
         try:
@@ -85,6 +86,8 @@ async def _take(
     loop = asyncio.get_running_loop()
     keeper = _Keeper()
     try:
+        # TLS is part of this: an address that connects and then fails its handshake has failed, and the next one is
+        # tried.
         transport, _ = await loop.create_connection(
             lambda: keeper, sock=sock, ssl=tls, server_hostname=host if tls is not None else None
         )
@@ -100,14 +103,17 @@ async def _take(
         if isinstance(failure, RuntimeError):  # uvloop, when the peer was gone before the transport was there
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from None
         raise
+    # Lost between the connection and this line. The receiver has heard nothing, and must not hear of it now.
     if keeper.lost:
         raise keeper.error or ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+    # From here on nothing can fail: the receiver hears connection_made() and, sooner or later, connection_lost().
     transport.set_protocol(receiver)
     receiver.connection_made(transport)
     keeper.hand_over(receiver)
     return transport
 
 
+# The receiver must not hear connection_made() before nothing can fail. Somebody has to take what comes meanwhile.
 class _Keeper(asyncio.Protocol):
     """Stands for the receiver until the connection is its own."""
 
@@ -170,6 +176,8 @@ async def look_up(host: str, port: int) -> list[AddrInfo]:
         )
     key = (host, port)
     with _lookups_lock:
+        # One question for all who ask the same. After ten seconds a second one, for the first may be lost with its
+        # thread.
         running = [one for one in _lookups.get(key, ()) if not one.future.done()]
         if not running or (len(running) < _LOOKUPS_MOST and time.monotonic() - running[-1].asked > _LOOKUP_S):
             running.append(_Lookup(key))
@@ -198,6 +206,7 @@ async def look_up(host: str, port: int) -> list[AddrInfo]:
 
 # -- addresses ---------------------------------------------------------------------------------
 
+# For the whole process: an address that failed one pipeline will fail the others too.
 _avoided: dict[Any, float] = {}
 
 
@@ -206,6 +215,7 @@ def avoid(address: Any) -> None:
     now = time.monotonic()
     for old in [one for one, until in _avoided.items() if until < now]:
         del _avoided[old]
+    # A host behind a name with many addresses must not fill memory with them.
     if len(_avoided) < _AVOIDED_MOST:
         _avoided[address] = now + AVOID_S
 
@@ -213,11 +223,13 @@ def avoid(address: Any) -> None:
 def _in_turn(infos: Sequence[AddrInfo]) -> list[AddrInfo]:
     """Each address once, the families in turn, those to avoid last."""
     families: dict[int, list[AddrInfo]] = {}
+    # Resolvers tell an address several times, once for each protocol.
     for info in dict.fromkeys(infos):
         families.setdefault(info[0], []).append(info)
     lists = list(families.values())
     mixed = [of[at] for at in range(max(map(len, lists))) for of in lists if at < len(of)]
     now = time.monotonic()
+    # sorted() is stable: within the good ones and the bad ones the families still take turns.
     return sorted(mixed, key=lambda info: _avoided.get(info[4], 0.0) > now)[:_ADDRESSES_MOST]
 
 
@@ -262,6 +274,8 @@ class _Race:
             return
         self._open.append(sock)
         try:
+            # Not the loop's sock_connect(): that is a task, and to cancel one takes a turn of the loop in which it
+            # may succeed.
             code = sock.connect_ex(info[4])
         except OSError as error:  # an address that cannot be one
             self._shut(sock)
@@ -313,6 +327,7 @@ class _Race:
 
     def _why(self) -> OSError:
         first = self._failed[0][1]
+        # One text for one cause; a list of addresses only where they differ.
         if all(error.errno == first.errno for _, error in self._failed):
             return first
         return OSError("; ".join(f"{info[4][0]}: {error.strerror or error}" for info, error in self._failed))

@@ -39,6 +39,7 @@ def silence(sock: Any) -> float:
     if sock is None or option is None:
         return float("inf")
     try:
+        # The beginning of the structure is enough, and its layout never changes: the kernel only adds to its end.
         info = sock.getsockopt(socket.IPPROTO_TCP, option, _SINCE_DATA.stop)
     except OSError:
         return float("inf")

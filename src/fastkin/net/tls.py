@@ -72,9 +72,12 @@ def stamp(files: Iterable[str | None]) -> Stamp:
         if path:
             try:
                 told = os.stat(path)  # noqa: PTH116 - a path may be any text that a setting holds
+            # A file that is not there is a state as well: that it comes back is a change.
             except (OSError, ValueError):
                 found.append((path,))
             else:
+                # The inode too: a file that was replaced by a rename may have the size and the time of the one
+                # before.
                 found.append((path, told.st_mtime_ns, told.st_size, told.st_ino))
     return tuple(found)
 
@@ -97,6 +100,8 @@ class Renewed:
         """The context for a new connection. Raises nothing."""
         now = stamp(self._files)
         if now != self._stamp:
+            # Also when reading fails below: a file that is wrong is told once, and read again when it changes once
+            # more.
             self._stamp = now
             names = ", ".join(self._files)
             try:

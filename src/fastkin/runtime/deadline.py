@@ -13,6 +13,7 @@ _LOG = logging.getLogger("fastkin.engine")
 T = TypeVar("T")
 
 
+# Each part of a shutdown gets what is left, and not a time of its own: the sum is what the user was promised.
 class Deadline:
     """A moment, and waits that end with it at the latest: what is not done by then is cancelled and left behind."""
 

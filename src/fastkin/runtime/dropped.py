@@ -16,6 +16,7 @@ async def outlive(ended: Callable[[], None]) -> None:
     """A task that ends when it is cancelled, as every task is at the end of asyncio.run(), or when it is destroyed with
     a loop that was closed early; `ended()` is called then."""
     try:
+        # Nobody ever sets it. The task ends with the loop and in no other way, and that is the sign.
         await asyncio.get_running_loop().create_future()
     finally:
         with contextlib.suppress(Exception):  # at the end of the interpreter anything may be gone

@@ -26,6 +26,8 @@ T = TypeVar("T")
 HANGS_S = 10.0
 
 
+# One call after the other, because a file has one state: two threads in one SQLite connection, or two that rotate one
+# file, would need locks of their own.
 class Worker:
     """One thread, one call after the other. It starts with the first call, and ends after close() or with its owner."""
 
@@ -38,6 +40,7 @@ class Worker:
         self.hangs: str | None = None  # what has not answered, in words
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._started = False
+        # An owner that is dropped without close() would leave its thread waiting for jobs for ever.
         self._end = weakref.finalize(self, self._jobs.put, None)
 
     async def run(self, work: Callable[..., T], *args: Any) -> T:

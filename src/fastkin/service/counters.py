@@ -31,6 +31,8 @@ class Carry:
         """How much of the debt is paid when the runs at work have received so many."""
         return min(self.owed, max(0, received - self._from))
 
+    # An example: a run received 100 and stored 90, then it is replaced; 10 are owed. The broker sends these 10 again
+    # and 5 new ones. The successor has received 15, of which 10 pay the debt: together 105, and no counter went back.
     def add(self, stats: dict[str, Any], *, beside: int = 0) -> None:
         """The last numbers of a run; `volatile` says how many in flight nobody else keeps. `beside`: what other
         runs of the pipeline, which are at work, have received so far."""
@@ -52,6 +54,8 @@ def merged(carry: Carry | None, runs: list[dict[str, Any]]) -> dict[str, Any]:
         _add(found, run)
     found = _IDLE | found
     if carry is not None:
+        # Records that the broker sent once more were counted by the run that ended: they are one record, and count
+        # once.
         again = carry.paid(found.get("received", 0))
         _add(found, carry.sums)
         found["received"] -= again

@@ -142,6 +142,7 @@ class Engine:
         return await asyncio.shield(self._stopping)
 
     async def _stop(self) -> int:
+        # A run that lingers had all the time it needed. Now the process ends, and it has a deadline like the others.
         for run in self.leaving:
             run.hurry()
         runs = [*self.pipelines.values(), *self.leaving]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _LIVE: dict[str, Any] = {"description": "", "shutdown_timeout_s": 0.0, "stdout": False}
 
 
+# Compared with what the present run was made from: equal means that a new run would do nothing else.
 class Wanted(NamedTuple):
     """All that a run is made from: runs are replaced when it differs."""
 
@@ -36,6 +37,7 @@ class Planner:
             if not pipeline.enabled:
                 continue
             broker = self._broker_of(settings, pipeline.id)
+            # A certificate that was renewed under the same name is a change, though no setting says so.
             paths = (broker.tls.ca, broker.tls.cert, broker.tls.key, pipeline.kinesis.ca_bundle)
             wanted[pipeline.id] = Wanted(
                 dataclasses.replace(pipeline, **_LIVE), broker, tuple(_stamp(path) for path in paths if path)

@@ -84,6 +84,8 @@ class Reload:
                 # drawn at each reading: that alone is no change
                 broker = dataclasses.replace(settings.broker, client_id=runs.settings.broker.client_id)
                 settings = dataclasses.replace(settings, broker=broker)
+            # plan() notes which pipeline has which client id. When the settings turn out to be wrong that is taken
+            # back.
             plain = dict(self._planner.plain)
             wanted = self._planner.plan(settings)
             by_id = {pipeline.id: pipeline for pipeline in settings.pipelines}
@@ -101,6 +103,8 @@ class Reload:
                     broker = wanted[name].broker
                     if name in changed and broker.client_id_drawn:
                         self._replaced += 1
+                        # A drawn id belongs to nobody, so the new run gets another one: then both can be connected at
+                        # once, and nothing that is published in between is lost.
                         broker = dataclasses.replace(broker, client_id=f"{broker.client_id}-{self._replaced}")
                     made[name] = runs.build(by_id[name], broker)
             except ConfigError:
@@ -109,8 +113,10 @@ class Reload:
             except ValueError as error:  # LibraryError too: settings that were made in code, past the checks
                 self._planner.plain = plain
                 raise ConfigError(f"pipeline {name!r}", str(error)) from error
+            # From here on nothing raises for the sake of the settings: what can fail has been done.
             before, runs.settings = runs.settings, settings
             for name, run in runs.pipelines.items():
+                # What needs no new run (`_LIVE` in plan.py) is read from the run's own settings when it is needed.
                 if name in wanted and name not in changed:
                     run.pipeline = by_id[name]
 
@@ -154,6 +160,7 @@ class Reload:
 
     async def _go_back(self, run: PipelineRun, former: Former, halt: asyncio.Task[int], why: str) -> None:
         """What a reload brought never worked: the run before it is made anew."""
+        # The former run needs the session and the spool that this one still holds.
         await asyncio.wait([halt])
         async with self._turn:
             if not self._runs.stopped.is_set() and self._runs.pipelines.get(run.name) is run:
@@ -186,6 +193,8 @@ class Reload:
             name: Former(runs.wanted.get(name, wanted[name]), old[name].pipeline, old[name].intake.broker)
             for name in changed
         }
+        # Early runs start before the old ones leave, so nothing is missed. Late ones need what an old run still
+        # holds.
         early, late = self._beside(made, old)
 
         # First those that can stand beside what they replace.

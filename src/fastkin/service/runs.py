@@ -61,12 +61,15 @@ class Runs:
         pipeline, broker = run.pipeline, run.intake.broker
         if not broker.clean_session:
             subscribed = self._filters.setdefault((broker.url, broker.client_id), set())
+            # A kept session has all that was ever subscribed in it. What is not wanted any more must be told to the
+            # broker, else it goes on sending it.
             run.intake.unsubscribe = sorted(subscribed - set(pipeline.topics))
             subscribed.update(pipeline.topics)
         run.failure.add_done_callback(lambda _: failed(run))
         self.pipelines[pipeline.id] = run
         self.wanted[pipeline.id] = wanted
 
+    # A run that leaves goes on counting, so it stays in `leaving` until it has ended.
     def leave(self, run: PipelineRun) -> None:
         """Take a run out of its place; its numbers stay in stats()."""
         if self.pipelines.get(run.name) is run:

@@ -44,6 +44,7 @@ def check_arguments(given: Mapping[str, object]) -> None:
 
 def _told(row: Row, value: object, wrong: Fault, least: float | None) -> tuple[str, str]:
     """Problem and cure."""
+    # The text goes into an exception, and that into somebody's log.
     shown = "what is given" if row.hides(value) else printable(repr(value), _MOST_SHOWN)
     otherwise = "leave it out" if row.default is None else f"leave it out for {row.default!r}"
     kind = "a str or a Path" if row.file else _KINDS[row.kind]

@@ -65,6 +65,8 @@ def _value(rest: str, place: str, name: str) -> str:
     quote = text[:1]
     if quote not in ("'", '"') or not quote:
         return re.split(r"\s#", rest, maxsplit=1)[0].strip()
+    # Single quotes know no escapes, as in a shell. In double ones a backslash must mean something, so a slip is an
+    # error.
     pattern = r"'([^']*)'(.*)" if quote == "'" else r'"((?:[^"\\]|\\.)*)"(.*)'
     match = re.fullmatch(pattern, text)
     if match is None:

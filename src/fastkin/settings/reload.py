@@ -37,12 +37,15 @@ class Reader:
 
     def read_again(self) -> tuple[Settings, bool]:
         """Also whether the env file says something else to the AWS SDK or about proxies now."""
+        # Read before anything is changed: wrong settings leave the environment as it was.
         made = settings.load(self._config, env=self._real, env_file=self._env_file)
         put: dict[str, str] = {}
         if self._env_file is not None:
             found = envfile.read(Path(self._env_file))
             put = {name: value for name, (value, _) in found.items() if name not in self._real}
         before, self._put = self._put, put
+        # What was taken out of the env file leaves the environment too: else the SDK would see it until the process
+        # ends.
         for name in before.keys() - put.keys():
             self._environ.pop(name, None)
         self._environ.update(put)

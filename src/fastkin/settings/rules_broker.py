@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from fastkin.config import Broker, Tls
+from fastkin.config import SCHEMES, Broker, Tls
 from fastkin.net.names import is_host, is_loopback
 from fastkin.settings import pem
 from fastkin.settings.tables import BROKER_KEYS, TLS_KEYS
@@ -15,8 +15,7 @@ from fastkin.settings.values import Given, Value
 if TYPE_CHECKING:
     from fastkin.settings.values import Raw, Report
 
-_PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
-_SCHEMES = {"tcp": "mqtt", "ssl": "mqtts", "tls": "mqtts", "mqtt+ssl": "mqtts"}  # what others call them
+_ALIASES = {"tcp": "mqtt", "ssl": "mqtts", "tls": "mqtts", "mqtt+ssl": "mqtts"}  # what others call a scheme
 _EXAMPLE = "for example mqtt://localhost:1883"
 
 
@@ -44,11 +43,16 @@ def check(raw: Raw, tls_raw: Raw, report: Report) -> Broker | None:
 def _scheme(given: Given, tls: Given) -> None:
     """TLS is said by the scheme or by its table, and the port follows from that."""
     scheme = given.values.get("scheme") or ("mqtts" if tls.values else "mqtt")
-    if tls.values and scheme in {"mqtt", "ws"}:
-        secure = "mqtts" if scheme == "mqtt" else "wss"
-        tls.problem(next(iter(tls.raw)), f"is for TLS, and {scheme}:// has none", f"use {secure}://")
+    if tls.values and not SCHEMES[scheme].tls:
+        tls.problem(next(iter(tls.raw)), f"is for TLS, and {scheme}:// has none", f"use {_secured(scheme)}://")
     given.values["scheme"] = scheme
-    given.values.setdefault("port", _PORTS[scheme])
+    given.values.setdefault("port", SCHEMES[scheme].port)
+
+
+def _secured(scheme: str) -> str:
+    """The scheme that connects in the same way, with TLS."""
+    websocket = SCHEMES[scheme].websocket
+    return next(name for name, way in SCHEMES.items() if way.tls and way.websocket == websocket)
 
 
 def _certificates(tls: Given) -> None:
@@ -69,26 +73,30 @@ def _client_id(given: Given) -> None:
     if "clean_session" not in given:
         given.values["clean_session"] = True
         given.report.warn(
-            "no client_id: clean session, so what the broker would keep while fastkin is away is lost; set client_id"
+            "client_id is not set: the session is clean, and what is published while fastkin is away is lost;"
+            " set client_id"
         )
     elif not given["clean_session"]:
         cure = "set client_id"
         given.problem("clean_session", "false needs a client id: the broker keeps the session under it", cure)
     # a blank id that was written down is wanted: the broker then draws one
     if "client_id" not in given:
+        # Drawn by us and not by the broker: a name in the log, and an id that several connections of this process
+        # share.
         given.values.update(client_id=f"fastkin-{os.urandom(6).hex()}", client_id_drawn=True)
 
 
 def _warn(given: Given, tls: Given, report: Report) -> None:
     host, scheme = given["host"], given["scheme"]
-    if given["password"] and scheme in {"mqtt", "ws"} and not is_loopback(host):
-        report.warn(f"the broker's password goes unencrypted to {host}: use {scheme}s://")
+    if given["password"] and not SCHEMES[scheme].tls and not is_loopback(host):
+        report.warn(f"the broker's password goes unencrypted to {host}: use {_secured(scheme)}://")
     if not given["clean_session"] and given["session_expiry_s"] == 0:
         report.warn(
-            "session_expiry_s = 0: a 5.0 broker forgets the session when fastkin is away; set the longest outage"
+            "session_expiry_s = 0: a 5.0 broker forgets the session as soon as fastkin is away; set it to the"
+            " seconds of your longest outage"
         )
     if tls["insecure_skip_verify"]:
-        report.warn("insecure_skip_verify: any machine in the way can be the broker")
+        report.warn("insecure_skip_verify: any machine on the way can pretend to be the broker")
 
 
 def _url(given: Given) -> None:
@@ -108,7 +116,9 @@ def _url(given: Given) -> None:
         if key in raw and raw[key].text and not address.text:
             continue  # the environment wins over the file, also over a part of its address
         if key in given and given[key] != part:
-            given.problem(key, f"{key} is also in the address, otherwise", "keep one")
+            given.problem(key, f"the address says another {key}", "keep one of them")
+        # The part stands under its own key from here on, with the address as its place: rules need not know where it
+        # came from.
         raw.setdefault(key, address)
         given.take(key, Value(part, address.place))
 
@@ -123,8 +133,8 @@ class _AddressError(Exception):
 def _parts(url: SplitResult) -> dict[str, Any]:
     """What an address says, by key; _AddressError or ValueError: it cannot be the one of a broker."""
     port = url.port  # first: a secret with a / in it ends here, before any part of it is taken for a path
-    scheme = _SCHEMES.get(url.scheme, url.scheme)
-    if scheme not in _PORTS:
+    scheme = _ALIASES.get(url.scheme, url.scheme)
+    if scheme not in SCHEMES:
         problem = f"{url.scheme!r} is not a way to connect" if url.scheme else "has no scheme"
         raise _AddressError(problem, "use mqtt://, mqtts://, ws:// or wss://")
     if not url.hostname:
@@ -132,7 +142,7 @@ def _parts(url: SplitResult) -> dict[str, Any]:
     if not is_host(url.hostname):
         raise _AddressError(f"{url.hostname!r} is no name of a host")
     path = "" if url.path == "/" else url.path
-    if url.query or url.fragment or (path and scheme in {"mqtt", "mqtts"}):
+    if url.query or url.fragment or (path and not SCHEMES[scheme].websocket):
         raise _AddressError("says more than host and port")
     found = {"scheme": scheme, "host": url.hostname, "port": port, "path": path or None}
     found |= {"user": unquote(url.username or "") or None, "password": unquote(url.password or "") or None}

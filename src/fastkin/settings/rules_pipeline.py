@@ -43,8 +43,13 @@ def check(sources: Sources, number: int, broker: Broker | None, report: Report) 
     if len(report.problems) > before or kinesis is None:
         return None
     made = Pipeline(kinesis=kinesis, **given.values)
+    # What the stream refuses once it would refuse as a dead letter too, and the pipeline would stand still.
     if destination.is_own(made):
-        given.problem("dead_letter", "is the stream that refuses what would go there", "name another stream, or a file")
+        given.problem(
+            "dead_letter",
+            "is the stream of the records, which would refuse them again",
+            "name another stream, or a file",
+        )
         return None
     return made
 
@@ -56,6 +61,7 @@ def record_cost(nbytes: int) -> int:
 
 def _topics(given: Given, where: str, in_file: bool) -> None:
     """`topics` as the pipeline has them: that of `bulk_label` is among them, and nothing twice."""
+    # The same filter twice would make a broker deliver twice, or refuse the packet.
     topics = dict.fromkeys(given["topics"])
     for topic in topics:
         if wrong := _filter_problem(topic):
@@ -94,24 +100,26 @@ def _partition_key(given: Given, broker: Broker | None) -> None:
         given.problem("partition_key", error.problem, error.cure)
         return
     if given["aggregation"] == "kpl" and kind == "none":
-        problem = "cannot go with partition_key none: such streams do not take aggregates apart"
+        problem = "does not go with partition_key none: consumers of such a stream do not take aggregates apart"
         given.problem("aggregation", problem, "choose one of them")
 
 
 def _sizes(given: Given) -> None:
     record, batch, budget = given["max_record_bytes"], given["max_batch_bytes"], given["budget_bytes"]
+    # Told here, for the codec would call every large record oversize, and nobody would know that a setting did it.
     if record > batch:
         given.report.problem(
             given.place("max_batch_bytes", "max_record_bytes"),
-            f"max_batch_bytes {batch} holds no record of max_record_bytes {record}",
-            "raise the one or lower the other",
+            f"max_batch_bytes {batch} has no room for one record of max_record_bytes {record}",
+            "raise max_batch_bytes or lower max_record_bytes",
         )
+    # A record that can never fit into the budget would be offered again and again, and reading would never go on.
     need = record_cost(record)
     if budget < need:
         given.report.problem(
             given.place("budget_bytes", "max_record_bytes"),
-            f"budget_bytes {budget} holds no record of max_record_bytes {record}",
-            f"at least {need} (base64 takes a third more)",
+            f"budget_bytes {budget} has no room for one record of max_record_bytes {record}",
+            f"set budget_bytes to {need} or more (base64 takes a third more)",
         )
 
 
@@ -129,6 +137,7 @@ def _dead_letter(given: Given) -> None:
     if not (os.access(path, os.W_OK) if path.exists() else os.access(path.parent, os.W_OK | os.X_OK)):
         who = f"user id {os.geteuid()}"
         place = given.place("dead_letter")
+        # Only a warning: `fastkin check` may be run by another user than the service.
         given.report.warn(f"{place}: {path} cannot be written by {who}: let the service's user write there")
 
 
@@ -161,8 +170,8 @@ def _spool_file(given: Given, path: Path) -> None:
     if most < 2 * record_cost(record):
         given.report.problem(
             given.place("spool_max_bytes", "max_record_bytes"),
-            f"spool_max_bytes {most} holds no two records of max_record_bytes {record}",
-            f"at least {2 * record_cost(record)}",
+            f"spool_max_bytes {most} has no room for two records of max_record_bytes {record}",
+            f"set spool_max_bytes to {2 * record_cost(record)} or more",
         )
     if _no_place(given, "spool", path):
         return

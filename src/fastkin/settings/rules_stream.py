@@ -47,6 +47,8 @@ def _merged(layers: Sequence[Raw]) -> Raw:
     for number, layer in enumerate(layers):
         nearer = {key for each in layers[:number] for key in each}
         for key, value in layer.items():
+            # A stream by name in the pipeline takes the ARN of [kinesis] out: the two together would be a
+            # contradiction that nobody wrote.
             if key not in merged and not nearer & TOGETHER.get(key, frozenset()):
                 merged[key] = value
     # an ARN brings its region: another one counts only where the ARN is said, as a contradiction
@@ -60,9 +62,9 @@ def _arn(given: Given) -> None:
     parts = given["stream_arn"].split(":")
     region, stream = parts[3], parts[5].removeprefix("stream/")
     if "stream" in given and given["stream"] != stream:
-        given.problem("stream", f"stream {given['stream']!r} is not the {stream!r} of stream_arn", "keep one")
+        given.problem("stream", f"stream {given['stream']!r} differs from {stream!r} in stream_arn", "keep one")
     if "region" in given and given["region"] != region:
-        problem = f"region {given['region']!r} is not the {region!r} of stream_arn"
+        problem = f"region {given['region']!r} differs from {region!r} in stream_arn"
         given.problem("region", problem, "leave region out: the ARN brings it")
     given.values.update(stream=stream, region=region)
 

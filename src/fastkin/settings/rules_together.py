@@ -67,6 +67,7 @@ def _spools(raws: Sequence[Raw], report: Report) -> None:
         if said is None or policy is None or policy[1] != "spool":
             continue
         value, text = said
+        # By the real path: two names of one file are one file, and two pipelines would lock each other out.
         first = seen.setdefault(os.path.realpath(text), number)
         if first != number:
             names = f"{_label(raws, first)} and {_label(raws, number)}"

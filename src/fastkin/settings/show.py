@@ -38,6 +38,7 @@ def _shown_table(table: object, names: Mapping[str, Row]) -> list[str]:
         value = getattr(table, name)
         if value is None or value == ():
             continue
+        # The filter of the label is shown by the label: what is printed can be read again, and means the same.
         if name == "topics" and isinstance(table, Pipeline) and table.bulk_label is not None:
             value = tuple(t for t in value if t != label_filter(table.bulk_label))
             if not value:

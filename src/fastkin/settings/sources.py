@@ -35,6 +35,7 @@ _STREAM = frozenset({"stream", "stream_arn"})
 # names of the microservice that a login or a container sets for reasons of its own
 _EVERYWHERE = frozenset({"USER", "PASS", "PORT", "STDOUT", "WEBSOCKET", "DOCKERLOG"})
 _KEYS = frozenset({"access_key", "secret_key", "profile"})
+# Values that mean one thing together. A nearer source that says one of them makes the others of a farther one void.
 TOGETHER = {
     **dict.fromkeys(_STREAM, _STREAM),
     **dict.fromkeys((*_KEYS, "session_token"), _KEYS),
@@ -69,6 +70,8 @@ class Sources:
         else:
             self.pipelines.append({})
             self._microservice(self.pipelines[0])
+        # The order is that of the head of this package: the file first, then the FASTKIN_ names over it, the AWS_
+        # names last, for what nobody has said.
         self._fastkin_names()
         self._unused_names()
         self.aws = self._aws()
@@ -91,6 +94,8 @@ class Sources:
             if "USER" in self.vars and not env.get("PASS") and env.get("USER") == self._login_name():
                 del env["USER"]  # every login shell sets it: the file's is meant
             self.from_file = frozenset(name for name in self.vars if not env.get(name))
+        # Behind the env file, so that the real environment wins. An empty variable is an unset one: Compose files and
+        # charts write `NAME=` for what nobody set.
         for name, value in env.items():
             if value:
                 self.vars[name] = Value(value, f"environment variable {name}", True)
@@ -143,8 +148,9 @@ class Sources:
             elif key not in known:
                 cure = _nearest_key(name, kind, known)
                 self.report.problem(place, "is not a key of this table", cure)
+            # An alias and the name it stands for, both in one table.
             elif key in into:
-                self.report.problem(place, f"says {key} a second time", "keep one of them")
+                self.report.problem(place, f"sets {key} a second time", "keep one of them")
             else:
                 into[key] = Value(value, place)
 
@@ -156,6 +162,8 @@ class Sources:
             if not name.startswith("FASTKIN_") or name in NOT_SETTINGS or _is_service_link(name, str(value.raw)):
                 continue
             if name not in ENV:
+                # An error, not a warning: a slip in a name would otherwise leave the default in place, and nobody
+                # would know why.
                 self.report.problem(value.place, "is not a setting", nearest(name, ENV))
                 continue
             table, key = ENV[name]
@@ -177,8 +185,8 @@ class Sources:
         if PIPELINE_KEYS[key].own and len(self.pipelines) > 1:
             self.report.problem(
                 value.place,
-                f"cannot mean {len(self.pipelines)} pipelines at once",
-                "say it in the settings file",
+                f"cannot be set for {len(self.pipelines)} pipelines at once",
+                "set it in each [[pipeline]] of the settings file",
             )
             return
         for raw in self.pipelines:
@@ -193,8 +201,10 @@ class Sources:
             )
         known = {*ENV, *MICROSERVICE, *MICROSERVICE_MORE}
         for name in sorted(self.from_file - known):
+            # In an env file every line is meant for us, so a near miss is worth a word. The environment is full of
+            # other names.
             if not name.startswith(("AWS_", "FASTKIN_")) and (near := close(name, known)):
-                self.report.warn(f"{self.vars[name].place}: not used; {near} is meant?")
+                self.report.warn(f"{self.vars[name].place}: not used; did you mean {near}?")
 
     def _aws(self) -> Raw:
         found: Raw = {}
@@ -217,6 +227,7 @@ class Sources:
         for name, (table, key) in MICROSERVICE.items():
             if name in self.vars:
                 tables[table][key] = self.vars[name]
+        # The microservice knows fixed keys only: `uuid` set there means the text, and not our rule.
         if fixed := self.vars.get("KIN_PARTITION_KEY"):
             pipeline["partition_key"] = fixed._replace(raw=f"static:{fixed.raw}")
         if "DOCKERLOG" in self.vars:
@@ -241,7 +252,7 @@ class Sources:
             # Meant or the shell's: nobody can tell, and a container's login is often the broker's user as well.
             self.report.warn(
                 f"USER={login} comes from the environment and is the login name, as in every login shell: sent to the"
-                " broker because PASS is set; set MQTT_USER to the user that is meant"
+                " broker because PASS is set; set MQTT_USER to the user that you mean"
             )
         self.broker["user"] = user
 
@@ -259,6 +270,7 @@ class Sources:
             self.broker["url"] = host
             if websocket is not None:
                 self.report.warn("WEBSOCKET not used: BROKER says how to connect")
+        # host:port is how many write it down, and urlsplit() needs a scheme to take it apart.
         elif _has_port(text):
             self.broker["url"] = host._replace(raw=f"mqtt://{text}")
             if websocket is not None:
@@ -307,6 +319,7 @@ def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
 
     try:
         with path.open("rb") as file:
+            # Bounded before it is parsed: somebody may give the path of a device, or of a log.
             raw = file.read(_MOST_BYTES + 1)
         if len(raw) > _MOST_BYTES:
             problem = ConfigError(str(path), "is larger than 1 MiB", "that is no settings file: check the path")

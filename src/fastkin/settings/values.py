@@ -54,6 +54,7 @@ class Value(NamedTuple):
 Raw = dict[str, Value]
 
 
+# Values that are wrong count as not said, so that one mistake does not bring others after it.
 class Given:
     """What was said in one table and is right by itself; the rest is in the report. The rules go on from here."""
 
@@ -97,7 +98,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = close(name, known)
     if near is not None:
-        return f"{near} is meant?"
+        return f"did you mean {near}?"
     return f"known are {', '.join(known)}" if len(known) < 8 else "see the settings table of the README"
 
 
@@ -163,7 +164,9 @@ def _told(row: Row, value: Value, said: Any, wrong: Fault) -> tuple[str, str]:
             return f"{said} is out of range", f"{allowed}: {row.why}" if row.why else allowed
         case Fault.CHOICE:
             near = close(said, row.choices)
-            return f"{shown} is not a {row.key}", f"{near} is meant?" if near else f"use {', '.join(row.choices)}"
+            return f"{shown} is no value of {row.key}", (
+                f"did you mean {near}?" if near else f"use {', '.join(row.choices)}"
+            )
         case Fault.EMPTY:
             return ("has an empty text in it", "remove it") if said else ("is empty", "leave it out or fill it")
         case Fault.CONTROL:

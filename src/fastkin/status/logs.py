@@ -48,6 +48,7 @@ class _Line(logging.Formatter):
         message = record.getMessage()
         name, pipeline = record.name, "-"
         name = name.rpartition(".")[2] if name.startswith("fastkin.") else name
+        # Only our own loggers: a library's message that begins like this is not to be taken apart.
         if name != record.name and (begin := _BEGIN.match(message)):
             pipeline, name = begin[1] or pipeline, begin[2] or begin[3]
             message = message[begin.end() :]
@@ -73,6 +74,7 @@ class JsonLine(_Line):
         stamp, level, pipeline, name, message = self.parts(record)
         line = {"time": stamp, "level": level, "pipeline": pipeline, "stage": name}
         if name != record.name and (topic := _TOPIC.match(message)):
+            # Written by ascii() and matched as such a literal: nothing else can get here.
             line["topic"] = ast.literal_eval(topic[1])
             message = message[topic.end() :]
         line["message"] = message if len(message) <= _LINE_CHARS else f"{message[:_LINE_CHARS]}..."
@@ -99,6 +101,8 @@ class _Window:
         self.last: tuple[int, str, tuple[object, ...]] = (0, "", ())
 
 
+# The first lines of a kind are said at once, so that a fault is seen when it begins. What comes after them within the
+# same window is counted, and the last of them is said with that count when the window ends.
 class Repeats:
     """Says what a peer can make us say without end: so much of a kind per while, and then how often more."""
 
@@ -122,6 +126,7 @@ class Repeats:
         if self._closed or not self._log.isEnabledFor(level):
             self._log.log(level, message, *args)
             return
+        # Kinds may hold a peer's words, such as an error code: beyond the bound all others are one kind.
         if kind not in self._windows and len(self._windows) >= _KINDS:
             kind = ""
         window = self._windows.get(kind)
@@ -149,6 +154,7 @@ class Repeats:
         window = self._windows.pop(kind)
         if window.held:
             self._sum_up(window)
+            # What was held back was said just now, so the next window begins with one line used.
             self._windows[kind] = self._window(kind, 1)
 
     def _sum_up(self, window: _Window) -> None:

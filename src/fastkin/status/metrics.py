@@ -42,6 +42,7 @@ class EngineCollector(Collector):
             here = asyncio.get_running_loop() is self._loop
         except RuntimeError:
             here = False
+        # In another thread the counters would be read while the loop changes them, and the identity would not hold.
         if here or not self._loop.is_running():
             return self._collect()
         told: concurrent.futures.Future[list[Family]] = concurrent.futures.Future()

@@ -50,6 +50,8 @@ class _Answer(NamedTuple):
     kind: str = "text/plain; charset=utf-8"
 
 
+# HTTP/1.1 by hand: three paths, no body, one request a connection. A web framework would cost more memory than a
+# pipeline, in every process that has a status port.
 class StatusServer:
     """Serves one engine's metrics and health."""
 
@@ -151,6 +153,8 @@ class StatusServer:
         except (OSError, TimeoutError):
             pass  # the peer's loss
         finally:
+            # Nothing waits here: a peer that takes its answer byte by byte must not hold a place for longer than its
+            # time.
             writer.transport.abort()
 
     async def _exchange(self, reader: asyncio.StreamReader) -> tuple[bool, _Answer]:
