@@ -85,7 +85,7 @@ def test_a_table_has_no_field_without_a_row_that_is_not_known(table: type) -> No
 
 def test_the_facts_of_row_are_those_of_its_class() -> None:
     written = set(inspect.signature(row).parameters) - {"default", "doc"}
-    read = {"section", "key", "kind", "choices", "default"}
+    read = {"section", "key", "kind", "default"}
     assert written == {each.name for each in fields(Row)} - read - {"doc"}
 
 

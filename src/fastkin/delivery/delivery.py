@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import DRAIN, FAILED, Budget, KeyPlan, Lane
 from fastkin.delivery.backlog import Backlog, DropBacklog, Policy, batch_limit
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from fastkin._codec import Batch, Reject, Settler
+    from fastkin._codec import Batch, PayloadFormat, Reject, Settler
     from fastkin.aws.client import Client
     from fastkin.delivery.replay import ReplayWindow
     from fastkin.runtime.deadline import Deadline
@@ -77,7 +77,7 @@ class Delivery:
         name: str,
         stream: str,
         key: KeyPlan,
-        frame: Literal["raw", "bulk"] = "raw",
+        frame: PayloadFormat | str = "raw",
         settler: Settler | None = None,
         keep_bytes: int = 0,
     ) -> None:
