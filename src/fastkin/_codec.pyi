@@ -139,6 +139,14 @@ class Batch:
     # (data, partition key, explicit hash key), decoded back
     def entries(self) -> list[tuple[bytes, str | None, str | None]]: ...
 
+# What an operation calls the members of its answer: the list of entries, the count of failed ones, and in an entry that
+# is stored, one or two that say where.
+@final
+class AnswerNames:
+    def __new__(cls, entries: str, failed: str, *places: str) -> Self: ...
+
+PUT_RECORDS_ANSWER: AnswerNames
+
 # Resolves to PutResult (or FrameResult for a frame), or raises. Costs next to nothing until awaited.
 @final
 class Receipt:
@@ -192,6 +200,7 @@ class Lane(Sink):
         aggregate_bytes: int = 0,
         rows: Settler | None = None,  # is told how restored records end
         replay: Budget | None = None,  # pays for them; None: `budget`
+        answer: AnswerNames | None = None,  # None: as PutRecords has them
     ) -> Self: ...
     attention: bool  # set when the open batch got its first record, a batch closed, or a reject came
     @property

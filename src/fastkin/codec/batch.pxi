@@ -174,6 +174,7 @@ cdef class _Books:
     cdef Settler settler
     cdef Budget budget
     cdef bytes target
+    cdef AnswerNames answer  # what the operation calls the members of its answer
     cdef size_t max_records
     cdef size_t max_batch_bytes
     cdef uint64_t received
@@ -791,7 +792,7 @@ cdef class Batch:
         cdef Answer scan
         outcomes = <Outcome*> take_memory(NULL, self.count * sizeof(Outcome))
         try:
-            answer_scan(data, self.count, outcomes, &scan)
+            answer_scan(self.books.answer, data, self.count, outcomes, &scan)
             if scan.failed == 0:
                 self.end(outcomes, OUT_STORED, data, scan.encryption)
                 return []

@@ -58,7 +58,7 @@ cdef class Lane(Sink):
                   bytes target not None, size_t max_records=limits.CALL_RECORDS,
                   size_t max_batch_bytes=limits.DEFAULT_CALL_BYTES,
                   size_t max_record_bytes=limits.RECORD_BYTES, size_t aggregate_bytes=0, Settler rows=None,
-                  Budget replay=None):
+                  Budget replay=None, AnswerNames answer=None):
         self.format = format_of(frame)
         if not 1 <= max_records <= ENTRIES_MOST:
             raise LibraryError(f"max_records is 1 to {ENTRIES_MOST}, not {max_records}")
@@ -68,6 +68,7 @@ cdef class Lane(Sink):
         self.books.settler = settler
         self.books.budget = self.budget = budget
         self.books.target = target
+        self.books.answer = _PUT_RECORDS if answer is None else answer
         self.books.rows = rows
         self.books.replay = budget if replay is None else replay
         self.books.max_records = max_records

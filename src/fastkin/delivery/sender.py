@@ -23,6 +23,7 @@ from random import Random
 from typing import TYPE_CHECKING, Protocol
 
 from fastkin._codec import Batch
+from fastkin.aws.destinations import KINESIS
 from fastkin.aws.error_table import classify_record
 from fastkin.aws.shards import shard_in_message
 from fastkin.delivery.generations import NO_GENERATION, Generations
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from fastkin._codec import Failure, Lane
+    from fastkin.aws.destinations import Destination
     from fastkin.aws.shards import ShardMap
 
 _LOG = logging.getLogger("fastkin.send")
@@ -117,7 +119,7 @@ class Sender:
         max_calls: int,
         set_aside: Callable[[Batch, str], None],
         on_settled: Callable[[], None],
-        target: str = "PutRecords",
+        destination: Destination = KINESIS,
         max_records: int = CALL_RECORDS,
         max_batch_bytes: int = DEFAULT_CALL_BYTES,
         throttle_error_after_s: float = 60.0,
@@ -135,7 +137,7 @@ class Sender:
         self._stream = stream
         self._client = client
         client.on_resend = self._resent
-        self._target = target
+        self._destination = destination
         self._set_aside = set_aside
         self._on_settled = on_settled
         self._max_records = max_records
@@ -400,7 +402,7 @@ class Sender:
         nbytes = batch.nbytes
         try:
             try:
-                answer = await self._client.call(self._target, batch)
+                answer = await self._client.call(self._destination.put, batch)
             finally:
                 self.call_seconds.observe(self._loop.time() - began)
             failures = batch.settle(answer)
@@ -561,7 +563,7 @@ class Sender:
             self._errors.say(
                 logging.ERROR, error.code,
                 "pipeline=%s stage=send %d records failed with %s; the data is kept and tried again in %.0f s%s",
-                self.name, len(batch), error, delay, _cure(error),
+                self.name, len(batch), error, delay, _cure(error, self._destination.permission),
             )  # fmt: skip
         queue.why = str(error)
         self.last_error = self.unwell = queue.why
@@ -610,7 +612,7 @@ class Sender:
                 self._errors.say(
                     logging.ERROR, error.code,
                     "pipeline=%s stage=send %s; the data is kept and tried again in %.0f s%s",
-                    self.name, error, delay, _cure(error),
+                    self.name, error, delay, _cure(error, self._destination.permission),
                 )  # fmt: skip
             else:
                 delay = self._gate_backoff.next()
@@ -710,7 +712,7 @@ def _as_operator(error: KinesisError, *, untold: bool) -> KinesisError:
     )
 
 
-def _cure(error: KinesisError) -> str:
+def _cure(error: KinesisError, permission: str) -> str:
     if error.action is Action.CLOCK:
         return ": set this machine's clock"
     if error.action is Action.CREDENTIALS:
@@ -718,5 +720,5 @@ def _cure(error: KinesisError) -> str:
     if "ResourceNotFound" in error.code:
         return ": check stream name, region and account"
     if "AccessDenied" in error.code:
-        return ": allow kinesis:PutRecords on the stream"
+        return f": allow {permission} on the stream"
     return ""

@@ -341,14 +341,14 @@ class PipelineRun:
         budget = Budget(1 << 16, 1)
         lane = Lane(
             settler=None, budget=budget, frame="raw", key=KeyPlan("parts", [("text", "key")]),
-            target=self.client.target_json(),
+            target=self.client.target_json(), answer=self.client.destination.answer,
         )  # fmt: skip
         test = {"type": "connection_test", "host": socket.gethostname(), "data": "CONNECTION_TEST"}
         lane.add(orjson.dumps(test))
         lane.seal(DRAIN)
         batch = lane.take()
         assert batch is not None
-        for failure in batch.settle(await self.client.call("PutRecords", batch)):
+        for failure in batch.settle(await self.client.put(batch)):
             failure.batch.finish(DROPPED)
             raise KinesisError(failure.code, failure.message)
 
