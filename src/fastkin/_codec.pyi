@@ -42,6 +42,8 @@ class Sink: ...
 class CallbackSettler(Settler):
     def __new__(cls, callback: Callable[[int, int, int, Any, int], object]) -> Self: ...
 
+def record_cost(nbytes: int) -> int: ...  # of a record of nbytes (data + key) at most, to a budget
+
 # What may be held, in bytes and records: buffered plus in flight. Several lanes may share one.
 @final
 class Budget:
@@ -137,6 +139,14 @@ class Batch:
     # (data, partition key, explicit hash key), decoded back
     def entries(self) -> list[tuple[bytes, str | None, str | None]]: ...
 
+# What an operation calls the members of its answer: the list of entries, the count of failed ones, and in an entry that
+# is stored, one or two that say where.
+@final
+class AnswerNames:
+    def __new__(cls, entries: str, failed: str, *places: str) -> Self: ...
+
+PUT_RECORDS_ANSWER: AnswerNames
+
 # Resolves to PutResult (or FrameResult for a frame), or raises. Costs next to nothing until awaited.
 @final
 class Receipt:
@@ -146,10 +156,25 @@ class Receipt:
     def add_done_callback(self, fn: Callable[[Receipt], object], /) -> None: ...
     def __await__(self) -> Generator[Any, None, PutResult | FrameResult]: ...
 
+# A row of the table of payload formats. What is made by a call is a format in Python: `records(payload)` gives the
+# records, or raises DataFormatError with the offset of what is wrong.
+@final
+class PayloadFormat:
+    def __init__(self, name: str, number: int, doc: str, records: Callable[[bytes], Iterable[Buffer]]) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def number(self) -> int: ...  # its Subscription Identifier
+    @property
+    def doc(self) -> str: ...
+    def decode(self, payload: Buffer) -> list[bytes]: ...  # its records; DataFormatError: all or nothing
+
+COMPILED_FORMATS: tuple[PayloadFormat, ...]
+
 # The way into a lane for payloads of one format, whatever the lane's own is.
 @final
 class FormatSink(Sink):
-    def __new__(cls, lane: Lane, frame: Literal["raw", "bulk"]) -> Self: ...
+    def __new__(cls, lane: Lane, frame: PayloadFormat | str) -> Self: ...
     def offer(self, topic: bytes, payload: Buffer, token: int) -> int: ...  # as the C sink
 
 # Sets aside whole what matches none of `filters` (told in the reason).
@@ -166,7 +191,7 @@ class Lane(Sink):
         *,
         settler: Settler | None,
         budget: Budget,
-        frame: Literal["raw", "bulk"],
+        frame: PayloadFormat | str,  # of what is offered: a row, or the name of a compiled one
         key: KeyPlan,
         target: bytes,
         max_records: int = ...,  # those of fastkin.limits
@@ -175,6 +200,7 @@ class Lane(Sink):
         aggregate_bytes: int = 0,
         rows: Settler | None = None,  # is told how restored records end
         replay: Budget | None = None,  # pays for them; None: `budget`
+        answer: AnswerNames | None = None,  # None: as PutRecords has them
     ) -> Self: ...
     attention: bool  # set when the open batch got its first record, a batch closed, or a reject came
     @property

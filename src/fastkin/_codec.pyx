@@ -2,7 +2,8 @@
 """Per-record work, compiled: frames, keys, size accounting, batches, request bodies, answers.
 
 One module in parts, in the order a record passes them:
-  codec/frame.pxi     the bulk frame, MessagePack read and written
+  codec/payload.pxi   what a payload format is
+  codec/formats.pxi   the table of them, each a file: format_raw.pxi, format_bulk.pxi
   codec/json.pxi      a JSON reader for bytes nobody vouches for: key fields and answers
   codec/keys.pxi      partition keys: drawn, fixed, made of topic and payload; hash key to shard
   codec/receipt.pxi   one outcome somebody may await
@@ -11,7 +12,7 @@ One module in parts, in the order a record passes them:
   codec/batch.pxi     the budget, and one PutRecords body with what it must settle
   codec/restore.pxi   a body that comes back from the disk, read as if a stranger had written it
   codec/lane.pxi      payloads in, closed batches out
-  codec/formats.pxi   more than one payload format into one lane
+  codec/sinks.pxi     more ways into one lane, for payloads of other formats
   codec/aggregate.pxi several records in one Kinesis record, as the KPL does it
 
 Rules: an untrusted length is unsigned and compared with what is left, never added to a pointer first;
@@ -230,7 +231,8 @@ cdef inline void bytes_close(Bytes* out) noexcept:
 
 check_memory(-fk_random_init())  # a positive errno
 
-include "codec/frame.pxi"
+include "codec/payload.pxi"
+include "codec/formats.pxi"
 include "codec/json.pxi"
 include "codec/keys.pxi"
 include "codec/receipt.pxi"
@@ -240,7 +242,7 @@ include "codec/batch.pxi"
 include "codec/restore.pxi"
 include "codec/aggregate.pxi"
 include "codec/lane.pxi"
-include "codec/formats.pxi"
+include "codec/sinks.pxi"
 
 
 def simd() -> str:

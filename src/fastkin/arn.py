@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 _NAME = r"[a-zA-Z0-9_.-]{1,128}"
 _STREAM_NAME = re.compile(_NAME)
-_STREAM_ARN = re.compile(rf"arn:(aws[a-z-]*):kinesis:([a-z0-9-]+):(\d{{12}}):stream/({_NAME})")
+_STREAM_ARN = re.compile(rf"arn:(aws[a-z-]*):kinesis:([a-z0-9]+(?:-[a-z0-9]+)*):([0-9]{{12}}):stream/({_NAME})")
 
 
 class StreamArn(NamedTuple):

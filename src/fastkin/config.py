@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from fastkin.arn import is_stream_name, stream_arn
+from fastkin.formats.table import DEFAULT, FORMATS, FRAME, ROWS
 from fastkin.limits import CALL_BYTES, CALL_RECORDS, DEFAULT_CALL_BYTES, LARGE_RECORD_BYTES, RECORD_BYTES
 from fastkin.limits import KIB as KIB  # for who fills tables in code
 from fastkin.limits import MIB as MIB
@@ -45,9 +47,9 @@ _PATH = Shape(r"/.*", "does not begin with /", "for example /mqtt", shown=False)
 _CLIENT_ID = Shape(
     lambda text: len(text.encode()) <= 65_535, "is longer than 65,535 bytes", "MQTT takes no more", shown=False
 )
-_STREAM = Shape(r"[a-zA-Z0-9_.-]{1,128}", "is not a stream name", "1 to 128 letters, digits and _ . -")
+_STREAM = Shape(is_stream_name, "is not a stream name", "1 to 128 letters, digits and _ . -")
 _STREAM_ARN = Shape(
-    r"arn:aws[a-z-]*:kinesis:[a-z0-9]+(-[a-z0-9]+)*:\d{12}:stream/[a-zA-Z0-9_.-]{1,128}",
+    lambda text: stream_arn(text) is not None,
     "is not the ARN of a stream",
     "arn:aws:kinesis:REGION:123456789012:stream/NAME",
 )
@@ -226,13 +228,6 @@ class Kinesis:
     )
 
 
-Format = Literal["raw", "bulk"]
-
-# The Subscription Identifier of each format. Brokers keep them in sessions and beside queued messages: a
-# number is never given to another format.
-FORMAT_IDS: dict[Format, int] = {"raw": 1, "bulk": 2}
-
-
 def label_filter(label: str) -> str:
     """The topic filter that a bulk_label stands for."""
     return f"/devices/+/bulkData/{label}"
@@ -257,7 +252,9 @@ class Pipeline:
     )
     qos: int = row(1, "QoS to subscribe with; 0 is at most once", least=0, most=2, microservice="QOS")
     # of what comes by topics; what comes by a bulk_label beside them is bulk
-    format: Format = row("raw", "of `topics`. `raw`: a payload is a record; `bulk`: a frame of records")
+    format: str = row(
+        DEFAULT, "of `topics`. " + "; ".join(f"`{each.name}`: {each.doc}" for each in ROWS), choices=tuple(FORMATS)
+    )
     partition_key: str = row("uuid", "see partition keys", argument=True)
     aggregation: Literal["none", "kpl"] = row("none", "`kpl`: many records in one Kinesis record")
     linger_ms: float = row(50.0, "how long a record may wait for others", least=0, most=60_000, argument=True)
@@ -328,13 +325,13 @@ class Pipeline:
     stdout: bool = row(False, "true: `fastkin run` prints every message", microservice="STDOUT")
 
     @property
-    def formats(self) -> tuple[tuple[str, Format], ...]:
+    def formats(self) -> tuple[tuple[str, str], ...]:
         """Each filter with the format of its payloads; where several match a topic, the first decides."""
         label = None if self.bulk_label is None else label_filter(self.bulk_label)
-        others: tuple[tuple[str, Format], ...] = tuple((t, self.format) for t in self.topics if t != label)
+        others = tuple((t, self.format) for t in self.topics if t != label)
         if label is None or label not in self.topics:
             return others
-        return ((label, "bulk" if others else self.format), *others)
+        return ((label, FRAME if others else self.format), *others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,7 @@ class Row:
     secret: bool = False  # never shown
     argument: bool = False  # `Producer` has an argument of this name
     argument_least: float | None = None  # for who knows his records: a program may ask for less than a file
+    choices: tuple[str, ...] = ()  # read from a `Literal[...]`; said where a table has them
     file: bool = False  # a path: as an argument it may be a pathlib.Path
     own: bool = False  # one pipeline's: a FASTKIN_PIPELINE_ name cannot mean it when there are several
     aliases: tuple[str, ...] = ()  # other names for it in the file
@@ -64,7 +65,6 @@ class Row:
     section: str = ""  # the table of the file: "broker.tls"
     key: str = ""
     kind: Kind = "text"
-    choices: tuple[str, ...] = ()
     default: Any = None
 
     @property
@@ -95,6 +95,7 @@ def row(
     secret: bool = False,
     argument: bool = False,
     argument_least: float | None = None,
+    choices: tuple[str, ...] = (),
     file: bool = False,
     own: bool = False,
     aliases: tuple[str, ...] = (),
@@ -104,7 +105,8 @@ def row(
     """A dataclass field with its row. The arguments are those of `Row`."""
     made = Row(
         doc=doc, least=least, most=most, why=why, shape=shape, secret=secret, argument=argument,
-        argument_least=argument_least, file=file, own=own, aliases=aliases, aws=aws, microservice=microservice,
+        argument_least=argument_least, choices=choices, file=file, own=own, aliases=aliases, aws=aws,
+        microservice=microservice,
     )  # fmt: skip
     # for type checkers it is the default, as with dataclasses.field
     return field(default=default, repr=not secret, metadata=meta(made))
@@ -126,7 +128,7 @@ def rows_of(table: type, section: str) -> Mapping[str, Row]:
             kind, choices = _kind(hints[each.name])
             default = None if each.default is MISSING else each.default
             found[each.name] = replace(
-                written, section=section, key=each.name, kind=kind, choices=choices, default=default
+                written, section=section, key=each.name, kind=kind, choices=choices or written.choices, default=default
             )
     return found
 

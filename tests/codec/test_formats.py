@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fastkin import encode_frame
-from fastkin._codec import DEAD, Budget, FormatSink, StraySink
-from fastkin.errors import LibraryError
+from fastkin._codec import DEAD, Budget, FormatSink, PayloadFormat, StraySink
+from fastkin.errors import DataFormatError, LibraryError
+from fastkin.formats.table import FORMATS
 from support.codec_rig import Rig
 
 
@@ -28,7 +31,7 @@ def test_each_sink_reads_its_own_format_into_the_same_lane() -> None:
 
 
 def test_a_format_that_is_none_is_refused() -> None:
-    with pytest.raises(LibraryError, match="raw or bulk"):
+    with pytest.raises(LibraryError, match="one of raw, bulk"):
         FormatSink(Rig().lane, "event")
 
 
@@ -58,3 +61,87 @@ def test_without_room_it_is_offered_again() -> None:
     (reject,) = rig.lane.take_rejects()
     rig.lane.settle_reject(reject, DEAD)
     assert stray.offer(b"b", b"y", 2) == 1
+
+
+def words(payload: bytes) -> list[bytes]:
+    """A format in Python: words of ASCII letters, each a record."""
+    for at, byte in enumerate(payload):
+        if byte > 127:
+            raise DataFormatError(at, f"0x{byte:02x} is no letter")
+    return payload.upper().split()
+
+
+WORDS = PayloadFormat("words", 9, "each word is a record", words)
+
+
+def test_records_of_a_format_in_python_are_stored() -> None:
+    rig = Rig(frame=WORDS)
+    assert rig.lane.offer(b"t", b" one two  three", 5) == 3
+    assert rig.lane.offer(b"t", b"  ", 6) == 0
+    (call,) = rig.store()
+    assert [data for data, _, _ in call] == [b"ONE", b"TWO", b"THREE"]
+    assert rig.counts() == {5: 3}
+    rig.settled()
+
+
+def test_a_format_in_python_stands_beside_a_compiled_one() -> None:
+    rig = Rig(frame="bulk")
+    assert FormatSink(rig.lane, WORDS).offer(b"t", b"a b", 1) == 2
+    assert rig.lane.offer(b"t", encode_frame([b"c d"]), 2) == 1
+    (call,) = rig.store()
+    assert [data for data, _, _ in call] == [b"A", b"B", b"c d"]
+    rig.settled()
+
+
+def test_what_a_format_in_python_refuses_is_set_aside_whole_with_its_reason() -> None:
+    rig = Rig(frame=WORDS)
+    assert rig.lane.offer(b"t", b"ab \xff", 5) == 1
+    (reject,) = rig.lane.take_rejects()
+    assert (reject.kind, reject.reason, reject.offset) == ("format", "0xff is no letter", 3)
+    assert (reject.payload, reject.index) == (b"ab \xff", None)
+    rig.lane.settle_reject(reject, DEAD)
+    rig.settled()
+
+
+@pytest.mark.parametrize("records", [lambda payload: payload.decode().split(), lambda _: [None], lambda _: 1 // 0])
+def test_a_bug_in_a_format_costs_its_payload_and_no_more(records: Any) -> None:
+    rig = Rig(frame=PayloadFormat("wrong", 9, "fails", records))
+    assert rig.lane.offer(b"t", b"\xff", 5) == 1
+    (reject,) = rig.lane.take_rejects()
+    assert (reject.kind, reject.offset, reject.payload) == ("format", 0, b"\xff")
+    assert reject.reason.startswith("the format wrong failed: ")
+    rig.lane.settle_reject(reject, DEAD)
+    rig.settled()
+
+
+def test_a_record_that_a_format_in_python_made_too_large_is_set_aside_alone() -> None:
+    rig = Rig(frame=WORDS, max_record_bytes=60)
+    assert rig.lane.offer(b"t", b"a " + b"b" * 61 + b" c", 5) == 3
+    (reject,) = rig.lane.take_rejects()
+    # no offset: it does not stand in the payload as it is
+    assert (reject.kind, reject.payload, reject.index, reject.offset) == ("oversize", b"B" * 61, 1, 0)
+    rig.lane.settle_reject(reject, DEAD)
+    (call,) = rig.store()
+    assert [data for data, _, _ in call] == [b"A", b"C"]
+    rig.settled()
+
+
+def test_each_format_reads_payloads_outside_a_lane_too() -> None:
+    assert FORMATS["raw"].decode(b"a b") == [b"a b"]
+    assert FORMATS["bulk"].decode(encode_frame([b"a", b"", b"b"])) == [b"a", b"", b"b"]
+    assert WORDS.decode(b"a b") == [b"A", b"B"]
+    with pytest.raises(DataFormatError) as refused:
+        FORMATS["bulk"].decode(b"\xa31.0\x01")
+    assert refused.value.offset == 4
+    with pytest.raises(DataFormatError, match="0x80 is no letter"):
+        WORDS.decode(b"\x80")
+
+
+def test_a_format_without_a_function_is_refused() -> None:
+    with pytest.raises(LibraryError, match="'event' must have a function"):
+        PayloadFormat("event", 9, "no function", "records")  # type: ignore[arg-type]
+
+
+def test_the_numbers_of_formats_stay() -> None:
+    """Brokers keep them in sessions: a row may be added, none may get another number."""
+    assert {name: row.number for name, row in FORMATS.items()} == {"raw": 1, "bulk": 2}

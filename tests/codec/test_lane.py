@@ -29,6 +29,7 @@ from fastkin._codec import (
     Budget,
     KeyPlan,
     Lane,
+    record_cost,
 )  # fmt: skip
 from fastkin.errors import DataFormatError, LibraryError, RecordError
 from support import oracle
@@ -705,4 +706,14 @@ def test_a_reject_for_its_key_says_so() -> None:
     (reject,) = rig.lane.take_rejects()
     assert reject.kind == "partition_key"
     rig.lane.settle_reject(reject, DEAD)
+    rig.settled()
+
+
+@pytest.mark.parametrize("key", ["k", "\x01" * 256, "ä" * 256, "𝄞" * 256])
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_no_record_costs_more_than_is_said_beforehand(key: str, size: int) -> None:
+    rig = Rig(frame="raw")
+    rig.lane.put(b"d" * size, key, str(2**128 - 1))
+    assert 0 < rig.budget.bytes <= record_cost(size + len(key.encode()))
+    rig.store()
     rig.settled()

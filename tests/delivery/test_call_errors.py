@@ -51,11 +51,11 @@ def test_whether_a_smaller_call_may_pass(what: KinesisError, too: bool, late: bo
     ],
 )
 def test_what_helps_is_said(what: KinesisError, says: str) -> None:
-    assert says in cure(what)
+    assert says in cure(what, "kinesis:PutRecords")
 
 
 def test_what_nobody_knows_a_cure_for_says_nothing() -> None:
-    assert cure(error("KMSDisabledException", Action.OPERATOR)) == ""
+    assert cure(error("KMSDisabledException", Action.OPERATOR), "kinesis:PutRecords") == ""
 
 
 def test_missing_keys_are_waited_for_like_expired_ones() -> None:

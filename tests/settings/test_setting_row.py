@@ -85,7 +85,7 @@ def test_a_table_has_no_field_without_a_row_that_is_not_known(table: type) -> No
 
 def test_the_facts_of_row_are_those_of_its_class() -> None:
     written = set(inspect.signature(row).parameters) - {"default", "doc"}
-    read = {"section", "key", "kind", "choices", "default"}
+    read = {"section", "key", "kind", "default"}
     assert written == {each.name for each in fields(Row)} - read - {"doc"}
 
 
@@ -231,4 +231,47 @@ def test_one_more_row_is_one_more_setting(tmp_path: Path) -> None:
         "range": ":8: [[pipeline]] 1 ('a') key 'toy_ms': 10 is out of range; use 1 to 9",
         "kind": "environment variable FASTKIN_PIPELINE_TOY_MS: 'soon' is not a number; use 1 to 9",
         "near": ":8: [[pipeline]] 1 ('a') key 'toy': is not a key of this table; did you mean toy_ms?",
+    }
+
+
+TRY_FORMAT = """
+import json, sys
+import fastkin.formats.table as table
+from fastkin._codec import PayloadFormat
+
+row = PayloadFormat("words", 9, "a word is a record", bytes.split)
+table.ROWS += (row,)
+table.FORMATS[row.name] = row
+
+from fastkin.commands.cli import replay_dead_letters
+from fastkin.errors import ConfigError
+from fastkin.settings import load_settings
+from fastkin.settings.tables import PIPELINE_KEYS
+
+said = {}
+for name in ("words", "wards", "x"):
+    with open(sys.argv[1], "w") as file:
+        file.write(sys.argv[2] + f'format = "{name}"\\n')
+    try:
+        said[name] = load_settings(sys.argv[1]).pipelines[0].format
+    except ConfigError as error:
+        said[name] = str(error).partition("key 'format': ")[2]
+said["readme"] = PIPELINE_KEYS["format"].doc
+said["help"] = next(list(each.type.choices) for each in replay_dead_letters.params if each.name == "form")
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.process
+def test_one_more_payload_format_is_one_more_choice(tmp_path: Path) -> None:
+    """A row more in the table of formats, and nothing else changed."""
+    arguments = [str(tmp_path / "x.toml"), SMALL]
+    done = subprocess.run([sys.executable, "-c", TRY_FORMAT, *arguments], capture_output=True, text=True, check=False)
+    assert not done.stderr
+    assert json.loads(done.stdout) == {
+        "words": "words",
+        "wards": "'wards' is not a format; words is meant?",
+        "x": "'x' is not a format; use raw, bulk, words",
+        "readme": "of `topics`. `raw`: a payload is a record; `bulk`: a frame of records; `words`: a word is a record",
+        "help": ["raw", "bulk", "words"],
     }

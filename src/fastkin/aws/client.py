@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
+from fastkin.aws.destinations import KINESIS
 from fastkin.aws.endpoint import parse_arn
 from fastkin.aws.error_table import SIGN_AGAIN, error_from, http_date
 from fastkin.aws.shards import HASH_SPACE, Shard
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from fastkin.aws.credentials import Provider
+    from fastkin.aws.destinations import Destination
     from fastkin.aws.http_answer import Reply
     from fastkin.aws.signing import Credentials
     from fastkin.config import Kinesis
@@ -43,8 +45,6 @@ MOST_SHARDS = 50_000
 MOST_PAGES = 1_000
 # AWS answers a DryRun that would have been allowed with an error of this name, and never with a 200.
 DRY_RUN_PASSED = "DryRunOperationException"
-
-CONTROL = frozenset({"DescribeStreamSummary", "DescribeStream", "ListShards"})
 
 
 class StreamSummary(NamedTuple):
@@ -62,13 +62,21 @@ class StreamSummary(NamedTuple):
 class Client(ABC):
     """What the sender and the engine use. The same for every way: questions about a stream, keys, the clock."""
 
-    def __init__(self, kinesis: Kinesis, *, name: str | None = None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        kinesis: Kinesis,
+        *,
+        name: str | None = None,
+        clock: Callable[[], float] = time.time,
+        destination: Destination = KINESIS,
+    ) -> None:
         """`name` of the pipeline, for log lines."""
         if not (kinesis.stream or kinesis.stream_arn):
             raise ConfigError("kinesis.stream", "is missing", "name the stream, or give stream_arn")
         if kinesis.stream_arn:
             parse_arn(kinesis.stream_arn)
         self.kinesis = kinesis
+        self.destination: Destination = destination
         self.name = name
         # told each body that the transport sends a second time by itself
         self.on_resend: Callable[[Buffer], None] | None = None
@@ -90,6 +98,10 @@ class Client(ABC):
     async def start(self) -> None:
         """Find keys and endpoint. No call to Kinesis is made. Raises ConfigError, KinesisError."""
 
+    async def put(self, body: Buffer) -> bytes:
+        """The call that takes records, with a finished body: see call()."""
+        return await self.call(self.destination.put, body)
+
     @abstractmethod
     async def call(self, target: str, body: Buffer) -> bytes:
         """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome."""
@@ -106,9 +118,7 @@ class Client(ABC):
         return orjson.dumps(self._target())[1:-1]
 
     def _target(self) -> dict[str, Any]:
-        if self.kinesis.stream_arn:
-            return {"StreamARN": self.kinesis.stream_arn}
-        return {"StreamName": self.kinesis.stream}
+        return self.destination.stream_members(self.kinesis.stream, self.kinesis.stream_arn)
 
     async def _mend(self, reply: Reply, credentials: Credentials, signed_offset: float, resigned: int) -> None:
         """Raise the error that a refused call was answered with. Return when signing it again may help instead.
@@ -234,7 +244,7 @@ class Client(ABC):
             request["ExclusiveStartShardId"] = shards[-1].id
 
     async def dry_run(self) -> bool:
-        """Ask whether PutRecords would be allowed. False: the server does not know DryRun and took it.
+        """Ask whether to put would be allowed. False: the server does not know DryRun and took it.
 
         Raises the KinesisError a real call would.
         """
@@ -243,7 +253,7 @@ class Client(ABC):
         record = {"Data": "", "PartitionKey": "fastkin-dry-run"}
         request = {"Records": [record], "DryRun": True, **self._target()}
         try:
-            await self.call("PutRecords", orjson.dumps(request))
+            await self.put(orjson.dumps(request))
         except KinesisError as error:
             if error.code == DRY_RUN_PASSED:
                 self.dry_runs = True
@@ -260,7 +270,7 @@ class Client(ABC):
 
         Only AWS, and who has answered a DryRun before, are known not to store what they are asked about.
         """
-        if not self.dry_runs and (self.took or not self.at_aws):
+        if not self.dry_runs and (self.took or not (self.at_aws and self.destination.dry_run)):
             return True if self.took else None
         try:
             await self.dry_run()

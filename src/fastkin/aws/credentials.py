@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fastkin.aws.destinations import KINESIS
 from fastkin.aws.endpoint import find_region
 from fastkin.aws.signing import Credentials
 from fastkin.errors import Action, ConfigError, KinesisError, masked, printable
@@ -335,7 +336,7 @@ def _cure(kinesis: Kinesis, error: Exception | None) -> str:
         return f"sign in again or mend profile {kinesis.profile!r} in ~/.aws"
     return (
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or profile, or give this machine a role"
-        " that allows kinesis:PutRecords"
+        f" that allows {KINESIS.permission}"
     )
 
 

@@ -1,6 +1,6 @@
 """Where calls go: the same answer as the SDK's, without loading it in the plain cases.
 
-An explicit endpoint wins over everything, then AWS_ENDPOINT_URL_KINESIS, then AWS_ENDPOINT_URL, then the
+An explicit endpoint wins over everything, then AWS_ENDPOINT_URL_ and the service, then AWS_ENDPOINT_URL, then the
 host of the region; a stream named by its ARN, or an account id in the credentials, has hosts of its own.
 Anything else (FIPS, dual stack, other partitions, the shared config file) is asked from aiobotocore: it
 builds one request, and its final URL is taken before it would be sent.
@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from fastkin.arn import stream_arn
+from fastkin.aws.destinations import KINESIS
 from fastkin.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fastkin.arn import StreamArn
+    from fastkin.aws.destinations import Destination
     from fastkin.aws.signing import Credentials
     from fastkin.config import Kinesis
 
@@ -39,11 +41,6 @@ class Endpoint(NamedTuple):
     data: Url
     control: Url
     region: str
-
-
-# Regions of the partitions whose host names have one plain form.
-_AWS = re.compile(r"((us|eu|ap|sa|ca|me|af|il|mx)-[a-z]+-\d+|us-gov-(east|west)-1)")
-_CN = re.compile(r"cn-[a-z]+-\d+")
 
 
 def parse_arn(text: str) -> StreamArn:
@@ -132,7 +129,10 @@ def session_region(kinesis: Kinesis, session: Any) -> str:
 
 
 def light_endpoint(
-    kinesis: Kinesis, account_id: str | None = None, environ: Mapping[str, str] | None = None
+    kinesis: Kinesis,
+    account_id: str | None = None,
+    environ: Mapping[str, str] | None = None,
+    destination: Destination = KINESIS,
 ) -> Endpoint | None:
     """The endpoint in the plain cases, None where the SDK must be asked."""
     env = os.environ if environ is None else environ
@@ -142,7 +142,7 @@ def light_endpoint(
     url = kinesis.endpoint_url
     place = "kinesis.endpoint_url"
     if not url and env.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() != "true":
-        for place in ("AWS_ENDPOINT_URL_KINESIS", "AWS_ENDPOINT_URL"):
+        for place in destination.endpoint_variables:
             url = env.get(place)
             if url:
                 break
@@ -153,22 +153,13 @@ def light_endpoint(
     # To guess wrong here would send records to the wrong place. In doubt the SDK is asked, which costs 30 MB once.
     if _asks_for_more(kinesis, env):
         return None
-    if _AWS.fullmatch(region):
-        suffix = "amazonaws.com"
-    elif _CN.fullmatch(region):
-        suffix = "amazonaws.com.cn"
-    else:
-        return None
     # the stream's own account has hosts of its own, else the account of the keys, when they tell it
     account = parse_arn(kinesis.stream_arn).account if kinesis.stream_arn else account_id
-    if account is None:
-        taken = split_url(f"https://kinesis.{region}.{suffix}")
-        return Endpoint(taken, taken, region)
-    return Endpoint(
-        split_url(f"https://{account}.data-kinesis.{region}.{suffix}"),
-        split_url(f"https://{account}.control-kinesis.{region}.{suffix}"),
-        region,
-    )
+    hosts = destination.hosts(region, account)
+    if hosts is None:
+        return None
+    data, control = hosts
+    return Endpoint(split_url(f"https://{data}"), split_url(f"https://{control}"), region)
 
 
 def _asks_for_more(kinesis: Kinesis, env: Mapping[str, str]) -> bool:
@@ -192,12 +183,13 @@ _BENDING = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_DATA_PATH")
 _SWITCHES = ("AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT")
 
 
-async def captured_endpoint(kinesis: Kinesis, credentials: Credentials) -> Endpoint:
+async def captured_endpoint(kinesis: Kinesis, credentials: Credentials, destination: Destination = KINESIS) -> Endpoint:
     """Ask the SDK: it builds a call, and its URL is taken where it would be sent. Nothing goes out."""
     # imported here: the SDK costs 30 MB and half a second, and the plain cases never need it
     from aiobotocore.awsrequest import AioAWSResponse
     from aiobotocore.config import AioConfig
     from aiobotocore.session import AioSession
+    from botocore import xform_name
     from botocore.exceptions import BotoCoreError
 
     session = AioSession(profile=kinesis.profile)
@@ -215,7 +207,7 @@ async def captured_endpoint(kinesis: Kinesis, credentials: Credentials) -> Endpo
     try:
         region = session_region(kinesis, session)
         async with session.create_client(
-            "kinesis",
+            destination.service,
             region_name=region,
             endpoint_url=kinesis.endpoint_url or None,
             # The real keys are needed for an account's own host. The call is stopped before it would leave.
@@ -225,13 +217,14 @@ async def captured_endpoint(kinesis: Kinesis, credentials: Credentials) -> Endpo
             aws_account_id=credentials.account_id,
             config=AioConfig(parameter_validation=False, retries={"total_max_attempts": 1}),
         ) as client:
-            client.meta.events.register("before-send.kinesis", take)
-            name = {"StreamARN": kinesis.stream_arn} if kinesis.stream_arn else {"StreamName": kinesis.stream or "-"}
-            await client.put_records(Records=[], **name)
-            await client.describe_stream_summary(**name)
+            client.meta.events.register(f"before-send.{destination.service}", take)
+            name = destination.stream_members(kinesis.stream or "-", kinesis.stream_arn)
+            await getattr(client, xform_name(destination.put))(Records=[], **name)
+            if destination.account_hosts:
+                await client.describe_stream_summary(**name)
     except BotoCoreError as error:
         raise ConfigError("kinesis", f"the SDK finds no endpoint: {error}") from None
-    (data, scope), (control, _) = seen
+    (data, scope), (control, _) = seen[0], seen[-1]
     return Endpoint(split_url(data), split_url(control), scope)
 
 
@@ -242,7 +235,7 @@ class _Nothing:
         return b"{}"
 
 
-async def resolve_endpoint(kinesis: Kinesis, credentials: Credentials) -> Endpoint:
+async def resolve_endpoint(kinesis: Kinesis, credentials: Credentials, destination: Destination = KINESIS) -> Endpoint:
     """The endpoint the SDK would use. Raises ConfigError."""
-    endpoint = light_endpoint(kinesis, credentials.account_id)
-    return endpoint if endpoint is not None else await captured_endpoint(kinesis, credentials)
+    endpoint = light_endpoint(kinesis, credentials.account_id, destination=destination)
+    return endpoint if endpoint is not None else await captured_endpoint(kinesis, credentials, destination)

@@ -14,8 +14,9 @@ from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from fastkin.aws.client import CONTROL, Client, bundle_path, is_aws, tls_context
+from fastkin.aws.client import Client, bundle_path, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
+from fastkin.aws.destinations import KINESIS
 from fastkin.aws.endpoint import Endpoint, resolve_endpoint
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, HttpPool
 from fastkin.aws.http_answer import MAX_ANSWER, PUT_ANSWER
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from fastkin.aws.destinations import Destination
     from fastkin.aws.signing import Credentials
     from fastkin.config import Kinesis
 
 log = logging.getLogger("fastkin.kinesis")
 
-API = "Kinesis_20131202"
 JSON = "application/x-amz-json-1.1"
 # A larger body is hashed in a thread. 256 KiB are 0.15 ms of the loop; handing over costs 45 us of CPU, so
 # that 500 records of 200 B (169 kB) measured 110 us a call hashed here and 155 us hashed in a thread.
@@ -46,8 +47,15 @@ HASH_THREADS = 1
 class KinesisClient(Client):
     """The native way: own signature, own connections, nothing of the SDK on the path of a call."""
 
-    def __init__(self, kinesis: Kinesis, *, name: str | None = None, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(kinesis, name=name, clock=clock)
+    def __init__(
+        self,
+        kinesis: Kinesis,
+        *,
+        name: str | None = None,
+        clock: Callable[[], float] = time.time,
+        destination: Destination = KINESIS,
+    ) -> None:
+        super().__init__(kinesis, name=name, clock=clock, destination=destination)
         self._endpoint: Endpoint | None = None
         self._account: str | None = None
         self._signer: Signer | None = None
@@ -65,9 +73,9 @@ class KinesisClient(Client):
         self._provider = self._provider or await make_provider(self.kinesis, self.name)
         credentials = await self._provider.get()
         self._account = credentials.account_id
-        endpoint = await resolve_endpoint(self.kinesis, credentials)
+        endpoint = await resolve_endpoint(self.kinesis, credentials, self.destination)
         if self._signer is None or self._signer.region != endpoint.region:
-            self._signer = Signer(endpoint.region)
+            self._signer = Signer(endpoint.region, self.destination.service)
         if self._tls is None and "https:" in endpoint.data.base + endpoint.control.base:
             bundle = bundle_path(self.kinesis)
             self._tls = Renewed(partial(tls_context, self.kinesis), (bundle,) if bundle else system_files(), log)
@@ -108,12 +116,12 @@ class KinesisClient(Client):
                 endpoint = self._endpoint
             assert endpoint is not None
             assert self._signer is not None
-            url = endpoint.control if target in CONTROL else endpoint.data
+            url = endpoint.control if target in self.destination.control else endpoint.data
             head = partial(self._head, self._signer, credentials, target, url.host, url.path, digest, length)
             pool = self._pools.get(url.base) or self._new_pool(url.base)
             offset = self.clock_offset
             began = time.monotonic()
-            reply = await pool.request(head, body, PUT_ANSWER if target == "PutRecords" else MAX_ANSWER)
+            reply = await pool.request(head, body, PUT_ANSWER if target == self.destination.put else MAX_ANSWER)
             if log.isEnabledFor(logging.DEBUG):
                 log.debug(
                     "%s with %d bytes to %s: status %d, %d bytes, %.1f ms", target, length, url.host, reply.status,
@@ -136,7 +144,7 @@ class KinesisClient(Client):
     ) -> bytes:
         return signer.head(
             credentials,
-            target=f"{API}.{target}",
+            target=f"{self.destination.api}.{target}",
             host=host,
             path=path,
             content_type=JSON,

@@ -19,7 +19,7 @@ import orjson
 from aiobotocore.config import AioConfig
 from aiobotocore.credentials import AioCredentials
 from aiobotocore.session import AioSession
-from botocore import UNSIGNED
+from botocore import UNSIGNED, xform_name
 from botocore.auth import SIGV4_TIMESTAMP, SigV4Auth
 from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import (
@@ -35,6 +35,7 @@ from botocore.exceptions import ConnectionError as SdkConnectionError
 
 from fastkin.aws.client import Client, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
+from fastkin.aws.destinations import KINESIS
 from fastkin.aws.endpoint import session_region, split_url
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S
 from fastkin.aws.http_answer import Reply
@@ -48,14 +49,10 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from fastkin.aws.credentials import Provider
+    from fastkin.aws.destinations import Destination
     from fastkin.config import Kinesis
 
 _SLOW_RATE = 16 * 1024  # bytes a second that any line carries
-_METHODS = {
-    "DescribeStreamSummary": "describe_stream_summary",
-    "DescribeStream": "describe_stream",
-    "ListShards": "list_shards",
-}
 
 
 # The SDK's serialiser builds the body from `Records`. Ours is finished, so it is given an empty list, and the event
@@ -120,8 +117,15 @@ class _SignAt(SigV4Auth):  # type: ignore[misc]  # the SDK has no types
 class SdkClient(Client):
     """Calls through aiobotocore, with the native client's errors and answers."""
 
-    def __init__(self, kinesis: Kinesis, *, name: str | None = None, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(kinesis, name=name, clock=clock)
+    def __init__(
+        self,
+        kinesis: Kinesis,
+        *,
+        name: str | None = None,
+        clock: Callable[[], float] = time.time,
+        destination: Destination = KINESIS,
+    ) -> None:
+        super().__init__(kinesis, name=name, clock=clock, destination=destination)
         self._client: Any = None
         self._context: AbstractAsyncContextManager[Any] | None = None
 
@@ -143,7 +147,7 @@ class SdkClient(Client):
             foreign = kinesis.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
             self.at_aws = not foreign or is_aws(foreign)
             context = session.create_client(
-                "kinesis",
+                self.destination.service,
                 region_name=region,
                 endpoint_url=kinesis.endpoint_url or None,
                 verify=kinesis.ca_bundle or None,
@@ -165,10 +169,11 @@ class SdkClient(Client):
             raise ConfigError("kinesis", f"the SDK refuses the settings: {error}") from None
         self._context = context
         events = self._client.meta.events
-        events.register("before-parameter-build.kinesis.PutRecords", _take_body)
-        events.register("before-call.kinesis.PutRecords", _put_body)
-        events.register("choose-signer.kinesis", self._choose_signer)
-        events.register("before-sign.kinesis", self._sign)
+        service, put = self.destination.service, self.destination.put
+        events.register(f"before-parameter-build.{service}.{put}", _take_body)
+        events.register(f"before-call.{service}.{put}", _put_body)
+        events.register(f"choose-signer.{service}", self._choose_signer)
+        events.register(f"before-sign.{service}", self._sign)
 
     async def close(self) -> None:
         """Close the SDK's client."""
@@ -199,14 +204,13 @@ class SdkClient(Client):
 
     async def _once(self, target: str, body: Buffer) -> bytes:
         arguments: dict[str, Any]
-        if target == "PutRecords":
+        if target == self.destination.put:
             records = _Finished()
             records.body = bytes(body)
             arguments = {"Records": records, **self._target()}
-            method = self._client.put_records
         else:
             arguments = orjson.loads(bytes(body))
-            method = getattr(self._client, _METHODS[target])
+        method = getattr(self._client, xform_name(target))
         # The SDK's read timeout begins when the body is written: a peer that stops reading would hold the call for
         # ever. Only the SDK's connection knows how much has left: this way has one deadline, wide enough for a slow
         # line.

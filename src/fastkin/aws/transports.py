@@ -5,20 +5,22 @@ from __future__ import annotations
 import urllib.request
 from typing import TYPE_CHECKING
 
+from fastkin.aws.destinations import KINESIS
 from fastkin.aws.endpoint import light_endpoint
 from fastkin.aws.native import KinesisClient
 
 if TYPE_CHECKING:
     from fastkin.aws.client import Client
+    from fastkin.aws.destinations import Destination
     from fastkin.config import Kinesis
 
 
-def proxy_applies(kinesis: Kinesis) -> bool:
+def proxy_applies(kinesis: Kinesis, destination: Destination = KINESIS) -> bool:
     """Does the environment send calls to this endpoint through a proxy? NO_PROXY is respected."""
     proxies = urllib.request.getproxies_environment()
     if not (proxies.get("https") or proxies.get("http")):
         return False
-    endpoint = light_endpoint(kinesis)
+    endpoint = light_endpoint(kinesis, destination=destination)
     if endpoint is None:
         return True  # only the SDK can say where the call goes: it also knows about the proxy
     scheme = endpoint.data.base.partition(":")[0]
@@ -27,10 +29,10 @@ def proxy_applies(kinesis: Kinesis) -> bool:
     return not urllib.request.proxy_bypass(endpoint.data.host)
 
 
-def make_client(kinesis: Kinesis, name: str | None = None) -> Client:
+def make_client(kinesis: Kinesis, name: str | None = None, destination: Destination = KINESIS) -> Client:
     """The client that the settings and the environment ask for. `name` of the pipeline, for log lines."""
-    if kinesis.transport == "sdk" or (kinesis.transport == "auto" and proxy_applies(kinesis)):
+    if kinesis.transport == "sdk" or (kinesis.transport == "auto" and proxy_applies(kinesis, destination)):
         from fastkin.aws.sdk import SdkClient  # the SDK costs 30 MB
 
-        return SdkClient(kinesis, name=name)
-    return KinesisClient(kinesis, name=name)
+        return SdkClient(kinesis, name=name, destination=destination)
+    return KinesisClient(kinesis, name=name, destination=destination)

@@ -1,6 +1,6 @@
-# One PutRecords answer. Real Kinesis, kinesalite and kinesis-mock differ in key order, blanks and in
-# "ErrorCode":null on success; a hostile endpoint may send anything. The whole answer is read before a
-# record is settled by it; FailedRecordCount must be there and is not believed.
+# The answer to one call, entry by entry; nothing else reads one. Real Kinesis, kinesalite and kinesis-mock differ in
+# key order, blanks and in "ErrorCode":null on success; a hostile endpoint may send anything. The whole answer is read
+# before a record is settled by it; the count of failures (FailedRecordCount) must be there and is not believed.
 
 cdef struct Outcome:
     # of one entry
@@ -11,6 +11,46 @@ cdef struct Outcome:
 cdef struct Answer:
     size_t failed
     Py_ssize_t encryption  # offset of the EncryptionType string, or -1
+
+cdef struct Word:
+    # a name as an answer has it; the AnswerNames that it belongs to keeps the bytes
+    const char* p
+    size_t length
+
+
+@cython.final
+cdef class AnswerNames:
+    """What one operation calls the members of its answer: the list of entries, the count of failed ones, and in an
+    entry that is stored, one or two that say where. ErrorCode and ErrorMessage are the same everywhere."""
+
+    cdef tuple names
+    cdef Word entries
+    cdef Word failed
+    cdef Word[2] place  # the second one may be empty
+
+    def __cinit__(self, str entries not None, str failed not None, *places):
+        if not 1 <= len(places) <= 2:
+            raise LibraryError("one or two members of an entry tell where it is stored")
+        self.names = tuple([name.encode() for name in (entries, failed, *places)])
+        self.entries = word_of(self.names[0])
+        self.failed = word_of(self.names[1])
+        self.place[0] = word_of(self.names[2])
+        self.place[1] = word_of(self.names[3] if len(places) == 2 else b"")
+
+    def __repr__(self) -> str:
+        return f"AnswerNames{tuple([name.decode() for name in self.names])}"
+
+
+cdef Word word_of(bytes name):
+    cdef Word word
+    word.p = PyBytes_AS_STRING(name)
+    word.length = <size_t> PyBytes_GET_SIZE(name)
+    return word
+
+
+cdef AnswerNames _PUT_RECORDS = AnswerNames("Records", "FailedRecordCount", "SequenceNumber", "ShardId")
+PUT_RECORDS_ANSWER = _PUT_RECORDS
+
 
 cdef enum AnswerStatus:
     ANSWER_OK = 0
@@ -49,12 +89,16 @@ cdef inline int answer_string(Cursor* c, Text* out) noexcept nogil:
     return -1 if json_skip(c) < 0 else 1
 
 
-cdef AnswerStatus answer_entry(Cursor* c, Outcome* out) noexcept nogil:
-    """One entry of Records; c.p is at its brace."""
+cdef inline bint word_is(const Text* text, const Word* word) noexcept nogil:
+    return text.length == word.length and memcmp(text.p, word.p, word.length) == 0
+
+
+cdef AnswerStatus answer_entry(Cursor* c, const Word* place_names, Outcome* out) noexcept nogil:
+    """One entry of the list; c.p is at its brace."""
     cdef Text name
     cdef Text place
-    cdef bint shard = False
-    cdef bint sequence = False
+    cdef bint first = False
+    cdef bint second = place_names[1].length == 0
     cdef int status
     cdef int byte
     out.code.p = NULL
@@ -67,12 +111,12 @@ cdef AnswerStatus answer_entry(Cursor* c, Outcome* out) noexcept nogil:
     while True:
         if json_name(c, &name) < 0:
             return ANSWER_NOT_JSON
-        if text_is(&name, "SequenceNumber", 14):
+        if word_is(&name, &place_names[0]):
             status = answer_string(c, &place)
-            sequence = status == 0 and place.p != NULL and place.length > 0
-        elif text_is(&name, "ShardId", 7):
+            first = status == 0 and place.p != NULL and place.length > 0
+        elif place_names[1].length and word_is(&name, &place_names[1]):
             status = answer_string(c, &place)
-            shard = status == 0 and place.p != NULL and place.length > 0
+            second = status == 0 and place.p != NULL and place.length > 0
         elif text_is(&name, "ErrorCode", 9):
             status = answer_string(c, &out.code)
             if status == 1:
@@ -93,13 +137,13 @@ cdef AnswerStatus answer_entry(Cursor* c, Outcome* out) noexcept nogil:
             break
         else:
             return ANSWER_NOT_JSON
-    if out.code.p == NULL and not (shard and sequence):
+    if out.code.p == NULL and not (first and second):
         return ANSWER_NO_PLACE
     return ANSWER_OK
 
 
-cdef AnswerStatus answer_records(Cursor* c, const uint8_t* data, size_t count, Outcome* outcomes,
-                                 size_t* seen, size_t* failed) noexcept nogil:
+cdef AnswerStatus answer_records(Cursor* c, const Word* place_names, const uint8_t* data, size_t count,
+                                 Outcome* outcomes, size_t* seen, size_t* failed) noexcept nogil:
     cdef AnswerStatus status
     cdef int byte
     if json_blank(c) != c"[":
@@ -114,7 +158,7 @@ cdef AnswerStatus answer_records(Cursor* c, const uint8_t* data, size_t count, O
         if seen[0] == count:
             return ANSWER_TOO_MANY
         outcomes[seen[0]].at = <size_t> (c.p - data)
-        status = answer_entry(c, &outcomes[seen[0]])
+        status = answer_entry(c, place_names, &outcomes[seen[0]])
         if status != ANSWER_OK:
             return status
         if outcomes[seen[0]].code.p != NULL:
@@ -130,8 +174,8 @@ cdef AnswerStatus answer_records(Cursor* c, const uint8_t* data, size_t count, O
             return ANSWER_NOT_JSON
 
 
-cdef AnswerStatus answer_read(const uint8_t* data, size_t length, size_t count, Outcome* outcomes,
-                              Answer* answer, size_t* seen, size_t* at) noexcept nogil:
+cdef AnswerStatus answer_read(AnswerNames names, const uint8_t* data, size_t length, size_t count, Outcome* outcomes,
+                              Answer* answer, size_t* seen, size_t* at) noexcept:
     """The whole answer; outcomes has room for `count`. On error `at` says where."""
     cdef Cursor c
     cdef Text name
@@ -156,16 +200,16 @@ cdef AnswerStatus answer_read(const uint8_t* data, size_t length, size_t count, 
         status = ANSWER_NOT_JSON
         if json_name(&c, &name) < 0:
             break
-        if text_is(&name, "Records", 7):
+        if word_is(&name, &names.entries):
             if records:
                 status = ANSWER_TWICE
                 break
             records = True
-            status = answer_records(&c, data, count, outcomes, seen, &answer.failed)
+            status = answer_records(&c, names.place, data, count, outcomes, seen, &answer.failed)
             if status != ANSWER_OK:
                 break
             status = ANSWER_NOT_JSON
-        elif text_is(&name, "FailedRecordCount", 17):
+        elif word_is(&name, &names.failed):
             byte = json_blank(&c)
             if (byte != c"-" and not c"0" <= byte <= c"9") or json_number(&c) < 0:
                 status = ANSWER_NO_COUNT
@@ -195,32 +239,35 @@ cdef AnswerStatus answer_read(const uint8_t* data, size_t length, size_t count, 
     return status
 
 
-cdef int answer_scan(bytes data, size_t count, Outcome* outcomes, Answer* answer) except -1:
+cdef int answer_scan(AnswerNames names, bytes data, size_t count, Outcome* outcomes, Answer* answer) except -1:
     cdef size_t seen = 0
     cdef size_t at = 0
     cdef AnswerStatus status = answer_read(
-        <const uint8_t*> PyBytes_AS_STRING(data), <size_t> PyBytes_GET_SIZE(data), count, outcomes, answer,
+        names, <const uint8_t*> PyBytes_AS_STRING(data), <size_t> PyBytes_GET_SIZE(data), count, outcomes, answer,
         &seen, &at,
     )
     if status == ANSWER_OK:
         return 0
+    entries, failed, *places = [name.decode() for name in names.names]
+    place = f"both {places[1]} and {places[0]}" if len(places) == 2 else places[0]
     why = {
         ANSWER_NOT_OBJECT: "it is no JSON object",
-        ANSWER_NO_RECORDS: "Records is missing",
-        ANSWER_NO_COUNT: "FailedRecordCount is missing or no number",
-        ANSWER_RECORDS_TYPE: "Records is no array",
+        ANSWER_NO_RECORDS: f"{entries} is missing",
+        ANSWER_NO_COUNT: f"{failed} is missing or no number",
+        ANSWER_RECORDS_TYPE: f"{entries} is no array",
         ANSWER_TOO_MANY: f"it has more entries than the {count} records sent",
         ANSWER_TOO_FEW: f"it has {seen} entries for {count} records sent",
         ANSWER_ENTRY_TYPE: "an entry is no object",
         ANSWER_CODE_TYPE: "an ErrorCode is no string",
-        ANSWER_NO_PLACE: "an entry has neither an ErrorCode nor both ShardId and SequenceNumber",
-        ANSWER_TWICE: "Records is there twice",
+        ANSWER_NO_PLACE: f"an entry has neither an ErrorCode nor {place}",
+        ANSWER_TWICE: f"{entries} is there twice",
     }.get(status, "it is not JSON")
     raise UnexpectedResponse("UnexpectedResponse", f"the answer cannot be used: {why} (byte {at})")
 
 
 cdef object answer_result(bytes data, Py_ssize_t at, Py_ssize_t encryption):
-    """PutResult of the entry at that offset of an answer that was read before."""
+    """PutResult of the entry at that offset of an answer that was read before. A RecordId, which other operations than
+    PutRecords tell, is a sequence number for who put the record."""
     cdef Cursor c
     cdef Text name
     cdef Text shard
@@ -233,7 +280,7 @@ cdef object answer_result(bytes data, Py_ssize_t at, Py_ssize_t encryption):
     while json_name(&c, &name) == 0:
         if text_is(&name, "ShardId", 7):
             answer_string(&c, &shard)
-        elif text_is(&name, "SequenceNumber", 14):
+        elif text_is(&name, "SequenceNumber", 14) or text_is(&name, "RecordId", 8):
             answer_string(&c, &sequence)
         elif json_skip(&c) < 0:
             break
@@ -243,4 +290,5 @@ cdef object answer_result(bytes data, Py_ssize_t at, Py_ssize_t encryption):
     if encryption >= 0:
         c.p = start + encryption
         json_string(&c, &kind)
-    return PutResult(json_text(&shard), json_text(&sequence), json_text(&kind) if kind.p != NULL else None)
+    return PutResult(json_text(&shard) if shard.p != NULL else None, json_text(&sequence),
+                     json_text(&kind) if kind.p != NULL else None)

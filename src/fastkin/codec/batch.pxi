@@ -54,6 +54,11 @@ cdef inline uint64_t entry_cost(const Entry* entry) noexcept nogil:
     return cost
 
 
+def record_cost(nbytes) -> int:
+    """What one record of nbytes (data and key) costs a budget at most. What its batch costs is besides."""
+    return entry_cost_most(nbytes)
+
+
 @cython.final
 cdef class Budget:
     """What may be held, in bytes and records: buffered plus in flight. Several lanes may share one."""
@@ -157,7 +162,7 @@ cdef class Budget:
 
     def room(self, size_t nbytes) -> bool:
         """Would one record of nbytes (data and key) fit now? True when nothing is held."""
-        return self.fits(fk_b64_length(nbytes) + 128 + sizeof(Entry) + RECEIPT_BYTES, 1)
+        return self.fits(entry_data_most(nbytes, 1) + ENTRY_USUAL + sizeof(Entry) + RECEIPT_BYTES, 1)
 
 
 # What a lane shares with its batches: where settlements go, and how many there were. Batches hold this
@@ -169,6 +174,7 @@ cdef class _Books:
     cdef Settler settler
     cdef Budget budget
     cdef bytes target
+    cdef AnswerNames answer  # what the operation calls the members of its answer
     cdef size_t max_records
     cdef size_t max_batch_bytes
     cdef uint64_t received
@@ -786,7 +792,7 @@ cdef class Batch:
         cdef Answer scan
         outcomes = <Outcome*> take_memory(NULL, self.count * sizeof(Outcome))
         try:
-            answer_scan(data, self.count, outcomes, &scan)
+            answer_scan(self.books.answer, data, self.count, outcomes, &scan)
             if scan.failed == 0:
                 self.end(outcomes, OUT_STORED, data, scan.encryption)
                 return []

@@ -8,6 +8,7 @@ cdef enum:
     ENTRY_CLOSE = 2  # "}
     LIST_OPEN = 12  # {"Records":[
     LIST_CLOSE = 3  # ],} and the member that names the stream between the last two
+    ENTRY_USUAL = 128  # what an entry has besides its data, when its key is no longer than some 60 bytes
 
 cdef enum RestoreStatus:
     RESTORE_OK = 0
@@ -49,6 +50,24 @@ cdef inline size_t entry_frame(const Key* key, size_t hash_length) noexcept nogi
     if hash_length:
         n += ENTRY_HASH + hash_length
     return n
+
+
+cdef inline uint64_t entry_overhead(const Key* key) noexcept nogil:
+    """What an entry costs besides its data: its text, its comma, its struct."""
+    return entry_frame(key, 0) + 1 + sizeof(Entry)
+
+
+cdef inline uint64_t entry_cost_most(uint64_t nbytes) noexcept nogil:
+    """What one record of so many bytes, data and key, costs the budget at most: a key of control characters takes six
+    bytes each."""
+    return (entry_data_most(nbytes, 1) + ENTRY_OPEN + ENTRY_KEY + 6 * KEY_CHARS + ENTRY_HASH + HASH_DIGITS + ENTRY_CLOSE
+            + 1 + sizeof(Entry) + RECEIPT_BYTES)
+
+
+cdef inline uint64_t entry_data_most(uint64_t data_bytes, uint64_t count) noexcept nogil:
+    """The text of so many bytes of data in so many entries at most: each may leave a group of three unfilled. Exact
+    for one."""
+    return (data_bytes + 2 * count) // 3 * 4
 
 
 cdef inline size_t entry_most(size_t length, const Key* key, size_t hash_length) noexcept nogil:

@@ -1,59 +1,31 @@
-# More than one payload format into one lane, and what belongs to none.
+# The table of compiled payload formats. One more is a file that defines scan, next and reason (payload.pxi says what
+# they owe), its include here, and a row. Formats written in Python are rows of formats/table.py.
 
-cdef enum:
-    STRAY_BYTES = 256  # of a topic told in a reason
+include "format_raw.pxi"
+include "format_bulk.pxi"
 
+# Name, number, what it does, functions. The number is the format's Subscription Identifier: brokers keep it in sessions
+# and beside queued messages, so it is never given to another format.
+COMPILED_FORMATS = (
+    compiled_format("raw", 1, "a payload is a record", raw_scan, raw_next, raw_reason),
+    compiled_format("bulk", 2, "a frame of records", bulk_scan, bulk_next, bulk_reason),
+)
 
-@cython.final
-cdef class FormatSink(Sink):
-    """The way into a lane for payloads of one format, whatever the lane's own is."""
-
-    cdef Lane lane
-    cdef bint bulk
-
-    def __cinit__(self, Lane lane not None, str frame not None):
-        if frame != "raw" and frame != "bulk":
-            raise LibraryError(f"a lane takes raw or bulk payloads, not {frame!r}")
-        self.lane = lane
-        self.bulk = frame == "bulk"
-
-    cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
-                            size_t length, uint64_t token) except -2:
-        return self.lane.offer_as(self.bulk, topic, topic_len, data, length, token)
-
-    def offer(self, bytes topic not None, payload, unsigned long long token) -> int:
-        """As the C sink: how many settlements the token will see, -1 when there is no room."""
-        return offer_bytes(self, topic, payload, token)
+cdef PayloadFormat RAW = COMPILED_FORMATS[0]
+cdef PayloadFormat BULK = COMPILED_FORMATS[1]
 
 
-@cython.final
-cdef class StraySink(Sink):
-    """Sets payloads aside whose format nobody knows: each becomes a reject of the lane."""
-
-    cdef Lane lane
-    cdef str filters
-
-    def __cinit__(self, Lane lane not None, str filters not None):
-        self.lane = lane
-        self.filters = filters
-
-    cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
-                            size_t length, uint64_t token) except -2:
-        cdef size_t shown = topic_len if topic_len < STRAY_BYTES else STRAY_BYTES
-        name = PyUnicode_DecodeUTF8(<const char*> topic, <Py_ssize_t> shown, "replace")
-        reason = f"the topic {name!a} matches none of the filters {self.filters}: its format is not known"
-        return self.lane.refuse_whole(topic, topic_len, data, length, "topic", reason, token)
-
-    def offer(self, bytes topic not None, payload, unsigned long long token) -> int:
-        """As the C sink."""
-        return offer_bytes(self, topic, payload, token)
+cdef PayloadFormat format_of(object given):
+    """A row, or the name of a compiled one."""
+    if isinstance(given, PayloadFormat):
+        return given
+    for row in COMPILED_FORMATS:
+        if (<PayloadFormat> row).name == given:
+            return row
+    names = ", ".join([(<PayloadFormat> row).name for row in COMPILED_FORMATS])
+    raise LibraryError(f"{given!r} is no payload format: give one of {names}, or a PayloadFormat")
 
 
-cdef Py_ssize_t offer_bytes(Sink sink, bytes topic, object payload, uint64_t token) except -2:
-    cdef Bytes source
-    bytes_open(payload, &source, "a payload")
-    try:
-        return sink.offer_c(<const uint8_t*> PyBytes_AS_STRING(topic), <size_t> PyBytes_GET_SIZE(topic),
-                            source.p, source.length, token)
-    finally:
-        bytes_close(&source)
+def decode_frame(payload) -> list[bytes]:
+    """The records of a bulk frame, or DataFormatError: all or nothing."""
+    return BULK.decoded(payload, "a frame")

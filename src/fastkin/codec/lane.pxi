@@ -33,7 +33,7 @@ cdef class Lane(Sink):
     cdef public bint attention
     cdef int wanted  # why the open batch may be taken as it is; -1: not yet
     cdef readonly unsigned long long opened  # open batches there were: tells one from the next
-    cdef bint bulk
+    cdef PayloadFormat format  # of what is offered to the lane itself
     cdef size_t max_record_bytes
     cdef size_t group_most  # bytes of an aggregate; 0: every record is an entry of its own
     cdef Aggregate group
@@ -54,13 +54,12 @@ cdef class Lane(Sink):
     cdef size_t slot_room
     cdef Buf arena
 
-    def __cinit__(self, *, Settler settler, Budget budget not None, str frame, KeyPlan key not None,
+    def __cinit__(self, *, Settler settler, Budget budget not None, frame, KeyPlan key not None,
                   bytes target not None, size_t max_records=limits.CALL_RECORDS,
                   size_t max_batch_bytes=limits.DEFAULT_CALL_BYTES,
                   size_t max_record_bytes=limits.RECORD_BYTES, size_t aggregate_bytes=0, Settler rows=None,
-                  Budget replay=None):
-        if frame != "raw" and frame != "bulk":
-            raise LibraryError(f"a lane takes raw or bulk payloads, not {frame!r}")
+                  Budget replay=None, AnswerNames answer=None):
+        self.format = format_of(frame)
         if not 1 <= max_records <= ENTRIES_MOST:
             raise LibraryError(f"max_records is 1 to {ENTRIES_MOST}, not {max_records}")
         if not 1 <= max_batch_bytes <= BODY_MOST or max_record_bytes < 1:
@@ -69,6 +68,7 @@ cdef class Lane(Sink):
         self.books.settler = settler
         self.books.budget = self.budget = budget
         self.books.target = target
+        self.books.answer = _PUT_RECORDS if answer is None else answer
         self.books.rows = rows
         self.books.replay = budget if replay is None else replay
         self.books.max_records = max_records
@@ -76,7 +76,6 @@ cdef class Lane(Sink):
         self.max_record_bytes = min(max_record_bytes, max_batch_bytes)
         self.plan = key
         self.set_aggregate_bytes(aggregate_bytes)
-        self.bulk = frame == "bulk"
         self.closed = deque()
         self.wanted = -1
         self.rejects = []
@@ -303,114 +302,118 @@ cdef class Lane(Sink):
         self.budget.stalled = True
         return True
 
-    cdef inline bint too_many(self, const Frame* frame, uint64_t overhead) noexcept:
+    cdef inline bint too_many(self, const Payload* payload, uint64_t overhead) noexcept:
         """Would what records cost besides their data fill the budget on its own? A frame of millions of empty
         records is a few MiB on the wire, and would be a hundred times that here. What is larger than a small
         budget is taken all the same when nothing is held, within reason."""
-        return (frame.count > max(self.budget.max_records, <uint64_t> ENTRIES_MOST)
+        return (payload.count > max(self.budget.max_records, <uint64_t> ENTRIES_MOST)
                 or overhead > max(self.budget.max_bytes, <uint64_t> OVERHEAD_LEAST))
 
-    cdef Py_ssize_t refuse_frame(self, const uint8_t* topic, size_t topic_length, const uint8_t* data,
-                                 const Frame* frame, uint64_t token) except -2:
-        if self.no_room(frame.end + REJECT_TOPIC * topic_length + REJECT_BYTES, 1):
-            return OFFER_STALLED
-        self.books.received += 1
-        self.set_aside(topic, topic_length, data, frame.end, "records",
-                       f"{frame.count} records in one frame: more than the budget can hold", 0, None, token)
-        return 1
+    cdef Py_ssize_t refuse_frame(self, const uint8_t* topic, size_t topic_length, const Payload* payload,
+                                 uint64_t token) except -2:
+        return self.refuse_whole(topic, topic_length, payload.whole, payload.whole_length, "records",
+                                 f"{payload.count} records in one frame: more than the budget can hold", 0, token)
 
     cdef Py_ssize_t refuse_whole(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
-                                 size_t length, str kind, str reason, uint64_t token) except -2:
-        """A whole payload that is set aside unread."""
+                                 size_t length, str kind, str reason, size_t offset, uint64_t token) except -2:
+        """A whole payload that is set aside, none of its records taken."""
         if self.no_room(length + REJECT_TOPIC * topic_len + REJECT_BYTES, 1):
             return OFFER_STALLED
         self.books.received += 1
         self.set_aside(topic, topic_len, data if length else <const uint8_t*> b"", length, kind,
-                       reason, 0, None, token)
+                       reason, offset, None, token)
         return 1
 
     cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
                             size_t length, uint64_t token) except -2:
-        return self.offer_as(self.bulk, topic, topic_len, data, length, token)
+        return self.offer_as(self.format, topic, topic_len, data, length, token)
 
-    cdef Py_ssize_t offer_as(self, bint bulk, const uint8_t* topic, size_t topic_len,
+    cdef Py_ssize_t offer_as(self, PayloadFormat format, const uint8_t* topic, size_t topic_len,
                              const uint8_t* data, size_t length, uint64_t token) except -2:
-        cdef Frame frame
-        cdef FrameStatus status
+        """A payload of this format, which need not be the lane's own."""
+        cdef Payload payload
         if length == 0:
             data = <const uint8_t*> b""  # a pointer to nothing may be NULL: never hand that on
-        if bulk:
-            status = frame_scan(data, length, &frame)
-            if status != FRAME_OK:
-                if self.no_room(length + REJECT_TOPIC * topic_len + REJECT_BYTES, 1):
-                    return OFFER_STALLED
-                self.books.received += 1
-                self.set_aside(topic, topic_len, data, length, frame_kind(status),
-                               frame_reason(data, &frame, status), frame.at, None, token)
-                return 1
-        else:
-            frame_one(&frame, length)
-        return self.take_records(topic, topic_len, data, &frame, bulk, token, ENTRY_TOKEN, False)
+        if format.records is not None:
+            return self.offer_made(format, topic, topic_len, data, length, token)
+        payload.data = payload.whole = data
+        payload.length = payload.whole_length = length
+        if format.scan(&payload):
+            return self.take_records(topic, topic_len, format, &payload, token, ENTRY_TOKEN, False)
+        kind, reason = format.reason(&payload)
+        return self.refuse_whole(topic, topic_len, data, length, kind, reason, payload.at, token)
 
-    cdef Py_ssize_t take_records(self, const uint8_t* topic, size_t topic_length, const uint8_t* data,
-                                 const Frame* frame, bint bulk, uint64_t token, uint32_t kind,
-                                 bint strict) except -2:
+    cdef Py_ssize_t offer_made(self, PayloadFormat format, const uint8_t* topic, size_t topic_len,
+                               const uint8_t* data, size_t length, uint64_t token) except -2:
+        """The same for a format in Python."""
+        cdef Payload payload
+        try:
+            made = records_made(format, data, length)
+            format.read(&payload, data, length, made)
+        except DataFormatError as error:
+            return self.refuse_whole(topic, topic_len, data, length, "format", error.reason, error.offset, token)
+        return self.take_records(topic, topic_len, format, &payload, token, ENTRY_TOKEN, False)
+
+    cdef Py_ssize_t take_records(self, const uint8_t* topic, size_t topic_length, PayloadFormat format,
+                                 const Payload* payload, uint64_t token, uint32_t kind, bint strict) except -2:
         """The records of a payload that was scanned. `strict`: raise for a bad one and take nothing,
         never stall; else set it aside."""
         cdef Key key
-        cdef size_t at = frame.first
-        cdef size_t length = frame.data_bytes
+        cdef PayloadNext next_ = format.next
+        cdef size_t at = payload.first
+        cdef size_t begin
+        cdef size_t length = 0
         cdef uint64_t cost
-        if frame.count == 0:
+        if payload.count == 0:
             return 0
         random_ready()
         if self.plan.reads_data:
-            return self.take_mixed(topic, topic_length, data, frame, bulk, token, kind, strict, NULL)
+            return self.take_mixed(topic, topic_length, format, payload, token, kind, strict, NULL)
         self.topic_key(topic, topic_length, &key)
-        if key.verdict >= BAD_SIZE or frame.longest + key_counts(&key) > self.max_record_bytes:
-            return self.take_mixed(topic, topic_length, data, frame, bulk, token, kind, strict, &key)
+        if key.verdict >= BAD_SIZE or payload.longest + key_counts(&key) > self.max_record_bytes:
+            return self.take_mixed(topic, topic_length, format, payload, token, kind, strict, &key)
         if not strict:
-            cost = frame.count * (entry_frame(&key, 0) + 1 + sizeof(Entry))
-            if bulk and self.too_many(frame, cost):
-                return self.refuse_frame(topic, topic_length, data, frame, token)
-            cost += frame.base64_bytes
-            if self.no_room(cost, frame.count):
+            cost = payload.count * entry_overhead(&key)
+            if self.too_many(payload, cost):
+                return self.refuse_frame(topic, topic_length, payload, token)
+            if self.no_room(cost + entry_data_most(payload.data_bytes, payload.count), payload.count):
                 return OFFER_STALLED
-        self.books.received += frame.count
+        self.books.received += payload.count
         if key.verdict == KEY_MISSING:
-            self.missing += frame.count
-        for _ in range(frame.count):
-            if bulk:
-                at = frame_next(data, at, &length)
-            self.store(data + at, length, &key, token, kind)
-            at += length
-        return <Py_ssize_t> frame.count
+            self.missing += payload.count
+        for _ in range(payload.count):
+            begin = next_(payload, &at, &length)
+            self.store(payload.data + begin, length, &key, token, kind)
+        return <Py_ssize_t> payload.count
 
-    cdef Py_ssize_t take_mixed(self, const uint8_t* topic, size_t topic_length, const uint8_t* data,
-                               const Frame* frame, bint bulk, uint64_t token, uint32_t kind, bint strict,
+    cdef Py_ssize_t take_mixed(self, const uint8_t* topic, size_t topic_length, PayloadFormat format,
+                               const Payload* payload, uint64_t token, uint32_t kind, bint strict,
                                const Key* shared) except -2:
         """As take_records, when each record has a verdict of its own (`shared`: the key all have)."""
         cdef Key key
         cdef Slot* slot
         cdef Slot* slots
-        cdef size_t at = frame.first
-        cdef size_t length = frame.data_bytes
+        cdef PayloadNext next_ = format.next
+        cdef const uint8_t* data
+        cdef size_t at = payload.first
+        cdef size_t begin
+        cdef size_t length = 0
         cdef size_t i
-        cdef uint64_t cost = 0
+        cdef uint64_t cost = 0  # of all
+        cdef uint64_t overhead = 0  # of that, what is not data
         # before the tables are made, what every record costs at least; then with what keys they have
-        if bulk and not strict and self.too_many(frame, frame.count * (sizeof(Slot) + sizeof(Entry))):
-            return self.refuse_frame(topic, topic_length, data, frame, token)
-        if frame.count > self.slot_room:
-            slots = <Slot*> take_memory(self.slots, frame.count * sizeof(Slot))
+        if not strict and self.too_many(payload, payload.count * (sizeof(Slot) + sizeof(Entry))):
+            return self.refuse_frame(topic, topic_length, payload, token)
+        if payload.count > self.slot_room:
+            slots = <Slot*> take_memory(self.slots, payload.count * sizeof(Slot))
             self.slots = slots
-            self.slot_room = frame.count
+            self.slot_room = payload.count
         self.arena.length = 0
-        for i in range(frame.count):
-            if bulk:
-                at = frame_next(data, at, &length)
+        for i in range(payload.count):
+            begin = next_(payload, &at, &length)
             slot = &self.slots[i]
             if shared == NULL:
-                self.slot_key(slot, topic, topic_length, data + at, length)
+                self.slot_key(slot, topic, topic_length, payload.data + begin, length)
                 self.key_of(slot, &key)
             else:
                 key = shared[0]
@@ -419,39 +422,44 @@ cdef class Lane(Sink):
                 slot.verdict = BAD_SIZE
             if slot.verdict >= BAD_SIZE:
                 if strict:
-                    which = f"record {i} of the frame: " if bulk else ""
+                    which = f"record {i} of the frame: " if self.index_of(payload, i, length) is not None else ""
                     raise RecordError(which + self.why_bad(slot.verdict, &key, length))
-                cost += length + REJECT_TOPIC * topic_length + REJECT_BYTES
+                cost += length
+                overhead += REJECT_TOPIC * topic_length + REJECT_BYTES
             else:
-                cost += fk_b64_length(length) + entry_frame(&key, 0) + 1 + sizeof(Entry)
-            at += length
-            if bulk and not strict and cost > frame.base64_bytes and self.too_many(frame, cost - frame.base64_bytes):
+                cost += entry_data_most(length, 1)
+                overhead += entry_overhead(&key)
+            if not strict and self.too_many(payload, overhead):
                 self.trim_slots()
-                return self.refuse_frame(topic, topic_length, data, frame, token)
-        if not strict and self.no_room(cost, frame.count):
+                return self.refuse_frame(topic, topic_length, payload, token)
+        if not strict and self.no_room(cost + overhead, payload.count):
             self.trim_slots()
             return OFFER_STALLED
-        self.books.received += frame.count
-        at = frame.first
-        for i in range(frame.count):
-            if bulk:
-                at = frame_next(data, at, &length)
+        self.books.received += payload.count
+        at = payload.first
+        for i in range(payload.count):
+            begin = next_(payload, &at, &length)
+            data = payload.data + begin
             slot = &self.slots[i]
             if shared == NULL:
                 self.key_of(slot, &key)
             else:
                 key = shared[0]
             if slot.verdict >= BAD_SIZE:
-                self.set_aside(topic, topic_length, data + at, length,
+                self.set_aside(topic, topic_length, data, length,
                                "oversize" if slot.verdict == BAD_SIZE else "partition_key",
-                               self.why_bad(slot.verdict, &key, length), at, i if bulk else None, token)
+                               self.why_bad(slot.verdict, &key, length),
+                               begin if payload.data == payload.whole else 0, self.index_of(payload, i, length), token)
             else:
                 if slot.verdict == KEY_MISSING:
                     self.missing += 1
-                self.store(data + at, length, &key, token, kind)
-            at += length
+                self.store(data, length, &key, token, kind)
         self.trim_slots()
-        return <Py_ssize_t> frame.count
+        return <Py_ssize_t> payload.count
+
+    cdef object index_of(self, const Payload* payload, size_t i, size_t length):
+        """The number of a record in its payload; None: it is the whole of it."""
+        return None if payload.data == payload.whole and payload.length == length else i
 
     cdef str why_bad(self, Verdict verdict, Key* key, size_t length):
         cdef size_t counted = 0
@@ -580,14 +588,11 @@ cdef class Lane(Sink):
     def put_frame(self, payload) -> Receipt:
         """All records of a bulk frame, or none: DataFormatError, RecordError."""
         cdef Bytes source
-        cdef Frame frame
-        cdef FrameStatus status
+        cdef Payload frame
         cdef Receipt receipt
         bytes_open(payload, &source, "a frame")
         try:
-            status = frame_scan(source.p, source.length, &frame)
-            if status != FRAME_OK:
-                raise DataFormatError(frame.at, frame_reason(source.p, &frame, status))
+            BULK.read(&frame, source.p, source.length, None)
             receipt = Receipt.new(<uint32_t> frame.count, True)
             if frame.count == 0:
                 receipt.value = FrameResult(0)
@@ -596,7 +601,7 @@ cdef class Lane(Sink):
             # the records own one reference together; it goes with the last of them
             Py_INCREF(receipt)
             try:
-                self.take_records(NULL, 0, source.p, &frame, True, <uint64_t> <size_t> <PyObject*> receipt,
+                self.take_records(NULL, 0, BULK, &frame, <uint64_t> <size_t> <PyObject*> receipt,
                                   ENTRY_FRAME, True)
             except RecordError:
                 Py_DECREF(receipt)
@@ -795,12 +800,3 @@ cdef class Lane(Sink):
     def flushes(self) -> tuple[int, ...]:
         """How many batches were closed, by reason."""
         return tuple([self.flushed[i] for i in range(FLUSH_REASONS)])
-
-
-cdef inline void frame_one(Frame* frame, size_t length) noexcept nogil:
-    """A raw payload: one record."""
-    frame.first = 0
-    frame.count = 1
-    frame.data_bytes = length
-    frame.longest = frame.end = length
-    frame.base64_bytes = fk_b64_length(length)

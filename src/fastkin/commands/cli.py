@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from fastkin import __version__
+from fastkin.formats.table import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -396,7 +397,7 @@ def show_dead_letter(number: int, files: tuple[str, ...], raw: bool, load: Load,
 @click.argument("files", nargs=-1, metavar="[FILE]...")
 @_letters
 @click.option("--stream", help="Send everything to this stream (a name or an ARN), not to those of the settings.")
-@click.option("--format", "form", type=click.Choice(["raw", "bulk"]), help="Read whole payloads as this.")
+@click.option("--format", "form", type=click.Choice(list(FORMATS)), help="Read whole payloads as this.")
 @click.option("--region", help="Region for --stream; else AWS_REGION or the AWS configuration.")
 @click.option("--endpoint-url", help="Endpoint for --stream; else AWS_ENDPOINT_URL_KINESIS.")
 @click.option("--profile", help="Profile of the AWS configuration files, for --stream.")

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastkin._codec import KeyPlan, decode_frame
+from fastkin._codec import KeyPlan
 from fastkin.config import Kinesis
 from fastkin.deadletter.destination import PREFIX
 from fastkin.deadletter.reader import Damaged, Letter, LetterFiles, Stored, since
 from fastkin.deadletter.stream import Post
 from fastkin.errors import Action, DataFormatError, FastkinError, KinesisError, LibraryError, RecordError, escaped
 from fastkin.formats.partition_key import key_plan
+from fastkin.formats.table import DEFAULT, FORMATS
 from fastkin.limits import MIB, RECORD_BYTES
 from fastkin.mqtt._core import CountSink, Router, matches
 
@@ -419,12 +420,12 @@ class Again:
         if letter.offset is None or letter.index is not None:
             return [self._put(letter)]
         form = self.route.format(letter.topic)
-        if form == "raw":
+        if form == DEFAULT:
             return [self._put(letter)]
         if form is None:
-            return [letter.again("its format is not known: give --config, or --format raw or bulk")]
+            return [letter.again(f"its format is not known: give --config, or --format {' or '.join(FORMATS)}")]
         try:
-            records = decode_frame(letter.content())
+            records = FORMATS[form].decode(letter.content())
         except DataFormatError as error:
             if isinstance(letter.payload, Stored):  # not written once more for another reason
                 _say_kept(letter, f"byte {error.offset}: {error.reason}")

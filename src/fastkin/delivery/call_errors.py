@@ -54,8 +54,8 @@ def as_operator(error: KinesisError, *, untold: bool) -> KinesisError:
     )
 
 
-def cure(error: KinesisError) -> str:
-    """What helps, as the end of a log line; empty when nobody knows."""
+def cure(error: KinesisError, permission: str) -> str:
+    """What helps, as the end of a log line; empty when nobody knows. `permission` is the one that a call needs."""
     # By the action first: several codes mean the same.
     if error.action is Action.CLOCK:
         return ": set this machine's clock"
@@ -64,5 +64,5 @@ def cure(error: KinesisError) -> str:
     if "ResourceNotFound" in error.code:
         return ": check stream name, region and account"
     if "AccessDenied" in error.code:
-        return ": allow kinesis:PutRecords on the stream"
+        return f": allow {permission} on the stream"
     return ""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import DRAIN, FAILED, Budget, KeyPlan, Lane
 from fastkin.delivery.backlog import Backlog, DropBacklog, Policy, batch_limit
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from fastkin._codec import Batch, Reject, Settler
+    from fastkin._codec import Batch, PayloadFormat, Reject, Settler
     from fastkin.aws.client import Client
     from fastkin.delivery.replay import ReplayWindow
     from fastkin.runtime.deadline import Deadline
@@ -77,7 +77,7 @@ class Delivery:
         name: str,
         stream: str,
         key: KeyPlan,
-        frame: Literal["raw", "bulk"] = "raw",
+        frame: PayloadFormat | str = "raw",
         settler: Settler | None = None,
         keep_bytes: int = 0,
     ) -> None:
@@ -87,14 +87,21 @@ class Delivery:
         self.stream = stream
         # Whoever splits or gathers has a batch twice for a moment, so one may be no large part of the budget.
         limit = batch_limit(options.max_batch_bytes, options.max_record_bytes, options.budget_bytes, options.on_full)
-        self._options = options = replace(options, max_batch_bytes=limit)
+        to = client.destination
+        self._options = options = replace(
+            options,
+            max_records=min(options.max_records, to.call_records),
+            max_batch_bytes=min(limit, to.call_bytes),
+            max_record_bytes=min(options.max_record_bytes, to.record_bytes),
+        )
         self.budget = Budget(options.budget_bytes - keep_bytes, options.budget_records)
         self._window: ReplayWindow | None = None
         # Before the lane is made: both parts are charged by it.
         if options.on_full == "spool":
             self.budget, self._window = split_budget(self.budget)
         self.lane = Lane(
-            settler=settler, budget=self.budget, frame=frame, key=key, target=client.target_json(),
+            settler=settler, budget=self.budget, frame=frame, key=key if to.keyed else KeyPlan("none"),
+            target=client.target_json(), answer=to.answer,
             max_records=options.max_records, max_batch_bytes=options.max_batch_bytes,
             max_record_bytes=options.max_record_bytes, aggregate_bytes=options.aggregate_bytes,
             rows=None if self._window is None else self._window.settler,
@@ -128,7 +135,7 @@ class Delivery:
             self.lane, self.client, name=self.name, stream=self.stream, max_calls=options.max_calls,
             set_aside=refused or self.fail, on_settled=self.settled, max_records=options.max_records,
             max_batch_bytes=options.max_batch_bytes, throttle_error_after_s=options.throttle_error_after_s,
-            believe=options.trusted, harmless=self.client.harmless,
+            destination=self.client.destination, believe=options.trusted, harmless=self.client.harmless,
         )  # fmt: skip
         self.backlog = self._make_backlog(options)
         self.flusher = Flusher(self.lane, self.backlog, options.linger_s, loop)

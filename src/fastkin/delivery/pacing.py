@@ -16,6 +16,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from fastkin.limits import CALL_RECORDS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from random import Random
@@ -31,7 +33,7 @@ _ASK_AGAIN_S = 0.1
 _FLOOR = 10.0  # records/s: never so slow that the end of a throttle goes unnoticed
 _WINDOW_S = 0.25  # over which the stored rate is measured
 _BURST_S = 0.25  # what a bucket holds when full, in seconds of its rate
-_CALL_RECORDS = 500.0  # a bucket must be able to hold one full call
+_CALL_RECORDS = float(CALL_RECORDS)  # a bucket must be able to hold one full call
 _HEAT_S = 10.0  # the heat of a bucket is an average over about this long
 _LARGEST_CALL = 16 * 1024 * 1024  # Kinesis takes 10 MiB, 13.3 in base64
 _DUST = 1e-6  # of a token: rounding must not turn into a wait too short to pass

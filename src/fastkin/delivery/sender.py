@@ -22,6 +22,7 @@ from random import Random
 from typing import TYPE_CHECKING, Protocol
 
 from fastkin._codec import Batch
+from fastkin.aws.destinations import KINESIS
 from fastkin.delivery.alarm import Alarm
 from fastkin.delivery.answers import Answers
 from fastkin.delivery.failed_calls import FailedCalls
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from fastkin._codec import Lane
+    from fastkin.aws.destinations import Destination
     from fastkin.aws.shards import ShardMap
     from fastkin.delivery.answers import Load
 
@@ -89,7 +91,7 @@ class Sender:
         max_calls: int,
         set_aside: Callable[[Batch, str], None],
         on_settled: Callable[[], None],
-        target: str = "PutRecords",
+        destination: Destination = KINESIS,
         max_records: int = CALL_RECORDS,
         max_batch_bytes: int = DEFAULT_CALL_BYTES,
         throttle_error_after_s: float = 60.0,
@@ -106,7 +108,7 @@ class Sender:
         self.name = name
         self._client = client
         client.on_resend = self._resent
-        self._target = target
+        self._destination = destination
         self._set_aside = set_aside
         self._on_settled = on_settled
         self._loop = loop = asyncio.get_running_loop()
@@ -122,8 +124,9 @@ class Sender:
             fresh=self._fresh, most_records=max_records, most_bytes=max_batch_bytes,
         )  # fmt: skip
         self._trouble = trouble = Trouble(
-            lane, loop, name=name, stream=stream, throttle_error_after_s=throttle_error_after_s
-        )
+            lane, loop, name=name, stream=stream, permission=destination.permission,
+            throttle_error_after_s=throttle_error_after_s,
+        )  # fmt: skip
         # All waits of all parts end in the same look, so none of them has to know what comes next.
         self._alarm = alarm = Alarm(loop, self.pump)
         self._calls = OpenCalls(name, loop, self._call_ended)
@@ -343,7 +346,7 @@ class Sender:
         count, nbytes = len(batch), batch.nbytes
         try:
             try:
-                answer = await self._client.call(self._target, batch)
+                answer = await self._client.call(self._destination.put, batch)
             finally:
                 counters.call_seconds.observe(self._loop.time() - began)
             failures = batch.settle(answer)

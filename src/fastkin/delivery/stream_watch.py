@@ -56,8 +56,9 @@ class StreamWatch:
         raise.
         """
         self._delivery = delivery
-        self._wants_shards = shards
-        self._wants_limits = limits
+        asked = delivery.client.destination.shards  # else there is nothing to ask for
+        self._wants_shards = shards and asked
+        self._wants_limits = limits and asked
         self._misfit = misfit
         self._fits = fits
         self._cure = cure

@@ -32,12 +32,21 @@ class Trouble:
     """The state of what was said, and when. Times are the event loop's, in seconds."""
 
     def __init__(
-        self, lane: Lane, loop: asyncio.AbstractEventLoop, *, name: str, stream: str, throttle_error_after_s: float
+        self,
+        lane: Lane,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        name: str,
+        stream: str,
+        permission: str,
+        throttle_error_after_s: float,
     ) -> None:
-        """`name` is that of the log lines. `throttle_error_after_s`: after so long a throttle is an ERROR."""
+        """`name` is that of the log lines, `permission` what IAM calls the call (`kinesis:PutRecords`).
+        `throttle_error_after_s`: after so long a throttle is an ERROR."""
         self._lane = lane
         self._name = name
         self._stream = stream
+        self._permission = permission
         self._throttle_error_after_s = throttle_error_after_s
         self._warnings = Repeats(_LOG, loop.call_later, most=1, per_s=_WARN_EVERY_S)
         self._errors = Repeats(_LOG, loop.call_later, most=1, per_s=_ERROR_EVERY_S)
@@ -91,7 +100,7 @@ class Trouble:
             self._errors.say(
                 logging.ERROR, error.code,
                 "pipeline=%s stage=send %s; the data is kept and tried again in %.0f s%s",
-                self._name, error, delay, cure(error),
+                self._name, error, delay, cure(error, self._permission),
             )  # fmt: skip
         # A throttle that lasts was said as an error just now, and the warning would add nothing.
         elif error.action is not Action.THROTTLE or not self._throttled_for_long(now, ""):
@@ -102,7 +111,7 @@ class Trouble:
         self._errors.say(
             logging.ERROR, error.code,
             "pipeline=%s stage=send %d records failed with %s; the data is kept and tried again in %.0f s%s",
-            self._name, records, error, delay, cure(error),
+            self._name, records, error, delay, cure(error, self._permission),
         )  # fmt: skip
 
     def say_strange(self, records: int, code: str, message: str) -> None:

@@ -135,13 +135,13 @@ class Preflight:
         budget = Budget(1 << 16, 1)
         lane = Lane(
             settler=None, budget=budget, frame="raw", key=KeyPlan("parts", [("text", "key")]),
-            target=self._client.target_json(),
+            target=self._client.target_json(), answer=self._client.destination.answer,
         )  # fmt: skip
         test = {"type": "connection_test", "host": socket.gethostname(), "data": "CONNECTION_TEST"}
         lane.add(orjson.dumps(test))
         lane.seal(DRAIN)
         batch = lane.take()
         assert batch is not None
-        for failure in batch.settle(await self._client.call("PutRecords", batch)):
+        for failure in batch.settle(await self._client.put(batch)):
             failure.batch.finish(DROPPED)
             raise KinesisError(failure.code, failure.message)

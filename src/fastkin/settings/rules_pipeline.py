@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastkin._codec import record_cost
 from fastkin.config import Broker, Pipeline, label_filter
 from fastkin.deadletter import destination
 from fastkin.formats import partition_key
+from fastkin.formats.table import DEFAULT, FRAME
 from fastkin.settings import rules_stream
 from fastkin.settings.sources import pipeline_name
 from fastkin.settings.tables import PIPELINE_KEYS
@@ -54,11 +56,6 @@ def check(sources: Sources, number: int, broker: Broker | None, report: Report) 
     return made
 
 
-def record_cost(nbytes: int) -> int:
-    """What one record costs the budget at most: base64, its key and the JSON around it."""
-    return 4 * ((nbytes + 2) // 3) + 1024
-
-
 def _topics(given: Given, where: str, in_file: bool) -> None:
     """`topics` as the pipeline has them: that of `bulk_label` is among them, and nothing twice."""
     # The same filter twice would make a broker deliver twice, or refuse the packet.
@@ -70,9 +67,9 @@ def _topics(given: Given, where: str, in_file: bool) -> None:
     if label := given["bulk_label"]:
         topics[label_filter(label)] = None
         if len(topics) == 1:  # else `format` is that of the others
-            if given.values.get("format") == "raw":
+            if given.values.get("format") == DEFAULT:
                 given.report.warn(f"{given.place('format')}: raw with bulk_label: frames are stored as they come")
-            given.values.setdefault("format", "bulk")
+            given.values.setdefault("format", FRAME)
     if not topics and not {"topics", "bulk_label"} & given.raw.keys():
         cure = "set topics or bulk_label"
         if not in_file:

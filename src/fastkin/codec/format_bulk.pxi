@@ -16,18 +16,6 @@ cdef enum FrameStatus:
     FRAME_FEW  # an array ends early
     FRAME_TRAILING
 
-cdef struct Frame:
-    size_t first  # offset of the first record's header
-    size_t count
-    size_t data_bytes
-    size_t base64_bytes
-    size_t longest
-    size_t end  # the length of the whole payload
-    # on error: where, and what of
-    size_t at
-    size_t needed
-    size_t left
-
 
 cdef inline FrameStatus frame_value(const uint8_t* p, size_t left, bint first, size_t* head,
                                     size_t* body) noexcept nogil:
@@ -80,16 +68,17 @@ cdef inline bint frame_array(const uint8_t* p, size_t left, size_t* head, size_t
     return True
 
 
-cdef inline FrameStatus frame_bad(Frame* frame, FrameStatus status, size_t at, size_t needed,
-                                  size_t left) noexcept nogil:
+cdef inline bint frame_bad(Payload* frame, FrameStatus status, size_t at, size_t needed, size_t left) noexcept nogil:
+    frame.wrong = status
     frame.at = at
     frame.needed = needed
     frame.left = left
-    return status
+    return False
 
 
-cdef FrameStatus frame_scan(const uint8_t* data, size_t length, Frame* frame) noexcept nogil:
-    """Read the whole frame without taking anything: the sums, or where and why it is none."""
+cdef bint bulk_scan(Payload* frame) noexcept nogil:
+    cdef const uint8_t* data = frame.data
+    cdef size_t length = frame.length
     cdef size_t at = 0
     cdef size_t head = 0
     cdef size_t body = 0
@@ -97,8 +86,7 @@ cdef FrameStatus frame_scan(const uint8_t* data, size_t length, Frame* frame) no
     cdef size_t elements = 0
     cdef bint counted = False  # inside one array
     cdef FrameStatus status
-    frame.count = frame.data_bytes = frame.base64_bytes = frame.longest = 0
-    frame.end = length
+    frame.count = frame.data_bytes = frame.longest = 0
     if length == 0:
         return frame_bad(frame, FRAME_EMPTY, 0, 0, 0)
     if frame_array(data, length, &head, &elements):
@@ -142,29 +130,31 @@ cdef FrameStatus frame_scan(const uint8_t* data, size_t length, Frame* frame) no
         at += head + body
         frame.count += 1
         frame.data_bytes += body
-        frame.base64_bytes += fk_b64_length(body)
         if body > frame.longest:
             frame.longest = body
     if counted and frame.count < elements:
         return frame_bad(frame, FRAME_FEW, at, elements, frame.count)
-    return FRAME_OK
+    return True
 
 
-cdef inline size_t frame_next(const uint8_t* data, size_t at, size_t* body) noexcept nogil:
-    """Offset of the bytes of the record whose header is at `at`. Only for a frame that was scanned."""
-    cdef uint8_t code = data[at]
+cdef size_t bulk_next(const Payload* frame, size_t* at, size_t* length) noexcept nogil:
+    cdef const uint8_t* p = frame.data + at[0]
+    cdef uint8_t code = p[0]
+    cdef size_t begin = at[0]
     if code == 0xC4:
-        body[0] = data[at + 1]
-        return at + 2
-    if 0xA0 <= code <= 0xBF:
-        body[0] = code & 31
-        return at + 1
-    if code == 0xC5 or code == 0xDA:
-        body[0] = <size_t> data[at + 1] << 8 | data[at + 2]
-        return at + 3
-    body[0] = (<size_t> data[at + 1] << 24 | <size_t> data[at + 2] << 16 | <size_t> data[at + 3] << 8
-               | data[at + 4])
-    return at + 5
+        length[0] = p[1]
+        begin += 2
+    elif 0xA0 <= code <= 0xBF:
+        length[0] = code & 31
+        begin += 1
+    elif code == 0xC5 or code == 0xDA:
+        length[0] = <size_t> p[1] << 8 | p[2]
+        begin += 3
+    else:
+        length[0] = <size_t> p[1] << 24 | <size_t> p[2] << 16 | <size_t> p[3] << 8 | p[4]
+        begin += 5
+    at[0] = begin + length[0]
+    return begin
 
 
 cdef tuple _CODES = (
@@ -204,8 +194,13 @@ cdef str frame_kind(FrameStatus status):
     return "element"
 
 
-cdef str frame_reason(const uint8_t* data, Frame* frame, FrameStatus status):
+cdef tuple bulk_reason(const Payload* frame):
+    return frame_kind(<FrameStatus> frame.wrong), frame_reason(frame)
+
+
+cdef str frame_reason(const Payload* frame):
     """What is wrong, for a person. `frame.at` is where."""
+    cdef FrameStatus status = <FrameStatus> frame.wrong
     if status == FRAME_EMPTY:
         return 'empty payload: the version string "1.0" is missing'
     if status == FRAME_NO_ELEMENTS:
@@ -214,7 +209,7 @@ cdef str frame_reason(const uint8_t* data, Frame* frame, FrameStatus status):
         return f"truncated: the array announces {frame.needed} elements, it has {frame.left}"
     if status == FRAME_TRAILING:
         return f"{frame.left} bytes behind the end of the array"
-    what = frame_type(data[frame.at])
+    what = frame_type(frame.data[frame.at])
     if status == FRAME_NO_VERSION:
         return f'the first value is {what}, not the version string "1.0"'
     if status == FRAME_WRONG_VERSION:
@@ -224,29 +219,6 @@ cdef str frame_reason(const uint8_t* data, Frame* frame, FrameStatus status):
     if status == FRAME_CUT_VALUE:
         return f"truncated: {what} of {frame.needed} bytes, {frame.left} are left"
     return f"a record is {what}, not bytes"
-
-
-def decode_frame(payload) -> list[bytes]:
-    """The records of a bulk frame, or DataFormatError: all or nothing."""
-    cdef Bytes source
-    cdef Frame frame
-    cdef FrameStatus status
-    cdef size_t at
-    cdef size_t body = 0
-    bytes_open(payload, &source, "a frame")
-    try:
-        status = frame_scan(source.p, source.length, &frame)
-        if status != FRAME_OK:
-            raise DataFormatError(frame.at, frame_reason(source.p, &frame, status))
-        records = []
-        at = frame.first
-        for _ in range(frame.count):
-            at = frame_next(source.p, at, &body)
-            records.append(PyBytes_FromStringAndSize(<const char*> source.p + at, <Py_ssize_t> body))
-            at += body
-        return records
-    finally:
-        bytes_close(&source)
 
 
 def encode_frame(records) -> bytes:

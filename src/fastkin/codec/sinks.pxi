@@ -1,0 +1,57 @@
+# More ways into one lane than its own: for payloads of another format, and for what belongs to none.
+
+cdef enum:
+    STRAY_BYTES = 256  # of a topic told in a reason
+
+
+@cython.final
+cdef class FormatSink(Sink):
+    """The way into a lane for payloads of one format, whatever the lane's own is."""
+
+    cdef Lane lane
+    cdef PayloadFormat format
+
+    def __cinit__(self, Lane lane not None, frame):
+        self.lane = lane
+        self.format = format_of(frame)
+
+    cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
+                            size_t length, uint64_t token) except -2:
+        return self.lane.offer_as(self.format, topic, topic_len, data, length, token)
+
+    def offer(self, bytes topic not None, payload, unsigned long long token) -> int:
+        """As the C sink: how many settlements the token will see, -1 when there is no room."""
+        return offer_bytes(self, topic, payload, token)
+
+
+@cython.final
+cdef class StraySink(Sink):
+    """Sets payloads aside whose format nobody knows: each becomes a reject of the lane."""
+
+    cdef Lane lane
+    cdef str filters
+
+    def __cinit__(self, Lane lane not None, str filters not None):
+        self.lane = lane
+        self.filters = filters
+
+    cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
+                            size_t length, uint64_t token) except -2:
+        cdef size_t shown = topic_len if topic_len < STRAY_BYTES else STRAY_BYTES
+        name = PyUnicode_DecodeUTF8(<const char*> topic, <Py_ssize_t> shown, "replace")
+        reason = f"the topic {name!a} matches none of the filters {self.filters}: its format is not known"
+        return self.lane.refuse_whole(topic, topic_len, data, length, "topic", reason, 0, token)
+
+    def offer(self, bytes topic not None, payload, unsigned long long token) -> int:
+        """As the C sink."""
+        return offer_bytes(self, topic, payload, token)
+
+
+cdef Py_ssize_t offer_bytes(Sink sink, bytes topic, object payload, uint64_t token) except -2:
+    cdef Bytes source
+    bytes_open(payload, &source, "a payload")
+    try:
+        return sink.offer_c(<const uint8_t*> PyBytes_AS_STRING(topic), <size_t> PyBytes_GET_SIZE(topic),
+                            source.p, source.length, token)
+    finally:
+        bytes_close(&source)

@@ -1,0 +1,23 @@
+"""The payload formats: what a message's bytes are read as. One row each; who needs their names reads them here.
+
+The first rows are the compiled formats (codec/formats.pxi). A format written in Python is one file in this folder with
+a function, and a row behind them:
+
+    PayloadFormat("lines", 3, "each line is a record", lines.records)
+
+`records(payload)` gets bytes nobody vouches for and gives the records, as bytes, all of them or none: for what is no
+such payload it raises DataFormatError(offset, reason), and the payload is set aside. It costs a call for each payload,
+and a copy.
+"""
+
+from __future__ import annotations
+
+from fastkin._codec import COMPILED_FORMATS, PayloadFormat
+
+ROWS: tuple[PayloadFormat, ...] = (*COMPILED_FORMATS,)
+
+# The number is the format's Subscription Identifier: brokers keep it in sessions and beside queued messages, so it is
+# never given to another format.
+FORMATS: dict[str, PayloadFormat] = {row.name: row for row in ROWS}
+DEFAULT = "raw"
+FRAME = "bulk"  # of a bulk_label, and of `put_frame`
