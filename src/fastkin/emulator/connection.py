@@ -204,7 +204,7 @@ class Connection(asyncio.Protocol):
     def _finish(self, request: Request, plan: Plan) -> None:
         self._busy = False
         if request.put is not None:
-            request.put.answered = plan.error is None and plan.garbage is None and not plan.delta
+            request.put.answered = plan.error is None and plan.rewrite is None and not plan.delta
             self._last_put = request.put
         self._emulator.end()
         if not request.keep_alive and self._transport is not None:
