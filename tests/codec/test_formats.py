@@ -9,7 +9,7 @@ import pytest
 from fastkin import encode_frame
 from fastkin._codec import DEAD, Budget, FormatSink, PayloadFormat, StraySink
 from fastkin.errors import DataFormatError, LibraryError
-from fastkin.formats.table import FORMATS
+from fastkin.formats.table import FORMATS, format_named
 from support.codec_rig import Rig
 
 
@@ -157,6 +157,12 @@ def test_each_format_reads_payloads_outside_a_lane_too() -> None:
 def test_a_format_without_a_function_is_refused() -> None:
     with pytest.raises(LibraryError, match="'event' must have a function"):
         PayloadFormat("event", 9, "no function", "records")  # type: ignore[arg-type]
+
+
+def test_a_name_that_is_no_format_is_told_with_those_that_are() -> None:
+    assert format_named("bulk") is FORMATS["bulk"]
+    with pytest.raises(LibraryError, match="'nope' is no payload format: use raw, bulk"):
+        format_named("nope")
 
 
 def test_the_numbers_of_formats_stay() -> None:

@@ -21,7 +21,7 @@ from fastkin.delivery.delivery import Delivery, Options
 from fastkin.delivery.stream_watch import StreamWatch
 from fastkin.errors import ConfigError, FastkinError, KinesisError
 from fastkin.formats.partition_key import key_plan
-from fastkin.formats.table import FORMATS
+from fastkin.formats.table import format_named
 from fastkin.mqtt._core import CallbackSink, Ledger, Router
 from fastkin.mqtt.subscriber import Intake
 from fastkin.runtime.deadline import Deadline
@@ -93,7 +93,7 @@ class PipelineRun:
         # one for WebSocket frames that were read: aiohttp counts their bytes, and an object each is much more.
         self.delivery = Delivery(
             self.client, _options(pipeline), name=self.name, stream=self._stream, key=KeyPlan(kind, parts),
-            frame=FORMATS[pipeline.format], settler=self.ledger,
+            frame=format_named(pipeline.format), settler=self.ledger,
             keep_bytes=pipeline.budget_bytes // 8 * (2 if broker.scheme in {"ws", "wss"} else 1),
         )  # fmt: skip
         self._lane = self.delivery.lane
@@ -132,7 +132,7 @@ class PipelineRun:
             on_read=self._read,
             set_apart=self.aside.carrier,
             name=self.name,
-            identifiers={topic: FORMATS[kind].number for topic, kind in pipeline.formats} if several else {},
+            identifiers={topic: format_named(kind).number for topic, kind in pipeline.formats} if several else {},
             linger_s=pipeline.linger_ms / 1000,
         )
         self._tasks: set[asyncio.Task[None]] = set()
@@ -361,11 +361,11 @@ class PipelineRun:
         if len(kinds) == 1:
             sinks = {kind: self._tapped(self._lane) for kind in kinds}
         else:
-            sinks = {kind: self._tapped(FormatSink(self._lane, FORMATS[kind])) for kind in kinds}
+            sinks = {kind: self._tapped(FormatSink(self._lane, format_named(kind))) for kind in kinds}
             filters = ", ".join(f"{topic!a} ({kind})" for topic, kind in self.pipeline.formats[:_FILTERS_SHOWN])
             router.otherwise = self._tapped(StraySink(self._lane, filters))
         for topic, kind in self.pipeline.formats:
-            router.add(topic, sinks[kind], FORMATS[kind].number)
+            router.add(topic, sinks[kind], format_named(kind).number)
         return router, len(kinds) > 1
 
     def _tapped(self, sink: Lane | FormatSink | StraySink) -> Sink:
