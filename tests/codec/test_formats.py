@@ -9,7 +9,7 @@ import pytest
 from fastkin import encode_frame
 from fastkin._codec import DEAD, Budget, FormatSink, PayloadFormat, StraySink
 from fastkin.errors import DataFormatError, LibraryError
-from fastkin.formats.table import FORMATS
+from fastkin.formats.table import FORMATS, format_named
 from support.codec_rig import Rig
 
 
@@ -114,6 +114,23 @@ def test_a_bug_in_a_format_costs_its_payload_and_no_more(records: Any) -> None:
     rig.settled()
 
 
+@pytest.mark.parametrize("offset", [-1, 5, 2**70, None, "3"])
+def test_an_offset_outside_the_payload_is_not_told(offset: Any) -> None:
+    def records(_: bytes) -> list[bytes]:
+        raise DataFormatError(offset, "bad")
+
+    rig = Rig(frame=PayloadFormat("wrong", 9, "fails", records))
+    assert rig.lane.offer(b"t", b"abcd", 5) == 1
+    (reject,) = rig.lane.take_rejects()
+    assert (reject.offset, reject.reason) == (0, "bad")
+    rig.lane.settle_reject(reject, DEAD)
+    rig.settled()
+
+
+def test_a_format_that_was_never_made_reads_frames() -> None:
+    assert PayloadFormat.__new__(PayloadFormat).decode(encode_frame([b"a"])) == [b"a"]  # and has no wild pointers
+
+
 def test_a_record_that_a_format_in_python_made_too_large_is_set_aside_alone() -> None:
     rig = Rig(frame=WORDS, max_record_bytes=60)
     assert rig.lane.offer(b"t", b"a " + b"b" * 61 + b" c", 5) == 3
@@ -140,6 +157,12 @@ def test_each_format_reads_payloads_outside_a_lane_too() -> None:
 def test_a_format_without_a_function_is_refused() -> None:
     with pytest.raises(LibraryError, match="'event' must have a function"):
         PayloadFormat("event", 9, "no function", "records")  # type: ignore[arg-type]
+
+
+def test_a_name_that_is_no_format_is_told_with_those_that_are() -> None:
+    assert format_named("bulk") is FORMATS["bulk"]
+    with pytest.raises(LibraryError, match="'nope' is no payload format: use raw, bulk"):
+        format_named("nope")
 
 
 def test_the_numbers_of_formats_stay() -> None:

@@ -340,8 +340,12 @@ cdef class Lane(Sink):
         payload.length = payload.whole_length = length
         if format.scan(&payload):
             return self.take_records(topic, topic_len, format, &payload, token, ENTRY_TOKEN, False)
-        kind, reason = format.reason(&payload)
-        return self.refuse_whole(topic, topic_len, data, length, kind, reason, payload.at, token)
+        return self.refuse_scanned(format, topic, topic_len, &payload, token)
+
+    cdef Py_ssize_t refuse_scanned(self, PayloadFormat format, const uint8_t* topic, size_t topic_len,
+                                   const Payload* payload, uint64_t token) except -2:
+        kind, reason = format.reason(payload)
+        return self.refuse_whole(topic, topic_len, payload.data, payload.length, kind, reason, payload.at, token)
 
     cdef Py_ssize_t offer_made(self, PayloadFormat format, const uint8_t* topic, size_t topic_len,
                                const uint8_t* data, size_t length, uint64_t token) except -2:
@@ -351,7 +355,9 @@ cdef class Lane(Sink):
             made = records_made(format, data, length)
             format.read(&payload, data, length, made)
         except DataFormatError as error:
-            return self.refuse_whole(topic, topic_len, data, length, "format", error.reason, error.offset, token)
+            # a wrong offset is a bug of the format: it must not become an error of the connection
+            at = error.offset if type(error.offset) is int and 0 <= error.offset <= length else 0
+            return self.refuse_whole(topic, topic_len, data, length, "format", str(error.reason), at, token)
         return self.take_records(topic, topic_len, format, &payload, token, ENTRY_TOKEN, False)
 
     cdef Py_ssize_t take_records(self, const uint8_t* topic, size_t topic_length, PayloadFormat format,
@@ -374,7 +380,7 @@ cdef class Lane(Sink):
             return self.take_mixed(topic, topic_length, format, payload, token, kind, strict, &key)
         if not strict:
             cost = payload.count * entry_overhead(&key)
-            if self.too_many(payload, cost):
+            if payload.count > 1 and self.too_many(payload, cost):
                 return self.refuse_frame(topic, topic_length, payload, token)
             if self.no_room(cost + entry_data_most(payload.data_bytes, payload.count), payload.count):
                 return OFFER_STALLED

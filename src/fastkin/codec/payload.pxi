@@ -48,6 +48,13 @@ cdef class PayloadFormat:
     cdef PayloadReason reason
     cdef object records  # None: it is compiled
 
+    def __cinit__(self, *_args, **_kwargs):
+        # What a format in Python gives becomes a bulk frame; and an object that was never initialised has no wild
+        # pointers.
+        self.scan = bulk_scan
+        self.next = bulk_next
+        self.reason = bulk_reason
+
     def __init__(self, str name not None, int number, str doc not None, records not None):
         if not callable(records):
             raise LibraryError(f"the format {name!r} must have a function that gives the records of a payload")
@@ -55,10 +62,6 @@ cdef class PayloadFormat:
         self.number = number
         self.doc = doc
         self.records = records
-        # what they become is a bulk frame
-        self.scan = bulk_scan
-        self.next = bulk_next
-        self.reason = bulk_reason
 
     def __repr__(self) -> str:
         return f"<PayloadFormat {self.name}>"

@@ -28,7 +28,7 @@ from fastkin.deadletter.reader import Damaged, Letter, LetterFiles, Stored, sinc
 from fastkin.deadletter.stream import Post
 from fastkin.errors import Action, DataFormatError, FastkinError, KinesisError, LibraryError, RecordError, escaped
 from fastkin.formats.partition_key import key_plan
-from fastkin.formats.table import DEFAULT, FORMATS
+from fastkin.formats.table import DEFAULT, FORMATS, format_named
 from fastkin.limits import MIB, RECORD_BYTES
 from fastkin.mqtt._core import CountSink, Router, matches
 
@@ -425,7 +425,7 @@ class Again:
         if form is None:
             return [letter.again(f"its format is not known: give --config, or --format {' or '.join(FORMATS)}")]
         try:
-            records = FORMATS[form].decode(letter.content())
+            records = format_named(form).decode(letter.content())
         except DataFormatError as error:
             if isinstance(letter.payload, Stored):  # not written once more for another reason
                 _say_kept(letter, f"byte {error.offset}: {error.reason}")

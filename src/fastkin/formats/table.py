@@ -13,11 +13,20 @@ and a copy.
 from __future__ import annotations
 
 from fastkin._codec import COMPILED_FORMATS, PayloadFormat
+from fastkin.errors import LibraryError
 
 ROWS: tuple[PayloadFormat, ...] = (*COMPILED_FORMATS,)
 
 # The number is the format's Subscription Identifier: brokers keep it in sessions and beside queued messages, so it is
 # never given to another format.
 FORMATS: dict[str, PayloadFormat] = {row.name: row for row in ROWS}
-DEFAULT = "raw"
+DEFAULT = "raw"  # where nothing is said
 FRAME = "bulk"  # of a bulk_label, and of `put_frame`
+
+
+def format_named(name: str) -> PayloadFormat:
+    """The row of this name. LibraryError: there is none; settings made in code are not checked before."""
+    try:
+        return FORMATS[name]
+    except KeyError:
+        raise LibraryError(f"{name!r} is no payload format: use {', '.join(FORMATS)}") from None

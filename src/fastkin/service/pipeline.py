@@ -21,7 +21,7 @@ from fastkin.deadletter.handler import Aside, make_store
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.errors import FastkinError
 from fastkin.formats.partition_key import key_plan
-from fastkin.formats.table import FORMATS
+from fastkin.formats.table import format_named
 from fastkin.mqtt._core import Ledger
 from fastkin.mqtt.subscriber import Intake
 from fastkin.runtime.deadline import Deadline
@@ -91,7 +91,7 @@ class PipelineRun:
         self.delivery = Delivery(
             self.client, _options(pipeline), name=self.name,
             stream=pipeline.kinesis.stream_arn or pipeline.kinesis.stream or "", key=KeyPlan(kind, parts),
-            frame=FORMATS[pipeline.format], settler=self.ledger,
+            frame=format_named(pipeline.format), settler=self.ledger,
             keep_bytes=pipeline.budget_bytes // 8 * (2 if broker.scheme in {"ws", "wss"} else 1),
         )  # fmt: skip
         self._lane = self.delivery.lane

@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from fastkin._codec import FormatSink, Lane, StraySink
-from fastkin.formats.table import FORMATS
+from fastkin.formats.table import format_named
 from fastkin.mqtt._core import CallbackSink, Router
 
 if TYPE_CHECKING:
@@ -37,15 +37,15 @@ class Routes:
         kinds = dict.fromkeys(kind for _, kind in pipeline.formats)
         several = len(kinds) > 1
         if several:
-            sinks = {kind: self._tapped(FormatSink(lane, FORMATS[kind])) for kind in kinds}
+            sinks = {kind: self._tapped(FormatSink(lane, format_named(kind))) for kind in kinds}
             filters = ", ".join(f"{topic!a} ({kind})" for topic, kind in pipeline.formats[:_FILTERS_SHOWN])
             router.otherwise = self._tapped(StraySink(lane, filters))
         else:
             sinks = {kind: self._tapped(lane) for kind in kinds}
         for topic, kind in pipeline.formats:
-            router.add(topic, sinks[kind], FORMATS[kind].number)
+            router.add(topic, sinks[kind], format_named(kind).number)
         # The Subscription Identifier of each filter: a 5.0 broker says with a message which filter it came by.
-        self.identifiers = {topic: FORMATS[kind].number for topic, kind in pipeline.formats} if several else {}
+        self.identifiers = {topic: format_named(kind).number for topic, kind in pipeline.formats} if several else {}
         self.seen = 0  # the router's count of unrouted messages, when it was last looked at
         self._said_at = -_UNROUTED_EVERY_S
 
