@@ -132,6 +132,7 @@ def test_a_program_may_go_below_what_a_file_may() -> None:
         parse(tables.PIPELINE_KEYS["budget_bytes"], Value(1, "here"))
 
 
+@pytest.mark.process
 def test_the_producer_needs_no_reader_of_files() -> None:
     readers = {"fastkin.settings.sources", "fastkin.settings.checks", "tomllib"}
     code = f"import sys, fastkin.producer; print(*sorted({readers!r} & sys.modules.keys()))"
