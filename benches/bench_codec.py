@@ -25,7 +25,7 @@ import pybase64
 import pytest
 
 from fastkin import _codec, decode_frame, encode_frame
-from fastkin._codec import DROPPED, Batch, Budget, KeyPlan, Lane
+from fastkin._codec import DROPPED, Batch, Batcher, Budget, KeyPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,8 +40,8 @@ def records_of(size: int) -> list[bytes]:
     return [draw.randbytes(size) for _ in range(RECORDS)]
 
 
-def lane_for(**options: Any) -> Lane:
-    return Lane(
+def batcher_for(**options: Any) -> Batcher:
+    return Batcher(
         settler=None, budget=Budget(1 << 34, 1 << 34), frame="bulk", key=KeyPlan("uuid"), target=TARGET.encode(),
         **({"max_batch_bytes": 1 << 24} | options),
     )  # fmt: skip
@@ -56,11 +56,11 @@ def answer_of(count: int) -> bytes:
 
 
 def ours(frame: bytes) -> Callable[[], Batch]:
-    lane = lane_for()
+    batcher = batcher_for()
 
     def run() -> Batch:
-        lane.offer(b"plant/7", frame, 0)
-        batch = lane.take()
+        batcher.offer(b"plant/7", frame, 0)
+        batch = batcher.take()
         assert batch is not None
         batch.finish(DROPPED)
         return batch
@@ -69,9 +69,9 @@ def ours(frame: bytes) -> Callable[[], Batch]:
 
 
 def body_of(frame: bytes) -> bytes:
-    lane = lane_for()
-    lane.offer(b"plant/7", frame, 0)
-    batch = lane.take()
+    batcher = batcher_for()
+    batcher.offer(b"plant/7", frame, 0)
+    batch = batcher.take()
     assert batch is not None
     body = bytes(batch)
     batch.finish(DROPPED)
@@ -165,12 +165,12 @@ def test_decode(benchmark: Any, peer: str, shape: str) -> None:
 def test_answer(benchmark: Any, peer: str) -> None:
     """Scan an answer of 500 stored entries; ours settles them too."""
     reply = answer_of(RECORDS)
-    lane = lane_for()
+    batcher = batcher_for()
     frame = encode_frame([b""] * RECORDS)
 
     def fill() -> tuple[tuple[Batch], dict[str, Any]]:
-        lane.offer(b"", frame, 0)
-        batch = lane.take()
+        batcher.offer(b"", frame, 0)
+        batch = batcher.take()
         assert batch is not None
         return (batch,), {}
 
@@ -193,7 +193,7 @@ def test_answer(benchmark: Any, peer: str) -> None:
         (batch,), _ = fill()
         benchmark(parse, batch)
         batch.finish(DROPPED)
-    assert lane.in_flight == 0
+    assert batcher.in_flight == 0
 
 
 @pytest.mark.parametrize("shape", SIZES)
@@ -201,18 +201,18 @@ def test_put_to_receipt(benchmark: Any, shape: str) -> None:
     """put, encode and settle: what a producer pays besides the call itself."""
     records = records_of(SIZES[shape])
     reply = answer_of(RECORDS)
-    lane = lane_for()
+    batcher = batcher_for()
 
     def run() -> None:
-        put = lane.put
+        put = batcher.put
         for record in records:
             put(record)
-        batch = lane.take()
+        batch = batcher.take()
         assert batch is not None
         batch.settle(reply)
 
     run()
-    assert lane.stored == RECORDS
+    assert batcher.stored == RECORDS
     benchmark.group = "put, encode, settle"
     benchmark.extra_info.update(records=RECORDS, bytes=sum(map(len, records)))
     benchmark(run)
@@ -229,14 +229,14 @@ def test_key(benchmark: Any, peer: str) -> None:
 def test_retry_rebuilds_without_encoding(benchmark: Any) -> None:
     """Half of a call failed: its entries become a batch again."""
     frame = encode_frame(records_of(200))
-    lane = lane_for()
+    batcher = batcher_for()
     failed = {"ErrorCode": "InternalFailure", "ErrorMessage": "Internal Service Failure"}
     stored = {"SequenceNumber": "49" * 28, "ShardId": "shardId-000000000012"}
     reply = json.dumps({"FailedRecordCount": 250, "Records": [failed, stored] * 250}).encode()
 
     def fill() -> tuple[tuple[Batch], dict[str, Any]]:
-        lane.offer(b"", frame, 0)
-        batch = lane.take()
+        batcher.offer(b"", frame, 0)
+        batch = batcher.take()
         assert batch is not None
         return (batch,), {}
 

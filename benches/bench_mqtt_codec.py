@@ -47,10 +47,10 @@ def want(version: int, qos: int) -> bytes:
     return b"".join(b"\x40\x02" + i.to_bytes(2, "big") for i in ids)
 
 
-def session(version: int, sink: Any, ledger: _mqtt.Ledger) -> _mqtt.Session:
+def session(version: int, sink: Any, acks: _mqtt.AckTracker) -> _mqtt.Session:
     router = _mqtt.Router()
     router.add("plant/+/+/telemetry", sink)
-    made = _mqtt.Session(version=version, ledger=ledger, router=router)
+    made = _mqtt.Session(version=version, acks=acks, router=router)
     made.feed_data(b"\x20\x02\x00\x00" if version == 4 else b"\x20\x03\x00\x00\x00")
     made.take_events()
     return made
@@ -68,9 +68,9 @@ def feed(codec: _mqtt.Session, data: bytes) -> None:
 
 
 def ours(version: int, data: bytes, seen: list[tuple[bytes, bytes]]) -> Run:
-    ledger = _mqtt.Ledger()
-    sink = _mqtt.CountSink(ledger)
-    codec = session(version, sink, ledger)
+    acks = _mqtt.AckTracker()
+    sink = _mqtt.CountSink(acks)
+    codec = session(version, sink, acks)
     before = 0
 
     def run() -> tuple[int, bytes]:
@@ -86,21 +86,21 @@ def ours(version: int, data: bytes, seen: list[tuple[bytes, bytes]]) -> Run:
 
 
 def ours_python(version: int, data: bytes, seen: list[tuple[bytes, bytes]]) -> Run:
-    ledger = _mqtt.Ledger()
+    acks = _mqtt.AckTracker()
     taken: list[tuple[bytes, bytes, int]] = []
 
     def offer(topic: bytes, payload: bytes, token: int) -> int:
         taken.append((topic, payload, token))
         return 1
 
-    codec = session(version, _mqtt.CallbackSink(offer), ledger)
+    codec = session(version, _mqtt.CallbackSink(offer), acks)
 
     def run() -> tuple[int, bytes]:
         taken.clear()
         feed(codec, data)
         for _, _, token in taken:
             if token:
-                ledger.settled(token)
+                acks.settled(token)
         seen[:] = [(topic, payload) for topic, payload, _ in taken]
         return len(taken), codec.take_output()
 

@@ -19,12 +19,12 @@ COALESCE_MS = float(sys.argv[5]) if len(sys.argv) > 5 else 2.0
 
 async def with_fastkin(version: str) -> None:
     from fastkin.config import Broker
-    from fastkin.mqtt._core import CountSink, Ledger, Router
-    from fastkin.mqtt.subscriber import Intake
+    from fastkin.mqtt._core import AckTracker, CountSink, Router
+    from fastkin.mqtt.subscriber import Subscriber
 
     loop = asyncio.get_running_loop()
-    ledger, router = Ledger(), Router()
-    sink = CountSink(ledger)
+    acks, router = AckTracker(), Router()
+    sink = CountSink(acks)
     router.add("plant/#", sink)
     finished = asyncio.Event()
     timer: asyncio.TimerHandle | None = None
@@ -33,7 +33,7 @@ async def with_fastkin(version: str) -> None:
         nonlocal timer
         timer = None
         sink.release()
-        intake.flush_acks()
+        subscriber.flush_acks()
         if sink.messages >= COUNT:
             finished.set()
 
@@ -50,12 +50,12 @@ async def with_fastkin(version: str) -> None:
         receive_maximum=20_000,
         coalesce_ms=COALESCE_MS,
     )  # type: ignore[arg-type]
-    intake = Intake(broker, [("plant/#", QOS)], router=router, ledger=ledger, on_read=on_read)
+    subscriber = Subscriber(broker, [("plant/#", QOS)], router=router, acks=acks, on_read=on_read)
     meter = Meter()
-    task = asyncio.create_task(intake.run())
+    task = asyncio.create_task(subscriber.run())
     await finished.wait()
-    meter.report(sink.messages, nbytes=sink.nbytes, reads=intake.traffic.reads)
-    await intake.close()
+    meter.report(sink.messages, nbytes=sink.nbytes, reads=subscriber.traffic.reads)
+    await subscriber.close()
     await task
 
 

@@ -31,7 +31,7 @@ async def main() -> None:
     stored = asyncio.Event()
 
     def settled(_: str) -> None:
-        if engine.pipelines["bench"].delivery.lane.stored >= args.count:
+        if engine.pipelines["bench"].delivery.batcher.stored >= args.count:
             stored.set()
 
     async with fastkin.Engine(settings, on_settled=settled) as engine:

@@ -15,7 +15,7 @@ DROPPED: int
 FAILED: int
 SPOOLED: int  # durable on disk: who waits is told, the record has not ended
 
-# why a batch was closed (index into Lane.flushes)
+# why a batch was closed (index into Batcher.flushes)
 FULL_COUNT: int
 FULL_BYTES: int
 LINGER: int
@@ -44,7 +44,7 @@ class CallbackSettler(Settler):
 
 def record_cost(nbytes: int) -> int: ...  # of a record of nbytes (data + key) at most, to a budget
 
-# What may be held, in bytes and records: buffered plus in flight. Several lanes may share one.
+# What may be held, in bytes and records: buffered plus in flight. Several batchers may share one.
 @final
 class Budget:
     def __new__(cls, max_bytes: int, max_records: int) -> Self: ...
@@ -112,15 +112,15 @@ class Batch:
     @property
     def reason(self) -> int: ...
     @property
-    def lane(self) -> Lane: ...
+    def batcher(self) -> Batcher: ...
     @property
-    def counts(self) -> bytes: ...  # user records of each entry, for Lane.restore; empty: one each
+    def counts(self) -> bytes: ...  # user records of each entry, for Batcher.restore; empty: one each
     @property
     def restored(self) -> bool: ...  # some of its entries came back from the disk
     def rows(self) -> dict[int, int]: ...  # of those: row -> user records of it in this batch
     attempts: int  # free for the sender
-    born: float  # free for the sender
-    epoch: int  # free for the sender
+    taken_at: float  # free for the sender
+    flush_generation: int  # free for the sender
     overhead: int  # charged to the budget besides the entries
     digest: str | None  # free for the client: the body's SHA-256 in hex
     def shard_load(self) -> dict[int, tuple[int, int]]: ...  # shard index (-1 unknown) -> (records, bytes)
@@ -130,7 +130,7 @@ class Batch:
     def single(self) -> bool: ...  # it cannot be halved: one record, and no aggregate of several
     # bisect, an aggregate that stands alone by its records; self is spent; LibraryError when single
     def halves(self) -> tuple[Batch, Batch]: ...
-    # of the same lane; as few as the limits allow; order kept; the inputs are spent
+    # of the same batcher; as few as the limits allow; order kept; the inputs are spent
     @staticmethod
     def gather(batches: Sequence[Batch]) -> list[Batch]: ...
     # scans the answer, settles what is stored; self is spent; UnexpectedResponse leaves it whole
@@ -172,21 +172,21 @@ class PayloadFormat:
 
 COMPILED_FORMATS: tuple[PayloadFormat, ...]
 
-# The way into a lane for payloads of one format, whatever the lane's own is.
+# The way into a batcher for payloads of one format, whatever the batcher's own is.
 @final
 class FormatSink(Sink):
-    def __new__(cls, lane: Lane, frame: PayloadFormat | str) -> Self: ...
+    def __new__(cls, batcher: Batcher, frame: PayloadFormat | str) -> Self: ...
     def offer(self, topic: bytes, payload: Buffer, token: int) -> int: ...  # as the C sink
 
 # Sets aside whole what matches none of `filters` (told in the reason).
 @final
 class StraySink(Sink):
-    def __new__(cls, lane: Lane, filters: str) -> Self: ...
+    def __new__(cls, batcher: Batcher, filters: str) -> Self: ...
     def offer(self, topic: bytes, payload: Buffer, token: int) -> int: ...  # as the C sink
 
 # Builds batches for one destination. One settler; records are encoded once, straight into the open body.
 @final
-class Lane(Sink):
+class Batcher(Sink):
     def __new__(
         cls,
         *,
@@ -203,7 +203,7 @@ class Lane(Sink):
         replay: Budget | None = None,  # pays for them; None: `budget`
         answer: AnswerNames | None = None,  # None: as PutRecords has them
     ) -> Self: ...
-    attention: bool  # set when the open batch got its first record, a batch closed, or a reject came
+    dirty: bool  # set when the open batch got its first record, a batch closed, or a reject came
     @property
     def budget(self) -> Budget: ...
     shards: ShardTable | None
@@ -240,12 +240,12 @@ class Lane(Sink):
     # raises RecordError
     def add(self, data: Buffer, token: int = 0, key: str | None = None, hash_key: str | None = None) -> None: ...
     def put(self, data: Buffer, key: str | None = None, hash_key: str | None = None) -> Receipt: ...
-    # None while the budget is full; attend() is called when the lane needs attention
+    # None while the budget is full; attend() is called when the batcher needs attention
     def put_if_room(
         self, data: Buffer, key: str | None, hash_key: str | None, attend: Callable[[], None]
     ) -> Receipt | None: ...
     def put_frame(self, payload: Buffer) -> Receipt: ...
-    def seal(self, reason: int) -> bool: ...  # True: something waits to be taken
+    def close_batch(self, reason: int) -> bool: ...  # True: something waits to be taken
     # who can send may take the open batch as it is; until then it grows. False: there is none
     def offer_open(self, reason: int) -> bool: ...
     def take(self) -> Batch | None: ...
@@ -253,7 +253,7 @@ class Lane(Sink):
     # what was never offered, for it can be no record: received, and settled with settle_reject()
     def refuse(self, topic: bytes, payload: bytes, kind: str, reason: str, offset: int, token: int) -> Reject: ...
     # a former run left so many on the disk: received and spooled
-    def found(self, records: int) -> None: ...
+    def adopt_spooled(self, records: int) -> None: ...
     # so many of what is spooled ended on the disk
     def settle_spooled(self, records: int, outcome: int) -> None: ...
     # a batch of what was finished as SPOOLED, in flight again; `rows` is told of `token`. DataFormatError: no such body

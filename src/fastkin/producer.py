@@ -132,7 +132,7 @@ class Producer:
             )  # fmt: skip
         except (ConfigError, KeySpecError) as error:
             raise LibraryError(str(error)) from None
-        self._lane = self._delivery.lane
+        self._batcher = self._delivery.batcher
         self._watch = StreamWatch(
             self._delivery, shards=shard_map, limits=False, cure="leave aggregate_bytes 0",
             misfit=lambda problem: LibraryError(f"aggregate_bytes: {problem}; leave it 0"),
@@ -193,10 +193,10 @@ class Producer:
         if self._closed:
             return
         self._closed, self._attend = True, None
-        if self._lane.in_flight:
+        if self._batcher.in_flight:
             _LOG.warning(
                 "pipeline=%s stage=engine the event loop ended and close() was never called: %d records were not"
-                " stored; use `async with Producer(...)`", self._name, self._lane.in_flight,
+                " stored; use `async with Producer(...)`", self._name, self._batcher.in_flight,
             )  # fmt: skip
         self._delivery.abort()
 
@@ -246,11 +246,11 @@ class Producer:
         if attend is None:
             raise self._not_open()
         if not self._turns.waiting:
-            receipt = self._lane.put_if_room(data, partition_key, explicit_hash_key, attend)
+            receipt = self._batcher.put_if_room(data, partition_key, explicit_hash_key, attend)
             if receipt is not None:
                 return receipt
         # not a lambda: its closure would make cells of the arguments on every call
-        return await self._in_turn(attend, partial(self._lane.put, data, partition_key, explicit_hash_key))
+        return await self._in_turn(attend, partial(self._batcher.put, data, partition_key, explicit_hash_key))
 
     async def put_frame(self, payload: Buffer) -> Receipt:
         """Take every record of a bulk frame under one receipt (FrameResult). DataFormatError: none was taken."""
@@ -258,9 +258,9 @@ class Producer:
         if attend is None:
             raise self._not_open()
         if self._delivery.budget.full or self._turns.waiting:
-            return await self._in_turn(attend, partial(self._lane.put_frame, payload))
-        receipt = self._lane.put_frame(payload)
-        if self._lane.attention:
+            return await self._in_turn(attend, partial(self._batcher.put_frame, payload))
+        receipt = self._batcher.put_frame(payload)
+        if self._batcher.dirty:
             attend()
         return receipt
 
@@ -343,7 +343,7 @@ class Producer:
             if self._closed:  # meanwhile: nobody would send what we put
                 raise self._not_open()
             receipt = put()
-        if self._lane.attention:
+        if self._batcher.dirty:
             attend()
         return receipt
 
@@ -351,4 +351,4 @@ class Producer:
         """What waits and will be looked at by nobody; None between any two callbacks, or there is a bug."""
         if self._attend is None:
             return None
-        return self._delivery.stuck() or self._turns.stuck(self._lane.in_flight)
+        return self._delivery.stuck() or self._turns.stuck(self._batcher.in_flight)

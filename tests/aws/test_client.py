@@ -19,7 +19,7 @@ import pytest
 import trustme
 
 import fastkin.aws.native as module
-from fastkin._codec import DRAIN, Budget, KeyPlan, Lane
+from fastkin._codec import DRAIN, Batcher, Budget, KeyPlan
 from fastkin.aws.client import StreamSummary
 from fastkin.aws.error_table import REQUEST_ACTIONS, classify_record, classify_request, error_from, retry_after
 from fastkin.aws.http_answer import Reply
@@ -830,10 +830,10 @@ async def test_real_batches_into_the_emulator_which_checks_signatures() -> None:
         await client.start()
         budget = Budget(64 * 2**20, 10_000)
         key = KeyPlan("uuid")
-        lane = Lane(settler=None, budget=budget, frame="raw", key=key, target=client.target_json())
-        receipts = [lane.put(os.urandom(size)) for size in (0, 1, 200, 9000) * 125]
-        lane.seal(DRAIN)
-        while (batch := lane.take()) is not None:
+        batcher = Batcher(settler=None, budget=budget, frame="raw", key=key, target=client.target_json())
+        receipts = [batcher.put(os.urandom(size)) for size in (0, 1, 200, 9000) * 125]
+        batcher.close_batch(DRAIN)
+        while (batch := batcher.take()) is not None:
             assert batch.settle(await client.call("PutRecords", batch)) == []
         assert len({(await receipt).sequence_number for receipt in receipts}) == 500
         assert await client.dry_run()

@@ -72,7 +72,7 @@ async def delivered(client: Client, records: list[bytes]) -> Delivery:
         name="plant", stream="plant", key=KeyPlan("uuid"),
     )  # fmt: skip
     delivery.open()
-    receipts = [delivery.lane.put(record) for record in records]
+    receipts = [delivery.batcher.put(record) for record in records]
     await delivery.flush()
     for receipt in receipts:
         assert len((await receipt).sequence_number) == 52  # its RecordId
@@ -109,7 +109,7 @@ async def test_calls_stay_within_the_limits_of_the_row() -> None:
         delivery = await delivered(client, [b"x" * 900 * KIB] * 9)
         assert client.calls == 3  # four to a call of 4 MiB
         with pytest.raises(RecordError, match=str(1000 * KIB)):
-            delivery.lane.put(b"x" * (1000 * KIB + 1))
+            delivery.batcher.put(b"x" * (1000 * KIB + 1))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_each_destination_has_its_variable(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_an_answer_is_read_by_the_names_of_the_row(answer: bytes, why: str) -> None:
     rig = Rig(answer=FIREHOSE.answer)
-    rig.lane.put(b"a")
+    rig.batcher.put(b"a")
     (batch,) = rig.drain()
     with pytest.raises(UnexpectedResponse, match=why):
         batch.settle(answer)

@@ -59,8 +59,8 @@ def rig_of(limit: int = 51_200, **options: Any) -> Rig:
 def test_one_key_for_all() -> None:
     rig = rig_of(frame="bulk")
     records = payloads(300)
-    assert rig.lane.offer(b"t", encode_frame(records), 5) == 300
-    assert rig.lane.open_records == 300
+    assert rig.batcher.offer(b"t", encode_frame(records), 5) == 300
+    assert rig.batcher.open_records == 300
     [(key, got)] = read(rig.store())
     assert got == records
     assert key is not None
@@ -73,7 +73,7 @@ def test_awss_own_reader_agrees() -> None:
     rig = rig_of(4000)
     records = payloads(500, 200)
     for i, record in enumerate(records):
-        rig.lane.offer(b"t", record, i + 1)
+        rig.batcher.offer(b"t", record, i + 1)
     got = []
     for call in rig.store():
         for data, key, _ in call:
@@ -104,8 +104,8 @@ def test_limits(sizes: list[int], limit: int, record_limit: int, how: str) -> No
     records = [random.Random(i).randbytes(size) for i, size in enumerate(sizes)]
     kept = []
     for i, record in enumerate(records):
-        rig.lane.offer(b"t", record, i + 1)
-        if not rig.lane.take_rejects():
+        rig.batcher.offer(b"t", record, i + 1)
+        if not rig.batcher.take_rejects():
             kept.append(record)
     calls = rig.store()
     entries = read(calls)
@@ -136,7 +136,7 @@ def _varint(value: int) -> int:
 def test_lengths_of_every_width(size: int) -> None:
     rig = rig_of(200_000)
     for _ in range(3):
-        rig.lane.add(b"r" * size, 1)
+        rig.batcher.add(b"r" * size, 1)
     [(_, got)] = read(rig.store())
     assert got == [b"r" * size] * 3
     rig.settled()
@@ -144,13 +144,13 @@ def test_lengths_of_every_width(size: int) -> None:
 
 def test_one_record_goes_out_plain() -> None:
     rig = rig_of()
-    rig.lane.add(b"alone", 4)
-    receipt = rig.lane.put(b"")
+    rig.batcher.add(b"alone", 4)
+    receipt = rig.batcher.put(b"")
     [[(data, _, _)]] = rig.store()
     assert data.startswith(MAGIC)
-    rig.lane.add(b"alone", 4)
+    rig.batcher.add(b"alone", 4)
     assert rig.store()[0][0][0] == b"alone"
-    rig.lane.put(b"alone again")
+    rig.batcher.put(b"alone again")
     [batch] = rig.drain()
     assert batch.user_records == 1
     batch.finish(DROPPED)
@@ -161,14 +161,14 @@ def test_one_record_goes_out_plain() -> None:
 def test_a_new_key_is_a_new_aggregate() -> None:
     rig = rig_of(key=KeyPlan("parts", [("topic", None)]))
     for topic in (b"a", b"a", b"b", b"b\n", b"b\n", b"a"):
-        rig.lane.offer(topic, topic * 2, 1)
+        rig.batcher.offer(topic, topic * 2, 1)
     assert read(rig.store()) == [
         ("a", [b"aa", b"aa"]), ("b", [b"bb"]), ("b\n", [b"b\nb\n", b"b\nb\n"]), ("a", [b"aa"]),
     ]  # fmt: skip
-    rig.lane.offer(b"", b"1", 1)  # no topic: a UUID
-    rig.lane.offer(b"x", b"2", 1)
-    rig.lane.offer(b"", b"3", 1)
-    rig.lane.offer(b"", b"4", 1)
+    rig.batcher.offer(b"", b"1", 1)  # no topic: a UUID
+    rig.batcher.offer(b"x", b"2", 1)
+    rig.batcher.offer(b"", b"3", 1)
+    rig.batcher.offer(b"", b"4", 1)
     entries = read(rig.store())
     assert [got for _, got in entries] == [[b"1"], [b"2"], [b"3", b"4"]]
     assert entries[0][0] != entries[2][0]
@@ -177,10 +177,10 @@ def test_a_new_key_is_a_new_aggregate() -> None:
 
 def test_an_explicit_hash_key_goes_alone() -> None:
     rig = rig_of()
-    rig.lane.add(b"1", 1)
-    rig.lane.add(b"2", 1)
-    rig.lane.add(b"3", 1, None, "77")
-    rig.lane.add(b"4", 1)
+    rig.batcher.add(b"1", 1)
+    rig.batcher.add(b"2", 1)
+    rig.batcher.add(b"3", 1, None, "77")
+    rig.batcher.add(b"4", 1)
     calls = rig.store()
     assert [got for _, got in read(calls)] == [[b"1", b"2"], [b"3"], [b"4"]]
     assert calls[0][1][2] == "77"
@@ -189,9 +189,9 @@ def test_an_explicit_hash_key_goes_alone() -> None:
 
 def test_shards_of_aggregates() -> None:
     rig = rig_of(key=KeyPlan("parts", [("topic", None)]))
-    rig.lane.shards = table = ShardTable(ENDS)
-    rig.lane.offer(b"a", b"1", 1)
-    rig.lane.offer(b"a", b"2", 1)
+    rig.batcher.shards = table = ShardTable(ENDS)
+    rig.batcher.offer(b"a", b"1", 1)
+    rig.batcher.offer(b"a", b"2", 1)
     [batch] = rig.drain()
     assert batch.shard_load() == {table.find("a"): (1, batch.size)}
     batch.finish(DROPPED)
@@ -199,11 +199,11 @@ def test_shards_of_aggregates() -> None:
 
 def test_many_tokens_and_receipts_of_one_entry() -> None:
     rig = rig_of()
-    receipts = [rig.lane.put(b"r")]
+    receipts = [rig.batcher.put(b"r")]
     for token in (1, 1, 2, 0, 3):
-        rig.lane.add(b"x", token)
-    receipts.append(rig.lane.put(b"s"))
-    frame = rig.lane.put_frame(encode_frame([b"f", b"g"]))
+        rig.batcher.add(b"x", token)
+    receipts.append(rig.batcher.put(b"s"))
+    frame = rig.batcher.put_frame(encode_frame([b"f", b"g"]))
     [batch] = rig.drain()
     assert (len(batch), batch.user_records) == (1, 9 + 0)
     reply = answer([entry(number="9")])
@@ -216,9 +216,9 @@ def test_many_tokens_and_receipts_of_one_entry() -> None:
 
 def test_what_failed_moves_with_all_its_tokens() -> None:
     rig = rig_of(300)
-    receipts = [rig.lane.put(b"x" * 50) for _ in range(20)]
+    receipts = [rig.batcher.put(b"x" * 50) for _ in range(20)]
     for token in range(1, 30):
-        rig.lane.offer(b"t", b"y" * 50, token)
+        rig.batcher.offer(b"t", b"y" * 50, token)
     [batch] = rig.drain()
     before = rig.budget.bytes - batch.overhead
     entries = batch.entries()
@@ -229,7 +229,7 @@ def test_what_failed_moves_with_all_its_tokens() -> None:
     assert rig.budget.bytes == before + whole.overhead
     failed = whole.settle(answer([entry() if i % 2 else failure() for i in range(len(whole))]))
     assert [one.batch.entries() for one in failed] == [entries[::2]]
-    assert rig.lane.in_flight == failed[0].batch.user_records
+    assert rig.batcher.in_flight == failed[0].batch.user_records
     failed[0].batch.settle(stored(len(failed[0].batch)))
     assert rig.counts() == dict.fromkeys(range(1, 30), 1)
     assert all(receipt.done() for receipt in receipts)
@@ -250,7 +250,7 @@ def test_an_aggregate_is_halved_by_its_records(sizes: list[int], key: KeyPlan) -
     rig = rig_of(1 << 20, key=key)
     records = [bytes([65 + i]) * size for i, size in enumerate(sizes)]
     for i, record in enumerate(records):
-        rig.lane.offer(b"t", record, 1 + i // 2)
+        rig.batcher.offer(b"t", record, 1 + i // 2)
     [batch] = rig.drain()
     assert (len(batch), batch.single) == (1, False)
     [(whole, key_of_all, _)] = batch.entries()
@@ -281,10 +281,10 @@ def test_an_aggregate_is_halved_by_its_records(sizes: list[int], key: KeyPlan) -
 
 def test_waiters_of_every_kind_go_with_their_halves() -> None:
     rig = rig_of()
-    receipts = [rig.lane.put(b"r%d" % i) for i in range(3)]
-    frame = rig.lane.put_frame(encode_frame([b"f", b"g", b"h"]))
+    receipts = [rig.batcher.put(b"r%d" % i) for i in range(3)]
+    frame = rig.batcher.put_frame(encode_frame([b"f", b"g", b"h"]))
     for token in (7, 7, 8):
-        rig.lane.add(b"x", token)
+        rig.batcher.add(b"x", token)
     [batch] = rig.drain()
     first, *rest = halved(batch)
     first.finish(FAILED, RecordError("bad"))
@@ -301,7 +301,7 @@ def test_waiters_of_every_kind_go_with_their_halves() -> None:
 def test_full_batches_of_aggregates() -> None:
     rig = rig_of(200, max_records=3, max_batch_bytes=700)
     for i in range(100):
-        rig.lane.add(b"z" * (i % 60), i + 1)
+        rig.batcher.add(b"z" * (i % 60), i + 1)
     batches = rig.drain()
     assert all(len(batch) <= 3 and batch.size <= 700 for batch in batches)
     assert sum(batch.user_records for batch in batches) == 100
@@ -315,39 +315,39 @@ def test_stalls() -> None:
 
     rig = rig_of(budget=Budget(400, 100))
     taken = 0
-    while rig.lane.offer(b"t", b"x" * 30, taken + 1) == 1:
+    while rig.batcher.offer(b"t", b"x" * 30, taken + 1) == 1:
         taken += 1
     assert 1 < taken < 10
     assert rig.budget.full
-    assert rig.lane.attention
+    assert rig.batcher.dirty
     rig.store()
     rig.settled()
 
 
 def test_rejects() -> None:
     rig = rig_of(100, max_record_bytes=200)
-    assert rig.lane.offer(b"t", b"x" * 165, 1) == 1
-    [reject] = rig.lane.take_rejects()
-    rig.lane.settle_reject(reject, DEAD)
+    assert rig.batcher.offer(b"t", b"x" * 165, 1) == 1
+    [reject] = rig.batcher.take_rejects()
+    rig.batcher.settle_reject(reject, DEAD)
     with pytest.raises(RecordError):
-        rig.lane.put(b"x" * 165)
-    rig.lane.put(b"x" * 164)
+        rig.batcher.put(b"x" * 165)
+    rig.batcher.put(b"x" * 164)
     assert [len(got) for _, got in read(rig.store())] == [1]
     rig.settled()
 
 
 def test_abandoned_and_dropped() -> None:
     rig = rig_of()
-    receipt = rig.lane.put(b"x")
-    rig.lane.add(b"y", 1)
-    assert rig.lane.abandon(ValueError("stop")) == 2
+    receipt = rig.batcher.put(b"x")
+    rig.batcher.add(b"y", 1)
+    assert rig.batcher.abandon(ValueError("stop")) == 2
     assert str(receipt.exception()) == "stop"
     rig.settled()
     for count in (1, 2):
         rig = rig_of()
-        receipts = [rig.lane.put(b"x") for _ in range(count)]
-        rig.lane.add(b"y", 1)
-        del rig.lane
+        receipts = [rig.batcher.put(b"x") for _ in range(count)]
+        rig.batcher.add(b"y", 1)
+        del rig.batcher
         assert all(receipt.done() for receipt in receipts)
         assert rig.told[0][:3] == (1, 1, FAILED)
         assert rig.budget.bytes == rig.budget.records == 0
@@ -355,13 +355,13 @@ def test_abandoned_and_dropped() -> None:
 
 def test_seal_says_what_it_did() -> None:
     rig = rig_of()
-    assert rig.lane.seal(DRAIN) is False
-    rig.lane.add(b"y", 1)
-    assert rig.lane.open_bytes > 0
-    assert rig.lane.seal(DRAIN) is True
-    assert rig.lane.seal(DRAIN) is True, "it was not taken yet"
+    assert rig.batcher.close_batch(DRAIN) is False
+    rig.batcher.add(b"y", 1)
+    assert rig.batcher.open_bytes > 0
+    assert rig.batcher.close_batch(DRAIN) is True
+    assert rig.batcher.close_batch(DRAIN) is True, "it was not taken yet"
     rig.store()
-    assert rig.lane.seal(DRAIN) is False
+    assert rig.batcher.close_batch(DRAIN) is False
     rig.settled()
 
 
@@ -369,8 +369,8 @@ def test_nothing_leaks() -> None:
     def work() -> None:
         rig = rig_of(1000)
         for i in range(300):
-            rig.lane.put(b"x" * (i % 100))
-            rig.lane.add(b"x" * (i % 100), i)
+            rig.batcher.put(b"x" * (i % 100))
+            rig.batcher.add(b"x" * (i % 100), i)
         for batch in rig.drain():
             for one in batch.settle(answer([entry() if i % 2 else failure() for i in range(len(batch))])):
                 one.batch.finish(DROPPED)

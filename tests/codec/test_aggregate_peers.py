@@ -35,7 +35,7 @@ def test_awss_module_for_node_takes_every_record_out_again() -> None:
     told: list[tuple[str | None, str | None, bytes]] = []
 
     def add(data: bytes, key: str | None = None, hash_key: str | None = None) -> None:
-        rig.lane.add(data, 1, key, hash_key)
+        rig.batcher.add(data, 1, key, hash_key)
         told.append((key, hash_key, data))
 
     for data in payloads(4000, 700):  # more than fits into one
@@ -50,7 +50,7 @@ def test_awss_module_for_node_takes_every_record_out_again() -> None:
         add(b"before too", "here")
         add(b"there", "here", hash_key)
     frame = payloads(300)
-    rig.lane.put_frame(encode_frame(frame))
+    rig.batcher.put_frame(encode_frame(frame))
     told += [(None, None, data) for data in frame]
 
     entries: list[dict[str, Any]] = [

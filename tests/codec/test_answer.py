@@ -34,7 +34,7 @@ def judge(reply: bytes, count: int) -> list[oracle.Ending] | None:
     """How the codec sees each entry; None: unusable."""
     rig = Rig()
     for i in range(count):
-        rig.lane.add(b"%d" % i, i + 1)
+        rig.batcher.add(b"%d" % i, i + 1)
     [batch] = rig.drain()
     ends: list[oracle.Ending] = [None] * count
     try:
@@ -204,7 +204,7 @@ def _twice(body: bytes) -> bool:
 )  # fmt: skip
 def test_what_is_wrong_is_said(reply: bytes, why: str) -> None:
     rig = Rig()
-    rig.lane.add(b"x", 1)
+    rig.batcher.add(b"x", 1)
     [batch] = rig.drain()
     with pytest.raises(UnexpectedResponse) as caught:
         batch.settle(reply)

@@ -19,10 +19,10 @@ from fastkin._codec import (
     FAILED,
     STORED,
     Batch,
+    Batcher,
     Budget,
     CallbackSettler,
     KeyPlan,
-    Lane,
     Settler,
     ShardTable,
 )  # fmt: skip
@@ -39,9 +39,9 @@ Entries = list[tuple[bytes, str | None, str | None]]
 
 def fill(rig: Rig, count: int, *, same_token: bool = False) -> Entries:
     """Entries of every shape, token 1, 2, 3, ..."""
-    rig.lane.shards = ShardTable(ENDS)
+    rig.batcher.shards = ShardTable(ENDS)
     for i in range(count):
-        rig.lane.add(b"d" * i, 1 if same_token else i + 1, f'key"{i}', str(2**127 + i) if i % 5 == 4 else None)
+        rig.batcher.add(b"d" * i, 1 if same_token else i + 1, f'key"{i}', str(2**127 + i) if i % 5 == 4 else None)
     return [(b"d" * i, f'key"{i}', str(2**127 + i) if i % 5 == 4 else None) for i in range(count)]
 
 
@@ -129,7 +129,7 @@ def test_split(count: int, shards: set[int]) -> None:
     rig = Rig()
     entries = fill(rig, count)
     batch = one(rig)
-    batch.attempts, batch.born, batch.epoch = 3, 1.5, 7
+    batch.attempts, batch.taken_at, batch.flush_generation = 3, 1.5, 7
     table = ShardTable(ENDS)
     mine = [table.find(str(key), hash_key) in shards for _, key, hash_key in entries]
     before = rig.budget.bytes - batch.overhead
@@ -141,7 +141,7 @@ def test_split(count: int, shards: set[int]) -> None:
             continue
         assert piece is not None
         check(piece, expected)
-        assert (piece.attempts, piece.born, piece.epoch, piece.lane) == (3, 1.5, 7, rig.lane)
+        assert (piece.attempts, piece.taken_at, piece.flush_generation, piece.batcher) == (3, 1.5, 7, rig.batcher)
         assert set(piece.shard_load()) <= ({*shards} if wanted else {0, 1, 2} - shards)
     assert rig.budget.bytes == before + sum(piece.overhead for piece in (part, others) if piece is not None)
     for piece in (part, others):
@@ -184,11 +184,11 @@ def test_gather(counts: list[int], most: int, batch_bytes: int) -> None:
     for i, count in enumerate(counts):
         for k in range(count):
             item = (b"x" * (k * 7), f"k{i}.{k}", None)
-            rig.lane.add(item[0], len(entries) + 1, item[1])
+            rig.batcher.add(item[0], len(entries) + 1, item[1])
             entries.append(item)
         parts += rig.drain()
     for i, part in enumerate(parts):
-        part.attempts, part.born, part.epoch = i + 1, 10.0 - i, 5 - i
+        part.attempts, part.taken_at, part.flush_generation = i + 1, 10.0 - i, 5 - i
     before = rig.budget.bytes - sum(part.overhead for part in parts)
     last = len(parts)
     gathered = Batch.gather(parts)
@@ -198,8 +198,8 @@ def test_gather(counts: list[int], most: int, batch_bytes: int) -> None:
     assert [item for batch in gathered for item in batch.entries()] == entries
     assert rig.budget.bytes == before + sum(batch.overhead for batch in gathered)
     assert gathered[-1].attempts == last
-    assert gathered[-1].born == 11.0 - last
-    assert gathered[-1].epoch == 6 - last
+    assert gathered[-1].taken_at == 11.0 - last
+    assert gathered[-1].flush_generation == 6 - last
     for batch in gathered:
         check(batch, batch.entries())
         batch.settle(stored(len(batch)))
@@ -214,7 +214,7 @@ def test_gather_arguments() -> None:
     fill(other, 2)
     mine, theirs = one(rig), one(other)
     assert Batch.gather([mine]) == [mine]
-    with pytest.raises(LibraryError, match="different lanes"):
+    with pytest.raises(LibraryError, match="different batchers"):
         Batch.gather([mine, theirs])
     with pytest.raises(LibraryError, match="twice"):
         Batch.gather([mine, mine])
@@ -229,7 +229,7 @@ def test_gather_arguments() -> None:
 def test_settlements_go_run_by_run() -> None:
     rig = Rig()
     for token in (1, 1, 1, 2, 0, 0, 1, 3, 3):
-        rig.lane.add(b"x", token)
+        rig.batcher.add(b"x", token)
     reply = answer([entry(number=str(i)) for i in range(9)])
     one(rig).settle(reply)
     assert [(token, count) for token, count, _, _, _ in rig.told] == [(1, 3), (2, 1), (1, 1), (3, 2)]
@@ -245,7 +245,7 @@ def test_failures_are_grouped_and_the_rest_is_stored(ends: list[str], same_token
     rig = Rig()
     entries = fill(rig, len(ends), same_token=same_token)
     batch = one(rig)
-    batch.attempts, batch.epoch = 2, 4
+    batch.attempts, batch.flush_generation = 2, 4
     failed: list[Failure] = batch.settle(
         answer([entry() if not code else failure(code[0], f"message {code}") for code in ends])
     )
@@ -257,10 +257,10 @@ def test_failures_are_grouped_and_the_rest_is_stored(ends: list[str], same_token
             kept for kept, code in zip(entries, ends, strict=True) if code and f"message {code}" == item.message
         ]
         check(item.batch, expected)
-        assert (item.batch.attempts, item.batch.epoch) == (2, 4)
+        assert (item.batch.attempts, item.batch.flush_generation) == (2, 4)
         assert item.code in repr(item)
-    assert sum(count for _, count, _, _, _ in rig.told) == rig.lane.stored == ends.count("")
-    assert rig.lane.in_flight == len(ends) - ends.count("")
+    assert sum(count for _, count, _, _, _ in rig.told) == rig.batcher.stored == ends.count("")
+    assert rig.batcher.in_flight == len(ends) - ends.count("")
     for item in failed:
         assert item.batch.settle(stored(len(item.batch))) == []
     assert sum(rig.counts().values()) == len(ends)
@@ -323,29 +323,29 @@ def test_a_settler_that_raises_does_not_stop_the_others() -> None:
             raise ValueError(f"token {token}")
 
     budget = Budget(1 << 20, 100)
-    lane = Lane(settler=CallbackSettler(settle), budget=budget, frame="raw", key=KeyPlan("uuid"), target=b"")
+    batcher = Batcher(settler=CallbackSettler(settle), budget=budget, frame="raw", key=KeyPlan("uuid"), target=b"")
     for token in range(1, 6):
-        lane.add(b"x", token)
-    lane.seal(DRAIN)
-    batch = lane.take()
+        batcher.add(b"x", token)
+    batcher.close_batch(DRAIN)
+    batch = batcher.take()
     assert batch is not None
     with pytest.raises(ValueError, match="token 2"):
         batch.settle(stored(5))
     assert told == [1, 2, 3, 4, 5]
-    assert (budget.bytes, lane.in_flight, lane.stored) == (0, 0, 5)
+    assert (budget.bytes, batcher.in_flight, batcher.stored) == (0, 0, 5)
     with pytest.raises(TypeError):
         CallbackSettler(5)  # type: ignore[arg-type]
 
 
 def test_a_settler_must_say_how_it_settles() -> None:
-    lane = Lane(settler=Settler(), budget=Budget(99999, 9), frame="raw", key=KeyPlan("uuid"), target=b"")
-    lane.add(b"x", 1)
-    lane.seal(DRAIN)
-    batch = lane.take()
+    batcher = Batcher(settler=Settler(), budget=Budget(99999, 9), frame="raw", key=KeyPlan("uuid"), target=b"")
+    batcher.add(b"x", 1)
+    batcher.close_batch(DRAIN)
+    batch = batcher.take()
     assert batch is not None
     with pytest.raises(NotImplementedError):
         batch.finish(DROPPED)
-    assert lane.in_flight == 0
+    assert batcher.in_flight == 0
 
 
 @pytest.mark.parametrize("aggregate", [0, 1000])
@@ -357,43 +357,43 @@ def test_a_settler_that_raises_while_something_is_freed(aggregate: int, monkeypa
         raise ValueError(f"token {token}")
 
     budget = Budget(1 << 20, 100)
-    lane = Lane(
+    batcher = Batcher(
         settler=CallbackSettler(settle), budget=budget, frame="bulk", key=KeyPlan("uuid"), target=b"",
         aggregate_bytes=aggregate,
     )  # fmt: skip
-    lane.add(b"x", 1)
-    lane.add(b"x", 2)
-    lane.offer(b"t", b"bad", 3)
-    del lane
+    batcher.add(b"x", 1)
+    batcher.add(b"x", 2)
+    batcher.offer(b"t", b"bad", 3)
+    del batcher
     assert sorted(str(one.exc_value) for one in caught) == ["token 1", "token 3"]
     assert budget.bytes == budget.records == 0
 
 
-def test_a_settler_may_call_the_lane_again() -> None:
+def test_a_settler_may_call_the_batcher_again() -> None:
     budget = Budget(1 << 20, 100)
 
     def settle(token: int, *rest: Any) -> None:
         with pytest.raises(LibraryError, match="spent"):
             batch.finish(DROPPED)
         if token < 4:
-            lane.add(b"again", token + 10)
+            batcher.add(b"again", token + 10)
 
-    lane = Lane(settler=CallbackSettler(settle), budget=budget, frame="raw", key=KeyPlan("uuid"), target=b"")
+    batcher = Batcher(settler=CallbackSettler(settle), budget=budget, frame="raw", key=KeyPlan("uuid"), target=b"")
     for token in range(1, 6):
-        lane.add(b"x", token)
-    while lane.open_records:
-        lane.seal(DRAIN)
-        taken = lane.take()
+        batcher.add(b"x", token)
+    while batcher.open_records:
+        batcher.close_batch(DRAIN)
+        taken = batcher.take()
         assert taken is not None
         batch = taken
         batch.settle(stored(len(batch)))
-    assert (budget.bytes, lane.in_flight, lane.stored) == (0, 0, 8)
+    assert (budget.bytes, batcher.in_flight, batcher.stored) == (0, 0, 8)
 
 
 def test_a_batch_that_is_dropped_fails_its_records() -> None:
     rig = Rig()
     fill(rig, 3)
-    receipt = rig.lane.put(b"x")
+    receipt = rig.batcher.put(b"x")
     batch = one(rig)
     del batch
     assert [(token, outcome) for token, _, outcome, _, _ in rig.told] == [(1, FAILED), (2, FAILED), (3, FAILED)]
@@ -407,10 +407,10 @@ def test_failures_that_are_dropped_fail_their_records() -> None:
     fill(rig, 4)
     batch = one(rig)
     failed = batch.settle(answer([entry(), failure("A"), failure("B"), entry()]))
-    assert rig.lane.in_flight == 2
+    assert rig.batcher.in_flight == 2
     del failed
     rig.settled()
-    assert rig.lane.dropped == 2
+    assert rig.batcher.dropped == 2
 
 
 def test_nothing_leaks() -> None:

@@ -75,17 +75,17 @@ def test_a_forked_child_draws_keys_of_its_own() -> None:
 
 
 @pytest.mark.process
-def test_a_lane_of_a_forked_child_draws_keys_of_its_own() -> None:
+def test_a_batcher_of_a_forked_child_draws_keys_of_its_own() -> None:
     rig = Rig()
-    rig.lane.add(b"x")
+    rig.batcher.add(b"x")
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:  # pragma: no cover - another process
-        rig.lane.add(b"x")
+        rig.batcher.add(b"x")
         os.write(writing, str(rig.drain()[0].entries()[1][1]).encode())
         os._exit(0)
     os.waitpid(child, 0)
-    rig.lane.add(b"x")
+    rig.batcher.add(b"x")
     mine = rig.store()[0][1][1]
     assert os.read(reading, 100).decode() != mine
     os.close(reading)
@@ -141,7 +141,7 @@ def test_render_as_the_oracle(parts: list[tuple[str, Any]], topic: str, data: by
     assert raw is not None
     assert plan.render(topic.encode(), data) == raw.decode()
     rig = Rig(key=plan)
-    assert rig.lane.offer(topic.encode(), data, 1) == 1
+    assert rig.batcher.offer(topic.encode(), data, 1) == 1
     [[(stored, key, _)]] = rig.store()
     assert stored == data
     assert key == raw.decode()
@@ -191,11 +191,11 @@ def test_fields(data: bytes, key: str) -> None:
 )  # fmt: skip
 def test_an_absent_field_gets_a_uuid_and_is_counted(data: bytes) -> None:
     rig = Rig(key=KeyPlan("parts", [("text", "k"), ("field", ("a", "b"))]))
-    assert rig.lane.offer(b"t", data, 1) == 1
+    assert rig.batcher.offer(b"t", data, 1) == 1
     [[(_, key, _)]] = rig.store()
     assert key is not None
     assert uuid.UUID(key).version == 4
-    assert rig.lane.keys_missing == 1
+    assert rig.batcher.keys_missing == 1
     rig.settled()
 
 
@@ -204,11 +204,11 @@ def test_an_absent_field_gets_a_uuid_and_is_counted(data: bytes) -> None:
 )
 def test_a_field_that_can_be_no_key(value: bytes) -> None:
     rig = Rig(key=KeyPlan("parts", [("field", ("a",))]))
-    assert rig.lane.offer(b"t", b'{"a":' + value + b"}", 9) == 1
-    [reject] = rig.lane.take_rejects()
+    assert rig.batcher.offer(b"t", b'{"a":' + value + b"}", 9) == 1
+    [reject] = rig.batcher.take_rejects()
     assert ("empty" if value == b'""' else "UTF-8") in reject.reason
     assert (reject.token, reject.index, reject.topic) == (9, None, b"t")
-    rig.lane.settle_reject(reject, 1)
+    rig.batcher.settle_reject(reject, 1)
     rig.settled()
 
 
@@ -224,14 +224,14 @@ def test_length_in_code_points(n: int) -> None:
     for letter in ("a", "\u00fc", "\u20ac", "\U0001f600", '"', "\n"):
         rig = Rig(key=KeyPlan("parts", [("topic", None)]))
         topic = (letter * n).encode()
-        assert rig.lane.offer(topic, b"x", 1) == 1
+        assert rig.batcher.offer(topic, b"x", 1) == 1
         if n <= 256:
             [[(_, key, _)]] = rig.store()
             assert key == letter * n
         else:
-            [reject] = rig.lane.take_rejects()
+            [reject] = rig.batcher.take_rejects()
             assert "more than 256" in reject.reason
-            rig.lane.settle_reject(reject, 1)
+            rig.batcher.settle_reject(reject, 1)
         rig.settled()
 
 
@@ -282,14 +282,14 @@ def test_levels() -> None:
 def test_a_fixed_key_and_the_topic_are_remembered_not_confused() -> None:
     rig = Rig(key=KeyPlan("parts", [("text", 'f"'), ("level", 0)]))
     for topic in (b"a/1", b"a/1", b"b/1", b"a", b"a"):
-        rig.lane.offer(topic, b"x", 1)
+        rig.batcher.offer(topic, b"x", 1)
     assert [key for _, key, _ in rig.store()[0]] == ['f"a', 'f"a', 'f"b', 'f"a', 'f"a']
     rig.settled()
 
 
 def test_no_key() -> None:
     rig = Rig(key=KeyPlan("none"))
-    rig.lane.offer(b"t", b"abc", 1)
+    rig.batcher.offer(b"t", b"abc", 1)
     [batch] = rig.drain()
     assert json.loads(bytes(batch))["Records"] == [{"Data": "YWJj"}]
     assert batch.size == 3
@@ -326,12 +326,12 @@ def test_explicit_hash_keys(text: str, fine: bool) -> None:
     rig = Rig()
     assert oracle.hash_key_valid(text) == fine
     if fine:
-        rig.lane.add(b"x", 1, "k", text)
+        rig.batcher.add(b"x", 1, "k", text)
         [[(_, key, hash_key)]] = rig.store()
         assert (key, hash_key) == ("k", text)
     else:
         with pytest.raises(RecordError, match="explicit hash key"):
-            rig.lane.add(b"x", 1, "k", text)
+            rig.batcher.add(b"x", 1, "k", text)
         with pytest.raises(LibraryError):
             ShardTable(EVEN).find("", text)
     rig.settled()
@@ -365,13 +365,13 @@ def test_tables_that_are_none(ends: list[int]) -> None:
 def test_entries_know_their_shard() -> None:
     table = ShardTable(EVEN)
     rig = Rig(key=KeyPlan("parts", [("topic", None)]))
-    rig.lane.offer(b"early", b"x", 1)
-    assert rig.lane.shards is None
-    rig.lane.shards = table
-    assert rig.lane.shards is table
-    rig.lane.offer(b"early", b"xx", 1)
-    rig.lane.add(b"xxx", 1, "caller")
-    rig.lane.add(b"xxxx", 1, None, "0")  # no topic: a UUID
+    rig.batcher.offer(b"early", b"x", 1)
+    assert rig.batcher.shards is None
+    rig.batcher.shards = table
+    assert rig.batcher.shards is table
+    rig.batcher.offer(b"early", b"xx", 1)
+    rig.batcher.add(b"xxx", 1, "caller")
+    rig.batcher.add(b"xxxx", 1, None, "0")  # no topic: a UUID
     [batch] = rig.drain()
     load: dict[int, list[int]] = {}
     for shard, size in [(-1, 6), (table.find("early"), 7), (table.find("caller"), 9), (0, 40)]:
@@ -381,14 +381,14 @@ def test_entries_know_their_shard() -> None:
     batch.finish(3)
     rig.settled()
     drawn = Rig()
-    drawn.lane.shards = table
-    drawn.lane.offer(b"t", b"x", 1)
+    drawn.batcher.shards = table
+    drawn.batcher.offer(b"t", b"x", 1)
     [batch] = drawn.drain()
     assert batch.shard_load() == {-1: (1, 37)}
     batch.finish(3)
     fielded = Rig(key=KeyPlan("parts", [("field", ("id",))]))
-    fielded.lane.shards = table
-    fielded.lane.offer(b"t", b'{"id":"w7"}', 1)
+    fielded.batcher.shards = table
+    fielded.batcher.offer(b"t", b'{"id":"w7"}', 1)
     [batch] = fielded.drain()
     assert batch.shard_load() == {oracle.shard_of(EVEN, oracle.hash_of("w7")): (1, 13)}
     batch.finish(3)

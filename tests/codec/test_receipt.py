@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def test_stored() -> None:
     rig = Rig()
-    receipts = [rig.lane.put(b"x") for _ in range(3)]
+    receipts = [rig.batcher.put(b"x") for _ in range(3)]
     [batch] = rig.drain()
     assert not any(receipt.done() for receipt in receipts)
     for ask in (receipts[0].result, receipts[0].exception):
@@ -36,7 +36,7 @@ def test_stored() -> None:
 
 def test_the_place_is_read_whatever_stands_around_it() -> None:
     rig = Rig()
-    receipt = rig.lane.put(b"x")
+    receipt = rig.batcher.put(b"x")
     [batch] = rig.drain()
     batch.settle(
         b'{"Records":[ { "x":[{"ShardId":"no"}], "SequenceNumber" : "7\\u0031" ,"ErrorCode":null,"ShardId":"a\\"b"} ],'
@@ -48,7 +48,7 @@ def test_the_place_is_read_whatever_stands_around_it() -> None:
 
 def test_failed() -> None:
     rig = Rig()
-    first, second, third = (rig.lane.put(b"x") for _ in range(3))
+    first, second, third = (rig.batcher.put(b"x") for _ in range(3))
     [batch] = rig.drain()
     [failed] = batch.settle(answer([entry(), failure("Odd", "m"), entry()]))
     assert (first.done(), second.done(), third.done()) == (True, False, True)
@@ -76,7 +76,7 @@ def test_an_error_that_cannot_be_copied_is_raised_itself() -> None:
     error = OddError()
     error.args = (1,)
     rig = Rig()
-    receipt = rig.lane.put(b"x")
+    receipt = rig.batcher.put(b"x")
     rig.drain()[0].finish(FAILED, error)
     with pytest.raises(OddError) as caught:
         receipt.result()
@@ -88,7 +88,7 @@ def test_an_error_that_cannot_be_copied_is_raised_itself() -> None:
 )
 def test_ended_without_an_error(outcome: int, word: str) -> None:
     rig = Rig()
-    receipt = rig.lane.put(b"x")
+    receipt = rig.batcher.put(b"x")
     rig.drain()[0].finish(outcome)
     with pytest.raises(RecordError, match=word):
         receipt.result()
@@ -97,7 +97,7 @@ def test_ended_without_an_error(outcome: int, word: str) -> None:
 
 async def test_awaited_by_several() -> None:
     rig = Rig()
-    receipt = rig.lane.put(b"x")
+    receipt = rig.batcher.put(b"x")
 
     async def wait() -> object:
         return await receipt
@@ -118,7 +118,7 @@ async def test_awaited_by_several() -> None:
 
 async def test_awaited_and_failed() -> None:
     rig = Rig()
-    receipt = rig.lane.put(b"x")
+    receipt = rig.batcher.put(b"x")
 
     async def wait() -> object:
         return await receipt
@@ -135,7 +135,7 @@ async def test_awaited_and_failed() -> None:
 
 def test_callbacks() -> None:
     rig = Rig()
-    receipt = rig.lane.put(b"x")
+    receipt = rig.batcher.put(b"x")
     seen: list[object] = []
     receipt.add_done_callback(seen.append)
     receipt.add_done_callback(lambda one: seen.append(one.result()))
@@ -153,7 +153,7 @@ def test_a_callback_that_raises_stops_nobody(monkeypatch: pytest.MonkeyPatch) ->
     caught: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", caught.append)
     rig = Rig()
-    first, second = rig.lane.put(b"x"), rig.lane.put(b"y")
+    first, second = rig.batcher.put(b"x"), rig.batcher.put(b"y")
     seen: list[object] = []
 
     def bad(receipt: Receipt) -> None:
@@ -172,7 +172,7 @@ def test_a_loop_that_is_closed_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> 
     caught: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", caught.append)
     rig = Rig()
-    receipt = rig.lane.put(b"x")
+    receipt = rig.batcher.put(b"x")
     loop = asyncio.new_event_loop()
 
     async def wait() -> object:
@@ -196,10 +196,10 @@ def test_a_callback_may_put_again() -> None:
     def again(receipt: Receipt) -> None:
         seen.append(receipt)
         if len(seen) < 10:
-            rig.lane.put(b"more").add_done_callback(again)
+            rig.batcher.put(b"more").add_done_callback(again)
 
-    rig.lane.put(b"x").add_done_callback(again)
-    while rig.lane.in_flight:
+    rig.batcher.put(b"x").add_done_callback(again)
+    while rig.batcher.in_flight:
         for batch in rig.drain():
             batch.settle(stored(len(batch)))
     assert len(seen) == 10
@@ -211,8 +211,8 @@ def test_a_callback_may_put_again() -> None:
 
 def test_frames() -> None:
     rig = Rig(frame="bulk", max_records=4)
-    receipt = rig.lane.put_frame(encode_frame([b"x"] * 10))
-    empty = rig.lane.put_frame(encode_frame([]))
+    receipt = rig.batcher.put_frame(encode_frame([b"x"] * 10))
+    empty = rig.batcher.put_frame(encode_frame([]))
     assert empty.done()
     assert empty.result() == FrameResult(0)
     batches = rig.drain()
@@ -226,7 +226,7 @@ def test_frames() -> None:
 
 def test_a_frame_of_which_a_record_fails() -> None:
     rig = Rig()
-    receipt = rig.lane.put_frame(encode_frame([b"x"] * 4))
+    receipt = rig.batcher.put_frame(encode_frame([b"x"] * 4))
     [batch] = rig.drain()
     failed = batch.settle(answer([entry(), failure("A", "m"), failure("B", "m"), entry()]))
     failed[0].batch.finish(FAILED, RecordFailed("A", "m"))
@@ -239,7 +239,7 @@ def test_a_frame_of_which_a_record_fails() -> None:
 
 async def test_a_frame_is_awaited() -> None:
     rig = Rig()
-    receipt = rig.lane.put_frame(encode_frame([b"x"] * 4))
+    receipt = rig.batcher.put_frame(encode_frame([b"x"] * 4))
 
     async def wait() -> object:
         return await receipt
@@ -267,8 +267,8 @@ def test_references(end: str) -> None:
         "finish": lambda batch: batch.finish(DROPPED),
         "drop": lambda batch: None,
     }
-    receipt = rig.lane.put(b"x")
-    frame = rig.lane.put_frame(encode_frame([b"x"] * 3))
+    receipt = rig.batcher.put(b"x")
+    frame = rig.batcher.put_frame(encode_frame([b"x"] * 3))
     assert sys.getrefcount(receipt) == sys.getrefcount(frame) == 3
     batches = rig.drain()
     endings[end](batches.pop())
@@ -281,8 +281,8 @@ def test_dropped_receipts_leave_nothing() -> None:
 
     def work() -> None:
         for _ in range(2000):
-            rig.lane.put(b"x")
-            rig.lane.put_frame(encode_frame([b"x", b"y"]))
+            rig.batcher.put(b"x")
+            rig.batcher.put_frame(encode_frame([b"x", b"y"]))
         for batch in rig.drain():
             left, right = batch.halves()
             left.settle(stored(len(left)))
@@ -303,21 +303,21 @@ def test_put_if_room_asks_for_attention_and_takes_nothing_without_room() -> None
     calls: list[bool] = []
 
     def attend() -> None:
-        calls.append(rig.lane.attention)
-        rig.lane.attention = False
+        calls.append(rig.batcher.dirty)
+        rig.batcher.dirty = False
 
-    first = rig.lane.put_if_room(b"a", None, None, attend)
+    first = rig.batcher.put_if_room(b"a", None, None, attend)
     assert first is not None
     assert calls == [True], "a batch was opened"
-    assert rig.lane.put_if_room(b"b", "key", "7", attend) is not None
+    assert rig.batcher.put_if_room(b"b", "key", "7", attend) is not None
     assert calls == [True, True], "it was closed"
-    assert rig.lane.put_if_room(b"c", None, None, attend) is not None
+    assert rig.batcher.put_if_room(b"c", None, None, attend) is not None
     assert rig.budget.full
     before = len(calls)
-    assert rig.lane.put_if_room(b"d", None, None, attend) is None
-    assert (len(calls), rig.lane.received) == (before, 3)
+    assert rig.batcher.put_if_room(b"d", None, None, attend) is None
+    assert (len(calls), rig.batcher.received) == (before, 3)
     with pytest.raises(ZeroDivisionError):
-        Rig().lane.put_if_room(b"e", None, None, lambda: 1 // 0)
+        Rig().batcher.put_if_room(b"e", None, None, lambda: 1 // 0)
     entries = [one for call in rig.store() for one in call]
     assert [(data, hash_key) for data, _, hash_key in entries] == [(b"a", None), (b"b", "7"), (b"c", None)]
     assert first.result().sequence_number

@@ -18,10 +18,10 @@ from fastkin._codec import (
     SPOOLED,
     STORED,
     Batch,
+    Batcher,
     Budget,
     CallbackSettler,
     KeyPlan,
-    Lane,
     ShardTable,
     encode_frame,
 )
@@ -33,7 +33,7 @@ BODY = b'{"Records":[{"Data":"AAAA","PartitionKey":"k"},{"Data":"","PartitionKey
 
 
 class Disk(Rig):
-    """A rig whose lane has a spool."""
+    """A rig whose batcher has a spool."""
 
     def __init__(self, **options: Any) -> None:
         self.back = Budget(1 << 30, 1 << 30)
@@ -54,20 +54,20 @@ class Disk(Rig):
         return out
 
     def books(self) -> None:
-        lane = self.lane
-        ended = lane.stored + lane.dead_lettered + lane.filtered + lane.dropped
-        assert lane.received == ended + lane.in_flight + lane.spooled
-        assert self.budget.records + self.back.records == lane.in_flight
+        batcher = self.batcher
+        ended = batcher.stored + batcher.dead_lettered + batcher.filtered + batcher.dropped
+        assert batcher.received == ended + batcher.in_flight + batcher.spooled
+        assert self.budget.records + self.back.records == batcher.in_flight
 
     def empty(self) -> None:
         self.settled()
-        assert self.back.bytes == self.back.records == self.lane.spooled == 0
+        assert self.back.bytes == self.back.records == self.batcher.spooled == 0
 
 
 def restored(body: bytes, counts: bytes = b"", records: int = 1 << 20) -> Batch:
     rig = Disk()
-    rig.lane.found(records)
-    return rig.lane.restore(body, counts, 1)
+    rig.batcher.adopt_spooled(records)
+    return rig.batcher.restore(body, counts, 1)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def restored(body: bytes, counts: bytes = b"", records: int = 1 << 20) -> Batch:
 def test_a_batch_comes_back_as_it_was(plan: KeyPlan) -> None:
     rig = Disk(key=plan)
     for number, payload in enumerate(payloads(300)):
-        assert rig.lane.offer(b"plant/\xc3\xbc", payload, number + 1) == 1
+        assert rig.batcher.offer(b"plant/\xc3\xbc", payload, number + 1) == 1
     (batch,) = rig.drain()
     before, size, body, counts = batch.entries(), batch.size, bytes(batch), batch.counts
     assert counts == b""
@@ -91,11 +91,11 @@ def test_a_batch_comes_back_as_it_was(plan: KeyPlan) -> None:
     batch.finish(SPOOLED)
     assert {one[2] for one in rig.told} == {SPOOLED}
     assert len(rig.told) == 300
-    assert (rig.lane.spooled, rig.lane.in_flight, rig.budget.bytes) == (300, 0, 0)
-    again = rig.lane.restore(memoryview(body), counts, 7)
-    assert (bytes(again), again.entries(), again.size, again.lane) == (body, before, size, rig.lane)
+    assert (rig.batcher.spooled, rig.batcher.in_flight, rig.budget.bytes) == (300, 0, 0)
+    again = rig.batcher.restore(memoryview(body), counts, 7)
+    assert (bytes(again), again.entries(), again.size, again.batcher) == (body, before, size, rig.batcher)
     assert (again.restored, again.rows(), again.user_records) == (True, {7: 300}, 300)
-    assert (rig.lane.spooled, rig.lane.in_flight) == (0, 300)
+    assert (rig.batcher.spooled, rig.batcher.in_flight) == (0, 300)
     assert rig.back.bytes > len(body) - 100
     rig.books()
     assert again.settle(stored(300)) == []
@@ -106,24 +106,24 @@ def test_a_batch_comes_back_as_it_was(plan: KeyPlan) -> None:
 
 def test_explicit_hash_keys_and_shards_are_found_again() -> None:
     rig = Disk()
-    rig.lane.shards = ShardTable([2**126, 2**127, 2**128 - 1])
-    rig.lane.add(b"1", 1, "k", str(2**127))
-    rig.lane.add(b"2", 1, "welder-7")
-    rig.lane.add(b"3", 1, "clé")
-    rig.lane.add(b"4", 1)
+    rig.batcher.shards = ShardTable([2**126, 2**127, 2**128 - 1])
+    rig.batcher.add(b"1", 1, "k", str(2**127))
+    rig.batcher.add(b"2", 1, "welder-7")
+    rig.batcher.add(b"3", 1, "clé")
+    rig.batcher.add(b"4", 1)
     ((body, counts),) = rig.spool()
-    batch = rig.lane.restore(body, counts, 1)
-    assert rig.lane.shards is not None
-    table = rig.lane.shards
+    batch = rig.batcher.restore(body, counts, 1)
+    assert rig.batcher.shards is not None
+    table = rig.batcher.shards
     expected = {table.find("k", str(2**127)), table.find("welder-7"), table.find("clé"), -1}
     assert set(batch.shard_load()) == expected, "a key that was drawn has no shard"
     assert batch.entries()[0][1:] == ("k", str(2**127))
     batch.finish(DROPPED)
     fixed = Disk(key=KeyPlan("parts", [("text", "0b6b5a0e-0000-4000-8000-000000000000")]))
-    fixed.lane.shards = table
-    fixed.lane.add(b"x", 1)
+    fixed.batcher.shards = table
+    fixed.batcher.add(b"x", 1)
     ((body, counts),) = fixed.spool()
-    batch = fixed.lane.restore(body, counts, 1)
+    batch = fixed.batcher.restore(body, counts, 1)
     assert -1 not in batch.shard_load(), "a key that was given has one, also when it looks drawn"
     batch.finish(DROPPED)
     fixed.empty()
@@ -132,13 +132,13 @@ def test_explicit_hash_keys_and_shards_are_found_again() -> None:
 def test_aggregates_bring_their_user_records() -> None:
     rig = Disk(aggregate_bytes=400, frame="bulk")
     for token in range(1, 31):
-        rig.lane.offer(b"t", encode_frame([b"x" * 50] * 7), token)
-    rig.lane.add(b"alone", 99, "key", "1")
+        rig.batcher.offer(b"t", encode_frame([b"x" * 50] * 7), token)
+    rig.batcher.add(b"alone", 99, "key", "1")
     batches = rig.spool()
     total = 0
     for row, (body, counts) in enumerate(batches, 1):
         assert len(counts) == 4 * len(json.loads(body)["Records"])
-        batch = rig.lane.restore(body, counts, row)
+        batch = rig.batcher.restore(body, counts, row)
         assert batch.counts == counts
         total += batch.user_records
         batch.settle(stored(len(batch)))
@@ -151,8 +151,8 @@ def test_failures_splits_and_gathers_keep_rows_apart() -> None:
     """Half fails, is split and gathered with another row's: each row hears of its own records."""
     rig = Disk(max_records=10)
     for token in range(20):
-        rig.lane.add(b"%d" % token, token + 1)
-    one, two = (rig.lane.restore(body, counts, row) for row, (body, counts) in enumerate(rig.spool(), 1))
+        rig.batcher.add(b"%d" % token, token + 1)
+    one, two = (rig.batcher.restore(body, counts, row) for row, (body, counts) in enumerate(rig.spool(), 1))
     entries = [entry() if n % 2 else failure() for n in range(10)]
     (failed,) = one.settle(answer(entries))
     assert rig.rows == [(1, 1, STORED)] * 5
@@ -162,21 +162,21 @@ def test_failures_splits_and_gathers_keep_rows_apart() -> None:
     (mixed,) = Batch.gather([failed.batch, left])
     assert mixed.rows() == {1: 5, 2: 5}
     mixed.finish(SPOOLED)
-    assert rig.lane.spooled == 10
+    assert rig.batcher.spooled == 10
     rig.books()
     right.finish(DEAD)
     assert sorted(rig.rows[5:]) == [(1, 5, SPOOLED), (2, 5, DEAD), (2, 5, SPOOLED)]
-    rig.lane.settle_spooled(10, DEAD)
-    assert rig.lane.dead_lettered == 15
+    rig.batcher.settle_spooled(10, DEAD)
+    assert rig.batcher.dead_lettered == 15
     rig.empty()
 
 
 def test_an_aggregate_from_the_disk_is_halved_too() -> None:
     rig = Disk(aggregate_bytes=1000)
     for token in range(5):
-        rig.lane.add(b"%d" % token, token + 1)
+        rig.batcher.add(b"%d" % token, token + 1)
     [(body, counts)] = rig.spool()
-    batch = rig.lane.restore(body, counts, 9)
+    batch = rig.batcher.restore(body, counts, 9)
     left, right = batch.halves()
     assert (left.rows(), right.rows(), left.restored) == ({9: 2}, {9: 3}, True)
     one, other = left.halves()
@@ -203,13 +203,13 @@ def test_what_says_it_is_several_records_and_is_no_aggregate_stays_whole(spoil: 
     """A disk may hand back anything: it goes as it is."""
     rig = Disk(aggregate_bytes=1000, key=KeyPlan("parts", [("text", "k")]))
     for token in range(5):
-        rig.lane.add(b"%d" % token, token + 1)
+        rig.batcher.add(b"%d" % token, token + 1)
     [(body, counts)] = rig.spool()
     before = json.loads(body)
     data = base64.b64decode(before["Records"][0]["Data"])
     assert data != spoil(data)
     before["Records"][0]["Data"] = base64.b64encode(spoil(data)).decode()
-    batch = rig.lane.restore(json.dumps(before, separators=(",", ":")).encode(), counts, 9)
+    batch = rig.batcher.restore(json.dumps(before, separators=(",", ":")).encode(), counts, 9)
     assert batch.user_records == 5
     assert batch.single
     with pytest.raises(LibraryError, match="cannot be halved"):
@@ -220,10 +220,10 @@ def test_what_says_it_is_several_records_and_is_no_aggregate_stays_whole(spoil: 
 
 def test_fresh_and_restored_in_one_call_are_paid_by_their_own_budget() -> None:
     rig = Disk()
-    rig.lane.add(b"old", 1)
+    rig.batcher.add(b"old", 1)
     ((body, counts),) = rig.spool()
-    old = rig.lane.restore(body, counts, 5)
-    rig.lane.add(b"new", 2)
+    old = rig.batcher.restore(body, counts, 5)
+    rig.batcher.add(b"new", 2)
     (new,) = rig.drain()
     held, back = rig.budget.bytes - new.overhead, rig.back.bytes - old.overhead
     (both,) = Batch.gather([old, new])
@@ -236,22 +236,22 @@ def test_fresh_and_restored_in_one_call_are_paid_by_their_own_budget() -> None:
 
 def test_receipts_learn_that_they_are_spooled() -> None:
     rig = Disk()
-    receipt = rig.lane.put(b"1")
-    frame = rig.lane.put_frame(encode_frame([b"2", b"3"]))
+    receipt = rig.batcher.put(b"1")
+    frame = rig.batcher.put_frame(encode_frame([b"2", b"3"]))
     rig.spool()
     assert receipt.result() == PutResult(None, None, None, spooled=True)
     assert frame.result() == FrameResult(2, spooled=True)
-    assert rig.lane.spooled == 3
+    assert rig.batcher.spooled == 3
 
 
 def test_without_anybody_to_tell() -> None:
     rig = Rig()
-    rig.lane.add(b"1", 1)
+    rig.batcher.add(b"1", 1)
     (batch,) = rig.drain()
     body = bytes(batch)
     batch.finish(SPOOLED)
-    again = rig.lane.restore(body, b"", 3)
-    assert rig.budget.records == 1, "without a budget of their own the lane's pays"
+    again = rig.batcher.restore(body, b"", 3)
+    assert rig.budget.records == 1, "without a budget of their own the batcher's pays"
     again.finish(DROPPED)
     rig.settled()
 
@@ -260,7 +260,7 @@ def test_a_callback_that_raises_leaves_the_books_whole() -> None:
     def boom(*_: object) -> None:
         raise ZeroDivisionError
 
-    lane = Lane(
+    batcher = Batcher(
         settler=None,
         budget=Budget(1 << 20, 99),
         frame="raw",
@@ -268,17 +268,17 @@ def test_a_callback_that_raises_leaves_the_books_whole() -> None:
         target=b"",
         rows=CallbackSettler(boom),
     )
-    lane.found(2)
-    batch = lane.restore(BODY, b"", 1)
+    batcher.adopt_spooled(2)
+    batch = batcher.restore(BODY, b"", 1)
     with pytest.raises(ZeroDivisionError):
         batch.settle(stored(2))
-    assert (lane.stored, lane.in_flight) == (2, 0)
+    assert (batcher.stored, batcher.in_flight) == (2, 0)
 
 
 def test_a_restored_batch_that_is_freed_ends_as_failed() -> None:
     rig = Disk()
-    rig.lane.found(2)
-    batch = rig.lane.restore(BODY, b"", 4)
+    rig.batcher.adopt_spooled(2)
+    batch = rig.batcher.restore(BODY, b"", 4)
     del batch
     gc.collect()
     assert rig.rows == [(4, 2, FAILED)]
@@ -288,19 +288,19 @@ def test_a_restored_batch_that_is_freed_ends_as_failed() -> None:
 def test_books_refuse_what_was_never_spooled() -> None:
     rig = Disk()
     with pytest.raises(LibraryError, match="more than the 0"):
-        rig.lane.restore(BODY, b"", 1)
+        rig.batcher.restore(BODY, b"", 1)
     with pytest.raises(LibraryError, match="more than the 0"):
-        rig.lane.settle_spooled(1, DEAD)
+        rig.batcher.settle_spooled(1, DEAD)
     for outcome in (STORED, SPOOLED, 9):
         with pytest.raises(LibraryError):
-            rig.lane.settle_spooled(0, outcome)
-    rig.lane.offer(b"t", b"", 1)
+            rig.batcher.settle_spooled(0, outcome)
+    rig.batcher.offer(b"t", b"", 1)
     bulk = Disk(frame="bulk")
-    bulk.lane.offer(b"t", b"\x00", 1)
-    (reject,) = bulk.lane.take_rejects()
+    bulk.batcher.offer(b"t", b"\x00", 1)
+    (reject,) = bulk.batcher.take_rejects()
     with pytest.raises(LibraryError, match="cannot be spooled"):
-        bulk.lane.settle_reject(reject, SPOOLED)
-    bulk.lane.settle_reject(reject, DEAD)
+        bulk.batcher.settle_reject(reject, SPOOLED)
+    bulk.batcher.settle_reject(reject, DEAD)
     bulk.empty()
 
 
@@ -354,16 +354,16 @@ def test_more_entries_than_any_batch() -> None:
     with pytest.raises(DataFormatError, match="more than 10000"):
         restored(body)
     with pytest.raises(LibraryError):
-        Disk().lane.restore("text", b"", 1)  # type: ignore[arg-type]
+        Disk().batcher.restore("text", b"", 1)  # type: ignore[arg-type]
 
 
 def corpus() -> list[bytes]:
     rig = Disk()
-    rig.lane.add(b"", 1)
-    rig.lane.add(b"x" * 40, 1, 'a"\\\u00fc', "0")
-    rig.lane.add(b"y", 1)
+    rig.batcher.add(b"", 1)
+    rig.batcher.add(b"x" * 40, 1, 'a"\\\u00fc', "0")
+    rig.batcher.add(b"y", 1)
     plain = Disk(key=KeyPlan("none"))
-    plain.lane.add(b"1234", 1)
+    plain.batcher.add(b"1234", 1)
     return [BODY, rig.spool()[0][0], plain.spool()[0][0]]
 
 
@@ -371,12 +371,12 @@ def test_cut_at_every_byte() -> None:
     for body in corpus():
         for end in range(len(body)):
             rig = Disk()
-            rig.lane.found(100)
+            rig.batcher.adopt_spooled(100)
             cut = memoryview(body)[:end]
             # exactly as long as its memory, so that a sanitizer notices one byte too far
             with pytest.raises(DataFormatError):
-                rig.lane.restore(bytearray(cut), b"", 1)
-            assert (rig.lane.spooled, rig.back.records) == (100, 0)
+                rig.batcher.restore(bytearray(cut), b"", 1)
+            assert (rig.batcher.spooled, rig.back.records) == (100, 0)
 
 
 def test_random_mutations() -> None:
@@ -390,9 +390,9 @@ def test_random_mutations() -> None:
             at = draw.randrange(len(body))
             body[at] = draw.choice(b'{}[]",:\\AZ=u0\xff\x00') if draw.random() < 0.7 else draw.randrange(256)
         rig = Disk()
-        rig.lane.found(100)
+        rig.batcher.adopt_spooled(100)
         with contextlib.suppress(DataFormatError):
-            batch = rig.lane.restore(body, b"", 1)
+            batch = rig.batcher.restore(body, b"", 1)
             records = json.loads(bytes(batch))["Records"]
             assert len(records) == len(batch), seed
             assert batch.size == sum(len(data) + len((key or "").encode()) for data, key, _ in batch.entries()), seed

@@ -438,7 +438,7 @@ def test_only_fastkin_may_log_below_warning() -> None:
     out = io.StringIO()
     logs.setup(level=logging.DEBUG, stream=out)
     logging.getLogger("botocore.endpoint").debug("Authorization: secret")
-    logging.getLogger("fastkin.intake").debug("seen")
+    logging.getLogger("fastkin.subscriber").debug("seen")
     assert "secret" not in out.getvalue()
     assert "seen" in out.getvalue()
 

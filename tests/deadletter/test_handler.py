@@ -18,11 +18,11 @@ import pytest
 import fastkin
 import fastkin.deadletter.handler
 import fastkin.deadletter.insist
-from fastkin._codec import Budget, KeyPlan, Lane
+from fastkin._codec import Batcher, Budget, KeyPlan
 from fastkin.config import Broker, Kinesis, Pipeline
 from fastkin.deadletter import destination as letterplace
 from fastkin.deadletter.file import numbered
-from fastkin.deadletter.handler import Aside
+from fastkin.deadletter.handler import DeadLetterHandler
 from fastkin.deadletter.stream import RECORD_BYTES, records_of
 from fastkin.emulator import Emulator
 from fastkin.service.pipeline import PipelineRun
@@ -53,7 +53,7 @@ def pipeline(emulator: Emulator, **options: Any) -> Pipeline:
 
 
 def run_of(emulator: Emulator, **options: Any) -> PipelineRun:
-    """Its broker is not there: messages are offered to the lane by the tests."""
+    """Its broker is not there: messages are offered to the batcher by the tests."""
     broker = Broker(host="127.0.0.1", port=free_port(), client_id="aside", clean_session=False)
     return PipelineRun(pipeline(emulator, **options), broker)
 
@@ -66,7 +66,7 @@ async def until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
 
 def offer(run: PipelineRun, *payloads: bytes) -> None:
     for payload in payloads:
-        assert run.delivery.lane.offer(b"plant/1", payload, 0) >= 0
+        assert run.delivery.batcher.offer(b"plant/1", payload, 0) >= 0
     run._read()
 
 
@@ -74,7 +74,7 @@ def identity(run: PipelineRun) -> None:
     stats = run.stats()
     ended = stats["stored"] + stats["dead_lettered"] + stats["filtered"] + stats["dropped"]
     assert stats["received"] == ended + stats["in_flight"]
-    assert sum(run.aside.dead_lettered_by.values()) == stats["dead_lettered"]
+    assert sum(run.dead_letters.dead_lettered_by.values()) == stats["dead_lettered"]
 
 
 def errors(caplog: pytest.LogCaptureFixture, text: str) -> int:
@@ -94,10 +94,10 @@ async def test_letters_are_counted_by_reason_when_they_are_settled(emulator: Emu
     run = run_of(emulator, dead_letter=str(path), max_record_bytes=2000)
     run.start()
     offer(run, b"good", b"poison", b"x" * 3000, b"poison too")
-    await until(lambda: not run.delivery.lane.in_flight)
+    await until(lambda: not run.delivery.batcher.in_flight)
     identity(run)
-    assert run.aside.dead_lettered_by == {"oversize": 1, "InvalidArgumentException": 2}
-    assert run.aside.dropped == {}
+    assert run.dead_letters.dead_lettered_by == {"oversize": 1, "InvalidArgumentException": 2}
+    assert run.dead_letters.dropped == {}
     assert {line["topic"] for line in lines(path) if line["partition_key"]} == {None}
     assert await run.stop() == 0
 
@@ -108,7 +108,7 @@ async def test_what_kinesis_refused_has_the_topic_where_there_is_only_one(emulat
     run = run_of(emulator, dead_letter=str(path), topics=("plant/1",))
     run.start()
     offer(run, b"good", b"poison")
-    await until(lambda: not run.delivery.lane.in_flight)
+    await until(lambda: not run.delivery.batcher.in_flight)
     assert [line["topic"] for line in lines(path)] == ["plant/1"]
     await run.stop()
 
@@ -122,11 +122,11 @@ async def test_without_a_place_they_are_dropped_and_counted_as_that(emulator: Em
     run = run_of(emulator, dead_letter="none", format="bulk")
     run.start()
     offer(run, b"\xc0", b"\xc1")
-    await until(lambda: not run.delivery.lane.in_flight)
+    await until(lambda: not run.delivery.batcher.in_flight)
     identity(run)
-    assert run.delivery.lane.dropped == 2
-    assert run.aside.dropped == {"no_dead_letter": 2}
-    assert run.aside.dead_lettered_by == {}
+    assert run.delivery.batcher.dropped == 2
+    assert run.dead_letters.dropped == {"no_dead_letter": 2}
+    assert run.dead_letters.dead_lettered_by == {}
     await run.stop()
 
 
@@ -137,7 +137,7 @@ async def test_a_wrong_place_is_told_at_start_and_the_pipeline_goes_on(
     run.start()
     await until(lambda: errors(caplog, "mkdir -p") == 1)
     offer(run, b"good")
-    await until(lambda: run.delivery.lane.stored == 1)
+    await until(lambda: run.delivery.batcher.stored == 1)
     assert await run.stop() == 0
     path = tmp_path / "dead.jsonl"
     run = run_of(emulator, dead_letter=str(path))
@@ -154,7 +154,7 @@ async def test_rotation_says_what_it_deleted(
     run.start()
     for n in range(8):
         offer(run, b"\xc0%d" % n)
-        await until(lambda n=n: run.delivery.lane.dead_lettered == n + 1)  # type: ignore[misc]
+        await until(lambda n=n: run.delivery.batcher.dead_lettered == n + 1)  # type: ignore[misc]
     assert run.stats()["dead_letters_deleted"] > 0
     left = len(lines(path)) + len(lines(numbered(path, 1)))
     assert left + run.stats()["dead_letters_deleted"] == 8
@@ -194,7 +194,7 @@ async def test_a_full_disk_pauses_intake_says_so_once_and_loses_nothing(
         while True:
             more.write(b"x" * 4096)
     taken = 0
-    while run.delivery.lane.offer(b"plant/1", b"\xc0%0999d" % taken, 0) >= 0:
+    while run.delivery.batcher.offer(b"plant/1", b"\xc0%0999d" % taken, 0) >= 0:
         taken += 1
         assert taken < 1000, "the budget never filled"
     run._read()
@@ -205,10 +205,10 @@ async def test_a_full_disk_pauses_intake_says_so_once_and_loses_nothing(
     assert errors(caplog, str(path)) == 1
     assert errors(caplog, "free space") == 1
     assert run.delivery.budget.full
-    assert run.delivery.lane.dead_lettered == 0
+    assert run.delivery.batcher.dead_lettered == 0
     for each in (filler, small_disk / "more"):
         each.unlink()
-    await until(lambda: not run.delivery.lane.in_flight)
+    await until(lambda: not run.delivery.batcher.in_flight)
     identity(run)
     assert not run.delivery.budget.full
     assert sorted(base64.b64decode(line["payload"]) for line in lines(path)) == [
@@ -234,9 +234,9 @@ async def main():
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
         offer(run, b"\\xc0" + b"x" * 1000)
         await asyncio.sleep(0.5)
-        assert run.delivery.lane.in_flight == 1 and run.delivery.lane.dead_lettered == 0
+        assert run.delivery.batcher.in_flight == 1 and run.delivery.batcher.dead_lettered == 0
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        await until(lambda: run.delivery.lane.dead_lettered == 1)
+        await until(lambda: run.delivery.batcher.dead_lettered == 1)
         assert await run.stop() == 0
 
 asyncio.run(main())
@@ -274,7 +274,7 @@ class Slow:
 
 
 async def test_letters_are_written_in_bounded_chunks_and_reasons_are_counted_in_a_bounded_table() -> None:
-    lane = Lane(
+    batcher = Batcher(
         settler=None, budget=Budget(1 << 30, 1 << 20), frame="bulk", key=KeyPlan("uuid"),
         target=b'"StreamName":"s"', max_records=1,
     )  # fmt: skip
@@ -285,14 +285,14 @@ async def test_letters_are_written_in_bounded_chunks_and_reasons_are_counted_in_
         return tasks[-1]
 
     store = Slow()
-    aside = Aside("p", lane, store, spawn=spawn, on_settled=lambda: None)
+    aside = DeadLetterHandler("p", batcher, store, spawn=spawn, on_settled=lambda: None)
     for _ in range(10):
-        assert lane.offer(b"t", b"\xc0" + b"x" * 399_999, 0) >= 0
-    for reject in lane.take_rejects():
+        assert batcher.offer(b"t", b"\xc0" + b"x" * 399_999, 0) >= 0
+    for reject in batcher.take_rejects():
         aside.rejected(reject)
     for n in range(60):
-        lane.put(b"x")
-        if (batch := lane.take()) is not None:
+        batcher.put(b"x")
+        if (batch := batcher.take()) is not None:
             aside.refused(batch, f"Code{n}: invented" if n % 2 else "no code: at all")
     store.go.set()
     await asyncio.gather(*tasks)
@@ -300,7 +300,7 @@ async def test_letters_are_written_in_bounded_chunks_and_reasons_are_counted_in_
     assert max(store.sizes) <= 1 << 20
     assert len(aside.dead_lettered_by) <= aside.dead_lettered_by.most + 1
     assert aside.dead_lettered_by["other"] >= 25
-    assert sum(aside.dead_lettered_by.values()) == lane.dead_lettered == 70
+    assert sum(aside.dead_lettered_by.values()) == batcher.dead_lettered == 70
 
 
 # --- another stream ---
@@ -315,9 +315,9 @@ async def test_letters_go_to_another_stream(emulator: Emulator) -> None:
     run = run_of(emulator, dead_letter="stream:dead", max_record_bytes=2000)
     run.start()
     offer(run, b"good", b"poison", b"x" * 3000)
-    await until(lambda: not run.delivery.lane.in_flight)
+    await until(lambda: not run.delivery.batcher.in_flight)
     identity(run)
-    assert run.delivery.lane.dead_lettered == 2
+    assert run.delivery.batcher.dead_lettered == 2
     told = {line["reason"].partition(":")[0][:8]: line for line in letters_in(emulator)}
     assert [record.data for record in emulator.stored("welders")] == [b"good"]
     assert len(told) == 2
@@ -334,13 +334,13 @@ async def test_a_letter_larger_than_a_record_is_split_and_nothing_of_it_is_gone(
     run = run_of(emulator, dead_letter="stream:dead", format="bulk", max_batch_bytes=4 << 20)
     run.start()
     offer(run, payload)
-    await until(lambda: not run.delivery.lane.in_flight, 20)
+    await until(lambda: not run.delivery.batcher.in_flight, 20)
     parts = sorted(letters_in(emulator), key=lambda part: part["part"])
     assert [part["part"] for part in parts] == list(range(parts[0]["parts"]))
     assert len({part["id"] for part in parts}) == 1
     assert b"".join(base64.b64decode(part["payload"]) for part in parts) == payload
     assert len({record.partition_key for record in emulator.stored("dead")}) == 1
-    assert run.delivery.lane.dead_lettered == 1
+    assert run.delivery.batcher.dead_lettered == 1
     await run.stop()
 
 
@@ -367,11 +367,11 @@ async def test_a_dead_letter_that_the_dead_letter_stream_refuses_does_not_loop_a
     identity(run)
     assert errors(caplog, "takes no dead letters") == 1
     assert "set another `dead_letter`" in caplog.text
-    assert run.delivery.lane.in_flight == 1
-    assert run.delivery.lane.received == 1
+    assert run.delivery.batcher.in_flight == 1
+    assert run.delivery.batcher.received == 1
     emulator.faults.clear()
     assert fault is not None
-    await until(lambda: run.delivery.lane.dead_lettered == 1)
+    await until(lambda: run.delivery.batcher.dead_lettered == 1)
     assert len(letters_in(emulator)) == 1
     assert await run.stop() == 0
 
@@ -383,10 +383,10 @@ async def test_a_missing_stream_is_told_at_start_and_records_wait(
     run.start()
     await until(lambda: errors(caplog, "dead letter stream nowhere: ResourceNotFound") == 1)
     offer(run, b"\xc0", fastkin.encode_frame([b"good"]))
-    await until(lambda: run.delivery.lane.stored == 1)
+    await until(lambda: run.delivery.batcher.stored == 1)
     identity(run)
     assert await run.stop() == 1
-    assert run.delivery.lane.dead_lettered == run.delivery.lane.dropped == 0
+    assert run.delivery.batcher.dead_lettered == run.delivery.batcher.dropped == 0
 
 
 async def test_throttled_dead_letters_are_waited_for(emulator: Emulator) -> None:
@@ -394,7 +394,7 @@ async def test_throttled_dead_letters_are_waited_for(emulator: Emulator) -> None
     run = run_of(emulator, dead_letter="stream:dead", format="bulk")
     run.start()
     offer(run, *(b"\xc0%d" % n for n in range(20)))
-    await until(lambda: run.delivery.lane.dead_lettered == 20)
+    await until(lambda: run.delivery.batcher.dead_lettered == 20)
     assert sorted(base64.b64decode(line["payload"]) for line in letters_in(emulator)) == sorted(
         b"\xc0%d" % n for n in range(20)
     )

@@ -41,7 +41,7 @@ def pipeline(url: str, path: Path | None, **options: object) -> Pipeline:
 
 
 def broker() -> Broker:
-    """One that is not there: messages are offered to the lane by the tests."""
+    """One that is not there: messages are offered to the batcher by the tests."""
     return Broker(host="127.0.0.1", port=free_port(), client_id="overflow", clean_session=False)
 
 
@@ -75,7 +75,7 @@ class Feed:
         taken = 0
         for _ in range(count):
             payload = b"%d-" % self.sent
-            if self.run.delivery.lane.offer(b"plant/1", payload.ljust(self.size, b"."), 0) < 0:
+            if self.run.delivery.batcher.offer(b"plant/1", payload.ljust(self.size, b"."), 0) < 0:
                 break
             self.sent += 1
             taken += 1
@@ -115,7 +115,7 @@ def one_call(settings: Pipeline) -> Pipeline:
 async def running(settings: Pipeline) -> AsyncIterator[PipelineRun]:
     run = PipelineRun(settings, broker())
     run.start()
-    await until(lambda: run.ready or run.intake.state != "new")
+    await until(lambda: run.ready or run.subscriber.state != "new")
     try:
         yield run
     finally:
@@ -138,24 +138,24 @@ async def test_an_outage_goes_to_the_disk_and_comes_back(emulator: Emulator, tmp
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
         feed = Feed(run)
         await feed.all(500)
-        await until(lambda: run.delivery.lane.stored == 500)
+        await until(lambda: run.delivery.batcher.stored == 500)
         away = emulator.faults.cut("before", operation="PutRecords")
         await feed.all(15_000)
-        await until(lambda: run.delivery.lane.spooled > 10_000)
+        await until(lambda: run.delivery.batcher.spooled > 10_000)
         feed.check()
         assert run.delivery.backlog is not None
         assert run.delivery.budget.bytes < run.delivery.budget.max_bytes
         assert run.stats()["spool_bytes"] > 8 * MIB
         away.remove()
         more = asyncio.create_task(feed.all(1000))
-        await until(lambda: run.delivery.lane.stored == 16_500)
+        await until(lambda: run.delivery.batcher.stored == 16_500)
         await more
         feed.check()
         assert sorted(numbers(emulator)) == list(range(16_500))
         await until(lambda: not run.delivery.backlog.spooling and run.delivery.backlog.window.held == 0)  # type: ignore[union-attr]
         assert run.stats()["spool_rows"] == 0
         await feed.all(100)
-        await until(lambda: run.delivery.lane.stored == 16_600)
+        await until(lambda: run.delivery.batcher.stored == 16_600)
         assert run.delivery.budget.bytes == 0
     assert (tmp_path / "spool.db").stat().st_size < MIB
 
@@ -172,15 +172,15 @@ async def test_what_is_held_at_the_end_goes_to_the_disk_and_is_sent_by_the_next_
     feed = Feed(run)
     feed.offer(700)
     await until(lambda: run.delivery.sender.counters.calls_failed > 0)
-    assert run.delivery.lane.spooled == 0
+    assert run.delivery.batcher.spooled == 0
     assert await run.stop() == 0
     feed.check()
     assert run.stats()["spooled"] == 700
     assert run.delivery.budget.bytes == 0
     away.remove()
     async with running(settings) as again:
-        await until(lambda: again.delivery.lane.stored == 700)
-        assert again.delivery.lane.received == 700
+        await until(lambda: again.delivery.batcher.stored == 700)
+        assert again.delivery.batcher.received == 700
         assert again.stats()["duplicates_possible"] == 0
         Feed(again).check()
     in_order(emulator, 700)
@@ -194,18 +194,18 @@ async def test_partly_stored_rows_are_written_again_without_what_is_stored(emula
     await until(lambda: run.ready)
     feed = Feed(run)
     feed.offer(100)
-    await until(lambda: run.delivery.lane.spooled + run.delivery.backlog.safe == 100)  # type: ignore[union-attr]
+    await until(lambda: run.delivery.batcher.spooled + run.delivery.backlog.safe == 100)  # type: ignore[union-attr]
     # half of the row is stored, the other half fails for ever
     bad = emulator.faults.record("InternalFailure", match=lambda _shard, _key, data: data[:2].strip(b"-")[-1] % 2 == 0)
     away.remove()
-    await until(lambda: run.delivery.lane.stored == 50)
+    await until(lambda: run.delivery.batcher.stored == 50)
     assert await run.stop() == 0
-    assert run.delivery.lane.spooled == 50
+    assert run.delivery.batcher.spooled == 50
     feed.check()
     bad.remove()
     async with running(settings) as again:
-        assert again.delivery.lane.received == 50
-        await until(lambda: again.delivery.lane.stored == 50)
+        assert again.delivery.batcher.received == 50
+        await until(lambda: again.delivery.batcher.stored == 50)
     assert sorted(numbers(emulator)) == list(range(100))
 
 
@@ -216,11 +216,11 @@ async def test_order_is_kept_through_the_spool(emulator: Emulator, tmp_path: Pat
         feed = Feed(run)
         away = emulator.faults.cut("before", operation="PutRecords")
         await feed.all(3000)
-        await until(lambda: run.delivery.lane.spooled > 1000)
+        await until(lambda: run.delivery.batcher.spooled > 1000)
         away.remove()
         for _ in range(20):
             await feed.all(100)
-        await until(lambda: run.delivery.lane.stored == 5000)
+        await until(lambda: run.delivery.batcher.stored == 5000)
     in_order(emulator, 5000)
 
 
@@ -234,7 +234,7 @@ async def test_spooling_begins_below_the_budget_when_records_wait(
         await until(lambda: run.delivery.backlog.spooled_total == 1)  # type: ignore[union-attr]
         assert "records have waited" in caplog.text
         away.remove()
-        await until(lambda: run.delivery.lane.stored == 1)
+        await until(lambda: run.delivery.batcher.stored == 1)
 
 
 async def test_calls_that_hang_are_cut_short(emulator: Emulator, tmp_path: Path) -> None:
@@ -247,14 +247,14 @@ async def test_calls_that_hang_are_cut_short(emulator: Emulator, tmp_path: Path)
         feed.check()
         assert run.stats()["duplicates_possible"] == 10
         emulator.latency_s = 0.0
-    assert run.delivery.lane.spooled + run.delivery.lane.stored == 10
+    assert run.delivery.batcher.spooled + run.delivery.batcher.stored == 10
 
 
 async def test_while_kinesis_is_away_replay_does_not_spin(emulator: Emulator, tmp_path: Path) -> None:
     async with running(pipeline(emulator.url, tmp_path / "spool.db")) as run:
         emulator.faults.cut("before", operation="PutRecords")
         await Feed(run).all(5000)
-        await until(lambda: run.delivery.lane.spooled > 3000)
+        await until(lambda: run.delivery.batcher.spooled > 3000)
         calls = run.delivery.sender.counters.calls
         turns = 0
         turn = run.delivery.backlog._turn  # type: ignore[union-attr]
@@ -289,7 +289,7 @@ class Disk:
 async def test_a_disk_that_takes_nothing(
     emulator: Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
-    """Intake pauses, one ERROR names path and cure, nothing is lost, it goes on when the disk is back."""
+    """Subscriber pauses, one ERROR names path and cure, nothing is lost, it goes on when the disk is back."""
     monkeypatch.setattr(fastkin.delivery.spool_disk, "_RETRY_S", 0.1)
     caplog.set_level(logging.INFO)
     disk = Disk(monkeypatch)
@@ -298,7 +298,7 @@ async def test_a_disk_that_takes_nothing(
         feed = Feed(run)
         away = emulator.faults.cut("before", operation="PutRecords")
         await feed.all(3000)
-        await until(lambda: run.delivery.lane.spooled > 1000)
+        await until(lambda: run.delivery.batcher.spooled > 1000)
         error = sqlite3.OperationalError("no")
         error.sqlite_errorcode = getattr(sqlite3, code)
         disk.fails = error
@@ -315,7 +315,7 @@ async def test_a_disk_that_takes_nothing(
         await more
         assert "takes batches again" in caplog.text
         away.remove()
-        await until(lambda: run.delivery.lane.stored == 8000)
+        await until(lambda: run.delivery.batcher.stored == 8000)
         feed.check()
     assert sorted(numbers(emulator)) == list(range(8000))
 
@@ -329,14 +329,14 @@ async def test_with_a_broken_disk_kinesis_still_gets_what_comes(
         feed = Feed(run)
         away = emulator.faults.cut("before", operation="PutRecords")
         await feed.all(1000)
-        await until(lambda: run.delivery.lane.spooled > 0)
+        await until(lambda: run.delivery.batcher.spooled > 0)
         error = sqlite3.OperationalError("disk I/O error")
         error.sqlite_errorcode = sqlite3.SQLITE_IOERR
         disk.fails = error
         feed.offer(200)
         await until(lambda: run.delivery.backlog.broken is not None)  # type: ignore[union-attr]
         away.remove()
-        await until(lambda: run.delivery.lane.stored >= 1200)
+        await until(lambda: run.delivery.batcher.stored >= 1200)
         disk.fails = None
     assert sorted(set(numbers(emulator))) == list(range(1200))
 
@@ -354,7 +354,7 @@ async def test_a_full_spool_pauses(emulator: Emulator, tmp_path: Path, caplog: p
         assert sum("is full" in r.getMessage() and "spool_max_bytes" in r.getMessage() for r in caplog.records) == 1
         away.remove()
         await more
-        await until(lambda: run.delivery.lane.stored == 6000)
+        await until(lambda: run.delivery.batcher.stored == 6000)
         feed.check()
     assert sorted(numbers(emulator)) == list(range(6000))
 
@@ -367,14 +367,14 @@ async def test_a_spool_that_cannot_be_opened_is_opened_later(
     async with running(pipeline(emulator.url, folder / "spool.db")) as run:
         feed = Feed(run)
         feed.offer(10)
-        await until(lambda: run.delivery.lane.stored == 10)
+        await until(lambda: run.delivery.batcher.stored == 10)
         assert "mkdir -p), or set another `spool`" in caplog.text
         folder.mkdir()
         away = emulator.faults.cut("before", operation="PutRecords")
         feed.offer(10)
         await until(lambda: run.delivery.backlog.spooled_total == 10)  # type: ignore[union-attr]
         away.remove()
-        await until(lambda: run.delivery.lane.stored == 20)
+        await until(lambda: run.delivery.batcher.stored == 20)
 
 
 async def test_a_damaged_row_is_set_aside_and_the_others_go_on(
@@ -395,9 +395,9 @@ async def test_a_damaged_row_is_set_aside_and_the_others_go_on(
         db.execute("UPDATE bodies SET body = ? WHERE id = ?", (body, rows[2]))
         db.execute("UPDATE rows SET crc = ? WHERE id = ?", (crc, rows[2]))
     async with running(settings) as again:
-        await until(lambda: again.delivery.lane.stored + again.delivery.lane.dead_lettered == 300)
+        await until(lambda: again.delivery.batcher.stored + again.delivery.batcher.dead_lettered == 300)
         Feed(again).check()
-        assert again.delivery.lane.stored == 100
+        assert again.delivery.batcher.stored == 100
         errors = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
         assert len(errors) == 2
     assert sorted(numbers(emulator)) == list(range(100))
@@ -429,7 +429,7 @@ async def test_calls_cut_short_go_again_when_the_disk_breaks(
             return opens(spool)
 
         monkeypatch.setattr(Spool, "open", refuse)
-        await until(lambda: run.delivery.lane.stored == 10)
+        await until(lambda: run.delivery.batcher.stored == 10)
         feed.check()
         disk.fails = None
 
@@ -461,7 +461,7 @@ async def test_spooling_begins_once_in_an_outage(
         said = [record.getMessage() for record in caplog.records if record.name == "fastkin.spool"]
         assert [line.split("stage=spool ")[1].split(" ")[0] for line in said] == ["spooling"]
         feed.check()
-        assert (run.delivery.lane.stored > 0) == (how == "throttles")
+        assert (run.delivery.batcher.stored > 0) == (how == "throttles")
         fault.remove()
 
 
@@ -476,7 +476,7 @@ async def test_a_full_disk_and_full_memory_do_not_fill_the_log(
         overflow = run.delivery.backlog
         assert overflow is not None
         assert overflow.spool is not None
-        overflow.spool.tight = True
+        overflow.spool.disk_full = True
         emulator.latency_s = 0.05
         feed = Feed(run)
         full = 0
@@ -488,7 +488,7 @@ async def test_a_full_disk_and_full_memory_do_not_fill_the_log(
         said = [record.getMessage() for record in caplog.records if record.name == "fastkin.spool"]
         assert len(said) == 1
         assert "the disk is full" in said[0]
-        await until(lambda: run.delivery.lane.stored == feed.sent)
+        await until(lambda: run.delivery.batcher.stored == feed.sent)
 
 
 @pytest.mark.parametrize(
@@ -504,12 +504,12 @@ async def test_a_rotten_header_holds_up_nobody(
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.execute(f"UPDATE rows SET {wrong} WHERE id = (SELECT min(id) FROM rows)")
     async with running(settings) as again:
-        await until(lambda: again.delivery.lane.stored == 200)
+        await until(lambda: again.delivery.batcher.stored == 200)
         assert "keeps 1 damaged batches" in caplog.text
         await until(lambda: not again.delivery.backlog.spooling)  # type: ignore[union-attr]
         Feed(again).offer(10)
-        await until(lambda: again.delivery.lane.stored == 210)
-        assert (again.delivery.lane.spooled, again.delivery.lane.in_flight) == (0, 0)
+        await until(lambda: again.delivery.batcher.stored == 210)
+        assert (again.delivery.batcher.spooled, again.delivery.batcher.in_flight) == (0, 0)
 
 
 async def test_a_disk_that_opens_and_takes_nothing_stops_no_call(
@@ -526,7 +526,7 @@ async def test_a_disk_that_opens_and_takes_nothing_stops_no_call(
         for _ in range(10):
             feed.offer(1)
             await asyncio.sleep(0.2)
-        await until(lambda: run.delivery.lane.stored == 10)
+        await until(lambda: run.delivery.batcher.stored == 10)
         feed.check()
 
 
@@ -537,16 +537,16 @@ async def test_a_stop_does_not_wait_for_records_that_are_safe(tmp_path: Path) ->
     run = PipelineRun(settings, broker())
     assert run.delivery.backlog is not None
     await run.delivery.backlog.start()
-    assert run.delivery.lane.offer(b"plant/1", b"0", 0) == 1
+    assert run.delivery.batcher.offer(b"plant/1", b"0", 0) == 1
     await run.delivery.sender.close()
     await run.delivery.backlog.close()
     await run.client.close()
-    assert run.delivery.lane.spooled == 1
+    assert run.delivery.batcher.spooled == 1
     async with running(settings) as again:
-        await until(lambda: again.delivery.lane.in_flight == 1)
+        await until(lambda: again.delivery.batcher.in_flight == 1)
         began = asyncio.get_running_loop().time()
     assert asyncio.get_running_loop().time() - began < 10
-    assert (again.delivery.lane.spooled, again.delivery.lane.in_flight) == (1, 0)
+    assert (again.delivery.batcher.spooled, again.delivery.batcher.in_flight) == (1, 0)
 
 
 async def test_what_comes_back_is_bounded_in_records_too(emulator: Emulator, tmp_path: Path) -> None:
@@ -559,7 +559,7 @@ async def test_what_comes_back_is_bounded_in_records_too(emulator: Emulator, tmp
             feed.offer(100)
             await asyncio.sleep(0.005)
             most = max(most, run.delivery.backlog.window.budget.records)  # type: ignore[union-attr]
-        assert run.delivery.lane.spooled > 1000
+        assert run.delivery.batcher.spooled > 1000
         assert 0 < most <= 100
 
 
@@ -571,18 +571,18 @@ async def test_flush_does_not_pass_the_spool(emulator: Emulator, tmp_path: Path)
         away = emulator.faults.cut("before", operation="PutRecords")
         feed = Feed(run)
         await feed.all(8000)
-        await until(lambda: run.delivery.lane.spooled > 5000)
+        await until(lambda: run.delivery.batcher.spooled > 5000)
         away.remove()
         await until(lambda: run.delivery.sender.flowing and overflow.spooling)
         feed.offer(1)
-        run.delivery.lane.seal(DRAIN)
+        run.delivery.batcher.close_batch(DRAIN)
         fresh = run.delivery.sender.counters.batched
         async with asyncio.timeout(20):
             await run.delivery.sender.flush()
         assert run.delivery.sender.counters.batched > fresh
-        assert run.delivery.lane.spooled > 0, "the flush waited for the disk only"
+        assert run.delivery.batcher.spooled > 0, "the flush waited for the disk only"
         assert 8000 not in numbers(emulator)
-        await until(lambda: run.delivery.lane.stored == 8001)
+        await until(lambda: run.delivery.batcher.stored == 8001)
         feed.check()
     assert sorted(numbers(emulator)) == list(range(8001))
 
@@ -609,7 +609,7 @@ async def test_a_bug_does_not_end_the_spool_quietly(
         assert [type(context["exception"]) for context in told] == [ZeroDivisionError]
         assert "unforeseen: ZeroDivisionError: oh" in caplog.text
         away.remove()
-        await until(lambda: run.delivery.lane.stored == 10)
+        await until(lambda: run.delivery.batcher.stored == 10)
         feed.check()
 
 
@@ -622,7 +622,7 @@ async def test_a_damaged_row_counts_once_it_is_marked(
     with Spool(path, max_bytes=MIB) as spool:
         spool.write([Put(b"nonsense", b"", 10, 10)])
     tries = 0
-    mark = Spool.set_aside
+    mark = Spool.quarantine
 
     def refuse(spool: Spool, row: object) -> None:
         nonlocal tries
@@ -633,28 +633,28 @@ async def test_a_damaged_row_counts_once_it_is_marked(
             raise spool_error(spool.path, "write to it", error)
         mark(spool, row)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Spool, "set_aside", refuse)
+    monkeypatch.setattr(Spool, "quarantine", refuse)
     async with running(pipeline(emulator.url, path)) as run:
         feed = Feed(run)
-        await until(lambda: run.delivery.lane.dead_lettered == 10)
+        await until(lambda: run.delivery.batcher.dead_lettered == 10)
         feed.check()
         assert tries == 4
         stats = run.stats()
         assert (stats["spool_rows"], stats["spool_bytes"], stats["spooled"]) == (0, 0, 0)
         feed.offer(5)
-        await until(lambda: run.delivery.lane.stored == 5)
+        await until(lambda: run.delivery.batcher.stored == 5)
 
 
-async def test_closing_counts_what_nobody_took_from_the_lane(emulator: Emulator, tmp_path: Path) -> None:
+async def test_closing_counts_what_nobody_took_from_the_batcher(emulator: Emulator, tmp_path: Path) -> None:
     run = PipelineRun(pipeline(emulator.url, tmp_path / "spool.db"), broker())
     assert run.delivery.backlog is not None
     await run.delivery.backlog.start()
     await run.delivery.sender.flush()
     await run.delivery.sender.flush()
-    assert run.delivery.lane.offer(b"plant/1", b"0", 0) == 1
+    assert run.delivery.batcher.offer(b"plant/1", b"0", 0) == 1
     await run.delivery.sender.close()
     await run.delivery.backlog.close()
-    assert (run.delivery.lane.spooled, run.delivery.lane.in_flight) == (1, 0)
+    assert (run.delivery.batcher.spooled, run.delivery.batcher.in_flight) == (1, 0)
     await run.client.close()
 
 
@@ -670,15 +670,15 @@ async def test_dropping_is_counted_and_acknowledged(
         away = emulator.faults.cut("before", operation="PutRecords")
         await feed.all(10_000)
         feed.check()
-        dropped = run.delivery.lane.dropped
+        dropped = run.delivery.batcher.dropped
         assert dropped > 5000
         assert run.stats()["dropped_by"] == {policy: dropped}
         assert sum("records dropped" in r.getMessage() for r in caplog.records) == 1
         away.remove()
-        await until(lambda: run.delivery.lane.in_flight == 0)
+        await until(lambda: run.delivery.batcher.in_flight == 0)
         feed.check()
         kept = sorted(numbers(emulator))
-        assert len(kept) == 10_000 - run.delivery.lane.dropped
+        assert len(kept) == 10_000 - run.delivery.batcher.dropped
         if policy == "drop_oldest":
             assert kept[-1] == 9999
             assert kept[0] > 1000
@@ -699,4 +699,4 @@ async def test_a_payload_larger_than_what_is_free_at_the_low_mark(emulator: Emul
         feed.size = 400_000
         await feed.all(1, timeout=10.0)
         feed.check()
-        assert 0 < run.delivery.lane.dropped <= 4
+        assert 0 < run.delivery.batcher.dropped <= 4

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from fastkin._codec import DRAIN, DROPPED, IDLE, LINGER, Budget, KeyPlan, Lane
+from fastkin._codec import DRAIN, DROPPED, IDLE, LINGER, Batcher, Budget, KeyPlan
 from fastkin.delivery.flusher import Flusher
 from support.fake_http import on_both_loops
 
@@ -14,21 +14,21 @@ from support.fake_http import on_both_loops
 class FakeSender:
     """Takes what is ready, and is as idle as the test says."""
 
-    def __init__(self, lane: Lane) -> None:
-        self.lane = lane
+    def __init__(self, batcher: Batcher) -> None:
+        self.batcher = batcher
         self.idle = False
         self.taken: list[tuple[int, int, float]] = []  # reason, records, when
 
     def pump(self) -> None:
         now = asyncio.get_running_loop().time()
-        while (batch := self.lane.take()) is not None:
+        while (batch := self.batcher.take()) is not None:
             self.taken.append((batch.reason, len(batch), now))
             batch.finish(DROPPED)
 
 
 class Rig:
     def __init__(self, linger_s: float, **options: int) -> None:
-        self.lane = Lane(
+        self.batcher = Batcher(
             settler=None,
             budget=Budget(2**20, 1000),
             frame="raw",
@@ -36,14 +36,14 @@ class Rig:
             target=b'"StreamName":"s"',
             **options,
         )
-        self.sender = FakeSender(self.lane)
+        self.sender = FakeSender(self.batcher)
         self.loop = asyncio.get_running_loop()
-        self.flusher = Flusher(self.lane, self.sender, linger_s, self.loop)  # type: ignore[arg-type]
+        self.flusher = Flusher(self.batcher, self.sender, linger_s, self.loop)  # type: ignore[arg-type]
 
     def add(self, count: int = 1) -> None:
         for _ in range(count):
-            self.lane.add(b"x")
-        if self.lane.attention:
+            self.batcher.add(b"x")
+        if self.batcher.dirty:
             self.flusher.attend()
 
     async def taken(self, count: int = 1, timeout: float = 2.0) -> list[tuple[int, int, float]]:
@@ -125,4 +125,4 @@ async def test_stop_disarms() -> None:
     rig.flusher.stop()
     await asyncio.sleep(0.08)
     assert rig.sender.taken == []
-    rig.lane.abandon(RuntimeError("end"))
+    rig.batcher.abandon(RuntimeError("end"))

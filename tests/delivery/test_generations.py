@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def taken(generations: Generations, records: int) -> Batch:
     rig = Rig()
     for _ in range(records):
-        rig.lane.offer(b"t", b"x", 1)
+        rig.batcher.offer(b"t", b"x", 1)
     (batch,) = rig.drain()
     generations.take(batch)
     return batch
@@ -35,10 +35,10 @@ async def test_what_comes_later_is_not_waited_for() -> None:
     flush = await waiting(g)
     assert g.awaited
     taken(g, 5)
-    g.ended(first.epoch, 2)
+    g.ended(first.flush_generation, 2)
     await asyncio.sleep(0)
     assert not flush.done()
-    g.ended(first.epoch, 1)
+    g.ended(first.flush_generation, 1)
     await flush
     assert not g.awaited
 
@@ -55,10 +55,10 @@ async def test_a_later_flush_waits_for_the_earlier_generation_too() -> None:
     first = await waiting(g)
     two = taken(g, 1)
     second = await waiting(g)
-    g.ended(two.epoch, 1)
+    g.ended(two.flush_generation, 1)
     await asyncio.sleep(0)
     assert (first.done(), second.done()) == (False, False)
-    g.ended(one.epoch, 1)
+    g.ended(one.flush_generation, 1)
     await asyncio.gather(first, second)
 
 
@@ -67,11 +67,11 @@ async def test_what_shares_a_call_with_an_older_one_counts_with_it() -> None:
     one = taken(g, 1)
     flush = await waiting(g)
     two = taken(g, 2)
-    g.move(two, one.epoch)
-    g.ended(one.epoch, 1)
+    g.move(two, one.flush_generation)
+    g.ended(one.flush_generation, 1)
     await asyncio.sleep(0)
     assert not flush.done()
-    g.ended(one.epoch, 2)
+    g.ended(one.flush_generation, 2)
     await flush
 
 

@@ -24,7 +24,7 @@ def judge(
 
 
 def one(rig: Rig, data: bytes = b"x") -> Batch:
-    rig.lane.offer(b"t", data, 1)
+    rig.batcher.offer(b"t", data, 1)
     (batch,) = rig.drain()
     return batch
 
@@ -92,9 +92,9 @@ async def test_what_is_larger_than_the_stream_takes_is_refused_for_that() -> Non
 async def test_what_is_in_doubt_does_not_fill_the_budget_alone() -> None:
     refusals, rig = judge()
     batch = one(rig)
-    rig.lane.offer(b"t", b"y" * (1 << 20), 2)  # no room beside it
+    rig.batcher.offer(b"t", b"y" * (1 << 20), 2)  # no room beside it
     assert rig.budget.full
     refusals.at_fault(batch, 0.0)
     assert not rig.budget.full
     refusals.forget(batch)
-    assert rig.lane.offer(b"t", b"y" * (1 << 20), 2) == -1
+    assert rig.batcher.offer(b"t", b"y" * (1 << 20), 2) == -1

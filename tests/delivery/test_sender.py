@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aws_kinesis_agg.deaggregator import messages_pb2
 
-from fastkin._codec import DRAIN, DROPPED, Batch, Budget, KeyPlan, Lane, ShardTable
+from fastkin._codec import DRAIN, DROPPED, Batch, Batcher, Budget, KeyPlan, ShardTable
 from fastkin.aws.shards import HASH_SPACE, Shard, ShardMap
 from fastkin.delivery.retry_queue import RetryQueue
 from fastkin.delivery.sender import Sender
@@ -66,7 +66,7 @@ class Rig:
     def __init__(self, client: Scripted, *, key: str = "uuid", aggregate_bytes: int = 0, **options: Any) -> None:
         self.budget = Budget(64 * 2**20, 100_000)
         plan = KeyPlan("uuid") if key == "uuid" else KeyPlan("parts", [("text", key)])
-        self.lane = Lane(
+        self.batcher = Batcher(
             settler=None, budget=self.budget, frame="raw", key=plan, target=b'"StreamName":"s"',
             aggregate_bytes=aggregate_bytes,
         )  # fmt: skip
@@ -74,16 +74,16 @@ class Rig:
         self.aside: list[tuple[bytes, str]] = []
         self.settled = 0
         self.sender = Sender(
-            self.lane,
+            self.batcher,
             client,
             name="test",
             stream="s",
-            set_aside=self._set_aside,
+            dead_letter=self._dead_letter,
             on_settled=self._settled,
             **({"max_calls": 4, "random": Random(5)} | options),
         )
 
-    def _set_aside(self, batch: Batch, reason: str) -> None:
+    def _dead_letter(self, batch: Batch, reason: str) -> None:
         self.aside += [(data, reason) for data, _, _ in batch.entries()]
         batch.finish(DROPPED)
 
@@ -92,17 +92,17 @@ class Rig:
 
     async def send(self, records: list[bytes], timeout: float = 20.0) -> None:
         for record in records:
-            self.lane.add(record)
-        self.lane.seal(DRAIN)
+            self.batcher.add(record)
+        self.batcher.close_batch(DRAIN)
         async with asyncio.timeout(timeout):
             await self.sender.flush()
         self.check()
         await self.sender.close()
 
     def check(self) -> None:
-        lane = self.lane
-        assert lane.in_flight == 0
-        assert lane.received == lane.stored + lane.dropped + lane.dead_lettered + lane.filtered
+        batcher = self.batcher
+        assert batcher.in_flight == 0
+        assert batcher.received == batcher.stored + batcher.dropped + batcher.dead_lettered + batcher.filtered
         assert self.budget.bytes == 0
         assert self.budget.records == 0
 
@@ -182,7 +182,7 @@ async def test_a_failed_call_goes_again_whole(error: KinesisError) -> None:
 
 
 async def test_no_retry_storm_while_kinesis_is_down() -> None:
-    """In a second of outage sixteen lanes' worth of data costs a handful of calls."""
+    """In a second of outage sixteen batchers' worth of data costs a handful of calls."""
     loop = asyncio.get_running_loop()
     up_at = loop.time() + 1.0
     down = TransportError("ConnectionRefused", "down", action=Action.RETRY)
@@ -294,13 +294,13 @@ async def test_a_hot_shard_waits_alone_and_the_others_go_on() -> None:
     hot = next(f"k{n}" for n in range(100) if table.find(f"k{n}") == 0)
     cold = next(f"k{n}" for n in range(100) if table.find(f"k{n}") == 1)
     rig = Rig(Scripted(all_stored))
-    rig.lane.shards = table
+    rig.batcher.shards = table
     rig.sender.set_shards(shards)
     for n in range(3000):
-        rig.lane.add(b"hot%d" % n, key=hot)
+        rig.batcher.add(b"hot%d" % n, key=hot)
         if n % 10 == 0:
-            rig.lane.add(b"cold%d" % n, key=cold)
-    rig.lane.seal(DRAIN)
+            rig.batcher.add(b"cold%d" % n, key=cold)
+    rig.batcher.close_batch(DRAIN)
     rig.sender.pump()
     await asyncio.sleep(0.3)
     stored = Counter(key for _, key in rig.client.stored)
@@ -324,16 +324,16 @@ async def test_flush_waits_for_what_was_there_and_not_for_what_comes_later() -> 
 
     rig = Rig(Slow(all_stored))
     for record in numbered(10):
-        rig.lane.add(record)
-    rig.lane.seal(DRAIN)
+        rig.batcher.add(record)
+    rig.batcher.close_batch(DRAIN)
     flushed = asyncio.create_task(rig.sender.flush())
     await asyncio.sleep(0)
     await asyncio.sleep(0)  # those who ask in one turn of the loop are served together, in the next
-    rig.lane.add(b"late")
-    rig.lane.seal(DRAIN)
+    rig.batcher.add(b"late")
+    rig.batcher.close_batch(DRAIN)
     rig.sender.pump()
     await asyncio.wait_for(flushed, 5)
-    assert rig.lane.in_flight == 1
+    assert rig.batcher.in_flight == 1
     gate.set()
     await asyncio.wait_for(rig.sender.flush(), 5)
     rig.check()
@@ -343,13 +343,13 @@ async def test_flush_waits_for_what_was_there_and_not_for_what_comes_later() -> 
 async def test_close_leaves_what_has_not_ended_to_the_owner() -> None:
     rig = Rig(Scripted(lambda call, records: TransportError("ConnectionRefused", "down", action=Action.RETRY)))
     for record in numbered(700):
-        rig.lane.add(record)
-    rig.lane.seal(DRAIN)
+        rig.batcher.add(record)
+    rig.batcher.close_batch(DRAIN)
     rig.sender.pump()
     await asyncio.sleep(0.1)
     await rig.sender.close()
     left = rig.sender.unsent()
-    assert sum(len(batch) for batch in left) == rig.lane.in_flight == 700
+    assert sum(len(batch) for batch in left) == rig.batcher.in_flight == 700
     for batch in left:
         batch.finish(DROPPED)
     rig.check()
@@ -373,11 +373,11 @@ async def test_a_body_that_goes_again_is_not_hashed_again() -> None:
 async def test_closing_before_a_call_took_its_first_step_loses_nothing() -> None:
     rig = Rig(Scripted(all_stored))
     for record in numbered(700):
-        rig.lane.add(record)
-    rig.lane.seal(DRAIN)
+        rig.batcher.add(record)
+    rig.batcher.close_batch(DRAIN)
     rig.sender.pump()
     await rig.sender.close()
-    assert rig.lane.in_flight == 700
+    assert rig.batcher.in_flight == 700
     left = rig.sender.unsent()
     assert sum(len(batch) for batch in left) == 700
     assert rig.sender.counters.duplicates_possible == 0
@@ -397,8 +397,8 @@ async def test_a_call_cancelled_from_outside_goes_again() -> None:
             return await super().call(target, body)
 
     rig = Rig(Hanging(all_stored))
-    rig.lane.add(b"one")
-    rig.lane.seal(DRAIN)
+    rig.batcher.add(b"one")
+    rig.batcher.close_batch(DRAIN)
     flushed = asyncio.create_task(rig.sender.flush())
     await waiting.wait()
     rig.sender._calls.tasks()[0].cancel()
@@ -423,8 +423,8 @@ async def test_an_error_nobody_foresaw_keeps_the_data(monkeypatch: pytest.Monkey
 
 async def test_closing_ends_a_flush_with_an_error_and_not_with_a_cancellation() -> None:
     rig = Rig(Scripted(lambda call, records: NotSent("ConnectFailed", "down", action=Action.RETRY)))
-    rig.lane.add(b"one")
-    rig.lane.seal(DRAIN)
+    rig.batcher.add(b"one")
+    rig.batcher.close_batch(DRAIN)
     flushed = asyncio.create_task(rig.sender.flush())
     await asyncio.sleep(0.05)
     await rig.sender.close()
@@ -440,8 +440,8 @@ async def test_closing_ends_a_flush_with_an_error_and_not_with_a_cancellation() 
 
 async def test_flushes_that_were_given_up_leave_nothing_behind() -> None:
     rig = Rig(Scripted(lambda call, records: NotSent("ConnectFailed", "down", action=Action.RETRY)))
-    rig.lane.add(b"one")
-    rig.lane.seal(DRAIN)
+    rig.batcher.add(b"one")
+    rig.batcher.close_batch(DRAIN)
     for _ in range(20):
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(rig.sender.flush(), 0.005)
@@ -478,8 +478,8 @@ async def test_a_record_is_not_given_up_for_the_failures_of_another(monkeypatch:
     async def more() -> None:
         n = 0
         while True:
-            rig.lane.add(b"new%d" % n)
-            rig.lane.seal(DRAIN)
+            rig.batcher.add(b"new%d" % n)
+            rig.batcher.close_batch(DRAIN)
             rig.sender.pump()
             n += 1
             await asyncio.sleep(0.02)
@@ -495,7 +495,7 @@ async def test_a_record_is_not_given_up_for_the_failures_of_another(monkeypatch:
         return out
 
     rig = Rig(Scripted(script))
-    rig.lane.add(b"bad")
+    rig.batcher.add(b"bad")
     feeder = asyncio.create_task(more())
     async with asyncio.timeout(40):
         while not rig.aside:
@@ -518,14 +518,14 @@ async def test_a_flush_returns_under_a_lasting_throttle_with_a_steady_load() -> 
     async def more() -> None:
         while True:
             for record in numbered(40):
-                rig.lane.add(record)
-            rig.lane.seal(DRAIN)
+                rig.batcher.add(record)
+            rig.batcher.close_batch(DRAIN)
             rig.sender.pump()
             await asyncio.sleep(0.02)
 
     for record in numbered(100):
-        rig.lane.add(record)
-    rig.lane.seal(DRAIN)
+        rig.batcher.add(record)
+    rig.batcher.close_batch(DRAIN)
     flushed = asyncio.create_task(rig.sender.flush())
     await asyncio.sleep(0)
     feeder = asyncio.create_task(more())
@@ -536,15 +536,15 @@ async def test_a_flush_returns_under_a_lasting_throttle_with_a_steady_load() -> 
     await rig.sender.close()
     for batch in rig.sender.unsent():
         batch.finish(DROPPED)
-    rig.lane.abandon(ClosedError("end"))
+    rig.batcher.abandon(ClosedError("end"))
     rig.check()
 
 
 async def test_a_server_that_asks_for_an_hour_is_asked_again_sooner() -> None:
     error = KinesisError("ServiceUnavailable", "", action=Action.RETRY, http_status=503, retry_after=3600.0)
     rig = Rig(Scripted(lambda call, records: error))
-    rig.lane.add(b"one")
-    rig.lane.seal(DRAIN)
+    rig.batcher.add(b"one")
+    rig.batcher.close_batch(DRAIN)
     rig.sender.pump()
     await asyncio.sleep(0.05)
     assert rig.sender.gate.opens_at - asyncio.get_running_loop().time() <= 30.0
@@ -570,13 +570,13 @@ async def test_a_destination_that_worked_and_then_refuses_everything_keeps_the_d
     monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_CAP_S", 0.02)
     broken = False
     rig = Rig(Scripted(lambda call, records: refuses(call, records) if broken else [None] * len(records)))
-    rig.lane.add(b"before")
-    rig.lane.seal(DRAIN)
+    rig.batcher.add(b"before")
+    rig.batcher.close_batch(DRAIN)
     await rig.sender.flush()
     broken = True
     for record in numbered(200):
-        rig.lane.add(record)
-    rig.lane.seal(DRAIN)
+        rig.batcher.add(record)
+    rig.batcher.close_batch(DRAIN)
     flushed = asyncio.create_task(rig.sender.flush())
     # counted by single records that were refused: ten are set aside at most, and from then on the data is kept
     await until(lambda: len(rig.aside) == 10)
@@ -607,14 +607,14 @@ async def test_many_bad_records_in_a_row_do_not_keep_the_good_ones_behind_them_w
     rig = Rig(Scripted(script), max_calls=1)
     for group in ([b"good"], [b"bad%d" % n for n in range(40)], numbered(5), numbered(5)):
         for record in group:
-            rig.lane.add(record)
-        rig.lane.seal(DRAIN)
+            rig.batcher.add(record)
+        rig.batcher.close_batch(DRAIN)
     flushed = asyncio.create_task(rig.sender.flush())
     n = 0
     async with asyncio.timeout(30):
         while not flushed.done():  # the plant goes on
-            rig.lane.add(b"more%d" % n)
-            rig.lane.seal(DRAIN)
+            rig.batcher.add(b"more%d" % n)
+            rig.batcher.close_batch(DRAIN)
             n += 1
             await asyncio.sleep(0.01)
     assert sorted(data for data, _ in rig.aside) == sorted(b"bad%d" % n for n in range(40))
@@ -630,8 +630,8 @@ async def test_keys_that_come_back_are_noticed_soon_and_without_a_storm(monkeypa
     monkeypatch.setattr("fastkin.delivery.gate._OPERATOR_BASE_S", 30.0)
     error: KinesisError | None = KinesisError("ExpiredTokenException", "old", action=Action.CREDENTIALS)
     rig = Rig(Scripted(lambda call, records: error or [None] * len(records)))
-    rig.lane.add(b"x")
-    rig.lane.seal(DRAIN)
+    rig.batcher.add(b"x")
+    rig.batcher.close_batch(DRAIN)
     flushed = asyncio.create_task(rig.sender.flush())
     await asyncio.sleep(1.0)
     assert 5 <= rig.client.calls <= 101
@@ -672,7 +672,7 @@ async def test_many_hot_shards_at_once_are_sorted_quickly() -> None:
     ])  # fmt: skip
     table = ShardTable(shards.ends)
     rig = Rig(Scripted(all_stored), max_calls=1)
-    rig.lane.shards = table
+    rig.batcher.shards = table
     rig.sender.set_shards(shards)
     keys: dict[int, str] = {}
     n = 0
@@ -682,8 +682,8 @@ async def test_many_hot_shards_at_once_are_sorted_quickly() -> None:
     for load in range(count):
         rig.sender.pacer.sent({load: (1000, 0)})  # no shard has room
     for n in range(2000):
-        rig.lane.add(b"%d" % n, key=keys[n % count])
-    rig.lane.seal(DRAIN)
+        rig.batcher.add(b"%d" % n, key=keys[n % count])
+    rig.batcher.close_batch(DRAIN)
     async with asyncio.timeout(30):
         await rig.sender.flush()
     rig.check()
@@ -698,8 +698,8 @@ async def test_many_hot_shards_at_once_are_sorted_quickly() -> None:
 async def refused_by_all(rig: Rig, seconds: float) -> None:
     """Four records, every call refused for so long, then all are taken."""
     for record in numbered(4):
-        rig.lane.add(record)
-        rig.lane.seal(DRAIN)
+        rig.batcher.add(record)
+        rig.batcher.close_batch(DRAIN)
     rig.sender.pump()
     await asyncio.sleep(seconds)
 
@@ -721,7 +721,7 @@ async def test_wrong_settings_cost_no_record(monkeypatch: pytest.MonkeyPatch, kn
     await refused_by_all(rig, 1.0)
     assert rig.client.calls > 10
     assert rig.aside == []
-    assert rig.sender.unwell is not None
+    assert rig.sender.operator_error is not None
     broken = False
     async with asyncio.timeout(10):
         await rig.sender.flush()
@@ -746,7 +746,7 @@ async def test_one_record_in_a_minute_at_most_is_given_up_in_doubt(monkeypatch: 
     loop = asyncio.get_running_loop()
     given_up: list[float] = []
     monkeypatch.setattr(
-        rig.sender, "_set_aside", lambda batch, reason: (given_up.append(loop.time()), batch.finish(DROPPED))
+        rig.sender, "_dead_letter", lambda batch, reason: (given_up.append(loop.time()), batch.finish(DROPPED))
     )
     began = loop.time()
     await refused_by_all(rig, 1.0)
@@ -807,8 +807,8 @@ async def test_one_strange_record_alone_does_not_wait_for_ever(monkeypatch: pyte
 
     for known, ends in ((None, False), (harmless, True)):
         rig = Rig(Scripted(lambda call, records: [("Strange", "?")] * len(records)), harmless=known)
-        rig.lane.add(b"strange")
-        rig.lane.seal(DRAIN)
+        rig.batcher.add(b"strange")
+        rig.batcher.close_batch(DRAIN)
         rig.sender.pump()
         await until(lambda: rig.client.calls > 50 or bool(rig.aside))  # noqa: B023
         assert bool(rig.aside) is ends
@@ -862,22 +862,22 @@ async def test_whatever_happens_somebody_will_look(monkeypatch: pytest.MonkeyPat
     rig = Rig(Scripted(script), max_calls=random.choice([1, 4]), harmless=harmless)
     step = HASH_SPACE // 4
     shards = ShardMap([Shard(f"shardId-{n:012d}", n * step, (n + 1) * step - 1) for n in range(4)])
-    sender, lane = rig.sender, rig.lane
+    sender, batcher = rig.sender, rig.batcher
     n = 0
     async with asyncio.timeout(50):
-        while loop.time() < until_s or lane.in_flight:
+        while loop.time() < until_s or batcher.in_flight:
             if loop.time() < until_s:
                 for _ in range(random.randrange(30)):
                     data = b"bad" if random.random() < 0.002 else b"%d" % n
-                    lane.add(data.ljust(random.choice([20, 3000])), key=f"k{random.randrange(50)}")
+                    batcher.add(data.ljust(random.choice([20, 3000])), key=f"k{random.randrange(50)}")
                     n += 1
-                lane.seal(DRAIN)
+                batcher.close_batch(DRAIN)
                 sender.pump()
                 if random.random() < 0.02:
-                    lane.shards = ShardTable(shards.ends) if random.random() < 0.7 else None
-                    sender.set_shards(shards if lane.shards is not None else None)
+                    batcher.shards = ShardTable(shards.ends) if random.random() < 0.7 else None
+                    sender.set_shards(shards if batcher.shards is not None else None)
                 if random.random() < 0.05:
-                    sender.give_back(sender.withdraw(alone=random.random() < 0.5))
+                    sender.requeue_front(sender.withdraw(alone=random.random() < 0.5))
             assert not sender.waiting or sender.attended
             await asyncio.sleep(random.choice([0, 0.001]))
     rig.check()

@@ -283,7 +283,7 @@ def test_a_row_that_rotted_is_set_aside_alone(path: Path, statement: str) -> Non
         assert one.fault is three.fault is None
         assert two.fault
         assert two.body == b""
-        spool.set_aside(two)
+        spool.quarantine(two)
         assert (spool.rows, spool.records) == (2, 20)
         assert [row.id for row in everything(spool)] == [1, 3]
     with Spool(path, max_bytes=MIB) as spool:
@@ -416,7 +416,7 @@ def test_a_full_file_system_gives_back_what_it_holds(small_disk: Path, restart: 
     spool.open()
 
     def fill(kept: int) -> int:
-        while not spool.tight:
+        while not spool.disk_full:
             try:
                 spool.write([put(kept, size=200_000)])
                 kept += 1

@@ -21,7 +21,7 @@ class Waiters:
     async def put(self, name: int) -> None:
         async with self.turns.turn(self.make_room):
             assert not self.rig.budget.full
-            self.rig.lane.offer(b"t", b"x", 1)
+            self.rig.batcher.offer(b"t", b"x", 1)
             self.served.append(name)
 
     def make_room(self) -> None:
@@ -74,7 +74,7 @@ async def test_who_is_cancelled_holds_nobody_up() -> None:
 
 async def test_who_fails_holds_nobody_up() -> None:
     w = Waiters(1)
-    w.rig.lane.offer(b"t", b"x", 1)
+    w.rig.batcher.offer(b"t", b"x", 1)
 
     async def fail() -> None:
         async with w.turns.turn(w.make_room):
@@ -124,8 +124,8 @@ def test_room_made_after_the_loop_has_closed_calls_nobody(monkeypatch: pytest.Mo
     async def begin() -> tuple[Waiters, list[asyncio.Task[None]]]:
         w = Waiters(1)
         tasks = w.start(1, 2)
-        w.rig.lane.put(b"y").add_done_callback(lambda receipt: None)
-        tasks.append(asyncio.create_task(wait_for(w.rig.lane.put(b"z"))))
+        w.rig.batcher.put(b"y").add_done_callback(lambda receipt: None)
+        tasks.append(asyncio.create_task(wait_for(w.rig.batcher.put(b"z"))))
         await turn_of_the_loop()
         return w, tasks
 

@@ -78,7 +78,7 @@ async def test_nothing_is_ever_unattended(emulator: Emulator, tmp_path: Any, pol
     def look() -> None:
         nonlocal looks
         looks += 1
-        if run.delivery.lane.attention:
+        if run.delivery.batcher.dirty:
             run._read()
         if (what := run.stuck()) is not None:
             found.append(what)
@@ -92,13 +92,13 @@ async def test_nothing_is_ever_unattended(emulator: Emulator, tmp_path: Any, pol
     async with asyncio.timeout(60):
         while n < 3000:
             for _ in range(40):
-                n += run.delivery.lane.offer(b"plant/1", b"%d" % n, 0) > 0
+                n += run.delivery.batcher.offer(b"plant/1", b"%d" % n, 0) > 0
             run._read()
             for _ in range(5):
                 look()
                 await asyncio.sleep(0)
             await asyncio.sleep(0.002)
-        while run.delivery.lane.in_flight or run.delivery.lane.spooled:
+        while run.delivery.batcher.in_flight or run.delivery.batcher.spooled:
             look()
             await asyncio.sleep(0.001)
     fault.remove()
@@ -123,9 +123,9 @@ async def test_a_producer_whose_timer_is_lost_is_found(emulator: Emulator, monke
 @pytest.mark.parametrize("writing", [False, True])
 def test_a_disk_that_takes_its_time_is_no_stall(writing: bool) -> None:
     """The file failed, and the attempt to open it again hangs: the spool's own turn has the batches all the same."""
-    lane = SimpleNamespace(in_flight=3, open_records=0)
+    batcher = SimpleNamespace(in_flight=3, open_records=0)
     sender = SimpleNamespace(waiting=False, attended=False)
     flusher = SimpleNamespace(armed=False)
     overflow = SimpleNamespace(attended=False, holds=True, writing=writing)
-    found = unattended(lane, sender, flusher, overflow)  # type: ignore[arg-type]
+    found = unattended(batcher, sender, flusher, overflow)  # type: ignore[arg-type]
     assert (found is None) is writing

@@ -226,7 +226,7 @@ def test_the_stream_comes_into_being_after_the_start(tmp_path: Path) -> None:
 
 @pytest.mark.faults_full
 def test_a_budget_of_one_mebibyte_and_a_slow_stream(tmp_path: Path) -> None:
-    """Intake at speed against 100 ms a call: reading pauses again and again, nothing is lost."""
+    """Subscriber at speed against 100 ms a call: reading pauses again and again, nothing is lost."""
     with Rig(
         tmp_path,
         emulator={"latency_ms": 100},

@@ -182,7 +182,7 @@ def test_the_broker_is_cut_while_it_spools(tmp_path: Path) -> None:
 
 @pytest.mark.faults_full
 def test_the_disk_of_the_spool_is_full(tmp_path: Path, disk: SmallDisk) -> None:
-    """Intake pauses, one ERROR a pipeline names the path and the cure, and all goes on when there is room again."""
+    """Subscriber pauses, one ERROR a pipeline names the path and the cure, and all goes on when there is room again."""
     with Rig(tmp_path, **spool_options(disk.path / "spool")) as rig:
         rig.flow(300, size=SIZE)
         rig.stored(100)

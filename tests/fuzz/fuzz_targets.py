@@ -24,10 +24,10 @@ from fastkin._codec import (
     DROPPED,
     STORED,
     Batch,
+    Batcher,
     Budget,
     CallbackSettler,
     KeyPlan,
-    Lane,
     ShardTable,
     decode_frame,
 )  # fmt: skip
@@ -50,7 +50,7 @@ close_end: Callable[[bytes], None] = _nothing
 open_end: Callable[[bytes], None] = _nothing
 
 
-# -- frame: payloads of a publisher into a lane --------------------------------------------------
+# -- frame: payloads of a publisher into a batcher --------------------------------------------------
 
 _TABLE = ShardTable([2**126, 2**127, 2**128 - 1])
 _FIELD = KeyPlan("parts", [("level", 0), ("text", "\u00fc"), ("field", ("a", "b"))])
@@ -58,13 +58,13 @@ _TOPIC = KeyPlan("parts", [("topic", None)])
 
 
 class _Lanes:
-    """Lanes with one budget, and how many settlements they told."""
+    """Batchers with one budget, and how many settlements they told."""
 
     def __init__(self) -> None:
         self.told = 0
         self.budget = Budget(1 << 20, 1 << 16)
         settler = CallbackSettler(self._settled)
-        self.all: list[Lane] = []
+        self.all: list[Batcher] = []
         for frame, plan, aggregate, records, nbytes, each in (
             ("bulk", KeyPlan("uuid"), 0, 50, 6000, 500),
             ("bulk", _FIELD, 0, 50, 6000, 500),
@@ -75,15 +75,15 @@ class _Lanes:
             ("bulk", KeyPlan("none"), 0, 4, 6000, 500),
             ("bulk", KeyPlan("uuid"), 90, 2, 6000, 500),
         ):
-            lane = Lane(
+            batcher = Batcher(
                 settler=settler, budget=self.budget, frame=frame, key=plan, target=b'"StreamName":"s"',  # type: ignore[arg-type]
                 max_records=records, max_batch_bytes=nbytes, max_record_bytes=each, aggregate_bytes=aggregate,
             )  # fmt: skip
-            lane.shards = _TABLE
-            self.all.append(lane)
+            batcher.shards = _TABLE
+            self.all.append(batcher)
         # a budget that a handful of records fill
         self.small = Budget(2000, 20)
-        self.tight = Lane(
+        self.disk_full = Batcher(
             settler=settler, budget=self.small, frame="bulk", key=_FIELD, target=b'"StreamName":"s"',
             max_records=5, max_batch_bytes=300,
         )  # fmt: skip
@@ -92,11 +92,11 @@ class _Lanes:
         self.told += count
 
 
-_lanes = _Lanes()
+_batchers = _Lanes()
 
 
 def frame(data: memoryview) -> None:
-    """byte 0: the lane; byte 1: length of the topic, bit 7: compare with the oracle; topic; payload."""
+    """byte 0: the batcher; byte 1: length of the topic, bit 7: compare with the oracle; topic; payload."""
     if len(data) < 2:
         return
     which = data[0] % 10
@@ -106,22 +106,22 @@ def frame(data: memoryview) -> None:
     if which == 9:
         _put_frame(payload)
         return
-    lane = _lanes.tight if which == 8 else _lanes.all[which]
-    budget = _lanes.small if which == 8 else _lanes.budget
-    _lanes.told = 0
-    received = lane.received
-    taken = lane.offer(topic, payload, 7)
+    batcher = _batchers.disk_full if which == 8 else _batchers.all[which]
+    budget = _batchers.small if which == 8 else _batchers.budget
+    _batchers.told = 0
+    received = batcher.received
+    taken = batcher.offer(topic, payload, 7)
     assert taken >= 0, "an empty budget has no room"
-    assert lane.received == received + taken
-    rejects = lane.take_rejects()
+    assert batcher.received == received + taken
+    rejects = batcher.take_rejects()
     for reject in rejects:
         assert reject.reason
         assert reject.token == 7
-        lane.settle_reject(reject, DEAD)
+        batcher.settle_reject(reject, DEAD)
     stored: list[bytes] = []
-    lane.seal(DRAIN)
+    batcher.close_batch(DRAIN)
     batches: list[Batch] = []
-    while (batch := lane.take()) is not None:
+    while (batch := batcher.take()) is not None:
         part, others = batch.split([0, -1]) if data[1] & 32 else (batch, None)
         batches += [one for one in (part, others) if one is not None]
     for one in Batch.gather(batches) if data[1] & 64 else batches:
@@ -130,15 +130,15 @@ def frame(data: memoryview) -> None:
         if data[1] & 128:
             stored += [entry for entry, _, _ in one.entries()]
         one.finish(DROPPED)
-    assert lane.in_flight == 0
+    assert batcher.in_flight == 0
     assert budget.bytes == budget.records == 0
-    assert _lanes.told == taken
+    assert _batchers.told == taken
     if data[1] & 128 and which in {0, 6}:
         _compare(bytes(payload), taken, rejects, stored)
 
 
 def _compare(payload: bytes, taken: int, rejects: list[Any], stored: list[bytes]) -> None:
-    """Lane, decoder and oracle say the same."""
+    """Batcher, decoder and oracle say the same."""
     try:
         wanted = oracle.decode_frame(payload)
     except oracle.BadFrameError:
@@ -148,7 +148,7 @@ def _compare(payload: bytes, taken: int, rejects: list[Any], stored: list[bytes]
         except DataFormatError as error:
             assert 0 <= error.offset <= len(payload)
         else:
-            raise AssertionError("the decoder takes what the lane sets aside")
+            raise AssertionError("the decoder takes what the batcher sets aside")
         return
     assert decode_frame(payload) == wanted
     if not any(reject.kind == "records" for reject in rejects):
@@ -159,17 +159,17 @@ def _compare(payload: bytes, taken: int, rejects: list[Any], stored: list[bytes]
 
 
 def _put_frame(payload: memoryview) -> None:
-    lane = _lanes.all[1]
+    batcher = _batchers.all[1]
     try:
-        receipt = lane.put_frame(payload)
+        receipt = batcher.put_frame(payload)
     except (DataFormatError, RecordError):
         receipt = None
-    lane.seal(DRAIN)
-    while (batch := lane.take()) is not None:
+    batcher.close_batch(DRAIN)
+    while (batch := batcher.take()) is not None:
         batch.finish(DROPPED)
     assert receipt is None or receipt.done()
-    assert lane.in_flight == 0
-    assert _lanes.budget.bytes == _lanes.budget.records == 0
+    assert batcher.in_flight == 0
+    assert _batchers.budget.bytes == _batchers.budget.records == 0
 
 
 # -- answer: what a Kinesis endpoint may say -------------------------------------------------------
@@ -179,7 +179,7 @@ class _Asked:
     def __init__(self) -> None:
         self.told: list[tuple[int, int]] = []
         self.budget = Budget(1 << 20, 1 << 16)
-        self.lane = Lane(
+        self.batcher = Batcher(
             settler=CallbackSettler(self._settled), budget=self.budget, frame="raw", key=KeyPlan("none"), target=b"",
             max_records=3,
         )  # fmt: skip
@@ -194,12 +194,12 @@ _asked = _Asked()
 def answer(data: memoryview) -> None:
     """An answer to three records, one of them put by somebody who waits."""
     reply = bytes(data)
-    lane = _asked.lane
+    batcher = _asked.batcher
     _asked.told.clear()
-    receipt = lane.put(b"1")
-    lane.add(b"2", 2)
-    lane.add(b"3", 3)
-    batch = lane.take()
+    receipt = batcher.put(b"1")
+    batcher.add(b"2", 2)
+    batcher.add(b"3", 3)
+    batch = batcher.take()
     assert batch is not None
     close_end(reply)
     try:
@@ -228,7 +228,7 @@ def answer(data: memoryview) -> None:
     finally:
         open_end(reply)
     assert receipt.done()
-    assert lane.in_flight == 0
+    assert batcher.in_flight == 0
     assert _asked.budget.bytes == _asked.budget.records == 0
 
 
@@ -255,15 +255,15 @@ class _Spooled:
     def __init__(self) -> None:
         self.told = 0
         self.budget = Budget(1 << 20, 1 << 16)
-        self.lanes = []
+        self.batchers = []
         for plan in (KeyPlan("uuid"), _TOPIC):
-            lane = Lane(
+            batcher = Batcher(
                 settler=None, budget=self.budget, frame="raw", key=plan, target=b'"StreamName":"s"',
                 rows=CallbackSettler(self._settled),
             )  # fmt: skip
-            lane.found(1 << 40)
-            self.lanes.append(lane)
-        self.lanes[0].shards = _TABLE
+            batcher.adopt_spooled(1 << 40)
+            self.batchers.append(batcher)
+        self.batchers[0].shards = _TABLE
 
     def _settled(self, token: int, count: int, outcome: int, answer: object, at: int) -> None:
         assert token == 5
@@ -274,31 +274,31 @@ _spooled = _Spooled()
 
 
 def restore(data: memoryview) -> None:
-    """byte 0: the lane; byte 1: how many bytes of counts; counts; body."""
+    """byte 0: the batcher; byte 1: how many bytes of counts; counts; body."""
     if len(data) < 2:
         return
-    lane = _spooled.lanes[data[0] & 1]
+    batcher = _spooled.batchers[data[0] & 1]
     at = 2 + min(data[1], len(data) - 2)
-    spooled = lane.spooled
+    spooled = batcher.spooled
     _spooled.told = 0
     try:
-        batch = lane.restore(data[at:], bytes(data[2:at]), 5)
+        batch = batcher.restore(data[at:], bytes(data[2:at]), 5)
     except DataFormatError as error:
         assert 0 <= error.offset <= len(data) - at
-        assert lane.in_flight == 0
-        assert lane.spooled == spooled
+        assert batcher.in_flight == 0
+        assert batcher.spooled == spooled
         return
     records = batch.user_records
-    assert len(batch) <= records == lane.in_flight == spooled - lane.spooled
+    assert len(batch) <= records == batcher.in_flight == spooled - batcher.spooled
     body = json.loads(bytes(batch))
     assert len(body["Records"]) == len(batch) == len(batch.entries())
     assert bytes(data[at:]).startswith(bytes(batch)[: -len(b'"StreamName":"s"}')])
     assert sum(count for count, _ in batch.shard_load().values()) == len(batch)
     batch.finish(DROPPED)
-    lane.found(records)
+    batcher.adopt_spooled(records)
     assert _spooled.told == records
-    assert lane.in_flight == 0
-    assert lane.spooled == spooled
+    assert batcher.in_flight == 0
+    assert batcher.spooled == spooled
 
 
 # -- mqtt: packets of a broker ---------------------------------------------------------------------
@@ -335,9 +335,9 @@ class _Held:
         return 0
 
 
-def _session(flags: int) -> tuple[_mqtt.Session, _mqtt.Ledger, _Kept, _Held]:
+def _session(flags: int) -> tuple[_mqtt.Session, _mqtt.AckTracker, _Kept, _Held]:
     version = 4 if flags & 1 else 5
-    ledger = _mqtt.Ledger()
+    acks = _mqtt.AckTracker()
     router = _mqtt.Router(max_topics=16)
     kept = _Kept()
     counting = _mqtt.CallbackSink(kept.offer)
@@ -350,21 +350,21 @@ def _session(flags: int) -> tuple[_mqtt.Session, _mqtt.Ledger, _Kept, _Held]:
     else:
         router.add("#", counting)
     session = _mqtt.Session(
-        version=version, ledger=ledger, router=router, max_packet_bytes=4000, topic_alias_maximum=3, receive_maximum=4
+        version=version, acks=acks, router=router, max_packet_bytes=4000, topic_alias_maximum=3, receive_maximum=4
     )
     if not flags & 8:
         session.feed_data(_CONNACK[version])
-    return session, ledger, kept, held
+    return session, acks, kept, held
 
 
-def _finish(session: _mqtt.Session, ledger: _mqtt.Ledger, kept: _Kept) -> tuple[int, list[str], bytes]:
+def _finish(session: _mqtt.Session, acks: _mqtt.AckTracker, kept: _Kept) -> tuple[int, list[str], bytes]:
     """What must hold whatever came, and what came of it."""
     for token in kept.tokens:
-        ledger.settled(token, 2)
+        acks.settled(token, 2)
     # a message whose bytes have not all come waits, and nothing was walked behind it
     coming = session.apart is not None and session.apart.token != 0
-    assert ledger.ready + coming == ledger.unacked, "not ready although all is settled"
-    ready = ledger.ready
+    assert acks.ready + coming == acks.unacked, "not ready although all is settled"
+    ready = acks.ready
     output = session.take_output()
     assert len(output) >= 4 * ready
     events = session.take_events()
@@ -373,7 +373,7 @@ def _finish(session: _mqtt.Session, ledger: _mqtt.Ledger, kept: _Kept) -> tuple[
     return session.messages, [repr(event) for event in events], output
 
 
-def _walk_on(session: _mqtt.Session, ledger: _mqtt.Ledger, flags: int) -> None:
+def _walk_on(session: _mqtt.Session, acks: _mqtt.AckTracker, flags: int) -> None:
     """Until it waits for bytes, with what is set aside let go."""
     while flags & (_mqtt.STALLED | _mqtt.APART):
         if flags & _mqtt.APART:
@@ -384,7 +384,7 @@ def _walk_on(session: _mqtt.Session, ledger: _mqtt.Ledger, flags: int) -> None:
             if not session.apart_left:
                 session.finish_apart()
                 if apart.token:
-                    ledger.settled(apart.token)
+                    acks.settled(apart.token)
         flags = session.resume()
 
 
@@ -394,20 +394,20 @@ def mqtt(data: memoryview) -> None:
         return
     flags, cut = data[0], data[1]
     stream = data[2:]
-    session, ledger, kept, held = _session(flags)
+    session, acks, kept, held = _session(flags)
     whole: tuple[str, int] | None = None
     try:
-        _walk_on(session, ledger, session.feed_data(stream))
+        _walk_on(session, acks, session.feed_data(stream))
     except ProtocolError as error:
         whole = (error.reason, error.offset)
         assert error.offset <= len(stream) + 5
         assert 0x80 <= error.code <= 0xFF
     assert session.buffer_bytes <= 1 << 20
-    first = _finish(session, ledger, kept)
+    first = _finish(session, acks, kept)
     if cut & 3 != 3:
         return
     # the same in pieces: read as the loop reads, with the rest of the receive buffer out of bounds
-    session, ledger, kept, other = _session(flags)
+    session, acks, kept, other = _session(flags)
     pieces: tuple[str, int] | None = None
     at, step = 0, 1 + (cut & 63)
     try:
@@ -421,10 +421,10 @@ def mqtt(data: memoryview) -> None:
             flags = session.feed(taken)
             if taken < len(part):
                 flags = session.feed_data(part[taken:])
-            _walk_on(session, ledger, flags)
+            _walk_on(session, acks, flags)
     except ProtocolError as error:
         pieces = (error.reason, error.offset)
-    second = _finish(session, ledger, kept)
+    second = _finish(session, acks, kept)
     if whole is None or pieces is None:
         assert whole == pieces
         assert first[0] == second[0]
@@ -459,7 +459,7 @@ def router(data: memoryview) -> None:
     if sinks:
         table.add("no/such/topic", other)
         table.otherwise = other
-    session = _mqtt.Session(version=4, ledger=_mqtt.Ledger(), router=table, max_packet_bytes=4000)
+    session = _mqtt.Session(version=4, acks=_mqtt.AckTracker(), router=table, max_packet_bytes=4000)
     session.feed_data(_CONNACK[4])
     topic = lines[0][:2000]
     body = len(topic).to_bytes(2, "big") + topic

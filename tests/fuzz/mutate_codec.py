@@ -25,10 +25,10 @@ from fastkin._codec import (
     DRAIN,
     DROPPED,
     Batch,
+    Batcher,
     Budget,
     CallbackSettler,
     KeyPlan,
-    Lane,
     ShardTable,
     decode_frame,
     encode_frame,
@@ -102,7 +102,7 @@ def exact(data: bytes) -> array[int]:
 
 
 class Target:
-    """Lanes that take what comes, and the books that must balance after it."""
+    """Batchers that take what comes, and the books that must balance after it."""
 
     def __init__(self) -> None:
         self.budget = Budget(1 << 20, 1 << 16)
@@ -110,14 +110,14 @@ class Target:
         settler = CallbackSettler(self._told)
         field = KeyPlan("parts", [("level", 0), ("text", "\u00fc"), ("field", ("a", "b"))])
         table = ShardTable([2**126, 2**127, 2**128 - 1])
-        self.lanes: list[Lane] = []
+        self.batchers: list[Batcher] = []
         for frame, plan, aggregate in (
             ("bulk", KeyPlan("uuid"), 0),
             ("bulk", field, 0),
             ("raw", field, 0),
             ("bulk", field, 200),
         ):
-            lane = Lane(
+            batcher = Batcher(
                 settler=settler,
                 budget=self.budget,
                 frame=frame,  # type: ignore[arg-type]
@@ -128,13 +128,13 @@ class Target:
                 max_record_bytes=500,
                 aggregate_bytes=aggregate,
             )
-            lane.shards = table
-            self.lanes.append(lane)
-        self.three = Lane(
+            batcher.shards = table
+            self.batchers.append(batcher)
+        self.three = Batcher(
             settler=settler, budget=self.budget, frame="raw", key=KeyPlan("none"), target=b"", max_records=3
         )
         self.replay = Budget(1 << 20, 1 << 16)
-        self.back = Lane(
+        self.back = Batcher(
             settler=None, budget=self.budget, frame="raw", key=KeyPlan("uuid"), target=b'"StreamName":"s"',
             replay=self.replay,
         )  # fmt: skip
@@ -155,11 +155,11 @@ class Target:
             assert sum(map(len, records)) < len(data)
 
     def offer(self, data: bytes, which: int, topic: bytes) -> None:
-        lane = self.lanes[which]
-        taken = lane.offer(topic, exact(data), 1)
+        batcher = self.batchers[which]
+        taken = batcher.offer(topic, exact(data), 1)
         if taken < 0:
             self.drain()
-            taken = lane.offer(topic, exact(data), 1)
+            taken = batcher.offer(topic, exact(data), 1)
             assert taken >= 0
         self.expected += taken
         self._calls += 1
@@ -168,14 +168,14 @@ class Target:
 
     def put_frame(self, data: bytes) -> None:
         with contextlib.suppress(DataFormatError, RecordError):
-            self.lanes[1].put_frame(exact(data))
+            self.batchers[1].put_frame(exact(data))
 
     def settle(self, reply: bytes) -> None:
-        lane = self.three
-        receipts = [lane.put(b"1"), lane.put(b"2")]
-        lane.add(b"3", 1)
+        batcher = self.three
+        receipts = [batcher.put(b"1"), batcher.put(b"2")]
+        batcher.add(b"3", 1)
         self.expected += 1
-        batch = lane.take()
+        batch = batcher.take()
         assert batch is not None
         try:
             failures = batch.settle(reply)
@@ -191,10 +191,10 @@ class Target:
                 receipt.result()
 
     def restore(self, body: bytes, counts: bytes) -> None:
-        lane = self.back
-        lane.found(1 << 32)
+        batcher = self.back
+        batcher.adopt_spooled(1 << 32)
         try:
-            batch = lane.restore(exact(body), counts, 1)
+            batch = batcher.restore(exact(body), counts, 1)
         except DataFormatError as error:
             if not 0 <= error.offset <= len(body):
                 raise AssertionError(f"offset {error.offset} of {len(body)} bytes") from error
@@ -204,24 +204,24 @@ class Target:
             for one in (part, others):
                 if one is not None:
                     one.finish(DROPPED)
-        lane.settle_spooled(lane.spooled, DEAD)
-        assert lane.in_flight == self.replay.bytes == 0
+        batcher.settle_spooled(batcher.spooled, DEAD)
+        assert batcher.in_flight == self.replay.bytes == 0
 
     def drain(self) -> None:
-        for lane in self.lanes:
-            for reject in lane.take_rejects():
+        for batcher in self.batchers:
+            for reject in batcher.take_rejects():
                 assert reject.reason
-                lane.settle_reject(reject, DEAD)
-            lane.seal(DRAIN)
+                batcher.settle_reject(reject, DEAD)
+            batcher.close_batch(DRAIN)
             batches: list[Batch] = []
-            while (batch := lane.take()) is not None:
+            while (batch := batcher.take()) is not None:
                 part, others = batch.split([0, -1])
                 batches += [one for one in (part, others) if one is not None]
             for one in Batch.gather(batches):
                 body = json.loads(bytes(one))
                 assert len(body["Records"]) == len(one)
                 one.finish(DROPPED)
-            assert lane.in_flight == 0
+            assert batcher.in_flight == 0
         assert self.budget.bytes == self.budget.records == 0
         assert self.told == self.expected, (self.told, self.expected)
 

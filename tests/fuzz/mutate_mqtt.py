@@ -70,15 +70,15 @@ class Target:
 
     def __init__(self, version: int, draw: Callable[[], float], first: bytes) -> None:
         self.draw = draw
-        self.ledger = _mqtt.Ledger()
+        self.acks = _mqtt.AckTracker()
         router = _mqtt.Router(max_topics=16)
-        self.counting = _mqtt.CountSink(self.ledger)
+        self.counting = _mqtt.CountSink(self.acks)
         if draw() < 0.15:
             router.add("#", _mqtt.CallbackSink(self.stalling))
         router.add("+/#" if draw() < 0.5 else "#", self.counting)
         self.session = _mqtt.Session(
             version=version,
-            ledger=self.ledger,
+            acks=self.acks,
             router=router,
             max_packet_bytes=30_000,
             topic_alias_maximum=3,
@@ -100,13 +100,13 @@ class Target:
                 session.take_piece()
                 if not session.apart_left:
                     session.finish_apart()
-                    self.ledger.settled(apart.token)
+                    self.acks.settled(apart.token)
             flags = session.resume()
         self.counting.release()
 
     def check(self) -> None:
         """What must hold whatever came."""
-        ready, unacked = self.ledger.ready, self.ledger.unacked
+        ready, unacked = self.acks.ready, self.acks.unacked
         apart = self.session.apart  # not all of its bytes came
         assert ready + (apart is not None and apart.token != 0) == unacked, "not ready although all is settled"
         assert len(self.session.take_output()) >= 4 * ready

@@ -96,7 +96,7 @@ def test_aggregates_of_fastkin_are_taken_apart() -> None:
     rig = Rig(aggregate_bytes=1000, key=KeyPlan("parts", [("text", "press")]))
     payloads = [b"%d" % n * (n % 50) for n in range(200)]
     for payload in payloads:
-        rig.lane.offer(b"t", payload, 1)
+        rig.batcher.offer(b"t", payload, 1)
     entries = [entry for call in rig.store() for entry in call]
     assert len(entries) < 50
     records = list(lambdas.iter_records(kinesis(*(data for data, _, _ in entries))))
@@ -242,7 +242,7 @@ def test_the_first_failure_of_a_shard_ends_it(caplog: pytest.LogCaptureFixture) 
 def test_a_failed_inner_record_brings_its_aggregate_back() -> None:
     rig = Rig(aggregate_bytes=1000)
     for n in range(5):
-        rig.lane.offer(b"t", b"%d" % n, 1)
+        rig.batcher.offer(b"t", b"%d" % n, 1)
     ((data, _, _),) = (entry for call in rig.store() for entry in call)
     seen: list[bytes] = []
 

@@ -72,7 +72,7 @@ def small_disk(given: str | None, mib: int) -> Iterator[Path]:
 
 def disk_full(args: argparse.Namespace) -> int:
     budget = int(args.budget_mib * MIB)
-    ballast_mib = TIGHT_MIB if args.tight else BALLAST_MIB
+    ballast_mib = TIGHT_MIB if args.disk_full else BALLAST_MIB
     report = Report(
         f"disk full: a spool on {FREE_MIB} MiB, {args.rate:,.0f} messages/s, budget {args.budget_mib:g} MiB"
     )

@@ -1,4 +1,4 @@
-"""Acknowledgements in order: the ledger against a model that is a plain list."""
+"""Acknowledgements in order: the AckTracker against a model that is a plain list."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Slot:
     qos: int
     payload: bytes
     pending: int
-    born: float
+    taken_at: float
     ordered: bool = True  # of this connection, not acknowledged
     failed: bool = False
     received: bool = False  # PUBREC was sent
     released: bool = False
 
 
-class LedgerModel(RuleBasedStateMachine):
+class AckModel(RuleBasedStateMachine):
     """One subscription session over many connections, seen from the broker's side."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class LedgerModel(RuleBasedStateMachine):
         self.offered.append(token)
         count, early = payload[0], payload[1]
         if token and early:
-            self.rig.ledger.settled(token, early)
+            self.rig.acks.settled(token, early)
         return count
 
     def forget(self, slot: Slot) -> None:
@@ -103,7 +103,7 @@ class LedgerModel(RuleBasedStateMachine):
         outcome = data.draw(
             st.sampled_from([_codec.STORED] * 8 + [_codec.DEAD, _codec.FILTERED, _codec.DROPPED, _codec.FAILED])
         )
-        self.rig.ledger.settled(slot.token, count, outcome)
+        self.rig.acks.settled(slot.token, count, outcome)
         slot.pending -= count
         if outcome == _codec.FAILED:
             if slot.ordered:
@@ -115,7 +115,7 @@ class LedgerModel(RuleBasedStateMachine):
     @rule(data=st.data())
     def settle_late(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(self.stale))
-        self.rig.ledger.settled(slot.token, data.draw(st.integers(1, 9)))
+        self.rig.acks.settled(slot.token, data.draw(st.integers(1, 9)))
 
     def taken(self) -> bytes:
         want = b""
@@ -131,7 +131,7 @@ class LedgerModel(RuleBasedStateMachine):
 
     @rule()
     def take(self) -> None:
-        assert self.rig.ledger.take() == self.taken()
+        assert self.rig.acks.take() == self.taken()
 
     @rule(packet_id=st.integers(1, 4))
     def pubrel(self, packet_id: int) -> None:
@@ -147,7 +147,7 @@ class LedgerModel(RuleBasedStateMachine):
 
     @rule(keep=st.booleans(), present=st.sampled_from([True, True, False]))
     def reconnect(self, keep: bool, present: bool) -> None:
-        self.rig.ledger.reset(keep)
+        self.rig.acks.reset(keep)
         self.rig.connection(connected=False)
         self.rig.feed(b"\x20\x02" + bytes((present, 0)))
         for slot in list(self.known):
@@ -168,15 +168,15 @@ class LedgerModel(RuleBasedStateMachine):
             if self.order[ready].pending or self.order[ready].failed:
                 break
             ready += 1
-        assert self.rig.ledger.unacked == len(self.order)
-        assert self.rig.ledger.ready == ready
-        assert self.rig.ledger.failed == sum(s.failed for s in self.order)
-        assert self.rig.ledger.known == len(self.known)
-        assert self.rig.ledger.oldest() == (self.order[0].born if self.order else 0.0)
+        assert self.rig.acks.unacked == len(self.order)
+        assert self.rig.acks.ready == ready
+        assert self.rig.acks.failed == sum(s.failed for s in self.order)
+        assert self.rig.acks.known == len(self.known)
+        assert self.rig.acks.oldest() == (self.order[0].taken_at if self.order else 0.0)
 
 
-LedgerModel.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
-TestLedgerModel = LedgerModel.TestCase
+AckModel.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestAckModel = AckModel.TestCase
 
 
 def run(ids: range | list[int], qos: int = 1) -> bytes:
@@ -189,13 +189,13 @@ def test_completed_prefix_only() -> None:
     for i in (1, 2, 3):
         rig.feed(publish("t", qos=1, packet_id=i))
     tokens = [token for _, _, token in rig.seen]
-    rig.ledger.settled(tokens[2])
-    rig.ledger.settled(tokens[1])
-    assert (rig.ledger.unacked, rig.ledger.ready, rig.ledger.take()) == (3, 0, b"")
-    rig.ledger.settled(tokens[0])
-    assert (rig.ledger.unacked, rig.ledger.ready) == (3, 3)
-    assert rig.ledger.take() == run([1, 2, 3])
-    assert (rig.ledger.unacked, rig.ledger.ready, rig.ledger.take()) == (0, 0, b"")
+    rig.acks.settled(tokens[2])
+    rig.acks.settled(tokens[1])
+    assert (rig.acks.unacked, rig.acks.ready, rig.acks.take()) == (3, 0, b"")
+    rig.acks.settled(tokens[0])
+    assert (rig.acks.unacked, rig.acks.ready) == (3, 3)
+    assert rig.acks.take() == run([1, 2, 3])
+    assert (rig.acks.unacked, rig.acks.ready, rig.acks.take()) == (0, 0, b"")
 
 
 def test_what_failed_is_never_acknowledged_nor_what_follows() -> None:
@@ -203,28 +203,28 @@ def test_what_failed_is_never_acknowledged_nor_what_follows() -> None:
     for i in (1, 2, 3):
         rig.feed(publish("t", qos=1, packet_id=i))
     first, second, third = (token for _, _, token in rig.seen)
-    rig.ledger.settled(first)
-    rig.ledger.settled(second, 1, _codec.FAILED)
-    rig.ledger.settled(third)
-    assert (rig.ledger.failed, rig.ledger.ready) == (1, 1)
-    assert rig.ledger.take() == run([1])
-    assert rig.ledger.unacked == 2
-    rig.ledger.reset(True)
-    assert (rig.ledger.failed, rig.ledger.unacked) == (0, 0)
+    rig.acks.settled(first)
+    rig.acks.settled(second, 1, _codec.FAILED)
+    rig.acks.settled(third)
+    assert (rig.acks.failed, rig.acks.ready) == (1, 1)
+    assert rig.acks.take() == run([1])
+    assert rig.acks.unacked == 2
+    rig.acks.reset(True)
+    assert (rig.acks.failed, rig.acks.unacked) == (0, 0)
 
 
 def test_stale_tokens_do_nothing() -> None:
     rig = Rig(4)
     rig.feed(publish("t", qos=1, packet_id=7))
-    rig.ledger.reset(True)
+    rig.acks.reset(True)
     rig.connection()
     rig.feed(publish("t", qos=1, packet_id=7, flags=8))
     old, new = (token for _, _, token in rig.seen)
-    rig.ledger.settled(old)
-    rig.ledger.settled(old, 5, _codec.FAILED)
-    assert (rig.ledger.ready, rig.ledger.failed) == (0, 0)
-    rig.ledger.settled(new)
-    assert rig.ledger.take() == run([7])
+    rig.acks.settled(old)
+    rig.acks.settled(old, 5, _codec.FAILED)
+    assert (rig.acks.ready, rig.acks.failed) == (0, 0)
+    rig.acks.settled(new)
+    assert rig.acks.take() == run([7])
 
 
 def test_more_settlements_than_held_is_a_bug_that_shows() -> None:
@@ -232,16 +232,16 @@ def test_more_settlements_than_held_is_a_bug_that_shows() -> None:
     rig.feed(publish("t", qos=1, packet_id=1) + publish("t", qos=1, packet_id=2))
     first, second = (token for _, _, token in rig.seen)
     with pytest.raises(RuntimeError, match=f"token {second} is settled more often"):
-        rig.ledger.settled(second, 2)
+        rig.acks.settled(second, 2)
     for never in (second + (second - first), 2**64 - 1):
         with pytest.raises(RuntimeError, match="never given out"):
-            rig.ledger.settled(never)
-    rig.ledger.settled(second)
-    rig.ledger.settled(second, 0)
-    rig.ledger.settled(0)
-    assert rig.ledger.ready == 0
-    rig.ledger.settled(first)
-    assert rig.ledger.take() == run([1, 2])
+            rig.acks.settled(never)
+    rig.acks.settled(second)
+    rig.acks.settled(second, 0)
+    rig.acks.settled(0)
+    assert rig.acks.ready == 0
+    rig.acks.settled(first)
+    assert rig.acks.take() == run([1, 2])
 
 
 def test_grows_and_shrinks_with_ids_that_wrap() -> None:
@@ -250,20 +250,20 @@ def test_grows_and_shrinks_with_ids_that_wrap() -> None:
     for burst in (1, 255, 256, 257, 5000, 20_000):
         for i in range(at, at + burst):
             rig.feed(publish("t", qos=1, packet_id=i % 65535 + 1))
-        assert rig.ledger.unacked == burst
+        assert rig.acks.unacked == burst
         # settled from the back: all become ready at once
         for _, _, token in reversed(rig.seen):
-            rig.ledger.settled(token)
+            rig.acks.settled(token)
         rig.seen.clear()
-        assert rig.ledger.take() == run([i % 65535 + 1 for i in range(at, at + burst)])
+        assert rig.acks.take() == run([i % 65535 + 1 for i in range(at, at + burst)])
         at += burst
     for i in range(64 * 12):  # small takes for long: the ring shrinks and keeps what it holds
         rig.feed(publish("t", qos=1, packet_id=1) + publish("t", qos=1, packet_id=2))
         if i:
-            rig.ledger.settled(rig.seen[2 * i - 1][2])
-        rig.ledger.settled(rig.seen[2 * i][2])
-        assert rig.ledger.take() == run([1] if i == 0 else [2, 1])
-        assert rig.ledger.unacked == 1
+            rig.acks.settled(rig.seen[2 * i - 1][2])
+        rig.acks.settled(rig.seen[2 * i][2])
+        assert rig.acks.take() == run([1] if i == 0 else [2, 1])
+        assert rig.acks.unacked == 1
 
 
 def test_unacknowledged_messages_are_bounded() -> None:
@@ -271,14 +271,14 @@ def test_unacknowledged_messages_are_bounded() -> None:
     rig = Rig(4)
     wire = b"".join(publish("t", qos=1, packet_id=i % 65535 + 1) for i in range(80_000))
     assert rig.feed(wire) & _mqtt.STALLED
-    most = rig.ledger.unacked
+    most = rig.acks.unacked
     assert 32_768 < most < 65_535
     assert rig.session.stalled
     assert rig.session.crowded
     assert rig.session.resume() & _mqtt.STALLED
-    assert rig.ledger.unacked == len(rig.seen) == most
+    assert rig.acks.unacked == len(rig.seen) == most
     for _, _, token in rig.seen[:10]:
-        rig.ledger.settled(token)
+        rig.acks.settled(token)
     acks = rig.session.take_output()
     assert rig.session.resume() & _mqtt.STALLED
     assert len(rig.seen) == most + 10
@@ -286,7 +286,7 @@ def test_unacknowledged_messages_are_bounded() -> None:
     while done < 80_000:
         batch = rig.seen[done : done + 20_000]
         for _, _, token in batch:
-            rig.ledger.settled(token)
+            rig.acks.settled(token)
         done += len(batch)
         acks += rig.session.take_output()
         rig.session.resume()
@@ -302,9 +302,9 @@ def test_two_messages_under_one_identifier_are_told_apart() -> None:
     rig.feed(publish("t", b"4", qos=1, packet_id=5, flags=8))
     assert rig.payloads == [b"1", b"2", b"3", b"4"]
     for _, _, token in reversed(rig.seen):
-        assert rig.ledger.ready == 0
-        rig.ledger.settled(token)
-    assert rig.ledger.take() == run([5] * 4)
+        assert rig.acks.ready == 0
+        rig.acks.settled(token)
+    assert rig.acks.take() == run([5] * 4)
 
 
 def test_what_is_remembered_is_bounded_and_given_back() -> None:
@@ -314,27 +314,27 @@ def test_what_is_remembered_is_bounded_and_given_back() -> None:
         for i in range(1, 65_535):
             if rig.feed(publish("t", bytes([connection]), qos=1, packet_id=i, flags=8)) & _mqtt.STALLED:
                 break
-        rig.ledger.reset(True)
+        rig.acks.reset(True)
         rig.connection(connected=False)
         rig.feed(b"\x20\x02\x01\x00")
-        assert rig.ledger.known <= 65_535
-    rig.ledger.reset(False)
-    assert (rig.ledger.known, rig.ledger.unacked) == (0, 0)
+        assert rig.acks.known <= 65_535
+    rig.acks.reset(False)
+    assert (rig.acks.known, rig.acks.unacked) == (0, 0)
 
 
 def test_oldest() -> None:
     rig = Rig(4)
-    assert rig.ledger.oldest() == 0.0
+    assert rig.acks.oldest() == 0.0
     for i in (1, 2):
         rig.session.now = i * 10.0
         rig.feed(publish("t", qos=1, packet_id=i))
-    assert rig.ledger.oldest() == 10.0
-    rig.ledger.settled(rig.seen[0][2])
-    rig.ledger.take()
-    assert rig.ledger.oldest() == 20.0
-    rig.ledger.settled(rig.seen[1][2])
-    rig.ledger.take()
-    assert rig.ledger.oldest() == 0.0
+    assert rig.acks.oldest() == 10.0
+    rig.acks.settled(rig.seen[0][2])
+    rig.acks.take()
+    assert rig.acks.oldest() == 20.0
+    rig.acks.settled(rig.seen[1][2])
+    rig.acks.take()
+    assert rig.acks.oldest() == 0.0
 
 
 def test_a_failure_settled_before_the_sink_has_answered() -> None:
@@ -342,14 +342,14 @@ def test_a_failure_settled_before_the_sink_has_answered() -> None:
     rig.router = _mqtt.Router()
 
     def offer(topic: bytes, payload: bytes, token: int) -> int:
-        rig.ledger.settled(token, 1, _codec.FAILED)
-        assert rig.ledger.ready == 0
+        rig.acks.settled(token, 1, _codec.FAILED)
+        assert rig.acks.ready == 0
         return 1
 
     rig.router.add("t", _mqtt.CallbackSink(offer))
     rig.connection()
     rig.feed(publish("t", qos=1, packet_id=3))
-    assert (rig.ledger.failed, rig.ledger.unacked, rig.ledger.ready) == (1, 1, 0)
+    assert (rig.acks.failed, rig.acks.unacked, rig.acks.ready) == (1, 1, 0)
 
 
 def test_overruns_of_receive_maximum_are_tolerated_and_counted() -> None:

@@ -16,8 +16,8 @@ LIMIT = 4096
 
 def resumed(rig: Rig, unfit: _mqtt.Unfit | None = None, **options: Any) -> _mqtt.Session:
     """A new connection of the session that the broker has kept."""
-    rig.ledger.reset(True)
-    session = _mqtt.Session(version=rig.version, ledger=rig.ledger, router=rig.router, unfit=unfit, **options)
+    rig.acks.reset(True)
+    session = _mqtt.Session(version=rig.version, acks=rig.acks, router=rig.router, unfit=unfit, **options)
     session.feed_data(PRESENT[rig.version])
     session.take_events()
     return session
@@ -52,7 +52,7 @@ def test_a_large_message_comes_in_pieces_however_it_is_cut(version: int, step: i
     assert (told.topic, told.reason, told.again, got) == (topic.encode(), None, False, payload)
     assert repr(told).startswith("<Apart 7680 bytes of b'tttt")
     assert "too large" in repr(told)
-    rig.ledger.settled(told.token)
+    rig.acks.settled(told.token)
     assert rig.session.take_output() == b"\x40\x02\x00\x07"
     rig.feed(publish("t", b"behind", version=version))
     assert rig.payloads == [b"behind"]
@@ -68,7 +68,7 @@ def test_a_large_message_that_comes_again_on_its_connection_is_passed_over() -> 
     assert pieces(rig.session, again, 50_000) == (None, b"")
     assert rig.session.duplicates == 1
     assert rig.session.overruns == 1
-    rig.ledger.settled(told.token)
+    rig.acks.settled(told.token)
     assert rig.session.take_output() == b"\x40\x02\x00\x07"
 
 
@@ -93,7 +93,7 @@ def test_a_large_message_that_is_ill_formed_too_ends_one_connection(name: str) -
     assert (told.topic, told.again, got) == (b"t", True, body)
     assert told.reason
     assert told.reason in repr(told)
-    rig.ledger.settled(told.token)
+    rig.acks.settled(told.token)
     assert session.take_output() == b"\x40\x02\x00\x07"
 
 
@@ -164,4 +164,4 @@ def test_the_pool_of_messages_shrinks_after_a_peak() -> None:
         rig.feed(publish("t", b"again %d" % n, qos=1, packet_id=n % 100 + 1))
         rig.settle_all()
         assert len(rig.session.take_output()) == 4
-    assert rig.ledger.unacked == 0
+    assert rig.acks.unacked == 0

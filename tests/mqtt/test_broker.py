@@ -91,7 +91,7 @@ def test_with_mosquitto(broker: servers.Server, version: int) -> None:
         assert [(topic, payload) for topic, payload, _ in taker.rig.seen] == want
         taker.socket.sendall(taker.rig.session.pingreq())
         taker.event(_mqtt.Pingresp)
-        assert taker.rig.ledger.unacked == 0
+        assert taker.rig.acks.unacked == 0
         taker.socket.sendall(taker.rig.session.unsubscribe(2, ["ü", "nothing"]))
         unsuback = taker.event(_mqtt.Unsuback)
         assert unsuback.codes == ([0, 0x11] if version == 5 else [])

@@ -235,7 +235,7 @@ def test_mqtt5_reads_what_we_write(data: st.DataObject) -> None:
     aliases = data.draw(st.integers(0, 65535))
     session = _mqtt.Session(
         version=5,
-        ledger=_mqtt.Ledger(),
+        acks=_mqtt.AckTracker(),
         router=_mqtt.Router(),
         receive_maximum=maximum,
         max_packet_bytes=limit,

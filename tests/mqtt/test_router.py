@@ -169,7 +169,7 @@ def test_routes(rows: list[tuple[str, int]], names: list[str]) -> None:
         rig.feed(publish(name, qos=1))
         assert seen == want
     assert rig.router.unrouted == (0 if rows else 2 * len(names))
-    assert rig.ledger.ready == 2 * len(names)
+    assert rig.acks.ready == 2 * len(names)
 
 
 def test_add_after_topics_were_seen() -> None:
@@ -239,7 +239,7 @@ def test_only_a_kept_session_has_what_was_removed(version: int, several: bool, r
     assert rig.router.stray == (b"old/1" if resumed else b"")
     assert rig.router.match("old/1", resumed=resumed) == ([] if resumed else [rig.sink])
     assert rig.router.former == ["old/+", "$share/g/#"]
-    assert rig.ledger.ready == 0 if not resumed else rig.ledger.unacked == 4
+    assert rig.acks.ready == 0 if not resumed else rig.acks.unacked == 4
 
 
 def test_untrusted_topics_do_not_grow_memory() -> None:

@@ -35,7 +35,7 @@ def test_qos_2_flow(version: int) -> None:
     assert rig.feed(wire) == 0
     assert rig.session.take_output() == b""
     rig.feed(again)  # before it is stored: the PUBREC to come answers this one too
-    assert (len(rig.seen), rig.ledger.unacked, rig.session.duplicates) == (1, 1, 1)
+    assert (len(rig.seen), rig.acks.unacked, rig.session.duplicates) == (1, 1, 1)
     rig.settle_all()
     assert rig.session.take_output() == PUBREC_7
     assert rig.feed(again) == _mqtt.OUTPUT  # the PUBREC was lost: answered, not offered
@@ -53,7 +53,7 @@ def test_pubrec_in_publish_order_among_pubacks() -> None:
     for i, qos in enumerate((1, 2, 2, 1), 1):
         rig.feed(publish("t", qos=qos, packet_id=i))
     for at in (3, 1, 2, 0):
-        rig.ledger.settled(rig.seen[at][2])
+        rig.acks.settled(rig.seen[at][2])
     assert rig.session.take_output() == (b"\x40\x02\x00\x01\x50\x02\x00\x02\x50\x02\x00\x03\x40\x02\x00\x04")
 
 
@@ -86,7 +86,7 @@ def test_pubrel_while_a_repetition_waits_for_its_answer() -> None:
     rig.feed(publish("t", qos=1, packet_id=1))  # holds the run back
     rig.feed(publish("t", qos=2, packet_id=7, flags=8) + PUBREL_7)
     assert rig.session.take_output() == PUBCOMP_7
-    rig.ledger.settled(rig.seen[1][2])
+    rig.acks.settled(rig.seen[1][2])
     assert rig.session.take_output() == b"\x40\x02\x00\x01" + PUBREC_7
     rig.feed(publish("t", b"new", qos=2, packet_id=7))
     assert rig.payloads[-1] == b"new"
@@ -99,17 +99,17 @@ def test_qos_2_over_a_reconnect(keep: bool, present: int) -> None:
     stored = publish("t", b"stored", qos=2, packet_id=7, flags=8)
     waiting = publish("t", b"waiting", qos=2, packet_id=8, flags=8)
     rig.feed(stored + waiting)
-    rig.ledger.settled(rig.seen[0][2])
+    rig.acks.settled(rig.seen[0][2])
     assert rig.session.take_output() == PUBREC_7
-    rig.ledger.reset(keep)
+    rig.acks.reset(keep)
     rig.connection(connected=False)
     rig.seen.clear()
     # what a resumed session replays comes in the same read as CONNACK
     rig.feed(b"\x20\x02" + bytes((present, 0)) + stored + waiting)
     known = keep and present == 1
     assert rig.payloads == ([] if known else [b"stored", b"waiting"])
-    assert rig.ledger.unacked == 2
-    assert rig.ledger.take() == (PUBREC_7 if known else b"")
+    assert rig.acks.unacked == 2
+    assert rig.acks.take() == (PUBREC_7 if known else b"")
 
 
 @pytest.mark.parametrize("version", [4, 5])
@@ -120,10 +120,10 @@ def test_qos_1_sent_again_while_it_waits_is_answered_once(version: int) -> None:
     again = publish("t", b"1", qos=1, packet_id=3, flags=8, version=version)
     rig.feed(once + again + again)
     assert rig.payloads == [b"1"]
-    assert (rig.session.messages, rig.session.duplicates, rig.ledger.unacked) == (3, 2, 1)
-    assert rig.ledger.repeated == 0
+    assert (rig.session.messages, rig.session.duplicates, rig.acks.unacked) == (3, 2, 1)
+    assert rig.acks.repeated == 0
     rig.settle_all()
-    assert rig.session.take_output() + rig.ledger.take() == PUBACK_3
+    assert rig.session.take_output() + rig.acks.take() == PUBACK_3
     # answered: whatever comes with the identifier is a new message [MQTT-4.3.2-2]
     rig.feed(again)
     assert len(rig.seen) == 2
@@ -131,13 +131,13 @@ def test_qos_1_sent_again_while_it_waits_is_answered_once(version: int) -> None:
     rig.feed(publish("t", b"2", qos=1, packet_id=3, version=version))
     assert rig.payloads[1:] == [b"1", b"2"]
     rig.settle_all()
-    assert rig.session.take_output() + rig.ledger.take() == PUBACK_3 * 2
-    assert rig.ledger.repeated == 1
+    assert rig.session.take_output() + rig.acks.take() == PUBACK_3 * 2
+    assert rig.acks.repeated == 1
 
 
 def again_on(rig: Rig, present: int, *wires: bytes, **options: int) -> None:
     """A new connection, whose CONNACK and what is sent again come in one read."""
-    rig.ledger.reset(True)
+    rig.acks.reset(True)
     rig.connection(connected=False, **options)
     head = b"\x20\x02" if rig.version == 4 else b"\x20\x03"
     rig.feed(head + bytes((present, 0)) + (b"" if rig.version == 4 else b"\0") + b"".join(wires))
@@ -153,15 +153,15 @@ def test_what_waits_takes_its_place_on_a_resumed_session(version: int, stored: s
     rig.feed(one + two)
     if stored == "before":
         rig.settle_all()
-    rig.ledger.reset(True)
+    rig.acks.reset(True)
     if stored == "away":
         rig.settle_all()
-    assert (rig.ledger.unacked, rig.ledger.take()) == (0, b"")
+    assert (rig.acks.unacked, rig.acks.take()) == (0, b"")
     again = [publish("t", b"2", qos=1, packet_id=4, flags=8, version=version)]
     again += [publish("t", b"1", qos=1, packet_id=3, flags=8, version=version)] * 2
     again_on(rig, 1, *again)
     assert rig.payloads == [b"1", b"2"]
-    assert (rig.ledger.unacked, rig.session.duplicates, rig.ledger.repeated) == (2, 3, 0)
+    assert (rig.acks.unacked, rig.session.duplicates, rig.acks.repeated) == (2, 3, 0)
     if stored == "after":
         assert rig.session.take_output() == b""
         rig.settle_all()
@@ -188,9 +188,9 @@ def test_what_may_be_another_message_is_taken(
     (_, _, old) = rig.seen[0]
     again_on(rig, present, publish(topic, payload, qos=qos, packet_id=3, flags=flags, version=version))
     assert len(rig.seen) == 2
-    rig.ledger.settled(old)
-    assert rig.ledger.ready == 0
-    rig.ledger.settled(rig.seen[1][2])
+    rig.acks.settled(old)
+    assert rig.acks.ready == 0
+    rig.acks.settled(rig.seen[1][2])
     assert rig.session.take_output() == bytes((0x40 if qos == 1 else 0x50, 2, 0, 3))
 
 
@@ -210,7 +210,7 @@ def test_a_message_that_no_sink_took_is_not_remembered() -> None:
     rig.room = -1
     again_on(rig, 1, publish("t", b"1", qos=1, packet_id=3, flags=8))
     assert rig.payloads == [b"1"]
-    assert rig.ledger.ready == 0
+    assert rig.acks.ready == 0
     rig.settle_all()
     assert rig.session.take_output() == PUBACK_3
 
@@ -218,13 +218,13 @@ def test_a_message_that_no_sink_took_is_not_remembered() -> None:
 def test_a_message_that_failed_is_taken_again() -> None:
     rig = Rig(4)
     rig.feed(publish("t", b"1", qos=1, packet_id=3) + publish("t", b"2", qos=1, packet_id=4))
-    rig.ledger.settled(rig.seen[0][2], 1, _codec.FAILED)
-    rig.ledger.reset(True)
-    rig.ledger.settled(rig.seen[1][2], 1, _codec.FAILED)  # while away
+    rig.acks.settled(rig.seen[0][2], 1, _codec.FAILED)
+    rig.acks.reset(True)
+    rig.acks.settled(rig.seen[1][2], 1, _codec.FAILED)  # while away
     wires = [publish("t", bytes([48 + i]), qos=1, packet_id=2 + i, flags=8) for i in (1, 2)]
     again_on(rig, 1, *wires)
     assert rig.payloads == [b"1", b"2", b"1", b"2"]
-    assert (rig.ledger.failed, rig.ledger.ready, rig.ledger.repeated) == (0, 0, 2)
+    assert (rig.acks.failed, rig.acks.ready, rig.acks.repeated) == (0, 0, 2)
 
 
 def test_what_the_broker_has_no_more_is_forgotten() -> None:
@@ -232,7 +232,7 @@ def test_what_the_broker_has_no_more_is_forgotten() -> None:
     rig = Rig(4)
     rig.feed(publish("t", b"on", qos=1, packet_id=3))
     again_on(rig, 1, publish("t", b"new", qos=1, packet_id=4))
-    assert rig.ledger.known == 2
+    assert rig.acks.known == 2
     again_on(rig, 1, publish("t", b"on", qos=1, packet_id=3, flags=8))
     assert rig.payloads == [b"on", b"new", b"on"]
 
@@ -303,7 +303,7 @@ def test_a_stall_at_every_message(version: int, sinks: int) -> None:
             assert flags == _mqtt.EVENTS
             assert taken == wants
             assert rig.session.messages == 10
-            assert rig.ledger.unacked == 6
+            assert rig.acks.unacked == 6
 
 
 def test_stalled_on_an_aliased_topic() -> None:
@@ -328,11 +328,11 @@ def test_a_reset_while_stalled() -> None:
     rig = Rig(4)
     rig.room = 0
     rig.feed(publish("t", qos=1, packet_id=1))
-    rig.ledger.reset(True)
+    rig.acks.reset(True)
     rig.room = -1
     rig.session.resume()
     rig.settle_all()
-    assert (rig.ledger.unacked, rig.ledger.take()) == (0, b"")
+    assert (rig.acks.unacked, rig.acks.take()) == (0, b"")
 
 
 def test_reading_on_while_stalled_is_bounded() -> None:
@@ -550,7 +550,7 @@ def test_an_exception_in_a_sink_leaves_the_message_to_be_offered_again() -> None
     assert rig.session.resume() == 0
     assert seen == [b"1", b"2"]
     for token in tokens:
-        rig.ledger.settled(token)
+        rig.acks.settled(token)
     assert rig.session.take_output() == b"\x40\x02\x00\x01\x40\x02\x00\x02"
 
 
@@ -570,37 +570,37 @@ def test_an_exception_in_a_sink_leaves_the_message_to_be_offered_again() -> None
 def test_wrong_settings(options: dict[str, int], message: str) -> None:
     arguments = {"version": 5, **options}
     with pytest.raises(LibraryError, match=message):
-        _mqtt.Session(ledger=_mqtt.Ledger(), router=_mqtt.Router(), **arguments)
+        _mqtt.Session(acks=_mqtt.AckTracker(), router=_mqtt.Router(), **arguments)
 
 
 def test_wrong_types() -> None:
     with pytest.raises(TypeError):
-        _mqtt.Session(version=4, ledger=None, router=_mqtt.Router())  # type: ignore[arg-type]
+        _mqtt.Session(version=4, acks=None, router=_mqtt.Router())  # type: ignore[arg-type]
     with pytest.raises(TypeError):
-        _mqtt.Session(version=4, ledger=_mqtt.Ledger(), router=object())  # type: ignore[arg-type]
+        _mqtt.Session(version=4, acks=_mqtt.AckTracker(), router=object())  # type: ignore[arg-type]
 
 
 def test_init_may_run_again() -> None:
     rig = Rig(4)
-    for thing in (rig.session, rig.ledger, rig.router, rig.sink):
+    for thing in (rig.session, rig.acks, rig.router, rig.sink):
         thing.__init__()
     rig.feed(publish("t", b"1"))
     assert rig.payloads == [b"1"]
 
 
 def test_count_sink() -> None:
-    ledger = _mqtt.Ledger()
+    acks = _mqtt.AckTracker()
     router = _mqtt.Router()
-    waiting = _mqtt.CountSink(ledger)
+    waiting = _mqtt.CountSink(acks)
     free = _mqtt.CountSink()
     router.add("a", waiting)
     router.add("b", free)
-    session = _mqtt.Session(version=4, ledger=ledger, router=router)
+    session = _mqtt.Session(version=4, acks=acks, router=router)
     session.feed_data(connack(4))
     session.feed_data(publish("b", b"12", qos=1, packet_id=1) + publish("a", b"345"))
     session.feed_data(publish("a", b"6", qos=1, packet_id=2) + publish("a", qos=1, packet_id=3))
     assert (waiting.messages, waiting.nbytes, free.messages, free.nbytes) == (3, 4, 1, 2)
-    assert ledger.ready == 1
+    assert acks.ready == 1
     waiting.release()
     waiting.release()
     assert session.take_output() == b"".join(b"\x40\x02\x00" + bytes([i]) for i in (1, 2, 3))
@@ -611,7 +611,7 @@ def test_cycles_through_a_callback_are_collected() -> None:
         def __init__(self) -> None:
             self.router = _mqtt.Router()
             self.router.add("t", _mqtt.CallbackSink(self.offer))
-            self.session = _mqtt.Session(version=4, ledger=_mqtt.Ledger(), router=self.router)
+            self.session = _mqtt.Session(version=4, acks=_mqtt.AckTracker(), router=self.router)
 
         def offer(self, topic: bytes, payload: bytes, token: int) -> int:
             return 0
@@ -692,15 +692,15 @@ def test_a_message_too_large_is_known_by_its_beginning_on_its_own_connection_onl
     rig.feed(once)
     first = take_apart(rig)
     rig.feed(again)  # the PUBACK to come answers it too
-    assert (rig.session.apart, rig.ledger.unacked, rig.session.duplicates) == (None, 1, 1)
+    assert (rig.session.apart, rig.acks.unacked, rig.session.duplicates) == (None, 1, 1)
     rig.feed(publish("t", b"small", qos=1, packet_id=3, flags=8))
     assert rig.payloads == [b"small"]
     again_on(rig, 1, again, max_packet_bytes=20_000)  # its end may be another's: set aside once more
     second = take_apart(rig)
     assert second != first
-    rig.ledger.settled(first)
-    assert rig.ledger.ready == 0
-    rig.ledger.settled(second)
+    rig.acks.settled(first)
+    assert rig.acks.ready == 0
+    rig.acks.settled(second)
     assert rig.session.take_output() == PUBACK_3
 
 
@@ -713,5 +713,5 @@ def test_a_message_too_large_waits_for_acknowledgements_too() -> None:
     rig.settle_all()
     rig.session.take_output()
     rig.session.resume()
-    rig.ledger.settled(take_apart(rig))
+    rig.acks.settled(take_apart(rig))
     assert rig.session.take_output() == b"\x40\x02" + (60_001).to_bytes(2, "big")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from fastkin.mqtt.subscriber import Intake
+    from fastkin.mqtt.subscriber import Subscriber
 
 pytestmark = pytest.mark.process
 
@@ -64,23 +64,23 @@ def test_messages_come_and_are_acknowledged_late_and_in_order(run: Any, qos: int
     async def main() -> None:
         with mosquitto("max_inflight_messages 0\n") as server:
             async with Rig(server, [("plant/#", qos)], protocol=protocol) as rig:
-                assert rig.intake.state == "connected"
+                assert rig.subscriber.state == "connected"
                 await say(server, numbers(100), qos)
                 await until(lambda: len(rig.got) == 100)
                 assert rig.payloads == numbers(100)
-                assert rig.intake.traffic.messages == 100
+                assert rig.subscriber.traffic.messages == 100
                 assert 1 <= rig.reads <= 100
                 if qos == 0:
                     assert {token for _, _, token in rig.got} == {0}
-                    assert rig.ledger.unacked == 0
+                    assert rig.acks.unacked == 0
                     return
-                assert rig.ledger.unacked == 100
+                assert rig.acks.unacked == 100
                 rig.settle(*reversed(rig.got[1:]))
-                assert rig.ledger.ready == 0  # the first is missing, nothing may leave
+                assert rig.acks.ready == 0  # the first is missing, nothing may leave
                 rig.settle(rig.got[0])
-                assert rig.ledger.ready == 100
-                rig.intake.flush_acks()
-                assert rig.ledger.unacked == 0
+                assert rig.acks.ready == 100
+                rig.subscriber.flush_acks()
+                assert rig.acks.unacked == 0
                 await say(server, [b"more"], qos)
                 await until(lambda: len(rig.got) == 101)
 
@@ -96,10 +96,10 @@ def test_what_is_not_acknowledged_comes_again(run: Any) -> None:
             await say(server, numbers(10))
             await until(lambda: len(rig.got) == 10)
             rig.settle(*rig.got[:4])
-            rig.intake.flush_acks()
+            rig.subscriber.flush_acks()
             await asyncio.sleep(0.05)
             await rig.crash()
-            assert rig.intake.state == "closed"
+            assert rig.subscriber.state == "closed"
             async with Rig(server) as again:
                 await until(lambda: len(again.got) == 6)
                 assert again.payloads == numbers(6, 4)
@@ -122,14 +122,14 @@ def test_a_broker_restart_is_survived(caplog: Any) -> None:
                 await until(lambda: len(rig.got) == 5)
                 before = list(rig.got)
                 await asyncio.to_thread(server.restart)
-                await until(lambda: rig.intake.traffic.connects == 2 and rig.intake.connected.is_set(), 5.0)
-                assert rig.intake.traffic.disconnects == 1
-                await until(lambda: rig.ledger.unacked == 5)  # all five again, and taken for what they are
+                await until(lambda: rig.subscriber.traffic.connects == 2 and rig.subscriber.connected.is_set(), 5.0)
+                assert rig.subscriber.traffic.disconnects == 1
+                await until(lambda: rig.acks.unacked == 5)  # all five again, and taken for what they are
                 assert rig.got == before
                 rig.settle(*before)
-                assert rig.ledger.ready == 5
-                rig.intake.flush_acks()
-                assert rig.ledger.unacked == 0
+                assert rig.acks.ready == 5
+                rig.subscriber.flush_acks()
+                assert rig.acks.unacked == 0
                 await say(server, [b"after"])
                 await until(lambda: rig.payloads[-1] == b"after")
 
@@ -142,7 +142,7 @@ def test_a_lost_session_is_said(caplog: Any) -> None:
         with mosquitto() as server:
             async with Rig(server) as rig:
                 await asyncio.to_thread(server.restart, kill=True)
-                await until(lambda: rig.intake.traffic.connects == 2 and rig.intake.connected.is_set(), 5.0)
+                await until(lambda: rig.subscriber.traffic.connects == 2 and rig.subscriber.connected.is_set(), 5.0)
                 await say(server, [b"after"])
                 await until(lambda: rig.payloads == [b"after"])
                 rig.settle_all()
@@ -157,7 +157,7 @@ def test_several_filters_feed_their_own_sinks() -> None:
             filters = [(f"site/{n}/+", 1) for n in range(18)] + [("$share/workers/shared/#", 0)]
             rig = Rig(server, filters)
             other: list[bytes] = []
-            rig.intake.subscriptions.append(("own/#", 1))
+            rig.subscriber.subscriptions.append(("own/#", 1))
             rig.router.add("own/#", CallbackSink(lambda topic, payload, token: other.append(topic) or 0))
             async with rig:
                 await say(server, [b"x"], topic="site/0/a")
@@ -196,19 +196,19 @@ def test_a_sink_without_room_stops_the_reading(run: Any, protocol: Any) -> None:
             async with Rig(server, protocol=protocol) as rig:
                 rig.room = False
                 await say(server, numbers(500))
-                await until(lambda: rig.intake.paused)
+                await until(lambda: rig.subscriber.paused)
                 reads = rig.reads
-                rig.intake.resume()  # still no room
+                rig.subscriber.resume()  # still no room
                 await asyncio.sleep(0.05)
                 assert rig.got == []
-                assert rig.intake.paused
+                assert rig.subscriber.paused
                 assert rig.reads == reads + 1
                 rig.room = True
-                rig.intake.resume()
+                rig.subscriber.resume()
                 await until(lambda: len(rig.got) == 500)
                 assert rig.payloads == numbers(500)
-                assert not rig.intake.paused
-                assert rig.intake.paused_s >= 0.05
+                assert not rig.subscriber.paused
+                assert rig.subscriber.paused_s >= 0.05
                 rig.settle_all()
 
     run(main())
@@ -222,9 +222,9 @@ def test_resume_from_within_on_read_comes_later() -> None:
 
                 def on_read() -> None:
                     rig.room = True
-                    rig.intake.resume()
+                    rig.subscriber.resume()
 
-                rig.intake.on_read = on_read
+                rig.subscriber.on_read = on_read
                 await say(server, numbers(5))
                 await until(lambda: len(rig.got) == 5)
                 assert rig.payloads == numbers(5)
@@ -239,15 +239,15 @@ def test_keep_alive_goes_on_while_reading_is_paused(run: Any) -> None:
             async with Rig(server, keep_alive_s=2) as rig:
                 rig.room = False
                 await say(server, numbers(3))
-                await until(lambda: rig.intake.paused)
+                await until(lambda: rig.subscriber.paused)
                 await asyncio.sleep(6)  # mosquitto ends a connection after 3 s of silence
-                assert rig.intake.traffic.disconnects == 0
+                assert rig.subscriber.traffic.disconnects == 0
                 rig.room = True
-                rig.intake.resume()
+                rig.subscriber.resume()
                 await until(lambda: len(rig.got) == 3)
                 await asyncio.sleep(1.2)
-                assert rig.intake.traffic.disconnects == 0
-                assert rig.intake.traffic.connects == 1
+                assert rig.subscriber.traffic.disconnects == 0
+                assert rig.subscriber.traffic.connects == 1
                 rig.settle_all()
             assert "exceeded timeout" not in server.log()
 
@@ -262,18 +262,18 @@ def test_stop_takes_no_more_but_acknowledges(run: Any) -> None:
             await rig.connected()
             await say(server, numbers(5))
             await until(lambda: len(rig.got) == 5)
-            await rig.intake.stop()
-            assert rig.intake.state == "draining"
+            await rig.subscriber.stop()
+            assert rig.subscriber.state == "draining"
             await say(server, numbers(5, 5))
             await asyncio.sleep(2)  # twice the keep-alive
             assert len(rig.got) == 5
             rig.settle_all()
-            rig.intake.flush_acks()
-            await rig.intake.close()
+            rig.subscriber.flush_acks()
+            await rig.subscriber.close()
             assert rig.task is not None
             await rig.task
-            assert rig.intake.state == "closed"
-            assert rig.intake.traffic.disconnects == 1
+            assert rig.subscriber.state == "closed"
+            assert rig.subscriber.traffic.disconnects == 1
             async with Rig(server) as again:
                 await until(lambda: len(again.got) == 5)
                 await asyncio.sleep(0.05)
@@ -289,18 +289,18 @@ def test_stop_before_there_is_a_connection() -> None:
         rig = Rig(type("Nobody", (), {"host": "127.0.0.1", "port": 9})())
         rig.start()
         await asyncio.sleep(0.02)
-        await rig.intake.stop()
-        await rig.intake.close()
+        await rig.subscriber.stop()
+        await rig.subscriber.close()
         assert rig.task is not None
         async with asyncio.timeout(2):
             await rig.task
-        assert "nothing listens" in (rig.intake.last_error or "")
+        assert "nothing listens" in (rig.subscriber.last_error or "")
         unstarted = Rig(type("Nobody", (), {"host": "127.0.0.1", "port": 9})())
-        await unstarted.intake.close()
-        unstarted.intake.flush_acks()
-        unstarted.intake.resume()
-        await unstarted.intake.run()
-        assert unstarted.intake.traffic.connects == 0
+        await unstarted.subscriber.close()
+        unstarted.subscriber.flush_acks()
+        unstarted.subscriber.resume()
+        await unstarted.subscriber.run()
+        assert unstarted.subscriber.traffic.connects == 0
 
     asyncio.run(main())
 
@@ -312,12 +312,12 @@ def test_a_5_0_broker_grants_what_is_asked_for() -> None:
     async def main() -> None:
         with mosquitto("max_queued_messages 0\n") as server:
             async with Rig(server, protocol="5", receive_maximum=300) as rig:
-                assert rig.intake.granted_window == 300
+                assert rig.subscriber.granted_window == 300
                 await say(server, numbers(1000))
                 await until(lambda: len(rig.got) == 300)
                 await asyncio.sleep(0.05)
                 assert len(rig.got) == 300
-                assert rig.ledger.unacked == rig.intake.granted_window
+                assert rig.acks.unacked == rig.subscriber.granted_window
                 rig.settle_all()
 
     asyncio.run(main())
@@ -341,17 +341,17 @@ def test_user_and_password(guarded: Server, caplog: Any, protocol: Any) -> None:
 
     async def main() -> None:
         async with Rig(guarded, user="welder", password="s3cret-word", protocol=protocol) as rig:
-            assert rig.intake.last_error is None
+            assert rig.subscriber.last_error is None
         wrong = Rig(guarded, user="welder", password="wr0ng-word", protocol=protocol)
         wrong.start()
-        await until(lambda: wrong.intake.last_error)
-        assert "not authorised" in wrong.intake.last_error or "bad user name" in wrong.intake.last_error
-        assert "check user, password" in wrong.intake.last_error
+        await until(lambda: wrong.subscriber.last_error)
+        assert "not authorised" in wrong.subscriber.last_error or "bad user name" in wrong.subscriber.last_error
+        assert "check user, password" in wrong.subscriber.last_error
         await until(lambda: wrong.states.count("connecting") >= 2)  # it goes on trying
-        await wrong.intake.close()
+        await wrong.subscriber.close()
         assert wrong.task is not None
         await wrong.task
-        assert not wrong.intake.traffic.connects
+        assert not wrong.subscriber.traffic.connects
 
     asyncio.run(main())
     said = "\n".join(lines(caplog, logging.DEBUG))
@@ -363,14 +363,14 @@ def test_a_missing_client_id_is_made_and_said(caplog: Any) -> None:
     async def main() -> None:
         with mosquitto() as server:
             async with Rig(server, client_id="") as rig:
-                first = rig.intake.client_id
+                first = rig.subscriber.client_id
                 assert first
                 await asyncio.to_thread(server.restart, kill=True)
-                await until(lambda: rig.intake.traffic.connects == 2, 5)
-                assert rig.intake.client_id == first
+                await until(lambda: rig.subscriber.traffic.connects == 2, 5)
+                assert rig.subscriber.client_id == first
             assert f"as {first}" in server.log()
             async with Rig(server, client_id="", clean_session=True) as rig:
-                assert rig.intake.client_id == ""
+                assert rig.subscriber.client_id == ""
 
     asyncio.run(main())
     said = [line for line in lines(caplog, logging.WARNING) if "client id" in line and "restart" in line]
@@ -381,7 +381,7 @@ def test_a_broker_that_wants_client_ids_gets_one() -> None:
     async def main() -> None:
         with mosquitto("allow_zero_length_clientid false\n") as server:
             async with Rig(server, client_id="", clean_session=True) as rig:
-                assert rig.intake.client_id.startswith("fastkin-")
+                assert rig.subscriber.client_id.startswith("fastkin-")
 
     asyncio.run(main())
 
@@ -437,16 +437,16 @@ def test_tls_with_a_client_certificate(run: Any, authority: Authority) -> None:
                     await publisher.publish("plant/1", payload, 1)
                 await publisher.drain()
                 await task
-                assert rig.intake.paused
+                assert rig.subscriber.paused
                 rig.room = True
-                rig.intake.resume()
-                while len(rig.got) < 1020 or rig.ledger.unacked:
+                rig.subscriber.resume()
+                while len(rig.got) < 1020 or rig.acks.unacked:
                     rig.settle_all()
-                    rig.intake.flush_acks()
+                    rig.subscriber.flush_acks()
                     await asyncio.sleep(0.01)
-                    if rig.intake.traffic.messages >= 2000:
+                    if rig.subscriber.traffic.messages >= 2000:
                         break
-                assert rig.intake.traffic.messages == 2000
+                assert rig.subscriber.traffic.messages == 2000
                 rig.settle_all()
 
     run(main())
@@ -471,9 +471,9 @@ def test_tls_refusals_are_said_in_words(run: Any, tmp_path: Path, authority: Aut
             rig = Rig(server, scheme="mqtts", tls=settings)
             rig.start()
             # The alert of TLS 1.3 comes after our handshake, and a reset may overtake it: some attempt hears it.
-            await until(lambda: reason in (rig.intake.last_error or ""), 30)
-            assert rig.intake._attempts.dialect.next(0.0) == 5  # a TLS refusal says nothing about the MQTT version
-            await rig.intake.close()
+            await until(lambda: reason in (rig.subscriber.last_error or ""), 30)
+            assert rig.subscriber._attempts.dialect.next(0.0) == 5  # a TLS refusal says nothing about the MQTT version
+            await rig.subscriber.close()
             assert rig.task is not None
             await rig.task
 
@@ -495,9 +495,9 @@ def test_a_plain_port_is_not_tls(run: Any) -> None:
         with mosquitto() as server:
             rig = Rig(server, scheme="mqtts")
             rig.start()
-            await until(lambda: rig.intake.last_error, 12)
-            assert rig.intake.last_error
-            await rig.intake.close()
+            await until(lambda: rig.subscriber.last_error, 12)
+            assert rig.subscriber.last_error
+            await rig.subscriber.close()
 
     run(main())
 
@@ -555,9 +555,9 @@ def test_websocket(run: Any, authority: Authority, scheme: Any) -> None:
                 rig.room = False
                 sent = [b"%d" % n * (40_000 if n % 50 == 9 else 1) for n in range(300)]
                 await say(server, sent)
-                await until(lambda: rig.intake.paused)
+                await until(lambda: rig.subscriber.paused)
                 rig.room = True
-                rig.intake.resume()
+                rig.subscriber.resume()
                 await until(lambda: len(rig.got) == 300, 10)
                 assert rig.payloads == sent
                 async with Publisher(
@@ -567,7 +567,7 @@ def test_websocket(run: Any, authority: Authority, scheme: Any) -> None:
                     await publisher.drain()
                 await until(lambda: rig.payloads[-1] == b"from a WebSocket")
                 rig.settle_all()
-                rig.intake.flush_acks()
+                rig.subscriber.flush_acks()
             async with Rig(listener, scheme=scheme, tls=tls) as again:
                 await asyncio.sleep(0.05)
                 assert again.got == []
@@ -580,13 +580,13 @@ def test_websocket_on_the_wrong_port_is_said() -> None:
         with mosquitto() as server:
             rig = Rig(server, scheme="ws", connect_timeout_s=1.0)
             rig.start()
-            await until(lambda: rig.intake.last_error)
-            await rig.intake.close()
+            await until(lambda: rig.subscriber.last_error)
+            await rig.subscriber.close()
         gone = Rig(server, scheme="ws")
         gone.start()
-        await until(lambda: gone.intake.last_error)
-        assert "nothing listens" in gone.intake.last_error
-        await gone.intake.close()
+        await until(lambda: gone.subscriber.last_error)
+        assert "nothing listens" in gone.subscriber.last_error
+        await gone.subscriber.close()
 
     asyncio.run(main())
 
@@ -596,15 +596,20 @@ def test_websocket_survives_a_restart() -> None:
         with websockets() as (server, listener):
             async with Rig(listener, scheme="ws") as rig:
                 await asyncio.to_thread(server.restart, kill=True)
-                await until(lambda: rig.intake.traffic.connects == 2 and rig.intake.connected.is_set(), 5)
+                await until(lambda: rig.subscriber.traffic.connects == 2 and rig.subscriber.connected.is_set(), 5)
 
     asyncio.run(main())
 
 
 async def test_the_face_of_an_intake_before_it_runs() -> None:
     rig = Rig(type("Nobody", (), {"host": "h", "port": 1})())
-    intake: Intake = rig.intake
-    assert (intake.state, intake.traffic.connects, intake.traffic.messages, intake.paused_s) == ("new", 0, 0, 0.0)
-    assert not intake.coalescing
-    assert not intake.paused
-    assert intake.granted_window == 10_000
+    subscriber: Subscriber = rig.subscriber
+    assert (subscriber.state, subscriber.traffic.connects, subscriber.traffic.messages, subscriber.paused_s) == (
+        "new",
+        0,
+        0,
+        0.0,
+    )
+    assert not subscriber.coalescing
+    assert not subscriber.paused
+    assert subscriber.granted_window == 10_000

@@ -76,11 +76,11 @@ def test_a_malformed_packet_ends_the_connection_and_no_more(run: Any, name: str,
 
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, protocol="5") as rig:
-            await until(lambda: rig.intake.traffic.connects == 2 and rig.intake.connected.is_set())
+            await until(lambda: rig.subscriber.traffic.connects == 2 and rig.subscriber.connected.is_set())
             (lost,) = [line for line in caplog.messages if "connection lost" in line]
             assert "malformed MQTT" in lost
             assert reason in lost
-            assert rig.intake.last_error is None  # it is over
+            assert rig.subscriber.last_error is None  # it is over
             assert rig.payloads == [b"before"]  # what came before it is not lost
             assert rig.reads >= 1
 
@@ -123,7 +123,7 @@ def test_what_a_resumed_session_replays_before_subscribe_is_taken(run: Any, vers
         protocol = "5" if version == 5 else "3.1.1"
         async with FakeBroker(script) as broker, Rig(broker, protocol=protocol) as rig:
             assert rig.payloads == [b"1", b"2", b"3"]
-            assert rig.ledger.unacked == 3
+            assert rig.acks.unacked == 3
 
     run(main())
 
@@ -152,15 +152,15 @@ def test_auto_falls_back_to_3_1_1_and_remembers(run: Any, refusal: bytes, attemp
     async def main() -> None:
         async with FakeBroker(script) as broker:
             async with Rig(broker) as rig:
-                await until(lambda: len(seen) == len(attempts) and rig.intake.connected.is_set())
-                assert rig.intake.version == 4
-                assert rig.intake.granted_window == 20
+                await until(lambda: len(seen) == len(attempts) and rig.subscriber.connected.is_set())
+                assert rig.subscriber.version == 4
+                assert rig.subscriber.granted_window == 20
             assert seen == attempts
             seen.clear()
             strict = Rig(broker, protocol="5")
             strict.start()
             await until(lambda: len(seen) >= 2)
-            await strict.intake.close()
+            await strict.subscriber.close()
             assert set(seen) == {5}
 
     run(main())
@@ -174,9 +174,9 @@ def test_no_answer_in_time_is_said() -> None:
         async with FakeBroker(script) as broker:
             rig = Rig(broker, connect_timeout_s=0.2)
             rig.start()
-            await until(lambda: rig.intake.last_error)
-            assert rig.intake.last_error == "no answer within 0.2 s"
-            await rig.intake.close()
+            await until(lambda: rig.subscriber.last_error)
+            assert rig.subscriber.last_error == "no answer within 0.2 s"
+            await rig.subscriber.close()
 
     asyncio.run(main())
 
@@ -185,9 +185,9 @@ def test_an_unknown_host_is_said() -> None:
     async def main() -> None:
         rig = Rig(type("Nowhere", (), {"host": "no-such-host.invalid", "port": 1883})())
         rig.start()
-        await until(lambda: rig.intake.last_error, 15)
-        assert "cannot be resolved" in (rig.intake.last_error or "")
-        await rig.intake.close()
+        await until(lambda: rig.subscriber.last_error, 15)
+        assert "cannot be resolved" in (rig.subscriber.last_error or "")
+        await rig.subscriber.close()
 
     asyncio.run(main())
 
@@ -209,11 +209,11 @@ def test_a_refused_filter_is_said_and_asked_for_again(caplog: Any, version: int)
         async with FakeBroker(script) as broker:
             rig = Rig(broker, filters, protocol=protocol)
             rig.start()
-            await until(lambda: rig.intake.state == "refused")
-            assert not rig.intake.connected.is_set()
-            assert "secret/#" in (rig.intake.last_error or "")
-            await until(lambda: rig.intake.state == "connected")
-            await rig.intake.close()
+            await until(lambda: rig.subscriber.state == "refused")
+            assert not rig.subscriber.connected.is_set()
+            assert "secret/#" in (rig.subscriber.last_error or "")
+            await until(lambda: rig.subscriber.state == "connected")
+            await rig.subscriber.close()
 
     asyncio.run(main())
     assert asked == [["plant/#", "secret/#"], ["secret/#"]]
@@ -233,9 +233,9 @@ def test_no_suback_ends_the_connection() -> None:
         async with FakeBroker(script) as broker:
             rig = Rig(broker, connect_timeout_s=0.3)
             rig.start()
-            await until(lambda: rig.intake.traffic.disconnects)
-            assert "no SUBACK" in (rig.intake.last_error or "")
-            await rig.intake.close()
+            await until(lambda: rig.subscriber.traffic.disconnects)
+            assert "no SUBACK" in (rig.subscriber.last_error or "")
+            await rig.subscriber.close()
 
     asyncio.run(main())
 
@@ -250,7 +250,7 @@ def test_disconnects_right_after_subscribe_are_explained_once(caplog: Any) -> No
             rig = Rig(broker, reconnect_min_s=0.02, reconnect_max_s=0.4)
             rig.start()
             await asyncio.sleep(1.5)
-            await rig.intake.close()
+            await rig.subscriber.close()
             assert 4 <= broker.connections <= 40  # no hot loop
 
     asyncio.run(main())
@@ -271,9 +271,9 @@ def test_the_brokers_own_reason_is_shown() -> None:
 
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, protocol="5") as rig:
-            await until(lambda: rig.intake.traffic.disconnects)
-            assert "another client uses the same client id" in rig.intake.last_error
-            assert r"'bye\nfoo'" in rig.intake.last_error
+            await until(lambda: rig.subscriber.traffic.disconnects)
+            assert "another client uses the same client id" in rig.subscriber.last_error
+            assert r"'bye\nfoo'" in rig.subscriber.last_error
 
     asyncio.run(main())
 
@@ -293,8 +293,8 @@ def test_a_silent_broker_is_taken_for_dead() -> None:
 
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, keep_alive_s=1) as rig:
-            await until(lambda: rig.intake.traffic.disconnects, 6)
-            assert "silent" in (rig.intake.last_error or "")
+            await until(lambda: rig.subscriber.traffic.disconnects, 6)
+            assert "silent" in (rig.subscriber.last_error or "")
 
     asyncio.run(main())
     assert pings >= 2
@@ -313,7 +313,7 @@ def test_the_brokers_keep_alive_counts() -> None:
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, protocol="5", keep_alive_s=600) as rig:
             await until(lambda: len(pings) >= 4, 6)
-            assert rig.intake.traffic.disconnects == 0
+            assert rig.subscriber.traffic.disconnects == 0
 
     asyncio.run(main())
     assert pings[3] - pings[0] == pytest.approx(1.5, abs=0.4)
@@ -337,12 +337,12 @@ def test_an_exception_in_on_read_ends_run(run: Any) -> None:
             def on_read() -> None:
                 raise ZeroDivisionError("a bug")
 
-            rig.intake.on_read = on_read
+            rig.subscriber.on_read = on_read
             rig.start()
             assert rig.task is not None
             with pytest.raises(ZeroDivisionError, match="a bug"):
                 await asyncio.wait_for(rig.task, 5)
-            assert rig.intake.state == "closed"
+            assert rig.subscriber.state == "closed"
 
     run(main())
 
@@ -357,10 +357,10 @@ def test_a_record_that_failed_for_good_makes_the_broker_send_again() -> None:
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker) as rig:
             await until(lambda: rig.got)
-            rig.ledger.settled(rig.got[0][2], 1, 4)  # FAILED
-            rig.intake.flush_acks()
+            rig.acks.settled(rig.got[0][2], 1, 4)  # FAILED
+            rig.subscriber.flush_acks()
             await until(lambda: len(rig.got) == 2)
-            assert rig.intake.traffic.connects == 2
+            assert rig.subscriber.traffic.connects == 2
 
     asyncio.run(main())
 
@@ -380,10 +380,10 @@ def test_settled_in_any_order_acknowledged_in_order(run: Any, protocol: Any) -> 
                 shuffle.shuffle(pending)
                 rig.settle(*pending[len(pending) // 4 :])
                 del pending[len(pending) // 4 :]
-                rig.intake.flush_acks()
+                rig.subscriber.flush_acks()
                 await asyncio.sleep(0)
             report = source.report()
-            assert report["acked"] == report["sent"] == rig.intake.traffic.messages == 70_000
+            assert report["acked"] == report["sent"] == rig.subscriber.traffic.messages == 70_000
             assert report["order_errors"] == 0
 
     run(main())
@@ -395,9 +395,9 @@ def test_a_cut_connection_is_taken_up_again(run: Any) -> None:
             cuts = 0
             seen = 0
             while not source.done.is_set():
-                rig.intake.flush_acks()
-                if rig.intake.traffic.messages > seen + 4000 and cuts < 4:
-                    seen = rig.intake.traffic.messages
+                rig.subscriber.flush_acks()
+                if rig.subscriber.traffic.messages > seen + 4000 and cuts < 4:
+                    seen = rig.subscriber.traffic.messages
                     cuts += 1
                     source.drop()
                 if len(rig.got) > 100:
@@ -409,7 +409,7 @@ def test_a_cut_connection_is_taken_up_again(run: Any) -> None:
             report = source.report()
             assert report["acked"] == 30_000
             assert report["order_errors"] == 0
-            assert rig.intake.traffic.connects == source.connects == cuts + 1 == 5
+            assert rig.subscriber.traffic.connects == source.connects == cuts + 1 == 5
 
     run(main())
 
@@ -420,17 +420,17 @@ def test_stop_in_mid_flow_acknowledges_exactly_what_was_taken(run: Any) -> None:
             rig = Rig(source, receive_maximum=20_000)
             rig.start()
             await rig.connected()
-            while rig.intake.traffic.messages < 50_000:
+            while rig.subscriber.traffic.messages < 50_000:
                 rig.settle_all()
-                rig.intake.flush_acks()
+                rig.subscriber.flush_acks()
                 await asyncio.sleep(0)
-            await rig.intake.stop()
+            await rig.subscriber.stop()
             await asyncio.sleep(0.05)
-            taken = rig.intake.traffic.messages
+            taken = rig.subscriber.traffic.messages
             await asyncio.sleep(0.05)
-            assert rig.intake.traffic.messages == taken
+            assert rig.subscriber.traffic.messages == taken
             rig.settle_all()
-            await rig.intake.close()  # writes the last acknowledgements
+            await rig.subscriber.close()  # writes the last acknowledgements
             assert rig.task is not None
             await rig.task
             await until(source.left.is_set)
@@ -450,8 +450,8 @@ def test_the_window_is_learned_from_what_the_broker_does(protocol: Any, asked: i
                 await asyncio.sleep(0.02)
                 rig.settle(*rig.got[:30])  # a batch of the window, as Kinesis answers
                 del rig.got[:30]
-                rig.intake.flush_acks()
-            assert rig.intake.granted_window == 50
+                rig.subscriber.flush_acks()
+            assert rig.subscriber.granted_window == 50
             rig.settle_all()
 
     asyncio.run(main())
@@ -495,10 +495,10 @@ async def flow(rate: float, seconds: float, **broker: Any) -> tuple[Rig, float, 
     source = Source(int(rate * seconds), rate=rate, batch=1, qos=0)
     async with source, Rig(source, [("plant/#", 0)], **broker) as rig:
         while not source.done.is_set():
-            on += rig.intake.coalescing
+            on += rig.subscriber.coalescing
             await asyncio.sleep(0.01)
-        await until(lambda: rig.intake.traffic.messages == source.sent)
-        return rig, rig.intake.traffic.messages / rig.intake.traffic.reads, on
+        await until(lambda: rig.subscriber.traffic.messages == source.sent)
+        return rig, rig.subscriber.traffic.messages / rig.subscriber.traffic.reads, on
 
 
 @pytest.mark.timing
@@ -541,7 +541,7 @@ async def test_the_source_plays_each_message_once(qos: int) -> None:
         while not source.done.is_set() or len(rig.got) < 250:
             rig.settle(*rig.got[settled:])
             settled = len(rig.got)
-            rig.intake.flush_acks()
+            rig.subscriber.flush_acks()
             await asyncio.sleep(0)
         assert rig.payloads == [payloads[n % 100] for n in range(250)]
         assert [topic for topic, _, _ in rig.got] == [topics[n % 3].encode() for n in range(250)]
@@ -558,7 +558,7 @@ async def test_large_frames_are_encoded_as_they_go() -> None:
         while not source.done.is_set():
             assert all(payload == frame for payload in rig.payloads)
             rig.settle_all()
-            rig.intake.flush_acks()
+            rig.subscriber.flush_acks()
             await asyncio.sleep(0)
         assert source.report()["acked"] == 80
 
@@ -586,7 +586,7 @@ async def test_a_publisher_says_why_it_lost_its_connection() -> None:
         await peer.packet()
 
     async with FakeBroker(script) as broker:
-        publisher = Publisher(Rig(broker).intake.broker)
+        publisher = Publisher(Rig(broker).subscriber.broker)
         await publisher.connect()
         await publisher.publish("plant/1", b"x", 1)
         with pytest.raises(Exception, match="closed the connection"):

@@ -48,12 +48,12 @@ def test_a_suback_behind_a_flood_is_waited_for(run: Any, caplog: Any, qos: int) 
             rig = Rig(broker, connect_timeout_s=0.6)
             rig.start()
             await until(lambda: len(rig.got) >= 30)
-            assert not rig.intake.connected.is_set()
+            assert not rig.subscriber.connected.is_set()
             await rig.connected()
-            assert rig.intake.traffic.connects == 1
-            assert rig.intake.traffic.disconnects == 0
+            assert rig.subscriber.traffic.connects == 1
+            assert rig.subscriber.traffic.disconnects == 0
             assert len(rig.got) == 60
-            await rig.intake.close()
+            await rig.subscriber.close()
 
     run(main())
     late = [line for line in lines(caplog, logging.WARNING) if "no SUBACK" in line]
@@ -71,7 +71,7 @@ def test_a_suback_behind_one_packet_that_trickles_in_is_waited_for(run: Any) -> 
 
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, connect_timeout_s=0.5) as rig:
-            assert rig.intake.traffic.connects == 1
+            assert rig.subscriber.traffic.connects == 1
             assert len(rig.got) == 1
 
     run(main())
@@ -88,7 +88,7 @@ def test_a_connack_that_trickles_in_is_waited_for(run: Any) -> None:
 
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, connect_timeout_s=0.5, protocol="5") as rig:
-            assert rig.intake.traffic.connects == 1
+            assert rig.subscriber.traffic.connects == 1
             assert broker.connections == 1
 
     run(main())
@@ -118,9 +118,9 @@ def test_a_silent_broker_is_given_up_at_suback(run: Any) -> None:
         async with FakeBroker(script) as broker:
             rig = Rig(broker, connect_timeout_s=0.3)
             rig.start()
-            await until(lambda: rig.intake.traffic.disconnects >= 2)
-            assert "no SUBACK" in (rig.intake.last_error or "")
-            await rig.intake.close()
+            await until(lambda: rig.subscriber.traffic.disconnects >= 2)
+            assert "no SUBACK" in (rig.subscriber.last_error or "")
+            await rig.subscriber.close()
 
     run(main())
 
@@ -139,9 +139,9 @@ def test_answers_to_pings_are_no_sign_of_a_suback(run: Any) -> None:
         async with FakeBroker(script) as broker:
             rig = Rig(broker, connect_timeout_s=0.6, keep_alive_s=1)  # a ping each half second
             rig.start()
-            await until(lambda: rig.intake.traffic.disconnects >= 1)
-            assert "no SUBACK" in (rig.intake.last_error or "")
-            await rig.intake.close()
+            await until(lambda: rig.subscriber.traffic.disconnects >= 1)
+            assert "no SUBACK" in (rig.subscriber.last_error or "")
+            await rig.subscriber.close()
 
     run(main())
 
@@ -191,15 +191,15 @@ def test_every_wait_for_the_end_of_a_connection_ends(who: str, monkeypatch: pyte
                 rig = Rig(broker)
                 if who == "intake that gives up":
                     rig.start()
-                    await until(lambda: rig.intake._link is not None and rig.intake._link.wire is not None)
-                    muted(kept, rig.intake._link)
-                    await until(lambda: rig.intake.traffic.connects >= 2, 8)
+                    await until(lambda: rig.subscriber._link is not None and rig.subscriber._link.wire is not None)
+                    muted(kept, rig.subscriber._link)
+                    await until(lambda: rig.subscriber.traffic.connects >= 2, 8)
                 else:
                     rig.start()
                     await rig.connected()
-                    muted(kept, rig.intake._link)
+                    muted(kept, rig.subscriber._link)
                 async with asyncio.timeout(8):
-                    await rig.intake.close()
+                    await rig.subscriber.close()
                     assert rig.task is not None
                     if who == "intake":
                         await rig.task

@@ -57,7 +57,7 @@ def test_subscribe_is_split_below_the_brokers_packet_size() -> None:
 
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, filters, protocol="5") as rig:
-            assert rig.intake.traffic.connects == 1
+            assert rig.subscriber.traffic.connects == 1
         assert max(sizes) <= 128
 
     asyncio.run(main())
@@ -93,12 +93,12 @@ def test_what_the_broker_cannot_do_is_not_asked_for(
             rig = Rig(broker, [("plant/a", 1), (impossible, 1)], protocol="5")
             rig.start()
             await until(lambda: rig.got)
-            await until(lambda: rig.intake.state == "refused")
+            await until(lambda: rig.subscriber.state == "refused")
             await asyncio.sleep(0.5)  # several times reconnect_max_s
-            assert rig.intake.traffic.disconnects == 0
-            assert not rig.intake.connected.is_set()
-            assert words in (rig.intake.last_error or "")
-            await rig.intake.close()
+            assert rig.subscriber.traffic.disconnects == 0
+            assert not rig.subscriber.connected.is_set()
+            assert words in (rig.subscriber.last_error or "")
+            await rig.subscriber.close()
 
     asyncio.run(main())
     assert asked == ["plant/a"]
@@ -131,8 +131,8 @@ def test_each_refusal_has_its_own_cure(code: int, words: str, cure: str, caplog:
         async with FakeBroker(script) as broker:
             rig = Rig(broker, protocol="5", reconnect_max_s=30.0)
             rig.start()
-            await until(lambda: rig.intake.state == "refused")
-            await rig.intake.close()
+            await until(lambda: rig.subscriber.state == "refused")
+            await rig.subscriber.close()
 
     asyncio.run(main())
     (error,) = lines(caplog, logging.ERROR)
@@ -160,9 +160,9 @@ def test_a_filter_that_ended_the_connection_is_not_asked_for_again(code: int, cu
             rig = Rig(broker, [("plant/a", 1), (impossible, 1)], protocol="5")
             rig.start()
             await until(lambda: rig.got)
-            await until(lambda: rig.intake.state == "refused")
-            assert rig.intake.traffic.disconnects == 1
-            await rig.intake.close()
+            await until(lambda: rig.subscriber.state == "refused")
+            assert rig.subscriber.traffic.disconnects == 1
+            await rig.subscriber.close()
 
     asyncio.run(main())
     assert any(cure in line and impossible in line for line in lines(caplog, logging.ERROR))
@@ -187,7 +187,7 @@ def test_a_broker_that_comes_back_able_is_asked_again() -> None:
     async def main() -> None:
         filters = [("plant/a", 1), ("$share/g/plant/b", 1)]
         async with FakeBroker(script) as broker, Rig(broker, filters, protocol="5") as rig:
-            assert rig.intake.traffic.connects == 3
+            assert rig.subscriber.traffic.connects == 3
 
     asyncio.run(main())
 
@@ -206,7 +206,7 @@ def test_a_packet_identifier_in_use_is_answered_with_another_at_once(caplog: Any
 
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, protocol="5", reconnect_max_s=30.0) as rig:
-            assert rig.intake.traffic.connects == 1
+            assert rig.subscriber.traffic.connects == 1
         assert len(set(ids)) == 4
         assert lines(caplog, logging.WARNING) == []
 
@@ -230,8 +230,8 @@ def test_a_packet_identifier_that_is_always_in_use_is_told_in_the_end(caplog: An
         async with FakeBroker(script) as broker:
             rig = Rig(broker, protocol="5", reconnect_max_s=30.0)
             rig.start()
-            await until(lambda: rig.intake.state == "refused")
-            await rig.intake.close()
+            await until(lambda: rig.subscriber.state == "refused")
+            await rig.subscriber.close()
 
     asyncio.run(main())
     assert 3 <= asked <= 20
@@ -254,7 +254,7 @@ def test_a_suback_that_is_said_twice_ends_nothing() -> None:
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker, protocol="5") as rig:
             await until(lambda: rig.got)
-            assert rig.intake.traffic.disconnects == 0
+            assert rig.subscriber.traffic.disconnects == 0
 
     asyncio.run(main())
 
@@ -273,7 +273,7 @@ def test_a_broker_that_answers_once_per_packet_is_asked_filter_by_filter() -> No
     async def main() -> None:
         filters = [(f"plant/{n}", 1) for n in range(3)]
         async with FakeBroker(script) as broker, Rig(broker, filters, protocol="3.1.1") as rig:
-            assert rig.intake.traffic.connects == 1
+            assert rig.subscriber.traffic.connects == 1
 
     asyncio.run(main())
 
@@ -321,10 +321,10 @@ def test_a_filter_that_cannot_be_unsubscribed_is_told(caplog: Any) -> None:
     async def main() -> None:
         async with FakeBroker(script) as broker:
             rig = Rig(broker, protocol="5")
-            rig.intake.unsubscribe = ["former/#"]
+            rig.subscriber.unsubscribe = ["former/#"]
             async with rig:
                 await until(lambda: lines(caplog, logging.WARNING))
-                assert rig.intake.traffic.disconnects == 0
+                assert rig.subscriber.traffic.disconnects == 0
 
     asyncio.run(main())
     (told,) = lines(caplog, logging.WARNING)
@@ -349,9 +349,9 @@ def test_packet_identifiers_of_what_is_in_flight_differ() -> None:
     async def main() -> None:
         async with FakeBroker(script) as broker:
             rig = Rig(broker, [(f"plant/{n}", 1) for n in range(24)], protocol="5")
-            rig.intake.unsubscribe = [f"former/{n}" for n in range(24)]
+            rig.subscriber.unsubscribe = [f"former/{n}" for n in range(24)]
             async with rig:
-                assert rig.intake.traffic.connects == 1
+                assert rig.subscriber.traffic.connects == 1
 
     asyncio.run(main())
     assert len(set(ids)) == 6

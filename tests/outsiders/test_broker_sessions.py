@@ -78,7 +78,7 @@ def test_a_session_that_is_there_is_said(caplog: Any) -> None:
 
     async def main() -> None:
         async with FakeBroker(script) as broker, Rig(broker) as rig:
-            await until(lambda: rig.intake.traffic.connects == 2 and rig.intake.connected.is_set())
+            await until(lambda: rig.subscriber.traffic.connects == 2 and rig.subscriber.connected.is_set())
 
     asyncio.run(main())
     assert [line.split(", ")[-1] for line in connected(caplog)] == ["the broker has our session)"] * 2

@@ -208,7 +208,7 @@ async def test_a_broker_address_that_says_nothing_is_tried_last_the_next_time(mo
             try:
                 await rig.connected(15.0)
             finally:
-                await rig.intake.close()
+                await rig.subscriber.close()
                 assert rig.task is not None
                 await asyncio.wait([rig.task])
 

@@ -41,11 +41,11 @@ async def engine_kept():
     global kept
     kept = engine()
     await kept.start()
-    await asyncio.wait_for(kept.pipelines["p"].intake.connected.wait(), 10)
+    await asyncio.wait_for(kept.pipelines["p"].subscriber.connected.wait(), 10)
 async def engine_dropped():
     mine = engine()
     await mine.start()
-    await asyncio.wait_for(mine.pipelines["p"].intake.connected.wait(), 10)
+    await asyncio.wait_for(mine.pipelines["p"].subscriber.connected.wait(), 10)
 """
 RUN = "with asyncio.Runner(loop_factory=new_loop) as runner: runner.run({}())"
 EARLY = "loop = new_loop()\nloop.run_until_complete({}())\nloop.close()"

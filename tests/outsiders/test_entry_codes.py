@@ -80,17 +80,17 @@ async def test_what_says_that_the_record_is_bad_is_final_at_once(code: str) -> N
 @pytest.mark.parametrize("code", OPERATOR)
 async def test_who_must_act_is_told_and_it_is_not_ready(code: str, caplog: pytest.LogCaptureFixture) -> None:
     script = fails(code, 10)
-    unwell: list[str | None] = []
+    operator_error: list[str | None] = []
 
     def watched(call: int, records: list[dict[str, str]]) -> list[Verdict]:
-        unwell.append(rig.sender.unwell)
+        operator_error.append(rig.sender.operator_error)
         return script(call, records)
 
     rig = Rig(Scripted(watched))
     await rig.send(numbered(20))
-    assert unwell[0] is None
-    assert all(code in (why or "") for why in unwell[1:]), "it looked well while a record was refused"
-    assert rig.sender.unwell is None
+    assert operator_error[0] is None
+    assert all(code in (why or "") for why in operator_error[1:]), "it looked well while a record was refused"
+    assert rig.sender.operator_error is None
     assert [line for line in caplog.records if line.levelname == "ERROR" and code in line.getMessage()]
 
 
@@ -104,8 +104,8 @@ async def test_a_stream_that_refuses_every_record_is_asked_slowly(monkeypatch: p
 
     async def plant() -> None:
         for n in range(200):
-            rig.lane.add(b"%d" % n)
-            rig.lane.seal(5)
+            rig.batcher.add(b"%d" % n)
+            rig.batcher.close_batch(5)
             rig.sender.pump()
             await asyncio.sleep(0.002)
 

@@ -28,14 +28,14 @@ def two_shards() -> tuple[ShardMap, str, str]:
 
 def shared(rig: Rig) -> tuple[str, str]:
     shards, one, other = two_shards()
-    rig.lane.shards = ShardTable(shards.ends)
+    rig.batcher.shards = ShardTable(shards.ends)
     rig.sender.set_shards(shards)
     return one, other
 
 
 def put(rig: Rig, data: bytes, key: str) -> None:
-    rig.lane.add(data, key=key)
-    rig.lane.seal(DRAIN)
+    rig.batcher.add(data, key=key)
+    rig.batcher.close_batch(DRAIN)
     rig.sender.pump()
 
 
@@ -58,8 +58,8 @@ async def test_a_large_record_on_a_busy_shard_is_not_overtaken() -> None:
         if n == 20:
             put(rig, LARGE, hot)
         for part in range(10):
-            rig.lane.add(b"%d-%d" % (n, part) + b"." * 2_500, key=hot)
-        rig.lane.seal(DRAIN)
+            rig.batcher.add(b"%d-%d" % (n, part) + b"." * 2_500, key=hot)
+        rig.batcher.close_batch(DRAIN)
         rig.sender.pump()
         await asyncio.sleep(1 / 60)
     await end(rig)
@@ -75,8 +75,8 @@ async def test_the_shard_beside_it_does_not_wait() -> None:
     for _ in range(6):
         put(rig, LARGE, hot)  # five seconds of the shard
     for n in range(200):
-        rig.lane.add(b"%d" % n, key=(hot, cold)[n % 2])
-    rig.lane.seal(DRAIN)
+        rig.batcher.add(b"%d" % n, key=(hot, cold)[n % 2])
+    rig.batcher.close_batch(DRAIN)
     rig.sender.pump()
     await until(lambda: len(order(rig, cold)) == 100)
     assert order(rig, hot).count(b"large") < 6

@@ -32,7 +32,7 @@ def calls(emulator: Emulator) -> int:
 
 async def one_by_one(run: object, first: int, count: int, pause_s: float = 0.0) -> None:
     for n in range(first, first + count):
-        assert run.delivery.lane.offer(b"plant/1", b"%d" % n, 0) == 1  # type: ignore[attr-defined]
+        assert run.delivery.batcher.offer(b"plant/1", b"%d" % n, 0) == 1  # type: ignore[attr-defined]
         run._read()  # type: ignore[attr-defined]
         if n % 50 == 0:
             await asyncio.sleep(pause_s)
@@ -52,7 +52,7 @@ async def test_of_a_pipeline(emulator: Emulator, linger_ms: float) -> None:
         await one_by_one(run, 100, COUNT - 100, pause_s=linger_ms * 1.2e-3)
         before = calls(emulator)
         away.remove()
-        await until(lambda: run.delivery.lane.stored == COUNT)
+        await until(lambda: run.delivery.batcher.stored == COUNT)
         assert stored(emulator) == list(range(COUNT))
         assert calls(emulator) - before <= CALLS
 
@@ -67,7 +67,7 @@ async def test_of_a_pipeline_behind_a_gate(emulator: Emulator) -> None:
         await one_by_one(run, 10, COUNT - 10)
         before = calls(emulator)
         away.remove()
-        await until(lambda: run.delivery.lane.stored == COUNT)
+        await until(lambda: run.delivery.batcher.stored == COUNT)
         assert stored(emulator) == list(range(COUNT))
         assert calls(emulator) - before <= CALLS
 
@@ -80,7 +80,7 @@ async def test_of_a_pipeline_while_every_connection_waits(emulator: Emulator) ->
         await until(lambda: calls(emulator) == 16)
         slow.remove()
         await one_by_one(run, 16, COUNT - 16)
-        await until(lambda: run.delivery.lane.stored == COUNT)
+        await until(lambda: run.delivery.batcher.stored == COUNT)
         assert stored(emulator) == list(range(COUNT))
         assert run.delivery.sender.counters.calls <= CALLS
 
@@ -99,7 +99,7 @@ async def test_that_went_through_the_spool(emulator: Emulator, tmp_path: Path) -
         await until(lambda: run.stats()["spooled_ever"] > COUNT // 2)
         before = calls(emulator)
         away.remove()
-        await until(lambda: run.delivery.lane.stored == COUNT)
+        await until(lambda: run.delivery.batcher.stored == COUNT)
         assert stored(emulator) == list(range(COUNT))
         assert calls(emulator) - before <= CALLS
 

@@ -20,7 +20,7 @@ import fastkin
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.emulator import Emulator
 from fastkin.errors import ProtocolError
-from fastkin.mqtt._core import APART, CallbackSink, Ledger, Router, Session, Unfit
+from fastkin.mqtt._core import APART, AckTracker, CallbackSink, Router, Session, Unfit
 from support.fake_broker import FakeBroker, Peer, until
 from support.mqtt_wire import packet, text, varint
 from support.servers import ACCESS_KEY, SECRET_KEY
@@ -332,7 +332,7 @@ def test_connect_announces_no_maximum_packet_size() -> None:
     """A broker would discard what is larger, and say nothing."""
     from fastkin.mqtt import _core as _mqtt
 
-    session = _mqtt.Session(version=5, ledger=_mqtt.Ledger(), router=_mqtt.Router(), max_packet_bytes=65536)
+    session = _mqtt.Session(version=5, acks=_mqtt.AckTracker(), router=_mqtt.Router(), max_packet_bytes=65536)
     assert b"\x27" not in session.connect(client_id="c", clean_start=False, session_expiry=60)
 
 
@@ -380,7 +380,7 @@ async def test_memory_stays_flat_while_64_mib_pass(tmp_path: Path) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(20):
                 while len(arrived(emulator)) < 10 or peer.waiting:
-                    link = run.intake._link
+                    link = run.subscriber._link
                     most = max(most, link.session.buffer_bytes if link is not None else 0)
                     await asyncio.sleep(0)
         assert len(arrived(emulator)) == 10
@@ -471,18 +471,18 @@ def test_no_size_around_the_limit_is_special(limit: int, topic: bytes) -> None:
         behind = text(topic) + b"\0\7" + bytes(size - len(topic) - 4)
         sent = packet(0x32, behind)
         unfit = Unfit()
-        ledger, router = Ledger(), Router()
+        acks, router = AckTracker(), Router()
         got: list[bytes] = []
         router.add("#", CallbackSink(lambda topic, payload, token, got=got: got.append(payload) or 1))
         for connection in range(2):
-            session = Session(version=4, ledger=ledger, router=router, max_packet_bytes=limit, unfit=unfit)
+            session = Session(version=4, acks=acks, router=router, max_packet_bytes=limit, unfit=unfit)
             session.feed_data(b"\x20\x02\x01\x00")
             try:
                 aside = dripped(session, sent)
             except ProtocolError:
                 assert connection == 0
                 assert topic == b"plant/\xff"
-                ledger.reset(True)
+                acks.reset(True)
                 sent = b"\x3a" + sent[1:]
                 continue
             break

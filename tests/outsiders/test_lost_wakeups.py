@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fastkin import Producer, encode_frame
-from fastkin._codec import DRAIN, DROPPED, Budget, KeyPlan, Lane
+from fastkin._codec import DRAIN, DROPPED, Batcher, Budget, KeyPlan
 from fastkin.emulator import Emulator
 from service.test_pipeline import rig
 from support.servers import ACCESS_KEY, SECRET_KEY, mosquitto
@@ -25,8 +25,8 @@ def server(process: None) -> Iterator[Server]:
         yield running
 
 
-def grouped(**options: Any) -> Lane:
-    return Lane(
+def grouped(**options: Any) -> Batcher:
+    return Batcher(
         settler=None, budget=Budget(1 << 20, 10_000), frame="raw", key=KeyPlan("uuid"), target=b'"StreamName":"s"',
         aggregate_bytes=10_000, **options,
     )  # fmt: skip
@@ -34,16 +34,16 @@ def grouped(**options: Any) -> Lane:
 
 def test_closing_the_last_aggregate_may_fill_the_batch() -> None:
     """It is closed by itself then; whoever asked for it must hear that there is something to take."""
-    lane = grouped(max_records=5)
+    batcher = grouped(max_records=5)
     for n in range(5):
-        lane.add(b"x", key=f"key {n}")
-    assert lane.ready == 0
-    assert lane.seal(DRAIN)
-    batch = lane.take()
+        batcher.add(b"x", key=f"key {n}")
+    assert batcher.ready == 0
+    assert batcher.close_batch(DRAIN)
+    batch = batcher.take()
     assert batch is not None
     assert len(batch) == 5
     batch.finish(DROPPED)
-    assert not lane.seal(DRAIN)
+    assert not batcher.close_batch(DRAIN)
 
 
 async def test_as_many_keys_as_records_in_a_call() -> None:
@@ -87,4 +87,4 @@ async def test_intake_goes_on_when_closing_a_batch_made_room(server: Server, pol
         r.run.delivery.flusher.close(DRAIN)
         await r.settled(10_000)
         assert r.stats["stored"] + r.stats["dropped"] == 10_000
-        assert not r.run.intake.paused
+        assert not r.run.subscriber.paused

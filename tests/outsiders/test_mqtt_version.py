@@ -58,9 +58,9 @@ def test_silent_closes_after_5_0_had_worked_do_not_change_the_version(run: Any) 
     async def main() -> None:
         versions = Versions("take and cut", "close", "close", "take and cut", "close", "close", "close", "take")
         async with FakeBroker(versions) as broker, Rig(broker) as rig:
-            await until(lambda: len(versions.seen) == 8 and rig.intake.connected.is_set())
-            assert rig.intake.version == 5
-            assert rig.intake.granted_window == 10_000
+            await until(lambda: len(versions.seen) == 8 and rig.subscriber.connected.is_set())
+            assert rig.subscriber.version == 5
+            assert rig.subscriber.granted_window == 10_000
         assert versions.seen == [5] * 8
 
     run(main())
@@ -72,9 +72,9 @@ def test_a_guess_from_silence_lasts_for_one_connection(run: Any) -> None:
     async def main() -> None:
         versions = Versions("close", "take and cut", "close", "take and cut", "close", "take and cut", "take")
         async with FakeBroker(versions) as broker, Rig(broker) as rig:
-            await until(lambda: len(versions.seen) == 7 and rig.intake.connected.is_set())
-            assert rig.intake.version == 5
-            assert rig.intake.granted_window == 10_000
+            await until(lambda: len(versions.seen) == 7 and rig.subscriber.connected.is_set())
+            assert rig.subscriber.version == 5
+            assert rig.subscriber.granted_window == 10_000
         assert versions.seen == [5, 4, 5, 4, 5, 4, 5]
 
     run(main())
@@ -84,7 +84,7 @@ def test_a_broker_that_closes_at_5_0_is_spoken_to_in_3_1_1() -> None:
     async def main() -> None:
         versions = Versions("only 4, by silence")
         async with FakeBroker(versions) as broker, Rig(broker) as rig:
-            assert rig.intake.version == 4
+            assert rig.subscriber.version == 4
         assert versions.seen == [5, 4]
 
     asyncio.run(main())
@@ -94,7 +94,7 @@ def test_a_broker_that_does_not_answer_5_0_is_spoken_to_in_3_1_1(run: Any) -> No
     async def main() -> None:
         versions = Versions("mute at 5")
         async with FakeBroker(versions) as broker, Rig(broker, connect_timeout_s=0.3) as rig:
-            assert rig.intake.version == 4
+            assert rig.subscriber.version == 4
         assert versions.seen == [5, 4]
 
     run(main())
@@ -104,7 +104,7 @@ def test_a_refusal_in_words_is_remembered_over_connections() -> None:
     async def main() -> None:
         versions = Versions("only 4, in words", "take and cut", "take and cut", "take")
         async with FakeBroker(versions) as broker, Rig(broker) as rig:
-            await until(lambda: len(versions.seen) == 4 and rig.intake.connected.is_set())
+            await until(lambda: len(versions.seen) == 4 and rig.subscriber.connected.is_set())
         assert versions.seen == [5, 4, 4, 4]
 
     asyncio.run(main())
@@ -128,8 +128,8 @@ def test_a_refused_connection_says_nothing_about_the_version(caplog: Any) -> Non
         rig = Rig(type("Nobody", (), {"host": "127.0.0.1", "port": 9})())
         rig.start()
         await until(lambda: rig.states.count("connecting") >= 3)
-        assert rig.intake.version == 5
-        await rig.intake.close()
+        assert rig.subscriber.version == 5
+        await rig.subscriber.close()
 
     asyncio.run(main())
     assert not [line for line in lines(caplog) if "3.1.1" in line]
@@ -176,7 +176,7 @@ def test_over_websocket_the_same_rule_holds(run: Any, manner: str) -> None:
         runner, listener = await websocket_broker(serve)
         try:
             async with Rig(listener, scheme="ws", connect_timeout_s=0.5) as rig:
-                assert rig.intake.version == 4
+                assert rig.subscriber.version == 4
             assert seen == [5, 4]
         finally:
             await runner.cleanup()

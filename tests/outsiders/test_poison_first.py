@@ -81,8 +81,8 @@ async def test_alone_and_many_in_a_row() -> None:
 
     one = Rig(Scripted(script), max_calls=1)
     for data in (b"good", *[b"bad %d" % n for n in range(12)], b"also good"):
-        one.lane.add(data)
-        one.lane.seal(DRAIN)
+        one.batcher.add(data)
+        one.batcher.close_batch(DRAIN)
         async with asyncio.timeout(10):
             await one.sender.flush()
     assert [data for data, _ in one.aside] == [b"bad %d" % n for n in range(12)]
@@ -105,15 +105,15 @@ async def test_first_in_a_spool_whose_share_of_memory_it_fills(tmp_path: Path, m
         former.start()
         feed = [b"poison", b"good 1", b"good 2", b"good 3"]
         for data in feed:
-            await until(lambda data=data: former.delivery.lane.offer(b"plant/1", data, 0) >= 0)  # type: ignore[misc]
+            await until(lambda data=data: former.delivery.batcher.offer(b"plant/1", data, 0) >= 0)  # type: ignore[misc]
             former._read()
         await former.stop()
-        assert former.delivery.lane.spooled == len(feed)
+        assert former.delivery.batcher.spooled == len(feed)
         away.remove()
         poisoned(emulator)
         run = PipelineRun(settings, broker())
         run.start()
-        await until(lambda: run.delivery.lane.stored == 3 and run.delivery.lane.dead_lettered == 1)
+        await until(lambda: run.delivery.batcher.stored == 3 and run.delivery.batcher.dead_lettered == 1)
         await run.stop()
         assert letters(place) == [b"poison"]
         assert [record.data for record in emulator.stored("welders")] == feed[1:]

@@ -34,7 +34,7 @@ class Refusing(Rig):
     def _take(self, topic: bytes, payload: bytes, token: int) -> int:
         if payload == b"4" and self.refusals:
             self.refusals -= 1
-            self.intake.resume()  # the only call there will be for this refusal
+            self.subscriber.resume()  # the only call there will be for this refusal
             return -1
         return super()._take(topic, payload, token)
 
@@ -48,7 +48,7 @@ def test_room_that_comes_while_a_sink_says_no(run: Any) -> None:
             async with rig:
                 await until(lambda: len(rig.got) == 10)
                 assert rig.payloads == [b"%d" % n for n in range(1, 11)]
-                assert not rig.intake.paused
+                assert not rig.subscriber.paused
                 rig.settle_all()
 
     run(main())
@@ -61,11 +61,11 @@ def test_room_that_comes_in_on_read(run: Any) -> None:
             rig.room = False
 
             def on_read() -> None:
-                if rig.intake.paused:
+                if rig.subscriber.paused:
                     rig.room = True
-                    rig.intake.resume()
+                    rig.subscriber.resume()
 
-            rig.intake.on_read = on_read
+            rig.subscriber.on_read = on_read
             async with rig:
                 await until(lambda: len(rig.got) == 10)
                 rig.settle_all()
@@ -91,17 +91,17 @@ def test_a_connection_that_is_lost_while_paused_does_not_pause_the_next(run: Any
             rig.room = False
             rig.start()
             for number in range(1, again + 1):
-                await until(lambda number=number: rig.intake.traffic.connects == number and rig.intake.paused)
+                await until(lambda number=number: rig.subscriber.traffic.connects == number and rig.subscriber.paused)
                 rig.room = True
-                rig.intake.resume()
+                rig.subscriber.resume()
                 rig.room = False
-                await until(lambda number=number: rig.intake.traffic.disconnects == number)
-            await until(lambda: rig.intake.traffic.connects == again + 1 and rig.intake.paused)
+                await until(lambda number=number: rig.subscriber.traffic.disconnects == number)
+            await until(lambda: rig.subscriber.traffic.connects == again + 1 and rig.subscriber.paused)
             rig.room = True
-            rig.intake.resume()
-            await until(lambda: len(rig.got) == again + 1 and not rig.intake.paused)
-            assert rig.intake.paused_s >= 0.0
-            await rig.intake.close()
+            rig.subscriber.resume()
+            await until(lambda: len(rig.got) == again + 1 and not rig.subscriber.paused)
+            assert rig.subscriber.paused_s >= 0.0
+            await rig.subscriber.close()
 
     run(main())
 
@@ -114,14 +114,14 @@ def test_pauses_of_several_causes_end_when_the_last_has_ended() -> None:
             rig = Rig(broker)
             rig.room = False
             rig.start()
-            await until(lambda: rig.intake.paused)
-            await rig.intake.stop()
+            await until(lambda: rig.subscriber.paused)
+            await rig.subscriber.stop()
             rig.room = True
-            rig.intake.resume()
+            rig.subscriber.resume()
             await asyncio.sleep(0.05)
             assert rig.got == []
             async with asyncio.timeout(8):
-                await rig.intake.close()
+                await rig.subscriber.close()
                 assert rig.task is not None
                 await rig.task
 

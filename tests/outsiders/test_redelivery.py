@@ -46,7 +46,7 @@ def message(protocol: str, payload: bytes, packet_id: int, *, qos: int = 1, agai
 async def settle_when(rig: Rig, count: int) -> None:
     await until(lambda: len(rig.got) >= count)
     rig.settle_all()
-    rig.intake.flush_acks()
+    rig.subscriber.flush_acks()
 
 
 @PROTOCOLS
@@ -62,7 +62,7 @@ async def test_a_link_that_flaps_while_nothing_can_be_stored(protocol: Any, qos:
         peer.send(*(message(protocol, b"%d" % i, i, qos=qos, again=peer.number > 1) for i in ids))
         if peer.number < 7:
             await peer.writer.drain()
-            await until(lambda: rig.ledger.unacked == len(ids))
+            await until(lambda: rig.acks.unacked == len(ids))
             return
         got.extend(await answers(peer, len(ids)))
         done.set()
@@ -71,13 +71,13 @@ async def test_a_link_that_flaps_while_nothing_can_be_stored(protocol: Any, qos:
     async with FakeBroker(script) as broker:
         rig = Rig(broker, protocol=protocol)
         async with rig:
-            await until(lambda: broker.connections == 7 and rig.ledger.unacked == len(ids), 20)
+            await until(lambda: broker.connections == 7 and rig.acks.unacked == len(ids), 20)
             assert rig.payloads == [b"%d" % i for i in ids]
             await settle_when(rig, len(ids))
             async with asyncio.timeout(5):
                 await done.wait()
     assert got == [(0x40 if qos == 1 else 0x50, i) for i in ids]
-    assert rig.ledger.repeated == 0
+    assert rig.acks.repeated == 0
 
 
 @PROTOCOLS
@@ -100,7 +100,7 @@ async def test_what_was_stored_while_the_broker_was_away(protocol: Any) -> None:
     async with FakeBroker(script) as broker:
         rig = Rig(broker, protocol=protocol)
         async with rig:
-            await until(lambda: rig.intake.traffic.disconnects == 1)
+            await until(lambda: rig.subscriber.traffic.disconnects == 1)
             rig.settle_all()
             away.set()
             await until(lambda: len(got) == 3 or len(rig.got) > 0)
@@ -129,7 +129,7 @@ async def test_qos_2_identifier_of_a_message_whose_pubrel_never_came(protocol: A
         rig = Rig(broker, protocol=protocol)
         async with rig:
             await settle_when(rig, 1)
-            await until(lambda: rig.intake.traffic.connects == 2)
+            await until(lambda: rig.subscriber.traffic.connects == 2)
             await until(lambda: rig.payloads == [b"B"] or len(got) == 3)
             assert rig.payloads == [b"B"]
             await settle_when(rig, 1)
@@ -153,14 +153,14 @@ async def test_an_identifier_that_a_restored_broker_uses_again(protocol: Any, qo
     async with FakeBroker(script) as broker:
         rig = Rig(broker, protocol=protocol)
         async with rig:
-            await until(lambda: rig.intake.traffic.messages == 4)
+            await until(lambda: rig.subscriber.traffic.messages == 4)
             assert rig.payloads == [b"one", b"two", b"two"]
             tokens = rig.got[:]
             rig.settle(*tokens[1:])
-            rig.intake.flush_acks()
-            assert rig.ledger.unacked == 3, "nothing overtakes the first"
+            rig.subscriber.flush_acks()
+            assert rig.acks.unacked == 3, "nothing overtakes the first"
             rig.settle(tokens[0])
-            rig.intake.flush_acks()
+            rig.subscriber.flush_acks()
             await until(lambda: len(got) == 3)
     assert got == [(0x40 if qos == 1 else 0x50, 5)] * 3
 
@@ -188,14 +188,14 @@ async def test_more_under_way_than_there_are_identifiers(protocol: Any) -> None:
     async with FakeBroker(script) as broker:
         rig = Rig(broker, protocol=protocol, receive_maximum=65_535)
         async with rig:
-            await until(lambda: rig.intake.paused or broker.connections > 1, 30)
-            assert rig.ledger.unacked < 65_535
+            await until(lambda: rig.subscriber.paused or broker.connections > 1, 30)
+            assert rig.acks.unacked < 65_535
             payloads: list[bytes] = []
             async with asyncio.timeout(60):
                 while len(payloads) < total and broker.connections == 1:
                     payloads += rig.payloads
                     rig.settle_all()
-                    rig.intake.flush_acks()
+                    rig.subscriber.flush_acks()
                     await asyncio.sleep(0)
             await until(lambda: len(got) == total or broker.connections > 1, 30)
     assert broker.connections == 1

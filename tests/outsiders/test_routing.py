@@ -150,7 +150,7 @@ dead_letter = "{directory / "dead.jsonl"}"
 
         async with fastkin.Engine(settings(pipeline)) as engine:
             async with asyncio.timeout(20):
-                await engine.pipelines["p"].intake.connected.wait()
+                await engine.pipelines["p"].subscriber.connected.wait()
             yield Plant(emulator, engine, directory, settings)
 
 
@@ -285,7 +285,7 @@ async def test_what_a_reload_removed(
         broker.present = present
         await p.engine.reload(p.settings('topics = ["a/+"]'))
         async with asyncio.timeout(10):
-            await p.engine.pipelines["p"].intake.connected.wait()
+            await p.engine.pipelines["p"].subscriber.connected.wait()
         broker.deliver("old/2\u202e", b"2")
         broker.deliver("a/1", b"3")
         broker.deliver("rewritten/by/the/broker", b"4")

@@ -115,7 +115,7 @@ async def test_a_bundle_that_is_swapped_while_the_old_run_drains_changes_nothing
             settings.pipelines[0].kinesis, endpoint_url="https://127.0.0.1:1", ca_bundle=str(bundle)
         )
         async with fastkin.Engine(settings) as engine:
-            await until(engine.pipelines["p"].intake.connected.is_set)
+            await until(engine.pipelines["p"].subscriber.connected.is_set)
             reload = asyncio.create_task(engine.reload(changed(settings, kinesis=kinesis)))
             while not engine.leaving and not reload.done():
                 await asyncio.sleep(0)
@@ -200,7 +200,7 @@ async def test_a_wrong_pipeline_at_the_first_start_takes_no_other_along(server: 
             told = await probed(settings, "/healthz", 503)
             assert "partition_key" in told["pipelines"]["a"]["reason"]
             assert told["pipelines"]["b"]["ok"]
-            await until(engine.pipelines["b"].intake.connected.is_set)
+            await until(engine.pipelines["b"].subscriber.connected.is_set)
             await passes(server, emulator, "b/1")
             assert not waiting.done()
         await waiting
@@ -267,7 +267,7 @@ async def test_a_port_that_is_taken_holds_up_no_pipeline(server: Server, caplog:
         settings = made(server, emulator)
         other = await asyncio.start_server(lambda *_: None, "127.0.0.1", settings.status.port)
         async with fastkin.Engine(settings) as engine:
-            await until(engine.pipelines["p"].intake.connected.is_set)
+            await until(engine.pipelines["p"].subscriber.connected.is_set)
             await passes(server, emulator)
             (said,) = (one.getMessage() for one in caplog.records if one.levelno == logging.ERROR)
             assert f"cannot listen on 127.0.0.1 port {settings.status.port}" in said

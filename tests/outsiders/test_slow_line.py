@@ -60,13 +60,13 @@ async def test_sizes_grow_back() -> None:
     rig = Rig(line)
     first = [number.ljust(200, b".") for number in numbered(1000)]
     for record in first:
-        rig.lane.add(record)
-    rig.lane.seal(5)
+        rig.batcher.add(record)
+    rig.batcher.close_batch(5)
     await rig.sender.flush()
     line.most = 1e9
     for record in [number.ljust(200, b".") for number in numbered(20_000)]:
-        rig.lane.add(record)
-    rig.lane.seal(5)
+        rig.batcher.add(record)
+    rig.batcher.close_batch(5)
     await rig.sender.flush()
     assert max(line.records[-4:]) == 500
     rig.check()

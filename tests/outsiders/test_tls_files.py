@@ -214,9 +214,9 @@ async def test_a_renewed_authority_of_a_broker_is_taken_at_the_next_connection(t
     async with TlsBroker(tls) as broker, Rig(broker, scheme="mqtts", tls=Tls(ca=str(ca))) as rig:
         tls.load_cert_chain(*new.leaf(tmp_path))  # for connections from now on
         broker.cut()
-        await until(lambda: rig.intake.last_error and "certificate" in rig.intake.last_error)
+        await until(lambda: rig.subscriber.last_error and "certificate" in rig.subscriber.last_error)
         replace(ca, new.write(tmp_path / "new.pem").read_bytes())
-        await until(lambda: rig.intake.traffic.connects >= 2 and rig.intake.connected.is_set(), 10.0)
+        await until(lambda: rig.subscriber.traffic.connects >= 2 and rig.subscriber.connected.is_set(), 10.0)
 
 
 @on_both_loops
@@ -231,14 +231,18 @@ async def test_a_half_written_file_leaves_the_former_one_in_place(
         async with rig:
             for half in (b"", whole[: len(whole) // 2], b"not PEM", whole):
                 ca.write_bytes(half)
-                connects = rig.intake.traffic.connects
+                connects = rig.subscriber.traffic.connects
                 broker.cut()
-                await until(lambda n=connects: rig.intake.traffic.connects > n and rig.intake.connected.is_set(), 10.0)
+                await until(
+                    lambda n=connects: rig.subscriber.traffic.connects > n and rig.subscriber.connected.is_set(), 10.0
+                )
             for _ in range(2):
                 ca.unlink(missing_ok=True)
-                connects = rig.intake.traffic.connects
+                connects = rig.subscriber.traffic.connects
                 broker.cut()
-                await until(lambda n=connects: rig.intake.traffic.connects > n and rig.intake.connected.is_set(), 10.0)
+                await until(
+                    lambda n=connects: rig.subscriber.traffic.connects > n and rig.subscriber.connected.is_set(), 10.0
+                )
     warned = [record for record in caplog.records if record.levelno >= logging.WARNING and "TLS files" in record.msg]
     assert len(warned) == 4  # each change once
     assert all(str(ca) in record.getMessage() for record in warned)
@@ -268,10 +272,10 @@ async def test_a_renewed_client_certificate_is_shown_at_the_next_connection(tmp_
             new_cert, new_key = authority.leaf(tmp_path / "next")
             replace(cert, new_cert.read_bytes())  # the key is still the old one: they do not belong together
             broker.cut()
-            await until(lambda: rig.intake.traffic.connects == 2 and rig.intake.connected.is_set(), 10.0)
+            await until(lambda: rig.subscriber.traffic.connects == 2 and rig.subscriber.connected.is_set(), 10.0)
             replace(key, new_key.read_bytes())
             broker.cut()
-            await until(lambda: rig.intake.traffic.connects == 3 and rig.intake.connected.is_set(), 10.0)
+            await until(lambda: rig.subscriber.traffic.connects == 3 and rig.subscriber.connected.is_set(), 10.0)
     assert shown[0] == shown[1] != shown[2]
     assert shown[2] == x509.load_pem_x509_certificate(new_cert.read_bytes()).serial_number
 

@@ -65,10 +65,10 @@ async def test_a_lost_wake_up_is_found_and_made_good(
     run.start()
     await until(lambda: run.ready)
     for n in range(10):
-        assert run.delivery.lane.offer(b"plant/1", b"%d" % n, 0) == 1
-    run.delivery.lane.attention = False
-    run.delivery.lane.seal(DRAIN)  # and nobody hears of it
-    await until(lambda: run.delivery.lane.stored == 10)
+        assert run.delivery.batcher.offer(b"plant/1", b"%d" % n, 0) == 1
+    run.delivery.batcher.dirty = False
+    run.delivery.batcher.close_batch(DRAIN)  # and nobody hears of it
+    await until(lambda: run.delivery.batcher.stored == 10)
     assert run.stuck() is None
     assert run.stats()["stalls"] == 1
     (line,) = [record.getMessage() for record in caplog.records if "stalled" in record.getMessage()]

@@ -93,17 +93,17 @@ def test_pings_are_answered_while_reading_is_paused(run: Any) -> None:
             rig.start()
             await rig.connected()
             await until(lambda: broker.pongs == [b"%d" % n for n in range(20, 201, 20)])
-            assert rig.intake.paused
+            assert rig.subscriber.paused
             assert rig.got == []
             rig.room = True
-            rig.intake.resume()
+            rig.subscriber.resume()
             await until(lambda: len(rig.got) == 200)
             assert [payload.split()[0] for payload in rig.payloads] == [b"%d" % n for n in range(1, 201)]
             rig.settle_all()
-            rig.intake.flush_acks()
+            rig.subscriber.flush_acks()
             await until(lambda: broker.acked == 200)
             assert broker.connections == 1
-            await rig.intake.close()
+            await rig.subscriber.close()
 
     run(main())
 
@@ -122,15 +122,15 @@ def test_a_broker_with_heartbeats_keeps_a_client_that_has_no_room(run: Any) -> N
             rig.start()
             await rig.connected()
             await asyncio.sleep(2.5)
-            assert rig.intake.traffic.disconnects == 0
+            assert rig.subscriber.traffic.disconnects == 0
             rig.room = True
-            rig.intake.resume()
+            rig.subscriber.resume()
             await until(lambda: len(rig.got) == 50)
             rig.settle_all()
-            rig.intake.flush_acks()
+            rig.subscriber.flush_acks()
             await until(lambda: broker.acked == 50)
             assert broker.connections == 1
-            await rig.intake.close()
+            await rig.subscriber.close()
 
     run(main())
 
@@ -155,11 +155,11 @@ def test_what_is_read_ahead_is_bounded_and_signs_of_life_go_on(monkeypatch: pyte
             await until(lambda: len(broker.pongs) >= 3)
             assert sent < 3000  # the socket is full: most of the 32 MB are not here
             rig.room = True
-            rig.intake.resume()
+            rig.subscriber.resume()
             await until(lambda: len(rig.got) == 4000, 20)
             assert [payload.split()[0] for payload in rig.payloads] == [b"%d" % n for n in range(1, 4001)]
             rig.settle_all()
-            await rig.intake.close()
+            await rig.subscriber.close()
 
     asyncio.run(main())
 
@@ -176,12 +176,12 @@ def test_what_came_before_the_broker_closed_is_taken(run: Any) -> None:
             rig.room = False
             rig.start()
             await rig.connected()
-            await until(lambda: rig.intake.paused)
+            await until(lambda: rig.subscriber.paused)
             await asyncio.sleep(0.2)
             rig.room = True
-            rig.intake.resume()
+            rig.subscriber.resume()
             await until(lambda: len(rig.got) == 20)
-            await rig.intake.close()
+            await rig.subscriber.close()
 
     run(main())
 
@@ -198,20 +198,20 @@ def test_a_large_frame_is_paused_in_its_middle(run: Any) -> None:
             rig.room = False
             rig.start()
             await rig.connected()
-            await until(lambda: rig.intake.paused)
-            link: Any = rig.intake._link
+            await until(lambda: rig.subscriber.paused)
+            link: Any = rig.subscriber._link
             assert link.session.buffer_bytes < 1_000_000
             for _ in range(50):
                 rig.room = True
-                rig.intake.resume()
+                rig.subscriber.resume()
                 rig.room = False
                 await asyncio.sleep(0)
             rig.room = True
-            rig.intake.resume()
+            rig.subscriber.resume()
             await until(lambda: len(rig.got) == 2000)
             assert [payload.split()[0] for payload in rig.payloads] == [b"%d" % n for n in range(1, 2001)]
             rig.settle_all()
-            await rig.intake.close()
+            await rig.subscriber.close()
 
     run(main())
 
@@ -246,9 +246,9 @@ def test_the_pings_of_a_proxy_do_not_stand_for_a_broker_that_is_dead(monkeypatch
             rig = Rig(broker, scheme="ws", protocol="3.1.1", keep_alive_s=1)
             rig.start()
             await rig.connected()
-            await until(lambda: rig.intake.traffic.disconnects, 10)
-            assert "taken for dead" in (rig.intake.last_error or "")
-            await rig.intake.close()
+            await until(lambda: rig.subscriber.traffic.disconnects, 10)
+            assert "taken for dead" in (rig.subscriber.last_error or "")
+            await rig.subscriber.close()
 
     asyncio.run(main())
 
@@ -272,7 +272,7 @@ def test_a_large_frame_that_trickles_in_is_a_broker_that_lives(run: Any) -> None
             rig.start()
             await rig.connected()
             await until(lambda: rig.got, 10)
-            assert rig.intake.traffic.disconnects == 0
-            await rig.intake.close()
+            assert rig.subscriber.traffic.disconnects == 0
+            await rig.subscriber.close()
 
     run(main())

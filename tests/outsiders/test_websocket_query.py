@@ -50,7 +50,7 @@ async def test_a_query_is_sent_and_not_said(caplog: pytest.LogCaptureFixture) ->
             assert asked == [f"/mqtt?{QUERY}"] * 2
             assert "HTTP 403" in caplog.text
             assert f"ws://127.0.0.1:{Place.port}/mqtt" in caplog.text
-            assert "MARK" not in caplog.text + str(rig.intake.last_error)
+            assert "MARK" not in caplog.text + str(rig.subscriber.last_error)
     finally:
         await runner.cleanup()
 

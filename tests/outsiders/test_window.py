@@ -1,6 +1,6 @@
 """Calls at low rates follow the linger, and a broker that grants few messages is not kept waiting: in virtual time.
 
-A broker with a window, a source with a rate and a Kinesis with a latency around the real lane, flusher and window.
+A broker with a window, a source with a rate and a Kinesis with a latency around the real batcher, flusher and window.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fastkin._codec import DROPPED, WINDOW, Budget, KeyPlan, Lane
+from fastkin._codec import DROPPED, WINDOW, Batcher, Budget, KeyPlan
 from fastkin.delivery.flusher import Flusher
 from fastkin.mqtt.window import Window
 
@@ -75,10 +75,10 @@ class Plant:
         options = {"linger_s": LINGER_S, "sure": False}
         self.window = Window(asked, 65_535, **{k: v for k, v in options.items() if k in named})  # type: ignore[arg-type]
         self.window.round_trip_s = 2 * way_s
-        self.lane = Lane(
+        self.batcher = Batcher(
             settler=None, budget=Budget(1 << 30, 1 << 30), frame="raw", key=KeyPlan("uuid"), target=b'"StreamName":"s"'
         )
-        self.flusher = Flusher(self.lane, self, LINGER_S, self.clock)  # type: ignore[arg-type]
+        self.flusher = Flusher(self.batcher, self, LINGER_S, self.clock)  # type: ignore[arg-type]
         self.last_read = 0.0
         self.unacked: deque[list[Any]] = deque()  # [published, ended], oldest first
         self.open: deque[list[Any]] = deque()  # of those, what is not in a call yet
@@ -112,7 +112,7 @@ class Plant:
         self.unacked_there -= count
         self._deliver()
 
-    # -- the pipeline, as PipelineRun and Intake do it
+    # -- the pipeline, as PipelineRun and Subscriber do it
 
     def _read(self, published: list[float]) -> None:
         now = self.last_read = self.clock.time()
@@ -120,11 +120,11 @@ class Plant:
             message = [at, False]
             self.unacked.append(message)
             self.open.append(message)
-            self.lane.add(b"x")
+            self.batcher.add(b"x")
         self.window.received(len(self.unacked), now)
-        if self.lane.attention:
+        if self.batcher.dirty:
             self.flusher.attend()
-        if self.lane.open_records and self._exhausted(now):
+        if self.batcher.open_records and self._exhausted(now):
             self.flusher.close(WINDOW)
 
     def _exhausted(self, now: float) -> bool:
@@ -136,10 +136,10 @@ class Plant:
 
     @property
     def idle(self) -> bool:
-        return not self.in_flight and not self.lane.ready
+        return not self.in_flight and not self.batcher.ready
 
     def pump(self) -> None:
-        while self.in_flight < self.connections and (batch := self.lane.take()) is not None:
+        while self.in_flight < self.connections and (batch := self.batcher.take()) is not None:
             count = len(batch)
             batch.finish(DROPPED)
             self.in_flight += 1
@@ -176,7 +176,7 @@ class Plant:
         self.full_s = (self.full - full) / seconds
         self.stored_s = (self.stored - stored) / seconds
         self.flusher.stop()
-        self.lane.abandon(RuntimeError("over"))
+        self.batcher.abandon(RuntimeError("over"))
         return self
 
     def p99(self) -> float:

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "src" / "fastkin"
 PAGE = (ROOT / "DESIGN.md").read_text("utf-8")
 # The page has these names already: each with the one that the code has until it is renamed. Then this goes.
 FORMER = {
-    "batcher.pxi": "lane.pxi", "Batcher": "Lane", "_Accounting": "_Books", "AckTracker": "Ledger",
-    "Subscriber": "Intake", "DeadLetterHandler": "Aside",
+    "batcher.pxi": "batcher.pxi", "Batcher": "Batcher", "_Accounting": "_Accounting", "AckTracker": "Ledger",
+    "Subscriber": "Subscriber", "DeadLetterHandler": "DeadLetterHandler",
     "close_batch": "seal", "adopt_spooled": "found", "disk_full": "tight",
     "_disk_full": "_tight",
 }  # fmt: skip

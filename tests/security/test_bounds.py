@@ -9,7 +9,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from fastkin._codec import DEAD, Budget, KeyPlan, Lane
+from fastkin._codec import DEAD, Batcher, Budget, KeyPlan
 from fastkin.aws.error_table import error_from
 from fastkin.aws.http import HttpPool
 from fastkin.aws.http_answer import FRAMING_PER_BYTE, MAX_HEADER_COUNT, MAX_HEADERS, PUT_ANSWER, Reply
@@ -18,7 +18,7 @@ from fastkin.errors import KinesisError, ProtocolError, TransportError
 from fastkin.mqtt import _core as _mqtt
 from fastkin.mqtt.connection import Connection
 from fastkin.mqtt.reading import STALL
-from fastkin.mqtt.subscriber import Intake
+from fastkin.mqtt.subscriber import Subscriber
 from fastkin.mqtt.transport import Receiver, open_wire
 from fastkin.mqtt.words import farewell, refusal
 from support.codec_rig import Rig
@@ -31,7 +31,7 @@ from support.mqtt_wire import CONNACK_5, packet, props, publish, text
 def session(version: int = 5, **options: Any) -> _mqtt.Session:
     router = _mqtt.Router()
     router.add("#", _mqtt.CountSink())
-    made = _mqtt.Session(version=version, ledger=_mqtt.Ledger(), router=router, **options)
+    made = _mqtt.Session(version=version, acks=_mqtt.AckTracker(), router=router, **options)
     made.feed_data(CONNACK_5 if version == 5 else b"\x20\x02\x00\x00")
     made.take_events()
     return made
@@ -116,7 +116,7 @@ def test_what_a_broker_says_is_cut_and_escaped_in_our_words() -> None:
     told = farewell(event)  # type: ignore[arg-type]
     assert len(told) < 1200
     assert told.isprintable()
-    fresh = _mqtt.Session(version=5, ledger=_mqtt.Ledger(), router=_mqtt.Router())
+    fresh = _mqtt.Session(version=5, acks=_mqtt.AckTracker(), router=_mqtt.Router())
     fresh.feed_data(packet(0x20, b"\x00\x87" + props(5, long)))
     (connack,) = fresh.take_events()
     assert len(str(refusal(connack))) < 1200  # type: ignore[arg-type]
@@ -126,7 +126,7 @@ def test_topics_that_are_remembered_are_bounded_in_count_and_bytes() -> None:
     router = _mqtt.Router(max_topics=1024)
     router.add("a/#", _mqtt.CountSink())
     router.add("+/#", _mqtt.CountSink())
-    made = _mqtt.Session(version=4, ledger=_mqtt.Ledger(), router=router)
+    made = _mqtt.Session(version=4, acks=_mqtt.AckTracker(), router=router)
     made.feed_data(b"\x20\x02\x00\x00")
     for number in range(20_000):
         made.feed_data(publish(f"a/{number}" + "x" * (number % 2000)))
@@ -163,8 +163,10 @@ class Deaf:
 
 
 async def test_a_broker_that_does_not_read_our_acknowledgements_is_left() -> None:
-    intake = Intake(Broker(client_id="c"), [], router=_mqtt.Router(), ledger=_mqtt.Ledger(), on_read=lambda: None)
-    link = Connection(intake, 5)
+    subscriber = Subscriber(
+        Broker(client_id="c"), [], router=_mqtt.Router(), acks=_mqtt.AckTracker(), on_read=lambda: None
+    )
+    link = Connection(subscriber, 5)
     wire = Deaf()
     link.connection_made(wire)  # type: ignore[arg-type]
     link.data_received(CONNACK_5)
@@ -179,15 +181,17 @@ async def test_a_broker_that_does_not_read_our_acknowledgements_is_left() -> Non
 
 async def test_a_connection_that_is_given_up_does_not_wait_for_room() -> None:
     """It was paused when the next message ended it: nothing will be read, and no watchdog is to say that it waits."""
-    intake = Intake(Broker(client_id="c"), [], router=_mqtt.Router(), ledger=_mqtt.Ledger(), on_read=lambda: None)
-    link = intake._link = Connection(intake, 5)
+    subscriber = Subscriber(
+        Broker(client_id="c"), [], router=_mqtt.Router(), acks=_mqtt.AckTracker(), on_read=lambda: None
+    )
+    link = subscriber._link = Connection(subscriber, 5)
     link.connection_made(Deaf())  # type: ignore[arg-type]
     link.data_received(CONNACK_5)
     link.reading.pause(STALL)
-    assert intake.paused
+    assert subscriber.paused
     link.data_received(b"\xf0\x00")  # no packet that a broker sends: AUTH was not asked for
     assert link.reason
-    assert not intake.paused
+    assert not subscriber.paused
     link.connection_lost(None)
 
 
@@ -197,21 +201,21 @@ async def test_a_connection_that_is_given_up_does_not_wait_for_room() -> None:
 @pytest.mark.parametrize("key", [KeyPlan("uuid"), KeyPlan("parts", [("field", ("a",)), ("topic", None)])])
 def test_a_frame_of_millions_of_empty_records_is_one_reject(key: KeyPlan) -> None:
     budget = Budget(1 << 20, 1 << 20)
-    lane = Lane(settler=None, budget=budget, frame="bulk", key=key, target=b'"StreamName":"s"')
-    assert lane.offer(b"t" * 200, b"\xa31.0" + b"\xa0" * 2_000_000, 1) == 1
-    (reject,) = lane.take_rejects()
+    batcher = Batcher(settler=None, budget=budget, frame="bulk", key=key, target=b'"StreamName":"s"')
+    assert batcher.offer(b"t" * 200, b"\xa31.0" + b"\xa0" * 2_000_000, 1) == 1
+    (reject,) = batcher.take_rejects()
     assert reject.kind == "records"
     assert "2000000 records in one frame" in reject.reason
     assert budget.peak_bytes < 3 << 20  # the payload itself, which is kept
-    lane.settle_reject(reject, DEAD)
-    assert lane.offer(b"t", b"\xa31.0" + b"\xa0" * 9000, 1) == 9000  # larger than a small budget is no crime
+    batcher.settle_reject(reject, DEAD)
+    assert batcher.offer(b"t", b"\xa31.0" + b"\xa0" * 9000, 1) == 9000  # larger than a small budget is no crime
 
 
 def test_codes_and_messages_of_an_answer_are_cut() -> None:
     rig = Rig(frame="raw", key=KeyPlan("none"))
-    rig.lane.offer(b"t", b"x", 1)
-    rig.lane.seal(5)
-    batch = rig.lane.take()
+    rig.batcher.offer(b"t", b"x", 1)
+    rig.batcher.close_batch(5)
+    batch = rig.batcher.take()
     assert batch is not None
     told = {"FailedRecordCount": 1, "Records": [{"ErrorCode": "C" * 99_999, "ErrorMessage": "m" * 99_999}]}
     (failure,) = batch.settle(orjson.dumps(told))

@@ -114,7 +114,7 @@ async def rig(
         )
         async with fastkin.Engine(settings) as engine:
             async with asyncio.timeout(20):
-                await engine.pipelines["p"].intake.connected.wait()
+                await engine.pipelines["p"].subscriber.connected.wait()
             publisher = Publisher(Broker(host=server.host, port=server.port))
             await publisher.connect()
             try:
@@ -444,12 +444,12 @@ async def test_reading_stops_at_the_backlog_count_while_kinesis_is_away(
         payloads = [b"%d" % n for n in range(per_message * 60)]
         frames = [fastkin.encode_frame(payloads[at : at + per_message]) for at in range(0, len(payloads), per_message)]
         await r.publish(*frames)
-        await r.until(lambda: r.run.intake.paused, "reading is paused")
+        await r.until(lambda: r.run.subscriber.paused, "reading is paused")
         for _ in range(5):
             await asyncio.sleep(0.1)
             look()
-            assert r.run.intake.paused
-            assert not r.run.intake._link.wire.is_reading()
+            assert r.run.subscriber.paused
+            assert not r.run.subscriber._link.wire.is_reading()
             assert r.stats["received"] == r.stats["in_flight"] == held
             assert r.stats["messages"] == held // per_message
         assert r.stats["calls_failed"] > 0
@@ -457,8 +457,8 @@ async def test_reading_stops_at_the_backlog_count_while_kinesis_is_away(
         fault.remove()
         await r.settled(len(payloads))
         assert Counter(record.data for record in r.stored()) == Counter(payloads)  # nothing lost, nothing twice
-        assert not r.run.intake.paused
-        assert r.run.intake._link.wire.is_reading()
+        assert not r.run.subscriber.paused
+        assert r.run.subscriber._link.wire.is_reading()
         assert r.stats["buffered_bytes"] == 0
         # and it flows as before
         await r.publish(*frames)
@@ -563,7 +563,7 @@ async def test_stop_drains_what_is_held_and_acknowledges_it(server: Server) -> N
         await r.until(lambda: r.stats["received"] == 80, "all received")
         assert await r.engine.stop() == 0
         assert len(r.stored()) == 80
-        assert r.run.ledger.unacked == 0
+        assert r.run.acks.unacked == 0
 
 
 async def test_stop_gives_up_at_its_deadline_and_counts_what_is_left(server: Server) -> None:
@@ -607,7 +607,7 @@ async def test_two_pipelines_do_not_wait_for_each_other(server: Server) -> None:
         async with fastkin.Engine(settings) as engine:
             async with asyncio.timeout(10):
                 for run in engine.pipelines.values():
-                    await run.intake.connected.wait()
+                    await run.subscriber.connected.wait()
             publisher = Publisher(Broker(host=server.host, port=server.port))
             await publisher.connect()
             for n in range(50):
@@ -657,9 +657,9 @@ async def retained(server: Server, **broker: Any) -> int:
     async with rig(server, broker=broker, topics=("retained/#",)) as r:
         await r.until(lambda: r.stats["messages"] >= 1, "the retained message")
         for connects in (2, 3):
-            r.run.intake.connected.clear()
-            r.run.intake._link.abort()
-            await r.until(lambda n=connects: r.stats["connects"] >= n and r.run.intake.connected.is_set(), "again")
+            r.run.subscriber.connected.clear()
+            r.run.subscriber._link.abort()
+            await r.until(lambda n=connects: r.stats["connects"] >= n and r.run.subscriber.connected.is_set(), "again")
             last = b"after %d" % connects  # the retained one comes before it
             await r.publish(last, topic="retained/new")
             await r.until(lambda data=last: data in {record.data for record in r.stored()}, "what came after it")

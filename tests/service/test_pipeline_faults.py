@@ -33,7 +33,7 @@ def pipeline(url: str, **options: object) -> Pipeline:
 
 
 def broker() -> Broker:
-    """One that is not there: messages are offered to the lane by the tests."""
+    """One that is not there: messages are offered to the batcher by the tests."""
     return Broker(host="127.0.0.1", port=free_port(), client_id="faults", clean_session=False)
 
 
@@ -57,7 +57,7 @@ async def running(run: PipelineRun) -> PipelineRun:
 
 def offer(run: PipelineRun, *payloads: bytes) -> None:
     for payload in payloads:
-        assert run.delivery.lane.offer(b"plant/1", payload, 0) >= 0
+        assert run.delivery.batcher.offer(b"plant/1", payload, 0) >= 0
     run._read()
 
 
@@ -68,11 +68,11 @@ async def test_stopped_while_the_dead_letter_disk_is_full(emulator: Emulator, tm
     )
     await running(run)
     offer(run, b"\x00 not a frame")
-    await until(lambda: run.aside.writing)
+    await until(lambda: run.dead_letters.writing)
     assert await run.stop() == 1
     gc.collect()
     assert run.stats()["in_flight"] == 1
-    assert run.delivery.lane.dead_lettered == run.delivery.lane.dropped == 0
+    assert run.delivery.batcher.dead_lettered == run.delivery.batcher.dropped == 0
 
 
 async def test_dead_letters_are_written_when_the_disk_is_back(
@@ -83,11 +83,11 @@ async def test_dead_letters_are_written_when_the_disk_is_back(
     emulator.faults.record("InvalidArgumentException", contains=b"bad")
     run = await running(PipelineRun(pipeline(emulator.url, dead_letter=str(path)), broker()))
     offer(run, b"good", b"bad")
-    await until(lambda: run.delivery.lane.stored == 1)
+    await until(lambda: run.delivery.batcher.stored == 1)
     await asyncio.sleep(0.1)
-    assert run.delivery.lane.in_flight == 1
+    assert run.delivery.batcher.in_flight == 1
     path.parent.mkdir()
-    await until(lambda: run.delivery.lane.dead_lettered == 1)
+    await until(lambda: run.delivery.batcher.dead_lettered == 1)
     assert path.read_bytes().count(b"\n") == 1
     assert run.delivery.budget.bytes == 0
     assert await run.stop() == 0
@@ -97,7 +97,7 @@ async def test_stopped_before_a_call_took_its_first_step(emulator: Emulator) -> 
     run = await running(PipelineRun(pipeline(emulator.url, shutdown_timeout_s=0.0, dead_letter=None), broker()))
     offer(run, b"one", b"two")
     assert await run.stop() == 2
-    assert run.delivery.lane.dropped == 0
+    assert run.delivery.batcher.dropped == 0
 
 
 async def test_stopped_before_it_started_and_while_it_starts() -> None:
@@ -119,7 +119,7 @@ async def test_two_who_stop_the_engine_both_wait(emulator: Emulator) -> None:
     first = asyncio.create_task(engine.stop())
     await asyncio.sleep(0)
     assert await engine.stop() == 0
-    assert run.delivery.lane.stored == 1, "the second came back before everything was stored"
+    assert run.delivery.batcher.stored == 1, "the second came back before everything was stored"
     assert first.done()
     assert await first == 0
 
@@ -154,12 +154,12 @@ async def test_a_new_shard_map_while_batches_of_the_old_one_wait(emulator: Emula
     await running(run)
     emulator.faults.record(for_s=0.5)
     for n in range(300):
-        assert run.delivery.lane.offer(b"plant/%d" % (n % 40), b"%d" % n, 0) == 1
+        assert run.delivery.batcher.offer(b"plant/%d" % (n % 40), b"%d" % n, 0) == 1
     run._read()
     await until(lambda: bool(run.delivery.sender.counters.throttled))
     merged = ShardMap([Shard("shardId-000000000002", 0, HASH_SPACE - 1)])
-    run.delivery.lane.shards = ShardTable(merged.ends)
+    run.delivery.batcher.shards = ShardTable(merged.ends)
     run.delivery.sender.set_shards(merged)
     offer(run, b"after")
-    await until(lambda: run.delivery.lane.stored == 301, 10)
+    await until(lambda: run.delivery.batcher.stored == 301, 10)
     assert await run.stop() == 0

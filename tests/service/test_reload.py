@@ -89,7 +89,7 @@ async def plant(server: Server) -> AsyncIterator[Plant]:
 async def connected(engine: fastkin.Engine, *names: str) -> None:
     async with asyncio.timeout(20):
         for name in names or tuple(engine.pipelines):
-            await engine.pipelines[name].intake.connected.wait()
+            await engine.pipelines[name].subscriber.connected.wait()
 
 
 def balanced(stats: dict[str, Any]) -> bool:
@@ -108,7 +108,7 @@ async def test_an_unchanged_pipeline_does_not_notice(server: Server) -> None:
             assert changes == fastkin.Changes(restarted=("b",), unchanged=("a",))
             assert str(changes) == "restarted b; unchanged a"
             assert engine.pipelines["a"] is before["a"]
-            assert engine.pipelines["a"].intake.traffic.connects == 1
+            assert engine.pipelines["a"].subscriber.traffic.connects == 1
             assert engine.pipelines["b"] is not before["b"]
             await connected(engine)
             await p.publish(5, "a/1")
@@ -228,7 +228,7 @@ async def test_a_topic_that_is_not_wanted_any_more_is_unsubscribed(server: Serve
         await p.publish(1, "p/2")
         await p.all_stored()
         assert engine.stats()["p"]["messages"] == messages + 1, "the broker does not send the other one"
-        assert engine.pipelines["p"].intake.traffic.connects == 1
+        assert engine.pipelines["p"].subscriber.traffic.connects == 1
 
 
 async def test_what_a_former_process_subscribed_is_stored(server: Server) -> None:
@@ -259,7 +259,7 @@ async def test_settings_that_cannot_be_used_change_nothing(server: Server, tmp_p
             assert engine.settings is settings
             await p.publish(2, "a/1")
             await p.all_stored()
-            assert run.intake.traffic.connects == 1
+            assert run.subscriber.traffic.connects == 1
 
 
 async def test_a_certificate_that_was_written_anew_counts_as_a_change(server: Server, tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ async def test_the_order_of_the_pipelines_moves_no_session(server: Server, caplo
         async with fastkin.Engine(p.settings(a, b)) as engine:
             await connected(engine)
             assert (await engine.reload(p.settings(n, b, a))).unchanged == ("b", "a")
-            ids = {name: run.intake.client_id for name, run in engine.pipelines.items()}
+            ids = {name: run.subscriber.client_id for name, run in engine.pipelines.items()}
             assert ids == {name: f"{p.client_id}{end}" for name, end in (("a", ""), ("b", "-b"), ("n", "-n"))}
             assert any("put 'a' first" in line for line in lines(caplog))
 
@@ -350,7 +350,7 @@ async def test_records_that_do_not_end_in_time_come_again(server: Server) -> Non
             stats = engine.stats()["p"]
             assert (stats["received"], stats["in_flight"]) == (30, 30)
             await connected(engine)
-            await until(lambda: engine.pipelines["p"].delivery.lane.received == 30)
+            await until(lambda: engine.pipelines["p"].delivery.batcher.received == 30)
             stats = engine.stats()["p"]
             assert (stats["received"], stats["in_flight"]) == (30, 30), "not counted twice"
             fault.remove()

@@ -125,11 +125,11 @@ def identity(stats: dict[str, Any]) -> None:
         raise Finding(f"identity: received {stats['received']} is not the sum of {found}")
 
 
-def live_batches(lane: Any) -> list[Batch]:
-    """Every batch of this lane that is not spent, whoever holds it."""
+def live_batches(batcher: Any) -> list[Batch]:
+    """Every batch of this batcher that is not spent, whoever holds it."""
     found = []
     for each in gc.get_objects():
-        if type(each) is Batch and each.lane is lane:
+        if type(each) is Batch and each.batcher is batcher:
             try:
                 each.counts  # noqa: B018 - raises when it is spent
             except LibraryError:
@@ -144,15 +144,21 @@ def memory(world: World, run: Any) -> None:
     Looked at when nothing is open, nothing waits to be set aside, and there are no aggregates, whose runs cannot be
     seen from outside.
     """
-    lane = run.delivery.lane
-    if lane.open_records or lane.ready or run.aside.waiting or run.aside.writing or lane.aggregate_bytes:
+    batcher = run.delivery.batcher
+    if (
+        batcher.open_records
+        or batcher.ready
+        or run.dead_letters.waiting
+        or run.dead_letters.writing
+        or batcher.aggregate_bytes
+    ):
         return
     charged = run.delivery.budget.bytes
     if run.delivery.backlog is not None and run.delivery.backlog.spool is not None:
         charged += run.delivery.backlog.window.budget.bytes
     frame = len(b'{"Records":[],}') - 1 + len(run.client.target_json())
     held = 0
-    for batch in live_batches(lane):
+    for batch in live_batches(batcher):
         if batch.overhead < Batch.__basicsize__:
             raise Finding(f"a batch of {len(batch)} records is charged {batch.overhead} bytes besides its entries")
         held += batch.overhead + batch.nbytes - frame + len(batch) * _ENTRY_BYTES
@@ -177,7 +183,7 @@ def look(world: World, run: Any, stats: dict[str, Any]) -> None:
     for name, count in stats["flushed_by_reason"].items():
         if count:
             mark(f"a batch closed: {name}")
-    if run.intake.paused:
+    if run.subscriber.paused:
         mark("reading is paused")
     if run.delivery.budget.full:
         mark("the budget is full")
@@ -185,15 +191,15 @@ def look(world: World, run: Any, stats: dict[str, Any]) -> None:
         mark("messages came again")
     if stats["throttled"]:
         mark("throttled")
-    if run.delivery.sender.unwell:
+    if run.delivery.sender.operator_error:
         mark("an operator must act")
     if stats["dead_lettered"]:
         mark("dead-lettered")
     if stats["dropped"]:
         mark("dropped")
-    if run.aside.waiting:
+    if run.dead_letters.waiting:
         mark("dead letters wait")
-    if run.ledger.unacked > 10_000:
+    if run.acks.unacked > 10_000:
         mark("more than 10,000 unacknowledged")
     if stats.get("spooling"):
         mark("spooling")
@@ -203,7 +209,7 @@ def look(world: World, run: Any, stats: dict[str, Any]) -> None:
         mark("the spool is full")
     if run.delivery.backlog is not None and run.delivery.backlog.safe:
         mark("spooled records are in memory again")
-    if run.intake.granted_window < 20:
+    if run.subscriber.granted_window < 20:
         mark("a small window was learned")
-    if run.intake.coalescing:
+    if run.subscriber.coalescing:
         mark("reads are coalesced")

@@ -105,7 +105,7 @@ class MemorySpool:
     def __init__(self, path: str | Path, *, max_bytes: int) -> None:
         self.path = Path(path)
         self.max_bytes = max_bytes
-        self.tight = False
+        self.disk_full = False
         self._disk: Disk = DISKS[str(path)]
         self._books: SpoolBooks = BOOKS[str(path)]
         self._file: MemoryFile | None = None
@@ -200,7 +200,7 @@ class MemorySpool:
             rows.append(row)
         return rows
 
-    def set_aside(self, row: spool.Row) -> None:
+    def quarantine(self, row: spool.Row) -> None:
         self._fail("write to it")
         assert self._file is not None
         if (gone := self._file.drop(row.id)) is not None:
@@ -253,9 +253,9 @@ class RealSpool(spool.Spool):
         self._sim_fail("read it")
         return super().read(after, **limits)
 
-    def set_aside(self, row: spool.Row) -> None:
+    def quarantine(self, row: spool.Row) -> None:
         self._sim_fail("write to it")
-        super().set_aside(row)
+        super().quarantine(row)
 
 
 # by path, of the seed at work

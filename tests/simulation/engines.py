@@ -246,9 +246,9 @@ class EngineScenario(PipelineScenario):
                 and len(runs) == len(self.base.pipelines)
                 and self.busy() == 0
                 and all(
-                    run.delivery.lane.in_flight == 0
-                    and run.delivery.lane.spooled == 0
-                    and run.intake.connected.is_set()
+                    run.delivery.batcher.in_flight == 0
+                    and run.delivery.batcher.spooled == 0
+                    and run.subscriber.connected.is_set()
                     for run in self.runs()
                 )
             )
@@ -256,7 +256,7 @@ class EngineScenario(PipelineScenario):
         def progress() -> Any:
             return (
                 books.answers, self.busy(), len(self.reloading),
-                [(run.delivery.lane.stored, run.delivery.lane.spooled, run.intake.state) for run in self.runs()],
+                [(at.stored, at.spooled, run.subscriber.state) for run in self.runs() for at in [run.delivery.batcher]],
             )  # fmt: skip
 
         await self.until(done, progress, self.state)
@@ -277,9 +277,10 @@ class EngineScenario(PipelineScenario):
     def state(self) -> str:
         assert self.engine is not None
         told = [
-            f"{run.name} {run.intake.state} in_flight {lane.in_flight} spooled {lane.spooled} error {run.last_error}"
+            f"{run.name} {run.subscriber.state} in_flight {batcher.in_flight} spooled {batcher.spooled}"
+            f" error {run.last_error}"
             for run in self.runs()
-            for lane in [run.delivery.lane]
+            for batcher in [run.delivery.batcher]
         ]
         return f"busy {self.busy()}, leaving {len(self.engine.leaving)}, reloading {len(self.reloading)}: {told}"
 
@@ -293,7 +294,7 @@ class EngineScenario(PipelineScenario):
         if left := await self.ended():
             raise Finding(f"stop() says {left} records did not end")
         for run in runs:
-            if batches := check.live_batches(run.delivery.lane):
+            if batches := check.live_batches(run.delivery.batcher):
                 raise Finding(f"{len(batches)} batches live on that nobody is charged for")
         check.bugs(self.world)
         self.books.settle(0, 0)

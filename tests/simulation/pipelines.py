@@ -384,18 +384,18 @@ class PipelineScenario(Scenario):
             assert run is not None
             return (
                 broker.busy() == 0
-                and run.delivery.lane.in_flight == 0
-                and run.delivery.lane.spooled == 0
-                and run.intake.connected.is_set()
+                and run.delivery.batcher.in_flight == 0
+                and run.delivery.batcher.spooled == 0
+                and run.subscriber.connected.is_set()
                 and run.delivery.budget.records == 0
             )
 
         def progress() -> Any:
             assert self.run is not None
-            lane = self.run.delivery.lane
+            batcher = self.run.delivery.batcher
             return (
-                books.answers, lane.stored, lane.dead_lettered, lane.spooled, broker.busy(), self.run.intake.state,
-                lane.dropped,
+                books.answers, batcher.stored, batcher.dead_lettered, batcher.spooled, broker.busy(),
+                self.run.subscriber.state, batcher.dropped,
             )  # fmt: skip
 
         await self.until(done, progress, self.state)
@@ -404,13 +404,13 @@ class PipelineScenario(Scenario):
         run = self.run
         assert run is not None
         delivery = run.delivery
-        lane, sender, budget, overflow = delivery.lane, delivery.sender, delivery.budget, delivery.backlog
+        batcher, sender, budget, overflow = delivery.batcher, delivery.sender, delivery.budget, delivery.backlog
         return (
-            f"broker queue {self.broker.busy()}, unacked {run.ledger.unacked}, in_flight {lane.in_flight}, spooled"
-            f" {lane.spooled}, open {lane.open_records}, ready {lane.ready}, intake {run.intake.state}, paused"
-            f" {run.intake.paused}, budget {budget.bytes}/{budget.max_bytes}"
+            f"broker queue {self.broker.busy()}, unacked {run.acks.unacked}, in_flight {batcher.in_flight}, spooled"
+            f" {batcher.spooled}, open {batcher.open_records}, ready {batcher.ready}, {run.subscriber.state}, paused"
+            f" {run.subscriber.paused}, budget {budget.bytes}/{budget.max_bytes}"
             f" {budget.records}/{budget.max_records} full {budget.full}, calls {sender.in_flight}, sender"
-            f" idle {sender.idle}, aside {run.aside.waiting}, last error {run.last_error}, overflow"
+            f" idle {sender.idle}, aside {run.dead_letters.waiting}, last error {run.last_error}, overflow"
             f" {overflow and (overflow.spooling, overflow.broken, overflow.full)}, kpl"
             f" {self.pipeline.aggregation}, {self.pipeline.on_full}"
         )
@@ -424,11 +424,11 @@ class PipelineScenario(Scenario):
             raise Finding(
                 f"the budget ends at {run.delivery.budget.bytes} bytes, {run.delivery.budget.records} records"
             )
-        if run.ledger.unacked:
-            raise Finding(f"{run.ledger.unacked} messages of this connection are unanswered at the end")
+        if run.acks.unacked:
+            raise Finding(f"{run.acks.unacked} messages of this connection are unanswered at the end")
         if left := await self.ended():
             raise Finding(f"stop() says {left} records did not end")
-        if batches := check.live_batches(run.delivery.lane):
+        if batches := check.live_batches(run.delivery.batcher):
             raise Finding(f"{len(batches)} batches live on that nobody is charged for: {[len(one) for one in batches]}")
         check.bugs(self.world)
         self.books.settle(0, 0)

@@ -268,7 +268,7 @@ class ProducerScenario(Scenario):
         assert self.producer is not None
         if self.producer._delivery.budget.bytes or self.producer._delivery.budget.records:
             raise Finding(f"the budget ends at {self.producer._delivery.budget.bytes} bytes")
-        if batches := check.live_batches(self.producer._delivery.lane):
+        if batches := check.live_batches(self.producer._delivery.batcher):
             raise Finding(f"{len(batches)} batches live on that nobody is charged for")
         if left := await self.closed(30.0):
             raise Finding(f"close() says {left} records did not end")

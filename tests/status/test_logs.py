@@ -14,10 +14,10 @@ import orjson
 import pytest
 
 from delivery import test_sender as scripted
-from fastkin._codec import DRAIN, DROPPED, Budget, KeyPlan, Lane
+from fastkin._codec import DRAIN, DROPPED, Batcher, Budget, KeyPlan
 from fastkin.aws.error_table import error_from
 from fastkin.aws.http_answer import Reply
-from fastkin.deadletter.handler import Aside
+from fastkin.deadletter.handler import DeadLetterHandler
 from fastkin.errors import Action, KinesisError, printable
 from fastkin.mqtt.words import explain
 from fastkin.status import logs
@@ -139,7 +139,7 @@ def test_another_librarys_message(text: str, json_lines: bool, written: Any) -> 
 async def test_the_topic_and_payload_of_a_bad_frame(text: str, json_lines: bool, written: Any) -> None:
     topic = text.encode("utf-8", "surrogatepass")
     lines = written(json_lines)
-    lane = Lane(
+    batcher = Batcher(
         settler=None,
         budget=Budget(1 << 20, 1000),
         frame="bulk",
@@ -152,9 +152,9 @@ async def test_the_topic_and_payload_of_a_bad_frame(text: str, json_lines: bool,
         tasks.append(asyncio.create_task(coroutine, name=name))
         return tasks[-1]
 
-    aside = Aside("p", lane, None, topics=("a/#",), spawn=spawn, on_settled=lambda: None)
-    lane.offer(topic, topic[:1000], 1)
-    rejects = lane.take_rejects()
+    aside = DeadLetterHandler("p", batcher, None, topics=("a/#",), spawn=spawn, on_settled=lambda: None)
+    batcher.offer(topic, topic[:1000], 1)
+    rejects = batcher.take_rejects()
     for reject in rejects:
         aside.rejected(reject)
     await asyncio.gather(*tasks)
@@ -170,24 +170,24 @@ async def test_the_topic_and_payload_of_a_bad_frame(text: str, json_lines: bool,
 async def test_a_flood_of_bad_frames_is_ten_lines_a_second_and_a_count(written: Any) -> None:
     lines = written(False)
     budget = Budget(1 << 20, 1000)
-    lane = Lane(settler=None, budget=budget, frame="bulk", key=KeyPlan("uuid"), target=b'"StreamName":"s"')
+    batcher = Batcher(settler=None, budget=budget, frame="bulk", key=KeyPlan("uuid"), target=b'"StreamName":"s"')
     tasks: list[Any] = []
 
     def spawn(coroutine: Any, name: str) -> Any:
         tasks.append(asyncio.create_task(coroutine, name=name))
         return tasks[-1]
 
-    aside = Aside("p", lane, None, topics=("a/#",), spawn=spawn, on_settled=lambda: None)
+    aside = DeadLetterHandler("p", batcher, None, topics=("a/#",), spawn=spawn, on_settled=lambda: None)
     for n in range(300):
-        lane.offer(b"a/b", b"junk" if n % 3 else b"", 1)
-    for reject in lane.take_rejects():
+        batcher.offer(b"a/b", b"junk" if n % 3 else b"", 1)
+    for reject in batcher.take_rejects():
         aside.rejected(reject)
     await asyncio.gather(*tasks)
     await aside.close()
     said = lines()
     assert len(said) == 22
     assert sorted(int(more) for more in re.findall(r"\((\d+) more like this\)", "\n".join(said))) == [89, 189]
-    assert sum(aside.format_errors.values()) == lane.dropped == 300
+    assert sum(aside.format_errors.values()) == batcher.dropped == 300
     assert budget.bytes == 0
 
 
@@ -218,8 +218,8 @@ async def test_what_the_sender_quotes(text: str, written: Any) -> None:
     lines = written(False)
     rig = scripted.Rig(scripted.Scripted(script))
     for record in (b"a", b"b", b"c"):
-        rig.lane.add(record)
-    rig.lane.seal(DRAIN)
+        rig.batcher.add(record)
+    rig.batcher.close_batch(DRAIN)
     rig.sender.pump()
     async with asyncio.timeout(20):
         while rig.sender.counters.calls < 3 or rig.sender.in_flight:

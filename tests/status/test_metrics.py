@@ -386,7 +386,7 @@ async def test_hostile_names_do_not_break_the_page() -> None:
             sender=SimpleNamespace(heat=lambda: {f"shardId-{n:012}": n / 1000 for n in range(1000)}),
         ),
         oldest_s=lambda: 0.0,
-        intake=SimpleNamespace(granted_window=1, connected=asyncio.Event()),
+        subscriber=SimpleNamespace(granted_window=1, connected=asyncio.Event()),
     )
     names = {'x"} 1\nforged_total 2': 3, "\\": 1, "": 2}
     stats: dict[str, Any] = {
@@ -416,21 +416,21 @@ def test_a_histogram_counts_each_value_once() -> None:
 
 def test_heat_is_the_share_of_the_limit_and_fades() -> None:
     pacer = Pacer(0.0)
-    assert pacer.heat(0.0) == []
+    assert pacer.utilization(0.0) == []
     pacer.set_shards(0.0, [0.5, 0.25, 0.25])
     now = 0.0
     for _ in range(600):  # a minute at 500 records/s on shard 1 and 1,000/s spread over all
         now += 0.1
         pacer.stored(now, {1: (50, 5_000), -1: (100, 10_000)})
-    assert pacer.heat(now) == pytest.approx([0.5, 0.75, 0.25], rel=0.05)
-    assert pacer.heat(now + 100) == pytest.approx([0, 0, 0], abs=0.001)
+    assert pacer.utilization(now) == pytest.approx([0.5, 0.75, 0.25], rel=0.05)
+    assert pacer.utilization(now + 100) == pytest.approx([0, 0, 0], abs=0.001)
     pacer.set_shards(now, [1.0])
     for _ in range(600):
         now += 0.1
         pacer.stored(now, {0: (10, 1024 * 1024 // 10)})
-    assert pacer.heat(now) == pytest.approx([1.0], rel=0.05)  # by bytes
+    assert pacer.utilization(now) == pytest.approx([1.0], rel=0.05)  # by bytes
     pacer.clear_shards(now)
-    assert pacer.heat(now) == []
+    assert pacer.utilization(now) == []
 
 
 # --- what deploy/ asks for ---

@@ -1,4 +1,4 @@
-"""What the codec's tests share: a lane with its books open, and answers."""
+"""What the codec's tests share: a batcher with its books open, and answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import random
 from typing import TYPE_CHECKING, Any
 
-from fastkin._codec import DRAIN, STORED, Batch, Budget, CallbackSettler, KeyPlan, Lane
+from fastkin._codec import DRAIN, STORED, Batch, Batcher, Budget, CallbackSettler, KeyPlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,14 +16,14 @@ Settlement = tuple[int, int, int, Any, int]
 
 
 class Rig:
-    """A lane whose settlements are written down."""
+    """A batcher whose settlements are written down."""
 
     def __init__(self, *, frame: Any = "raw", key: KeyPlan | None = None, budget: Budget | None = None,
                  **options: Any) -> None:  # fmt: skip
         self.budget = budget or Budget(1 << 30, 1 << 30)
         told: list[Settlement] = []
         self.told = told
-        self.lane = Lane(
+        self.batcher = Batcher(
             settler=CallbackSettler(lambda *args: told.append(args)),
             budget=self.budget,
             frame=frame,
@@ -33,9 +33,9 @@ class Rig:
         )
 
     def drain(self) -> list[Batch]:
-        self.lane.seal(DRAIN)
+        self.batcher.close_batch(DRAIN)
         batches = []
-        while (batch := self.lane.take()) is not None:
+        while (batch := self.batcher.take()) is not None:
             batches.append(batch)
         return batches
 
@@ -59,9 +59,9 @@ class Rig:
         """Nothing is held, nothing in flight."""
         assert self.budget.bytes == 0
         assert self.budget.records == 0
-        assert self.lane.in_flight == 0
-        assert self.lane.open_records == 0
-        assert self.lane.ready == 0
+        assert self.batcher.in_flight == 0
+        assert self.batcher.open_records == 0
+        assert self.batcher.ready == 0
 
 
 def entry(shard: str = SHARD, number: str = "4957", **more: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A scripted broker, and a rig around an Intake: what the tests of the MQTT side share."""
+"""A scripted broker, and a rig around an Subscriber: what the tests of the MQTT side share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import logging
 from typing import TYPE_CHECKING, Any, Self
 
 from fastkin.config import Broker
-from fastkin.mqtt._core import CallbackSink, Ledger, Router
-from fastkin.mqtt.subscriber import Intake
+from fastkin.mqtt._core import AckTracker, CallbackSink, Router
+from fastkin.mqtt.subscriber import Subscriber
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -134,7 +134,7 @@ class FakeBroker:
 
 
 class Rig:
-    """An Intake whose messages land in a list; `room` False makes the sink refuse them."""
+    """An Subscriber whose messages land in a list; `room` False makes the sink refuse them."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class Rig:
             "reconnect_min_s": 0.05,
             "reconnect_max_s": 0.2,
         }
-        self.ledger = Ledger()
+        self.acks = AckTracker()
         self.router = Router()
         self.got: list[tuple[bytes, bytes, int]] = []
         self.room = True
@@ -157,11 +157,11 @@ class Rig:
         self.states: list[str] = []
         for topic_filter, _ in filters:
             self.router.add(topic_filter, CallbackSink(self._take))
-        self.intake = Intake(
+        self.subscriber = Subscriber(
             Broker(**(settings | broker)),
             filters,
             router=self.router,
-            ledger=self.ledger,
+            acks=self.acks,
             on_read=self._on_read,
             on_state=self.states.append,
         )
@@ -183,7 +183,7 @@ class Rig:
     def settle(self, *messages: tuple[bytes, bytes, int]) -> None:
         """These are stored."""
         for _, _, token in messages:
-            self.ledger.settled(token)
+            self.acks.settled(token)
 
     def settle_all(self) -> None:
         """Everything that came since the last time is stored, and forgotten here."""
@@ -191,11 +191,11 @@ class Rig:
         self.got.clear()
 
     def start(self) -> None:
-        self.task = asyncio.create_task(self.intake.run())
+        self.task = asyncio.create_task(self.subscriber.run())
 
     async def connected(self, timeout: float = 5.0) -> None:
         async with asyncio.timeout(timeout):
-            await self.intake.connected.wait()
+            await self.subscriber.connected.wait()
 
     async def __aenter__(self) -> Self:
         self.start()
@@ -203,7 +203,7 @@ class Rig:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self.intake.close()
+        await self.subscriber.close()
         assert self.task is not None
         if not self.task.done():
             await self.task

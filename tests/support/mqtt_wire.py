@@ -58,7 +58,7 @@ class Rig:
         self.seen: list[tuple[bytes, bytes, int]] = []
         self.room = -1  # messages that are still taken; negative: all
         self.count = count  # settlements per message
-        self.ledger = _mqtt.Ledger()
+        self.acks = _mqtt.AckTracker()
         self.router = _mqtt.Router()
         self.sink = _mqtt.CallbackSink(self.offer)
         for topic in topics or ("#",):
@@ -66,7 +66,7 @@ class Rig:
         self.session = self.connection(connected=connected, **options)
 
     def connection(self, *, connected: bool = True, **options: Any) -> _mqtt.Session:
-        session = _mqtt.Session(version=self.version, ledger=self.ledger, router=self.router, **options)
+        session = _mqtt.Session(version=self.version, acks=self.acks, router=self.router, **options)
         if connected:
             session.feed_data(connack(self.version))
             session.take_events()
@@ -86,7 +86,7 @@ class Rig:
     def settle_all(self) -> None:
         for _, _, token in self.seen:
             if token:
-                self.ledger.settled(token, self.count)
+                self.acks.settled(token, self.count)
 
     @property
     def payloads(self) -> list[bytes]:

@@ -164,7 +164,7 @@ async def test_mode_a_bulk_frame_is_sent_whole_or_not_at_all(server: Server) -> 
         await r.publish(*damaged, frame)
         await r.settled(len(damaged) + 3)
         assert Counter(record.data for record in r.stored()) == Counter(records)
-        assert sum(r.run.aside.format_errors.values()) == len(damaged)
+        assert sum(r.run.dead_letters.format_errors.values()) == len(damaged)
 
 
 # -- Electric Imp ----------------------------------------------------------------------------------

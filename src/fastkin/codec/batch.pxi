@@ -27,7 +27,7 @@ cdef struct Run:
     uint32_t kind
 
 cdef enum:
-    BODY_START = 2048  # a quiet lane's first buffer; busy ones start at what they last needed
+    BODY_START = 2048  # a quiet batcher's first buffer; busy ones start at what they last needed
     BODY_MOST = 1 << 30  # offsets are 32 bits wide, base64 and escapes included
     ENTRIES_START = 16
     # of an entry's error: what is longer is no code of AWS, and goes to counters and logs
@@ -61,7 +61,7 @@ def record_cost(nbytes) -> int:
 
 @cython.final
 cdef class Budget:
-    """What may be held, in bytes and records: buffered plus in flight. Several lanes may share one."""
+    """What may be held, in bytes and records: buffered plus in flight. Several batchers may share one."""
 
     cdef public unsigned long long max_bytes
     cdef public unsigned long long max_records
@@ -165,12 +165,12 @@ cdef class Budget:
         return self.fits(entry_data_most(nbytes, 1) + ENTRY_USUAL + sizeof(Entry) + RECEIPT_BYTES, 1)
 
 
-# What a lane shares with its batches: where settlements go, and how many there were. Batches hold this
-# and not the lane, so that a lane and what waits in it make no cycle. Never cleared by the collector:
+# What a batcher shares with its batches: where settlements go, and how many there were. Batches hold this
+# and not the batcher, so that a batcher and what waits in it make no cycle. Never cleared by the collector:
 # a batch that is freed unsettled still needs it.
 @cython.final
 @cython.no_gc_clear
-cdef class _Books:
+cdef class _Accounting:
     cdef Settler settler
     cdef Budget budget
     cdef bytes target
@@ -209,23 +209,23 @@ cdef class Reject:
     cdef readonly Py_ssize_t offset
     cdef readonly object index
     cdef readonly unsigned long long token
-    cdef _Books books  # None once it is settled
+    cdef _Accounting accounting  # None once it is settled
     cdef uint64_t cost
 
     cdef int settle(self, int outcome) except -1:
-        cdef _Books books = self.books
-        if books is None:
+        cdef _Accounting accounting = self.accounting
+        if accounting is None:
             raise LibraryError("this reject is settled already")
-        self.books = None
-        books.budget.release(self.cost, 1)
-        books.ended[outcome_slot(outcome)] += 1
+        self.accounting = None
+        accounting.budget.release(self.cost, 1)
+        accounting.ended[outcome_slot(outcome)] += 1
         error = None
         if outcome == OUT_FAILED:
             error = DataFormatError(self.offset, self.reason)
-        return books.notify(self.token, 1, outcome, error, -1)
+        return accounting.notify(self.token, 1, outcome, error, -1)
 
     def __dealloc__(self):
-        if self.books is not None:
+        if self.accounting is not None:
             try:
                 self.settle(OUT_FAILED)
             except BaseException as error:
@@ -266,8 +266,8 @@ cdef class Batch:
     cdef Buf body
     cdef Entry* items
     cdef Run* runs
-    cdef _Books books
-    cdef readonly object lane
+    cdef _Accounting accounting
+    cdef readonly object batcher
     cdef size_t count
     cdef size_t room
     cdef size_t run_count
@@ -282,19 +282,19 @@ cdef class Batch:
     cdef Budget payer
     cdef Py_ssize_t exports
     cdef public Py_ssize_t attempts
-    cdef public double born
-    cdef public Py_ssize_t epoch
+    cdef public double taken_at
+    cdef public Py_ssize_t flush_generation
     cdef public object digest  # free for the client: the body's SHA-256, so that sending again costs no second one
 
     @staticmethod
-    cdef Batch new(_Books books, size_t body, size_t count):
+    cdef Batch new(_Accounting accounting, size_t body, size_t count):
         """An open batch with room for so many bytes and entries."""
-        # A collection may run anybody's code, which may put into the lane that is calling us.
+        # A collection may run anybody's code, which may put into the batcher that is calling us.
         cdef int collecting = PyGC_Disable()
         cdef Batch self = Batch.__new__(Batch)
         if collecting:
             PyGC_Enable()
-        self.books = books
+        self.accounting = accounting
         self.why = FLUSH_DRAIN
         self.items = <Entry*> take_memory(NULL, count * sizeof(Entry))
         self.room = count
@@ -363,13 +363,13 @@ cdef class Batch:
         self.close_entry(entry)
         return 0
 
-    cdef int finish_body(self, int why, object lane) except -1:
+    cdef int finish_body(self, int why, object batcher) except -1:
         """Complete the body and give back what it did not need."""
-        cdef size_t length = <size_t> PyBytes_GET_SIZE(self.books.target)
+        cdef size_t length = <size_t> PyBytes_GET_SIZE(self.accounting.target)
         cdef char* p
         cdef Entry* items
         buf_need(&self.body, length + LIST_CLOSE)
-        entry_list_close(self.body.p + self.body.length, PyBytes_AS_STRING(self.books.target), length)
+        entry_list_close(self.body.p + self.body.length, PyBytes_AS_STRING(self.accounting.target), length)
         self.body.length += length + LIST_CLOSE
         if self.body.room - self.body.length > 1024 + self.body.length // 8:
             p = <char*> realloc(self.body.p, self.body.length)
@@ -382,14 +382,14 @@ cdef class Batch:
                 self.items = items
                 self.room = max(self.count, <size_t> 1)
         self.why = why
-        self.lane = lane
+        self.batcher = batcher
         self.finished = True
         self.pay()
         return 0
 
     cdef inline void pay(self) noexcept:
         """Charge what it costs besides its entries: a batch of one record is more than the record."""
-        self.payer = self.books.replay if self.restored else self.books.budget
+        self.payer = self.accounting.replay if self.restored else self.accounting.budget
         self.overhead = (BATCH_BYTES + (self.body.room - self.body.length) + (self.room - self.count) * sizeof(Entry)
                          + (self.run_room - self.run_count) * sizeof(Run))
         self.payer.charge(self.overhead, 0)
@@ -401,15 +401,15 @@ cdef class Batch:
 
     cdef Batch fresh(self, size_t body, size_t count):
         """A batch to copy entries of this one into."""
-        cdef Batch other = Batch.new(self.books, body, count)
+        cdef Batch other = Batch.new(self.accounting, body, count)
         other.attempts = self.attempts
-        other.born = self.born
-        other.epoch = self.epoch
+        other.taken_at = self.taken_at
+        other.flush_generation = self.flush_generation
         # until its owner is spent, freeing it must end nothing
         other.live = False
         return other
 
-    cdef inline void spend(self) noexcept:
+    cdef inline void consume(self) noexcept:
         """The entries are somebody else's now. The body goes with the last view of it."""
         self.live = False
         self.refund()
@@ -432,7 +432,7 @@ cdef class Batch:
         cdef Entry* items = self.items
         cdef Run* runs = self.runs
         cdef size_t count = self.count
-        cdef _Books books = self.books
+        cdef _Accounting accounting = self.accounting
         cdef uint64_t cost = 0
         cdef uint64_t records = 0
         cdef uint64_t row_cost = 0
@@ -445,7 +445,7 @@ cdef class Batch:
         cdef Py_ssize_t at
         self.items = NULL
         self.runs = NULL
-        self.spend()
+        self.consume()
         for i in range(count):
             if outcomes == NULL or outcomes[i].code.p == NULL:
                 if items[i].kind == ENTRY_ROW:
@@ -454,10 +454,10 @@ cdef class Batch:
                 else:
                     cost += entry_cost(&items[i])
                     records += items[i].records
-        books.budget.release(cost, records)
+        accounting.budget.release(cost, records)
         if row_records:
-            books.replay.release(row_cost, row_records)
-        books.ended[outcome_slot(outcome)] += records + row_records
+            accounting.replay.release(row_cost, row_records)
+        accounting.ended[outcome_slot(outcome)] += records + row_records
         bug = None
         i = 0
         while i < count:
@@ -473,7 +473,7 @@ cdef class Batch:
                     run = &runs[(entry.token >> 32) + k]
                     try:
                         if run.kind == ENTRY_TOKEN:
-                            books.notify(run.token, run.count, outcome, answer, at)
+                            accounting.notify(run.token, run.count, outcome, answer, at)
                         else:
                             (<Receipt> <PyObject*> <size_t> run.token).ended(
                                 run.count, outcome, answer, at, encryption)
@@ -488,9 +488,9 @@ cdef class Batch:
             if entry.kind == ENTRY_TOKEN or entry.kind == ENTRY_ROW:
                 try:
                     if entry.kind == ENTRY_ROW:
-                        books.notify_row(entry.token, together, outcome)
+                        accounting.notify_row(entry.token, together, outcome)
                     else:
-                        books.notify(entry.token, together, outcome, answer, at)
+                        accounting.notify(entry.token, together, outcome, answer, at)
                 except BaseException as error:
                     bug = bug or error
             else:
@@ -559,7 +559,7 @@ cdef class Batch:
 
     @property
     def counts(self) -> bytes:
-        """User records of each entry, 32 bits each, low byte first; empty when each is one. For Lane.restore."""
+        """User records of each entry, 32 bits each, low byte first; empty when each is one. For Batcher.restore."""
         self.whole()
         cdef size_t i
         cdef uint32_t records
@@ -628,9 +628,9 @@ cdef class Batch:
         cdef Batch right = self.fresh(self.body.length - nbytes + 64, self.count - n)
         for i in range(self.count):
             (left if mine[i] else right).copy(self, i)
-        left.finish_body(self.why, self.lane)
-        right.finish_body(self.why, self.lane)
-        self.spend()
+        left.finish_body(self.why, self.batcher)
+        right.finish_body(self.why, self.batcher)
+        self.consume()
         left.live = right.live = True
         return left, right
 
@@ -674,12 +674,12 @@ cdef class Batch:
         head = records[0][0]
         left._take_records(self, aggregate_of(data, head, records[:middle]), whole, 0, middle)
         right._take_records(self, aggregate_of(data, head, records[middle:]), whole, middle, entry.records - middle)
-        left.finish_body(self.why, self.lane)
-        right.finish_body(self.why, self.lane)
-        cdef Budget payer = self.books.replay if self.restored else self.books.budget
+        left.finish_body(self.why, self.batcher)
+        right.finish_body(self.why, self.batcher)
+        cdef Budget payer = self.accounting.replay if self.restored else self.accounting.budget
         payer.charge(entry_cost(&left.items[0]) + entry_cost(&right.items[0]), 0)
         payer.release(entry_cost(entry), 0)
-        self.spend()
+        self.consume()
         left.live = right.live = True
         return left, right
 
@@ -744,7 +744,7 @@ cdef class Batch:
         """As few batches as the limits allow, order kept. The inputs are spent."""
         cdef Batch batch
         cdef Batch out = None
-        cdef _Books books = None
+        cdef _Accounting accounting = None
         cdef size_t i
         cdef size_t nbytes
         items = list(batches)
@@ -753,10 +753,10 @@ cdef class Batch:
                 raise TypeError(f"only batches can be gathered, not {type(item).__name__}")
             batch = item
             batch.whole()
-            if books is None:
-                books = batch.books
-            if batch.books is not books:
-                raise LibraryError("batches of different lanes cannot share a call")
+            if accounting is None:
+                accounting = batch.accounting
+            if batch.accounting is not accounting:
+                raise LibraryError("batches of different batchers cannot share a call")
         if len({id(item) for item in items}) != len(items):
             raise LibraryError("a batch was given twice")
         if len(items) < 2:
@@ -766,19 +766,19 @@ cdef class Batch:
         for item in items:
             batch = item
             for i in range(batch.count):
-                if (out is None or out.count == books.max_records
-                        or out.total + batch.items[i].size > books.max_batch_bytes):
-                    out = batch.fresh(min(nbytes, books.max_batch_bytes // 2 * 3) + 64, batch.count)
+                if (out is None or out.count == accounting.max_records
+                        or out.total + batch.items[i].size > accounting.max_batch_bytes):
+                    out = batch.fresh(min(nbytes, accounting.max_batch_bytes // 2 * 3) + 64, batch.count)
                     outs.append(out)
                 elif i == 0:
                     out.attempts = max(out.attempts, batch.attempts)
-                    out.born = min(out.born, batch.born)
-                    out.epoch = min(out.epoch, batch.epoch)
+                    out.taken_at = min(out.taken_at, batch.taken_at)
+                    out.flush_generation = min(out.flush_generation, batch.flush_generation)
                 out.copy(batch, i)
         for item in outs:
-            (<Batch> item).finish_body((<Batch> items[0]).why, (<Batch> items[0]).lane)
+            (<Batch> item).finish_body((<Batch> items[0]).why, (<Batch> items[0]).batcher)
         for item in items:
-            (<Batch> item).spend()
+            (<Batch> item).consume()
         for item in outs:
             (<Batch> item).live = True
         return outs
@@ -792,7 +792,7 @@ cdef class Batch:
         cdef Answer scan
         outcomes = <Outcome*> take_memory(NULL, self.count * sizeof(Outcome))
         try:
-            answer_scan(self.books.answer, data, self.count, outcomes, &scan)
+            answer_scan(self.accounting.answer, data, self.count, outcomes, &scan)
             if scan.failed == 0:
                 self.end(outcomes, OUT_STORED, data, scan.encryption)
                 return []
@@ -837,7 +837,7 @@ cdef class Batch:
             failure.batch = self
             return failures
         for item in failures:
-            (<Failure> item).batch.finish_body(self.why, self.lane)
+            (<Failure> item).batch.finish_body(self.why, self.batcher)
         return failures
 
     def finish(self, int outcome, error=None) -> None:

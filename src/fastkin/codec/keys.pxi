@@ -327,7 +327,7 @@ cdef class KeyPlan:
         return FIELD_LONG if got < 0 else got
 
     def render(self, bytes topic, data) -> str:
-        """The key of one record, as a lane would write it. RecordError when it cannot be one."""
+        """The key of one record, as a batcher would write it. RecordError when it cannot be one."""
         cdef Bytes source
         cdef uint8_t raw[KEY_BYTES]
         cdef size_t length = 0

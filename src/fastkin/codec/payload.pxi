@@ -1,5 +1,5 @@
-# What a payload format is to the lane, whatever its bytes look like. A format is a file of its own (format_raw.pxi is
-# the shortest one) and a row of the table in formats.pxi; nothing else knows it.
+# What a payload format is to the batcher, whatever its bytes look like. A format is a file of its own (format_raw.pxi
+# is the shortest one) and a row of the table in formats.pxi; nothing else knows it.
 #
 # A payload is read whole before a record of it is taken: a message is stored as a whole or set aside as a whole.
 

@@ -1,5 +1,5 @@
 # A body that comes back from the disk. We wrote it, but a disk may hand back anything, so it is read as if a
-# stranger had written it: exactly the bytes that Lane.append writes pass, and all is read before a batch is made.
+# stranger had written it: exactly the bytes that Batcher.append writes pass, and all is read before a batch is made.
 
 cdef Py_ssize_t restore_key(const Text* text, uint8_t* raw) noexcept nogil:
     """The key as UTF-8 into KEY_BYTES of room: its length, or -1 when it is none."""
@@ -34,7 +34,7 @@ cdef str restore_reason(RestoreStatus status):
     }[status]
 
 
-cdef Batch restore_batch(_Books books, const uint8_t* data, size_t length, bytes counts, uint64_t token,
+cdef Batch restore_batch(_Accounting accounting, const uint8_t* data, size_t length, bytes counts, uint64_t token,
                          ShardTable table, bint uuid):
     """A finished batch that owns nothing yet: the caller charges it and sets `live`. DataFormatError."""
     cdef uint8_t raw[KEY_BYTES]
@@ -54,7 +54,7 @@ cdef Batch restore_batch(_Books books, const uint8_t* data, size_t length, bytes
     c.end = data + length
     if not entry_list_opens(&c):
         raise DataFormatError(0, restore_reason(RESTORE_HEAD))
-    batch = Batch.new(books, length + 64, ENTRIES_START)
+    batch = Batch.new(accounting, length + 64, ENTRIES_START)
     batch.live = False  # until its entries are charged: freeing it must end nothing
     while True:
         status = entry_read(&c, data, &one)

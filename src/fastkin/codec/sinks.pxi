@@ -1,4 +1,4 @@
-# More ways into one lane than its own: for payloads of another format, and for what belongs to none.
+# More ways into one batcher than its own: for payloads of another format, and for what belongs to none.
 
 cdef enum:
     STRAY_BYTES = 256  # of a topic told in a reason
@@ -6,18 +6,18 @@ cdef enum:
 
 @cython.final
 cdef class FormatSink(Sink):
-    """The way into a lane for payloads of one format, whatever the lane's own is."""
+    """The way into a batcher for payloads of one format, whatever the batcher's own is."""
 
-    cdef Lane lane
+    cdef Batcher batcher
     cdef PayloadFormat format
 
-    def __cinit__(self, Lane lane not None, frame):
-        self.lane = lane
+    def __cinit__(self, Batcher batcher not None, frame):
+        self.batcher = batcher
         self.format = format_of(frame)
 
     cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
                             size_t length, uint64_t token) except -2:
-        return self.lane.offer_as(self.format, topic, topic_len, data, length, token)
+        return self.batcher.offer_as(self.format, topic, topic_len, data, length, token)
 
     def offer(self, bytes topic not None, payload, unsigned long long token) -> int:
         """As the C sink: how many settlements the token will see, -1 when there is no room."""
@@ -26,13 +26,13 @@ cdef class FormatSink(Sink):
 
 @cython.final
 cdef class StraySink(Sink):
-    """Sets payloads aside whose format nobody knows: each becomes a reject of the lane."""
+    """Sets payloads aside whose format nobody knows: each becomes a reject of the batcher."""
 
-    cdef Lane lane
+    cdef Batcher batcher
     cdef str filters
 
-    def __cinit__(self, Lane lane not None, str filters not None):
-        self.lane = lane
+    def __cinit__(self, Batcher batcher not None, str filters not None):
+        self.batcher = batcher
         self.filters = filters
 
     cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
@@ -40,7 +40,7 @@ cdef class StraySink(Sink):
         cdef size_t shown = topic_len if topic_len < STRAY_BYTES else STRAY_BYTES
         name = PyUnicode_DecodeUTF8(<const char*> topic, <Py_ssize_t> shown, "replace")
         reason = f"the topic {name!a} matches none of the filters {self.filters}: its format is not known"
-        return self.lane.refuse_whole(topic, topic_len, data, length, "topic", reason, 0, token)
+        return self.batcher.refuse_whole(topic, topic_len, data, length, "topic", reason, 0, token)
 
     def offer(self, bytes topic not None, payload, unsigned long long token) -> int:
         """As the C sink."""

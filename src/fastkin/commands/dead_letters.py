@@ -216,7 +216,7 @@ class Route:
     kinesis: Kinesis
     format: Callable[[str | None], str | None]  # of a topic's payloads. None: not known, frames cannot be read again
     key: KeyPlan
-    drawn: bool  # the lane draws the keys; else they are made of topic and payload
+    drawn: bool  # the batcher draws the keys; else they are made of topic and payload
     max_record_bytes: int | None  # None: what the stream takes
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastkin.errors import MqttError
-from fastkin.mqtt._core import CountSink, Ledger, Router
-from fastkin.mqtt.subscriber import Intake
+from fastkin.mqtt._core import AckTracker, CountSink, Router
+from fastkin.mqtt.subscriber import Subscriber
 from fastkin.mqtt.subscriptions import SHARED
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Tried:
     refused: dict[str, Refusal] = field(default_factory=dict)
 
 
-class _Trial(Intake):
+class _Trial(Subscriber):
     """One connection that learns what is granted, and takes nothing over."""
 
     tried: Tried
@@ -101,8 +101,8 @@ async def subscribe(broker: Broker, pipeline: Pipeline, *, own_id: str | None) -
 
 
 async def _run(broker: Broker, pipeline: Pipeline, asked: dict[str, str]) -> tuple[Tried, bool]:
-    ledger, router = Ledger(), Router()
-    sink = CountSink(ledger)  # never released: nothing is acknowledged
+    acks, router = AckTracker(), Router()
+    sink = CountSink(acks)  # never released: nothing is acknowledged
     for topic in asked:
         router.add(topic, sink)
     failed: asyncio.Queue[str] = asyncio.Queue()
@@ -112,7 +112,7 @@ async def _run(broker: Broker, pipeline: Pipeline, asked: dict[str, str]) -> tup
             failed.put_nowait(trial.last_error or "no connection")
 
     trial = _Trial(
-        broker, [(topic, pipeline.qos) for topic in asked], router=router, ledger=ledger, on_read=_nothing,
+        broker, [(topic, pipeline.qos) for topic in asked], router=router, acks=acks, on_read=_nothing,
         on_state=on_state, set_apart=lambda _: _Left(), name=pipeline.id,
     )  # fmt: skip
     trial.tried, trial.answered = Tried(broker.client_id), asyncio.Event()
@@ -168,7 +168,7 @@ def _apart(topic: str, group: str) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What a connection says while it tries is the caller's to tell, unless everything is wanted."""
-    log = logging.getLogger("fastkin.intake")
+    log = logging.getLogger("fastkin.subscriber")
     before = log.level
     if not log.isEnabledFor(logging.DEBUG):
         log.setLevel(logging.CRITICAL + 1)

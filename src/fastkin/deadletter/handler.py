@@ -33,7 +33,7 @@ from fastkin.status.logs import Repeats
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-    from fastkin._codec import Batch, Lane, Reject
+    from fastkin._codec import Batch, Batcher, Reject
     from fastkin.config import Pipeline
     from fastkin.mqtt._core import Apart
 
@@ -158,13 +158,13 @@ class FileStore:
         await self._worker.run(call, *args)
 
 
-class Aside:
+class DeadLetterHandler:
     """Takes over what can never be stored, and settles it."""
 
     def __init__(
         self,
         name: str,
-        lane: Lane,
+        batcher: Batcher,
         store: Store | None,
         *,
         topics: Sequence[str] = (),
@@ -176,7 +176,7 @@ class Aside:
         `spawn(coroutine, name)` runs a task of the pipeline; `on_settled()` runs after each group that ended.
         `max_packet_bytes`: the intake's, for the log."""
         self._name = name
-        self._lane = lane
+        self._batcher = batcher
         self._store = store
         self._spawn = spawn
         self._on_settled = on_settled
@@ -184,7 +184,7 @@ class Aside:
         self._topic = _only(topics)
         self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=_LINES_PER_S, per_s=1.0)
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
-        # records, by kind of a bad payload or code of Kinesis: sums to lane.dead_lettered
+        # records, by kind of a bad payload or code of Kinesis: sums to batcher.dead_lettered
         self.dead_lettered_by: LabelledCounter = LabelledCounter()
         self.dropped = LabelledCounter()  # records that ended here without a letter, for there is no `dead_letter`
         self._deleted_said = 0
@@ -230,7 +230,7 @@ class Aside:
             "index": reject.index,
             "payload": reject.payload,
         }
-        settle = self._lane.settle_reject
+        settle = self._batcher.settle_reject
         self._lay(_Group(reject.kind, lambda: [letter], lambda outcome: settle(reject, outcome), len(reject.payload)))
 
     def refused(self, batch: Batch, reason: str) -> None:
@@ -278,7 +278,7 @@ class Aside:
         }
         held = payload if isinstance(payload, bytes) else b""
         # Counted as received and charged, though it was never offered: the books must know of what is acknowledged.
-        reject = self._lane.refuse(message.topic or b"", held, kind, reason, message.offset, message.token)
+        reject = self._batcher.refuse(message.topic or b"", held, kind, reason, message.offset, message.token)
         stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         # A large one holds a file and a place in the queue: as many of them as would fill the bound are let through,
@@ -287,7 +287,7 @@ class Aside:
 
         def settle(outcome: int) -> None:
             self._carried_cost -= cost
-            self._lane.settle_reject(reject, outcome)
+            self._batcher.settle_reject(reject, outcome)
             self._say_carried(message, kept, kind, reason)
             if not stored.done():
                 stored.set_result(None)
@@ -353,14 +353,14 @@ class Aside:
         return self._waiting[:_CHUNK_GROUPS]
 
     def _settle(self, group: _Group, outcome: int) -> None:
-        dead, dropped = self._lane.dead_lettered, self._lane.dropped
+        dead, dropped = self._batcher.dead_lettered, self._batcher.dropped
         try:
             group.settle(outcome)
         finally:
-            # taken from the lane, which counts the records inside an aggregate: the sums are the same at any moment
-            if more := self._lane.dead_lettered - dead:
+            # taken from the batcher, which counts the records inside an aggregate: the sums are the same at any moment
+            if more := self._batcher.dead_lettered - dead:
                 self.dead_lettered_by.add(group.kind, more)
-            if more := self._lane.dropped - dropped:
+            if more := self._batcher.dropped - dropped:
                 self.dropped.add("no_dead_letter", more)
 
     def _say_deleted(self) -> None:

@@ -3,8 +3,8 @@
 A letter larger than a record is split: its parts have the same fields and partition key, a slice of the payload each,
 and besides `id`, `part` (from 0) and `parts`. Nothing is cut off and nothing is held back for its size.
 
-The letters have a lane, a budget and a sender of their own. One that the stream refuses does not become a dead letter
-in its turn: it is put again until it is taken, and what it came from waits unacknowledged.
+The letters have a batcher, a budget and a sender of their own. One that the stream refuses does not become a dead
+letter in its turn: it is put again until it is taken, and what it came from waits unacknowledged.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Post:
     def put(self, data: bytes, key: str | None) -> Receipt:
         """RecordError: it can never be stored as it is."""
         assert self._delivery is not None, "start() first"
-        return self._delivery.lane.put(data, key)
+        return self._delivery.batcher.put(data, key)
 
     async def flush(self) -> None:
         """Every receipt so far has ended, well or not; failures that pass are waited out."""

@@ -98,13 +98,13 @@ class Answers:
             # The plain case, and nearly every call: no entry is looked at by itself.
             self._pacer.stored(now, load)
             self._trouble.stored_all()
-            self._generations.ended(batch.epoch, count)
+            self._generations.ended(batch.flush_generation, count)
             return
         failed = sum(len(failure.batch) for failure in failures)
         if failed < count:
             self._pacer.stored(now, _less(load, failures))
         # What failed has not ended. A flush waits for it as well.
-        self._generations.ended(batch.epoch, count - failed)
+        self._generations.ended(batch.flush_generation, count - failed)
         waits = [self._entry_failed(failure, now) for failure in failures]
         if failed == count and (delay := min(waits)) > 0.0:
             # The same for every record: it is the destination's trouble, and what is new would only share it.
@@ -158,7 +158,7 @@ class Answers:
         for shard, part in apart(batch, list(load)):
             if self._pacer.knows(shard):
                 self._waits.put_by(shard, part, now, until)
-            elif now - part.born > CLAIM_AFTER_S and now >= self._claim_at:
+            elif now - part.taken_at > CLAIM_AFTER_S and now >= self._claim_at:
                 # Nobody knows whose line it belongs to, and it has lost against newer ones for a while. So all that is
                 # spread evenly waits for it once.
                 self._claim_at = now + CLAIM_EVERY_S

@@ -17,7 +17,7 @@ from fastkin.errors import RecordDropped
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastkin._codec import Batch, Lane
+    from fastkin._codec import Batch, Batcher
     from fastkin.delivery.sender import Sender
     from fastkin.delivery.spool_file import Spool
     from fastkin.runtime.deadline import Deadline
@@ -48,10 +48,10 @@ class Backlog:
     task: asyncio.Task[None] | None = None  # the work in the background: what it raises is a bug
 
     def __init__(
-        self, lane: Lane, sender: Sender, budget: Budget, *, name: str, on_settled: Callable[[], None]
+        self, batcher: Batcher, sender: Sender, budget: Budget, *, name: str, on_settled: Callable[[], None]
     ) -> None:
         """`on_settled()` runs after batches were spooled or dropped. `name` is that of the log lines."""
-        self._lane = lane
+        self._batcher = batcher
         self._sender = sender
         self._budget = budget
         self._name = name
@@ -115,7 +115,7 @@ class Backlog:
         return None
 
     def pump(self) -> None:
-        """The lane has closed batches."""
+        """The batcher has closed batches."""
         self._sender.pump()
 
     def attend(self) -> None:
@@ -133,7 +133,7 @@ class Backlog:
 
     def stats(self) -> dict[str, Any]:
         return {
-            "spooled": self._lane.spooled, "spooled_ever": 0, "spooling": False, "spool_rows": 0, "spool_bytes": 0,
+            "spooled": self._batcher.spooled, "spooled_ever": 0, "spooling": False, "spool_rows": 0, "spool_bytes": 0,
             "spool_bytes_limit": 0, "spool_error": None, "spool_damaged_rows": 0,
         }  # fmt: skip
 
@@ -142,9 +142,16 @@ class DropBacklog(Backlog):
     """`drop_oldest` and `drop_newest`."""
 
     def __init__(
-        self, lane: Lane, sender: Sender, budget: Budget, *, name: str, on_settled: Callable[[], None], policy: Policy
+        self,
+        batcher: Batcher,
+        sender: Sender,
+        budget: Budget,
+        *,
+        name: str,
+        on_settled: Callable[[], None],
+        policy: Policy,
     ) -> None:
-        super().__init__(lane, sender, budget, name=name, on_settled=on_settled)
+        super().__init__(batcher, sender, budget, name=name, on_settled=on_settled)
         self._policy = policy
         self._loop = asyncio.get_running_loop()
         self._unsaid = 0  # records dropped since the last WARNING
@@ -161,7 +168,7 @@ class DropBacklog(Backlog):
 
     def _drop(self) -> None:
         # The open batch too, or drop_newest would drop what is older than what is kept.
-        self._lane.seal(DRAIN)
+        self._batcher.close_batch(DRAIN)
         # Halves of a refused call stay. Each is on its way to be judged, and there are few of them.
         waiting = deque(self._sender.withdraw(alone=False))
         dropped = 0
@@ -170,12 +177,12 @@ class DropBacklog(Backlog):
         while waiting and self._budget.full:
             batch = waiting.popleft() if self._policy == "drop_oldest" else waiting.pop()
             # A finished batch has no length any more.
-            epoch, count = batch.epoch, len(batch)
+            flush_generation, count = batch.flush_generation, len(batch)
             dropped += batch.user_records
             batch.finish(DROPPED, error)
-            self._sender.forget(epoch, count)
+            self._sender.forget(flush_generation, count)
         if waiting:
-            self._sender.give_back(list(waiting))
+            self._sender.requeue_front(list(waiting))
         if dropped:
             self._say_dropped(dropped)
         # To close the batch may have made room. Who waits for it must hear so, or waits for ever.

@@ -2,7 +2,7 @@
 
     put(), or what a session offers
       |
-    lane       a record becomes an entry of the open batch: its key, its shard, base64, what it costs
+    batcher       a record becomes an entry of the open batch: its key, its shard, base64, what it costs
       |        a batch closes when it holds 500 entries or 5 MiB
     flusher    ... or its time has come: linger, an idle sender, an exhausted window, the end
       |
@@ -14,7 +14,7 @@
                                failed for now -> the retry queue; it goes again, first come first served per shard
                                refused        -> `refused`: dead letters, or an error for who holds the receipt
 
-Everything that ends, ends in the lane's books: received = stored + dead-lettered + filtered + dropped + in flight
+Everything that ends, ends in the batcher's books: received = stored + dead-lettered + filtered + dropped + in flight
 + spooled, after every callback. `stuck` says in words what would wait for ever, and the watchdog asks it.
 """
 
@@ -25,7 +25,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fastkin._codec import DRAIN, FAILED, Budget, KeyPlan, Lane
+from fastkin._codec import DRAIN, FAILED, Batcher, Budget, KeyPlan
 from fastkin.delivery.backlog import Backlog, DropBacklog, Policy, batch_limit
 from fastkin.delivery.flusher import Flusher
 from fastkin.delivery.sender import Sender
@@ -67,7 +67,7 @@ class Options:
 
 
 class Delivery:
-    """Lane, flusher, backlog, sender and watchdog of one stream. Made anywhere; open() needs the running loop."""
+    """Batcher, flusher, backlog, sender and watchdog of one stream. Made anywhere; open() needs the running loop."""
 
     def __init__(
         self,
@@ -96,10 +96,10 @@ class Delivery:
         )
         self.budget = Budget(options.budget_bytes - keep_bytes, options.budget_records)
         self._window: ReplayWindow | None = None
-        # Before the lane is made: both parts are charged by it.
+        # Before the batcher is made: both parts are charged by it.
         if options.on_full == "spool":
             self.budget, self._window = split_budget(self.budget)
-        self.lane = Lane(
+        self.batcher = Batcher(
             settler=settler, budget=self.budget, frame=frame, key=key if to.keyed else KeyPlan("none"),
             target=client.target_json(), answer=to.answer,
             max_records=options.max_records, max_batch_bytes=options.max_batch_bytes,
@@ -132,26 +132,26 @@ class Delivery:
         self._on_settled = on_settled or _nothing
         self._rejected = rejected
         self.sender = Sender(
-            self.lane, self.client, name=self.name, stream=self.stream, max_calls=options.max_calls,
-            set_aside=refused or self.fail, on_settled=self.settled, max_records=options.max_records,
+            self.batcher, self.client, name=self.name, stream=self.stream, max_calls=options.max_calls,
+            dead_letter=refused or self.fail, on_settled=self.settled, max_records=options.max_records,
             max_batch_bytes=options.max_batch_bytes, throttle_error_after_s=options.throttle_error_after_s,
             destination=self.client.destination, believe=options.trusted, harmless=self.client.harmless,
         )  # fmt: skip
         self.backlog = self._make_backlog(options)
-        self.flusher = Flusher(self.lane, self.backlog, options.linger_s, loop)
+        self.flusher = Flusher(self.batcher, self.backlog, options.linger_s, loop)
         self.watchdog = Watchdog(self.name, loop, stuck or self.stuck, wake or self.wake)
         self.opened = True
 
     def _make_backlog(self, options: Options) -> Backlog:
-        lane, sender, budget, name = self.lane, self.sender, self.budget, self.name
+        batcher, sender, budget, name = self.batcher, self.sender, self.budget, self.name
         if options.on_full == "pause":
-            return Backlog(lane, sender, budget, name=name, on_settled=self.settled)
+            return Backlog(batcher, sender, budget, name=name, on_settled=self.settled)
         if options.on_full != "spool":
-            return DropBacklog(lane, sender, budget, name=name, on_settled=self.settled, policy=options.on_full)
+            return DropBacklog(batcher, sender, budget, name=name, on_settled=self.settled, policy=options.on_full)
         if options.spool is None or self._window is None:
             raise LibraryError("on_full 'spool' needs a path")
         return SpoolBacklog(
-            lane, sender, budget, name=name, on_settled=self.settled, window=self._window, path=options.spool,
+            batcher, sender, budget, name=name, on_settled=self.settled, window=self._window, path=options.spool,
             max_bytes=options.spool_max_bytes, after_s=options.spool_after_s, max_records=options.max_records,
             max_batch_bytes=options.max_batch_bytes,
         )  # fmt: skip
@@ -159,9 +159,9 @@ class Delivery:
     # -- while it runs -------------------------------------------------------------------------
 
     def attend(self) -> None:
-        """The lane has news: what was rejected is handed over, what is closed is sent, what is open will be in time."""
+        """The batcher has news: what was rejected is handed over, what is closed is sent, what is open has its time."""
         if self._rejected is not None:
-            for reject in self.lane.take_rejects():
+            for reject in self.batcher.take_rejects():
                 self._rejected(reject)
         self.flusher.attend()
 
@@ -192,14 +192,14 @@ class Delivery:
     def to_wait_for(self) -> bool:
         """Waiting for Kinesis may still settle something: what is on the disk too needs no waiting for."""
         # While calls flow, what came back from the disk ends soon too. Without them the file keeps it.
-        return self.lane.in_flight > (0 if self.sender.flowing else self.backlog.safe)
+        return self.batcher.in_flight > (0 if self.sender.flowing else self.backlog.safe)
 
     def stuck(self, *, aside: int = 0) -> str | None:
         """What waits and will be looked at by nobody; None between any two callbacks, or there is a bug.
 
         `aside`: groups of dead letters that the owner has.
         """
-        return unattended(self.lane, self.sender, self.flusher, self.backlog, aside=aside)
+        return unattended(self.batcher, self.sender, self.flusher, self.backlog, aside=aside)
 
     def wake(self) -> None:
         """Look at everything once, as if all of it had just happened."""
@@ -250,11 +250,11 @@ class Delivery:
 
     def give_up(self, error: Exception) -> int:
         """After close(): what has not ended fails with `error`, for who holds receipts. Returns how many records."""
-        left = self.lane.in_flight
-        # Batches first. What is left in the lane after that is in none.
+        left = self.batcher.in_flight
+        # Batches first. What is left in the batcher after that is in none.
         for batch in (*self.sender.unsent(), *self.backlog.unsaved()):
             batch.finish(FAILED, error)
-        self.lane.abandon(error)
+        self.batcher.abandon(error)
         return left
 
     # -- seen from outside ---------------------------------------------------------------------
@@ -262,14 +262,14 @@ class Delivery:
     def stats(self) -> dict[str, Any]:
         """Counters, in records unless the name says otherwise."""
         # A delivery that was never opened has no sender, and says zero.
-        lane, sender = self.lane, self.sender if self.opened else None
+        batcher, sender = self.batcher, self.sender if self.opened else None
         return {
-            "received": lane.received,
-            "stored": lane.stored,
-            "dropped": lane.dropped,
-            "dead_lettered": lane.dead_lettered,
-            "in_flight": lane.in_flight,
-            "spooled": lane.spooled,
+            "received": batcher.received,
+            "stored": batcher.stored,
+            "dropped": batcher.dropped,
+            "dead_lettered": batcher.dead_lettered,
+            "in_flight": batcher.in_flight,
+            "spooled": batcher.spooled,
             "buffered_bytes": self.budget.bytes,
             "peak_bytes": self.budget.peak_bytes,
             "calls": sender.counters.calls if sender else 0,

@@ -17,7 +17,7 @@ from fastkin._codec import IDLE, LINGER
 if TYPE_CHECKING:
     import asyncio
 
-    from fastkin._codec import Lane
+    from fastkin._codec import Batcher
 
 _QUIET_SHARE = 4  # the source is quiet when it gave nothing for this part of the linger
 _QUIET_MIN_S = 0.002
@@ -34,11 +34,11 @@ class Downstream(Protocol):
 
 
 class Flusher:
-    """One timer per lane, armed only while a batch is open and not offered."""
+    """One timer per batcher, armed only while a batch is open and not offered."""
 
     __slots__ = (
+        "_batcher",
         "_deadline",
-        "_lane",
         "_last",
         "_linger_s",
         "_loop",
@@ -49,8 +49,8 @@ class Flusher:
         "_timer",
     )
 
-    def __init__(self, lane: Lane, sender: Downstream, linger_s: float, loop: asyncio.AbstractEventLoop) -> None:
-        self._lane = lane
+    def __init__(self, batcher: Batcher, sender: Downstream, linger_s: float, loop: asyncio.AbstractEventLoop) -> None:
+        self._batcher = batcher
         self._sender = sender
         self._linger_s = linger_s
         self._quiet_s = max(_QUIET_MIN_S, linger_s / _QUIET_SHARE)
@@ -62,14 +62,14 @@ class Flusher:
         self._seen = 0
 
     def attend(self) -> None:
-        """The lane has news: send what is closed, see that what is open will go in time."""
-        lane = self._lane
+        """The batcher has news: send what is closed, see that what is open will go in time."""
+        batcher = self._batcher
         # First of all: what comes while this runs sets it again.
-        lane.attention = False
-        if lane.open_records and not lane.offered:
+        batcher.dirty = False
+        if batcher.open_records and not batcher.offered:
             # Nothing to wait for. A timer of zero would cost a turn of the loop per message.
             if self._linger_s <= 0.0:
-                lane.offer_open(LINGER)
+                batcher.offer_open(LINGER)
             elif self._timer is None:
                 self._arm(self._loop.time())
         self._sender.pump()
@@ -82,7 +82,7 @@ class Flusher:
     def close(self, reason: int) -> None:
         """The open batch may go now."""
         # Only what really went starts a new linger.
-        if self._lane.offer_open(reason) or self._lane.ready:
+        if self._batcher.offer_open(reason) or self._batcher.ready:
             self._last = self._loop.time()
             self._sender.pump()
 
@@ -93,30 +93,30 @@ class Flusher:
             self._timer = None
 
     def _arm(self, now: float) -> None:
-        lane = self._lane
-        if lane.opened != self._opened:
-            self._opened = lane.opened
+        batcher = self._batcher
+        if batcher.opened != self._opened:
+            self._opened = batcher.opened
             self._deadline = now + self._linger_s
         # To be compared when the timer rings: more since means that the source is not quiet.
-        self._seen = lane.received
+        self._seen = batcher.received
         # Early ones keep the linger between them, else each message of a slow source would be a call of its own.
         early = max(now + self._quiet_s, self._last + self._linger_s)
         self._timer = self._loop.call_at(min(self._deadline, early), self._check)
 
     def _check(self) -> None:
         self._timer = None
-        lane = self._lane
-        if lane.open_records and not lane.offered:
+        batcher = self._batcher
+        if batcher.open_records and not batcher.offered:
             now = self._loop.time()
             # It was opened since, and nobody told how long ago. So it counts as quiet for a while already.
-            if lane.opened != self._opened:
-                self._opened = lane.opened
+            if batcher.opened != self._opened:
+                self._opened = batcher.opened
                 self._deadline = now + self._linger_s - self._quiet_s
             if now >= self._deadline - _ROUNDING_S:
                 self.close(LINGER)
             # The source is quiet and nobody is busy. The rest of the linger would only make it late.
-            elif lane.received == self._seen and now >= self._last + self._linger_s and self._sender.idle:
+            elif batcher.received == self._seen and now >= self._last + self._linger_s and self._sender.idle:
                 self.close(IDLE)
             # It may still be open, or the next one may be: without a timer nobody would look at it.
-            if lane.open_records and not lane.offered:
+            if batcher.open_records and not batcher.offered:
                 self._arm(now)

@@ -1,4 +1,4 @@
-"""What flush() waits for: every record taken from the lane before it was called, and none that came after."""
+"""What flush() waits for: every record taken from the batcher before it was called, and none that came after."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Generations:
 
     def take(self, batch: Batch) -> None:
         """A new batch belongs to the generation of now."""
-        batch.epoch = self._now
+        batch.flush_generation = self._now
         self._open[self._now] += len(batch)
 
     def move(self, batch: Batch, generation: int) -> None:
         """It shares a call with an older one, so it counts with it."""
         # Towards the older one only. What a flush waits for may become more so, and never less.
-        if batch.epoch != generation:
-            self._open[batch.epoch] -= len(batch)
+        if batch.flush_generation != generation:
+            self._open[batch.flush_generation] -= len(batch)
             self._open[generation] += len(batch)
 
     def grew(self, generation: int, records: int) -> None:

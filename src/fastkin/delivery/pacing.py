@@ -34,7 +34,7 @@ _FLOOR = 10.0  # records/s: never so slow that the end of a throttle goes unnoti
 _WINDOW_S = 0.25  # over which the stored rate is measured
 _BURST_S = 0.25  # what a bucket holds when full, in seconds of its rate
 _CALL_RECORDS = float(CALL_RECORDS)  # a bucket must be able to hold one full call
-_HEAT_S = 10.0  # the heat of a bucket is an average over about this long
+_UTILIZATION_S = 10.0  # the utilization of a bucket is an average over about this long
 _LARGEST_CALL = 16 * 1024 * 1024  # Kinesis takes 10 MiB, 13.3 in base64
 _DUST = 1e-6  # of a token: rounding must not turn into a wait too short to pass
 
@@ -217,15 +217,15 @@ class Rate:
         self._bytes -= nbytes
         self._sent += records
 
-    def heat(self, now: float) -> float:
+    def utilization(self, now: float) -> float:
         """The share of the cap that was used lately, the fuller of records and bytes; 0.0 without a cap."""
-        fade = math.exp((self._hot_at - now) / _HEAT_S) / _HEAT_S
+        fade = math.exp((self._hot_at - now) / _UTILIZATION_S) / _UTILIZATION_S
         return max(self._hot_records * fade / self.cap_records, self._hot_bytes * fade / self.cap_bytes)
 
     def stored(self, now: float, records: float, nbytes: float = 0.0) -> None:
         """Note what an answer says is stored: the measure for the rate after a throttle."""
         # Older records count less and less. An average over a window would need a list of answers.
-        fade = math.exp((self._hot_at - now) / _HEAT_S)
+        fade = math.exp((self._hot_at - now) / _UTILIZATION_S)
         self._hot_records = self._hot_records * fade + records
         self._hot_bytes = self._hot_bytes * fade + nbytes
         self._hot_at = now
@@ -315,13 +315,13 @@ class Pacer:
         for shard, (records, nbytes) in load.items():
             self._rate(shard).stored(now, records, nbytes)
 
-    def heat(self, now: float) -> list[float]:
+    def utilization(self, now: float) -> list[float]:
         """The share of each shard's limit that was used lately; empty while the shards are not known.
 
         Of evenly spread keys each shard gets its part of the key space; the bucket is sized by the largest.
         """
-        even = self.even.heat(now)
-        return [even * share + rate.heat(now) for share, rate in zip(self._shares, self._shards, strict=True)]
+        even = self.even.utilization(now)
+        return [even * share + rate.utilization(now) for share, rate in zip(self._shares, self._shards, strict=True)]
 
     def throttled(self, now: float, shard: int | None, *, even: bool) -> None:
         """`shard` is the ordinal the answer named; `even` says the throttled records were evenly spread."""

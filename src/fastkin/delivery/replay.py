@@ -17,7 +17,7 @@ from fastkin.errors import DataFormatError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastkin._codec import Lane
+    from fastkin._codec import Batcher
     from fastkin.delivery.sender import Sender
     from fastkin.delivery.spool_disk import SpoolDisk
     from fastkin.delivery.spool_file import Found, Row
@@ -42,7 +42,7 @@ class _Loaded:
 
 
 class ReplayWindow:
-    """What of the spool is in memory. The lane tells it how restored records end."""
+    """What of the spool is in memory. The batcher tells it how restored records end."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
@@ -90,11 +90,11 @@ class Replay:
     """Reads rows, makes batches of them, and hands these to the sender when it asks for more."""
 
     def __init__(
-        self, lane: Lane, sender: Sender, window: ReplayWindow, disk: SpoolDisk, *, name: str, most_records: int,
+        self, batcher: Batcher, sender: Sender, window: ReplayWindow, disk: SpoolDisk, *, name: str, most_records: int,
         most_bytes: int, news: Callable[[], None],
     ) -> None:  # fmt: skip
         """`most_records`, `most_bytes` of one call; `news()` is called when there is room for more rows."""
-        self._lane = lane
+        self._batcher = batcher
         self._sender = sender
         self._window = window
         self._disk = disk
@@ -111,7 +111,7 @@ class Replay:
         """Take up what a former run left in the file. SpoolError."""
         if not found.rows:
             return
-        self._lane.found(found.records)
+        self._batcher.adopt_spooled(found.records)
         self.unread = found.rows
         spool = self._disk.spool
         if not found.clean:
@@ -189,10 +189,10 @@ class Replay:
         fault = row.fault
         if fault is None:
             cost = row.size + row.entries * ENTRY_BYTES
-            # Before it is restored: from then on the lane may tell how its records end.
+            # Before it is restored: from then on the batcher may tell how its records end.
             self._window.load(row.id, row.records, row.size, cost)
             try:
-                batch = self._lane.restore(row.body, row.counts, row.id)
+                batch = self._batcher.restore(row.body, row.counts, row.id)
             except BaseException as error:
                 del self._window.loaded[row.id]
                 self._window.held -= cost
@@ -205,10 +205,10 @@ class Replay:
                 return
         spool = self._disk.spool
         # Else it would be read again with each turn, and nothing behind it.
-        await self._disk.run(spool.set_aside, row)
+        await self._disk.run(spool.quarantine, row)
         self.damaged += 1
         # Its number of records may be rotten as well. More than are in the file can never end.
-        self._lane.settle_spooled(min(row.records, self._lane.spooled), DEAD)
+        self._batcher.settle_spooled(min(row.records, self._batcher.spooled), DEAD)
         _LOG.error(
             "pipeline=%s stage=spool spool %s: batch %d with %d records is damaged (%s); it stays in the file, the"
             " others go on: look after the disk, and after the row with `sqlite3`",

@@ -46,19 +46,19 @@ class Line:
         """Where its age belongs, behind those of the same age."""
         # The two ends first: nearly all come to the one or to the other, and a deque is slow in its middle.
         batches = self.batches
-        if not batches or batches[-1].born <= batch.born:
+        if not batches or batches[-1].taken_at <= batch.taken_at:
             batches.append(batch)
-        elif batch.born < batches[0].born:
+        elif batch.taken_at < batches[0].taken_at:
             batches.appendleft(batch)
         else:
             at = len(batches)
-            while at and batches[at - 1].born > batch.born:
+            while at and batches[at - 1].taken_at > batch.taken_at:
                 at -= 1
             batches.insert(at, batch)
 
 
 class RetryQueue:
-    """All that waits between the lane and a call, except calls in flight. Times are the event loop's, in seconds."""
+    """All that waits between the batcher and a call, except calls in flight. Times are the event loop's, in seconds."""
 
     def __init__(
         self, pacer: Pacer, sizes: CallSize, generations: Generations, refusals: Refusals, *,
@@ -74,15 +74,15 @@ class RetryQueue:
         self._gather_bytes = min(_GATHER_BYTES, most_bytes // 2)
         self.lines: dict[int | str, Line] = {}
         self.due = math.inf  # before this nothing in the lines can go
-        self._even_waits = False  # a whole batch from the lane stands in the line of even keys, so may the next
+        self._even_waits = False  # a whole batch from the batcher stands in the line of even keys, so may the next
         self._serial = itertools.count()
 
     def __bool__(self) -> bool:
         return bool(self.lines)
 
-    def born(self) -> list[float]:
-        """When the oldest batch of each line was taken from the lane."""
-        return [line.batches[0].born for line in self.lines.values()]  # each is in the order of age
+    def taken_at(self) -> list[float]:
+        """When the oldest batch of each line was taken from the batcher."""
+        return [line.batches[0].taken_at for line in self.lines.values()]  # each is in the order of age
 
     @property
     def why(self) -> str | None:
@@ -159,7 +159,7 @@ class RetryQueue:
         before = len(batch)
         halves = batch.halves()
         # Else the flush that waits for them would return one record too early.
-        self._generations.grew(batch.epoch, sum(map(len, halves)) - before)
+        self._generations.grew(batch.flush_generation, sum(map(len, halves)) - before)
         for half in halves:
             self.put_alone(half)
 
@@ -174,8 +174,8 @@ class RetryQueue:
             part = self._admit(batch, now)
             if part is not None:
                 return part
-            # What waits for a shard gives way to other shards, so more is taken from the lane. What is spread evenly
-            # waits for all of them: no more than one such batch leaves the lane before its turn.
+            # What waits for a shard gives way to other shards, so more is taken from the batcher. What is spread evenly
+            # waits for all of them: no more than one such batch leaves the batcher before its turn.
         return None
 
     def due_call(self, now: float) -> Batch | None:
@@ -237,7 +237,7 @@ class RetryQueue:
     def _order(self, queue: Line) -> tuple[bool, float]:
         """By age. In doubt what was refused goes after all else: what else is stored ends the doubt."""
         # Of two that are alike the older one first, for its acknowledgement holds back more.
-        return queue.doubted and self._refusals.doubting, queue.batches[0].born
+        return queue.doubted and self._refusals.doubting, queue.batches[0].taken_at
 
     def _stand(self, queue: Line, head: Batch, now: float) -> Batch | None:
         """The head of a line goes when there is room for it. Until then it stays, and the tokens add up."""
@@ -247,7 +247,7 @@ class RetryQueue:
             queue.batches.appendleft(head)
             self.wait_until(queue, now + max(delay, LEAST_WAIT_S))
             return None
-        # The batch that stood in front of the lane goes now, so the lane may be asked again.
+        # The batch that stood in front of the batcher goes now, so the batcher may be asked again.
         if queue.key == EVEN:
             self._even_waits = False
         self._pacer.sent(load)
@@ -286,7 +286,7 @@ class RetryQueue:
         # Of like size and not all at once: else the one that grows would be copied with each that comes.
         while (
             queue.batches
-            and (last := queue.batches[-1]).born <= part.born
+            and (last := queue.batches[-1]).taken_at <= part.taken_at
             and len(last) <= len(part)
             and len(last) + len(part) <= self._most_records
             and last.size + part.size <= self._gather_bytes
@@ -316,20 +316,20 @@ class RetryQueue:
         return (
             one.attempts == other.attempts
             and one.restored == other.restored
-            and (one.epoch == other.epoch or not self._generations.awaited)
+            and (one.flush_generation == other.flush_generation or not self._generations.awaited)
         )
 
     def _gather(self, picked: list[Batch]) -> Batch:
-        epoch = min(batch.epoch for batch in picked)
+        flush_generation = min(batch.flush_generation for batch in picked)
         attempts = picked[0].attempts
         # What came back from the disk is never gathered with what did not, so all of them count or none does.
-        if epoch != NO_GENERATION:
+        if flush_generation != NO_GENERATION:
             for batch in picked:
-                self._generations.move(batch, epoch)
+                self._generations.move(batch, flush_generation)
         # More than one when their bytes do not fit into one batch: what is left goes next.
         first, *rest = Batch.gather(picked)
         for batch in (first, *rest):
-            batch.epoch = epoch
+            batch.flush_generation = flush_generation
             batch.attempts = attempts
         for batch in reversed(rest):
             self.line("").batches.appendleft(batch)
@@ -348,7 +348,7 @@ class RetryQueue:
 
 
 def age(batch: Batch) -> float:
-    return batch.born
+    return batch.taken_at
 
 
 def apart(batch: Batch, shards: list[int]) -> Iterator[tuple[int, Batch]]:

@@ -25,7 +25,7 @@ class SendCounters:
     def __init__(self, max_records: int, max_batch_bytes: int) -> None:
         self._max_records = max_records
         self._max_batch_bytes = max_batch_bytes
-        self.batched = 0  # records of batches taken from the lane
+        self.batched = 0  # records of batches taken from the batcher
         self.batch_fill = Histogram(_FILL_BOUNDS)
         self.calls = 0
         self.call_seconds = Histogram(_CALL_BOUNDS_S)
@@ -39,7 +39,7 @@ class SendCounters:
         self.duplicates_possible = 0  # records of calls whose outcome stayed unknown
 
     def taken(self, batch: Batch) -> None:
-        """A new batch was taken from the lane."""
+        """A new batch was taken from the batcher."""
         self.batched += batch.user_records
         # By the fuller of the two: a batch is full when either is.
         self.batch_fill.observe(max(len(batch) / self._max_records, batch.size / self._max_batch_bytes))

@@ -3,15 +3,15 @@
     pump()    looks what may go now, and starts a call for it
     _call()   one call, and who judges how it ended: an answer (answers.py), or no answer (failed_calls.py)
     flush()   waits until all that was taken has ended (generations.py)
-    withdraw() and give_back() are for who stands in front and keeps batches elsewhere, or drops them
+    withdraw() and requeue_front() are for who stands in front and keeps batches elsewhere, or drops them
 
 The order of what goes next is that in which the batches were taken, per shard. What failed before has kept its
-place, so it goes first (its acknowledgements hold back all that came later), then the lane's closed batches. A shard
+place, so it goes first (its acknowledgements hold back all that came later), then the batcher's closed batches. A shard
 without room has a line: what waits in it goes in its turn, and everything that comes for this shard later stands behind
 it, also what is small enough to have passed. So the tokens that a large record needs add up, however busy its shard
 is. Other shards do not wait for it: their records are split off and go on.
 
-Nothing is dropped here: an entry leaves by being stored, or through `set_aside` when Kinesis says it can never be
+Nothing is dropped here: an entry leaves by being stored, or through `dead_letter` when Kinesis says it can never be
 stored. And the sender does not decide whether a batch is sent or kept on a disk: it asks its `source`.
 """
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from fastkin._codec import Lane
+    from fastkin._codec import Batcher
     from fastkin.aws.destinations import Destination
     from fastkin.aws.shards import ShardMap
     from fastkin.delivery.answers import Load
@@ -64,32 +64,32 @@ class Source(Protocol):
     def next(self) -> Batch | None:
         """The next batch to be sent, if any."""
 
-    def direct(self) -> bool:
+    def bypass_spool(self) -> bool:
         """What is new may be sent. False: it must not pass what is kept elsewhere, and waits for withdraw()."""
 
 
-class _LaneItself:
-    """Nothing stands between the lane and the sender."""
+class _BatcherItself:
+    """Nothing stands between the batcher and the sender."""
 
-    def __init__(self, lane: Lane) -> None:
-        self.next = lane.take
+    def __init__(self, batcher: Batcher) -> None:
+        self.next = batcher.take
 
-    def direct(self) -> bool:
+    def bypass_spool(self) -> bool:
         return True
 
 
 class Sender:
-    """Sends one lane's batches to one stream."""
+    """Sends one batcher's batches to one stream."""
 
     def __init__(
         self,
-        lane: Lane,
+        batcher: Batcher,
         client: Client,
         *,
         name: str,
         stream: str,
         max_calls: int,
-        set_aside: Callable[[Batch, str], None],
+        dead_letter: Callable[[Batch, str], None],
         on_settled: Callable[[], None],
         destination: Destination = KINESIS,
         max_records: int = CALL_RECORDS,
@@ -99,23 +99,23 @@ class Sender:
         harmless: Callable[[], Awaitable[bool | None]] | None = None,
         random: Random | None = None,
     ) -> None:
-        """`set_aside(batch, reason)` takes over what can never be stored; `on_settled()` runs after each answer.
+        """`dead_letter(batch, reason)` takes over what can never be stored; `on_settled()` runs after each answer.
 
         `believe`: a single record that its call is refused for is always at fault itself, also when all are refused.
         `harmless()`: would the stream take a record that nobody can object to? None: that cannot be known.
         """
-        self.lane = lane
+        self.batcher = batcher
         self.name = name
         self._client = client
         client.on_resend = self._resent
         self._destination = destination
-        self._set_aside = set_aside
+        self._dead_letter = dead_letter
         self._on_settled = on_settled
         self._loop = loop = asyncio.get_running_loop()
         random = random or Random()  # noqa: S311 - jitter, not secrets
-        self.source: Source = _LaneItself(lane)
+        self.source: Source = _BatcherItself(batcher)
         self.pacer = pacer = Pacer(loop.time())
-        self.refusals = refusals = Refusals(lane.budget, trusted=believe, harmless=harmless, name=name)
+        self.refusals = refusals = Refusals(batcher.budget, trusted=believe, harmless=harmless, name=name)
         self.gate = gate = Gate(max_calls, random)
         self.counters = counters = SendCounters(max_records, max_batch_bytes)
         self._generations = generations = Generations()
@@ -124,7 +124,7 @@ class Sender:
             fresh=self._fresh, most_records=max_records, most_bytes=max_batch_bytes,
         )  # fmt: skip
         self._trouble = trouble = Trouble(
-            lane, loop, name=name, stream=stream, permission=destination.permission,
+            batcher, loop, name=name, stream=stream, permission=destination.permission,
             throttle_error_after_s=throttle_error_after_s,
         )  # fmt: skip
         # All waits of all parts end in the same look, so none of them has to know what comes next.
@@ -135,7 +135,7 @@ class Sender:
             random=random, give_up=self._give_up, now=loop.time(),
         )  # fmt: skip
         self._failed_calls = FailedCalls(waits, refusals, pacer, gate, alarm, trouble, counters, give_up=self._give_up)
-        # What must not pass the source's other batches: calls that were cut short, and what a flush took from the lane.
+        # What must not pass the source's other batches: calls that were cut short, and what a flush took.
         self._withdrawn: list[Batch] = []
         self._closing = False
 
@@ -174,7 +174,7 @@ class Sender:
             self._calls.start(self._call(batch, batch.shard_load()), batch, now)
 
     async def flush(self) -> None:
-        """Return when every record that the lane has closed into batches so far has ended.
+        """Return when every record that the batcher has closed into batches so far has ended.
 
         ClosedError: the sender was closed before that.
         """
@@ -182,9 +182,9 @@ class Sender:
         await asyncio.sleep(0)
         if self._closing:
             raise _closed()
-        while (batch := self.lane.take()) is not None:
+        while (batch := self.batcher.take()) is not None:
             self._adopt(batch)
-            if self.source.direct():
+            if self.source.bypass_spool():
                 self._waits.put_back(batch)
             else:
                 # It must not pass what is kept elsewhere, which is older.
@@ -229,9 +229,9 @@ class Sender:
         return self._answers.shards
 
     @property
-    def unwell(self) -> str | None:
+    def operator_error(self) -> str | None:
         """What only an operator can mend, since something was stored."""
-        return self._trouble.unwell
+        return self._trouble.operator_error
 
     @property
     def last_error(self) -> str | None:
@@ -243,21 +243,21 @@ class Sender:
         """When Kinesis last took something (loop time)."""
         return self._answers.stored_at
 
-    def heat(self) -> dict[str, float]:
+    def utilization(self) -> dict[str, float]:
         """Shard id to the share of its limit that was used lately; empty while the shards are not known."""
         if self.shards is None:
             return {}
         ids = (shard.id for shard in self.shards.shards)
-        return dict(zip(ids, self.pacer.heat(self._loop.time()), strict=True))
+        return dict(zip(ids, self.pacer.utilization(self._loop.time()), strict=True))
 
     @property
     def idle(self) -> bool:
-        return not self._calls and not self._waits and not self.lane.ready
+        return not self._calls and not self._waits and not self.batcher.ready
 
     @property
     def waiting(self) -> bool:
         """Something waits to be sent."""
-        return bool(self._waits) or self.lane.ready > 0
+        return bool(self._waits) or self.batcher.ready > 0
 
     @property
     def attended(self) -> bool:
@@ -274,8 +274,8 @@ class Sender:
     @property
     def oldest(self) -> float | None:
         """When the oldest batch that has not ended was taken (loop time); None without one."""
-        born = [*self._waits.born(), *(batch.born for batch in (*self._calls.batches(), *self._withdrawn))]
-        return min(born, default=None)
+        taken_at = [*self._waits.taken_at(), *(batch.taken_at for batch in (*self._calls.batches(), *self._withdrawn))]
+        return min(taken_at, default=None)
 
     def rows_in_doubt(self) -> dict[int, int]:
         """Rows of the spool, with how many of their records wait as single ones that were refused."""
@@ -295,12 +295,12 @@ class Sender:
         out, self._withdrawn = self._withdrawn, []
         out += self._waits.withdraw(alone=alone)
         out.sort(key=age)
-        while (fresh := self.lane.take()) is not None:
+        while (fresh := self.batcher.take()) is not None:
             self._adopt(fresh)
             out.append(fresh)
         return out
 
-    def give_back(self, batches: list[Batch]) -> None:
+    def requeue_front(self, batches: list[Batch]) -> None:
         """What was withdrawn shall be sent after all, before everything else; also what waits for withdraw()."""
         # By age, for what was cut short comes later than it was taken.
         batches = sorted([*self._withdrawn, *batches], key=age)
@@ -309,9 +309,9 @@ class Sender:
             self._waits.put_back(batch)
         self.pump()
 
-    def forget(self, epoch: int, count: int) -> None:
+    def forget(self, flush_generation: int, count: int) -> None:
         """So many records of what was withdrawn have ended."""
-        self._generations.ended(epoch, count)
+        self._generations.ended(flush_generation, count)
 
     # -- what goes next ------------------------------------------------------------------------
 
@@ -327,10 +327,10 @@ class Sender:
         return batch
 
     def _adopt(self, batch: Batch) -> None:
-        batch.born = self._loop.time()
+        batch.taken_at = self._loop.time()
         # It was counted when it was taken for the first time, and its producer may be long gone.
         if batch.restored:
-            batch.epoch = NO_GENERATION
+            batch.flush_generation = NO_GENERATION
             return
         self.counters.taken(batch)
         self._generations.take(batch)
@@ -368,7 +368,7 @@ class Sender:
 
     def _call_ended(self, batch: Batch, cancelled: bool, cut: bool) -> None:
         # Cancelled from outside, or the disk broke meanwhile: then it goes again as if nothing had been.
-        if cancelled and cut and not self.source.direct():
+        if cancelled and cut and not self.source.bypass_spool():
             # Not into the queue: the pump would send it again at once.
             self._withdrawn.append(batch)
         elif cancelled:
@@ -381,7 +381,7 @@ class Sender:
             batch.shard_load()
         except LibraryError:
             # It was settled, and one of those who were told raised. To send it again would store it twice.
-            self._generations.ended(batch.epoch, count)
+            self._generations.ended(batch.flush_generation, count)
         else:
             unforeseen = KinesisError(type(error).__name__, str(error), action=Action.OPERATOR)
             self._failed_calls.failed(batch, unforeseen, self._loop.time())
@@ -393,8 +393,8 @@ class Sender:
 
     def _give_up(self, batch: Batch, reason: str) -> None:
         """It can never be stored."""
-        self._generations.ended(batch.epoch, len(batch))
-        self._set_aside(batch, reason)
+        self._generations.ended(batch.flush_generation, len(batch))
+        self._dead_letter(batch, reason)
 
 
 def _closed() -> ClosedError:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from fastkin._codec import Batch, Lane
+    from fastkin._codec import Batch, Batcher
     from fastkin.delivery.sender import Sender
     from fastkin.delivery.spool_file import Spool
 
@@ -49,12 +49,12 @@ _SHARE = 4  # the part of the budget that is kept for what comes back from the d
 
 
 def split_budget(budget: Budget) -> tuple[Budget, ReplayWindow]:
-    """What is left of it for the lane, and the window for what comes back from the disk."""
+    """What is left of it for the batcher, and the window for what comes back from the disk."""
     # With one budget for both, a full disk and a full memory would wait for each other: nothing can be read back, so
     # nothing can be deleted, so nothing can be written.
     back = Budget(max(1, budget.max_bytes // _SHARE), max(1, budget.max_records // _SHARE))
-    lane = Budget(max(1, budget.max_bytes - back.max_bytes), max(1, budget.max_records - back.max_records))
-    return lane, ReplayWindow(back)
+    batcher = Budget(max(1, budget.max_bytes - back.max_bytes), max(1, budget.max_records - back.max_records))
+    return batcher, ReplayWindow(back)
 
 
 class SpoolBacklog(Backlog):
@@ -62,7 +62,7 @@ class SpoolBacklog(Backlog):
 
     def __init__(
         self,
-        lane: Lane,
+        batcher: Batcher,
         sender: Sender,
         budget: Budget,
         *,
@@ -75,11 +75,11 @@ class SpoolBacklog(Backlog):
         max_records: int,
         max_batch_bytes: int,
     ) -> None:
-        super().__init__(lane, sender, budget, name=name, on_settled=on_settled)
+        super().__init__(batcher, sender, budget, name=name, on_settled=on_settled)
         self.window = window
         self._disk = SpoolDisk(path, max_bytes=max_bytes, name=name)
         self._replay = Replay(
-            lane, sender, window, self._disk,
+            batcher, sender, window, self._disk,
             name=name, most_records=max_records, most_bytes=max_batch_bytes, news=self._news,
         )  # fmt: skip
         self._writer = SpoolWriter(sender, self._disk, window, self._replay, name=name, on_settled=on_settled)
@@ -96,7 +96,7 @@ class SpoolBacklog(Backlog):
     # -- what the flusher and the owner call -----------------------------------------------------
 
     def pump(self) -> None:
-        """The lane has closed batches."""
+        """The batcher has closed batches."""
         self._sender.pump()
         self.attend()
 
@@ -188,12 +188,12 @@ class SpoolBacklog(Backlog):
     # -- where the sender's batches come from: its Source ------------------------------------------
 
     def next(self) -> Batch | None:
-        # Older than anything in the lane.
+        # Older than anything in the batcher.
         if self._replay.ready:
             return self._replay.next()
-        return self._lane.take() if self.direct() else None
+        return self._batcher.take() if self.bypass_spool() else None
 
-    def direct(self) -> bool:
+    def bypass_spool(self) -> bool:
         # With a broken disk order is given up, and not availability: rows that cannot be read wait until somebody
         # mends it, and what comes meanwhile goes to Kinesis if it can.
         return not self.spooling or self.broken is not None
@@ -299,7 +299,7 @@ class SpoolBacklog(Backlog):
     def _trouble(self, error: SpoolError) -> None:
         """The file takes nothing now: hold the data, send what Kinesis takes."""
         self._disk.failed(error)
-        self._writer.give_back()
+        self._writer.requeue_front()
 
     def _unforeseen(self, error: Exception) -> None:
         self._loop.call_exception_handler(
@@ -344,12 +344,12 @@ class SpoolBacklog(Backlog):
 
     def _collect_rest(self) -> None:
         """All that is in memory and has not ended, oldest first."""
-        self._lane.seal(DRAIN)
+        self._batcher.close_batch(DRAIN)
         rest = [*self._writer.take_rest(), *self._sender.unsent(), *self._replay.ready]
         self._replay.ready.clear()
         rest += self._sender.withdraw()
-        # What was read back and never handed over was born at no time: it is as old as now.
-        rest.sort(key=lambda batch: batch.born or self._loop.time())
+        # What was read back and never handed over was taken_at at no time: it is as old as now.
+        rest.sort(key=lambda batch: batch.taken_at or self._loop.time())
         self._writer.keep(rest)
 
     async def _write_rest(self, limit: Deadline) -> bool:

@@ -84,12 +84,12 @@ class SpoolDisk:
 
     async def mend(self) -> None:
         """Open it again after trouble: a failed commit may have left something. SpoolError."""
-        if self.broken is not None and not self.spool.tight:
+        if self.broken is not None and not self.spool.disk_full:
             await self.run(self.spool.open)
 
     async def full(self) -> bool:
         """The disk is full: nothing is written, what is in the file goes on to Kinesis. SpoolError."""
-        if not self.spool.tight:
+        if not self.spool.disk_full:
             return False
         now = self._loop.time()
         # To see whether there is room costs a write of the whole reserve. So not with each turn.

@@ -83,7 +83,7 @@ class Spool:
         self.records = 0
         self.bytes = 0  # of live rows; the file itself is some percent larger, its log up to a few MiB
         self._db: sqlite3.Connection | None = None
-        self.tight = False  # the disk is full: rows are read and deleted, none is written
+        self.disk_full = False  # the disk is full: rows are read and deleted, none is written
         self._last: int | None = None  # the newest row that was told of
         self._reserve = Reserve(Path(f"{self.path}-reserve"), min(_RESERVE_BYTES, max_bytes // 8))
         self._mark = -1 - secrets.randbits(62)  # in the file while it is ours: `clean` is 1, or who had it last
@@ -183,9 +183,9 @@ class Spool:
     def regain(self) -> bool:
         """Is there room on the disk again, for the reserve and as much besides?"""
         # With room for the reserve alone the next write would fail again, and so on in turns.
-        if self.tight and self._reserve.take(2):
-            self.tight = False
-        return not self.tight
+        if self.disk_full and self._reserve.take(2):
+            self.disk_full = False
+        return not self.disk_full
 
     def no_room(self) -> SpoolError:
         return no_room(self.path)
@@ -194,7 +194,7 @@ class Spool:
         """The disk is full, and has some room after this."""
         if code_of(error) != sqlite3.SQLITE_FULL or not self._reserve.drop():
             return False
-        self.tight = True
+        self.disk_full = True
         return True
 
     # -- work ------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class Spool:
         """
         db = self._opened()
         # A write that fails would take a part of what the reserve gave back for deleting.
-        if puts and self.tight:
+        if puts and self.disk_full:
             raise self.no_room()
         if puts and not self._reserve.held:
             # A disk that is too small for it does without.
@@ -306,7 +306,7 @@ class Spool:
         self._failed_reads = (id_, times + 1 if row == id_ else 1)
         return self._failed_reads[1] < _READ_ATTEMPTS
 
-    def set_aside(self, row: Row) -> None:
+    def quarantine(self, row: Row) -> None:
         """Keep a damaged row out of the way; it stays in the file, durably marked."""
         db = self._opened()
         try:

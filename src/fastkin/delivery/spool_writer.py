@@ -76,12 +76,12 @@ class SpoolWriter:
         for batch in group:
             self.waiting.popleft()
             # A finished batch has none of them.
-            epoch, count, records = batch.epoch, len(batch), batch.user_records
+            flush_generation, count, records = batch.flush_generation, len(batch), batch.user_records
             # It was counted when it was spooled for the first time.
             if not batch.restored:
                 self.spooled_total += records
             batch.finish(SPOOLED)
-            self._sender.forget(epoch, count)
+            self._sender.forget(flush_generation, count)
         self._replay.unread += len(ids)
         self._on_settled()
         return True
@@ -110,7 +110,7 @@ class SpoolWriter:
         # The file is empty, and still this batch does not fit.
         if spool.rows == 0:
             # It never will have: let it be sent.
-            self.give_back()
+            self.requeue_front()
         elif not self.full:
             self.full = True
             _LOG.warning(
@@ -118,11 +118,11 @@ class SpoolWriter:
                 self._name, spool.path, spool.max_bytes,
             )  # fmt: skip
 
-    def give_back(self) -> None:
+    def requeue_front(self) -> None:
         """Let the sender have all of it."""
         batches = list(self.waiting)
         self.waiting.clear()
-        self._sender.give_back(batches)
+        self._sender.requeue_front(batches)
 
     # -- the end -------------------------------------------------------------------------------
 

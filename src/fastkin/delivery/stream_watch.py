@@ -63,8 +63,8 @@ class StreamWatch:
         self._fits = fits
         self._cure = cure
         # Nothing is aggregated before it is known that the stream does not choose shards itself.
-        self.aggregate_bytes = delivery.lane.aggregate_bytes
-        delivery.lane.aggregate_bytes = 0
+        self.aggregate_bytes = delivery.batcher.aggregate_bytes
+        delivery.batcher.aggregate_bytes = 0
         self.settled_in = False  # records flow: what does not fit is said, and no longer an error
         self.described = False
         self._describe_failed = False
@@ -146,11 +146,11 @@ class StreamWatch:
         """Aggregate on a stream that is known to take it. One may be told to choose shards itself at any time."""
         if not self.aggregate_bytes:
             return
-        lane = self._delivery.lane
+        batcher = self._delivery.batcher
         # The stream takes keys as they are, so its consumers know aggregates.
         if not summary.auto_keys:
-            if not lane.aggregate_bytes:
-                lane.aggregate_bytes = self.aggregate_bytes
+            if not batcher.aggregate_bytes:
+                batcher.aggregate_bytes = self.aggregate_bytes
                 self._delivery.attend()
             return
         problem = (
@@ -161,8 +161,8 @@ class StreamWatch:
         if not self.settled_in:
             raise self._misfit(problem)
         # Once records flow it is too late for an error: they must go on, one by one.
-        if lane.aggregate_bytes or not self.described:
-            lane.aggregate_bytes = 0
+        if batcher.aggregate_bytes or not self.described:
+            batcher.aggregate_bytes = 0
             self._delivery.attend()
             _LOG.error(
                 "pipeline=%s stage=batch %s: records go out one by one from now on; %s",
@@ -179,7 +179,7 @@ class StreamWatch:
                 self._shards_failed = False
                 return
             # Both at once, so that few batches are encoded by one map and paced by another.
-            delivery.lane.shards = ShardTable(shards.ends)
+            delivery.batcher.shards = ShardTable(shards.ends)
             delivery.sender.set_shards(shards)
         except Exception as error:  # noqa: BLE001 - records go out without a map: no answer may end what sends them
             level = logging.DEBUG if self._shards_failed else logging.WARNING  # asked again and again, said once

@@ -18,7 +18,7 @@ from fastkin.status.logs import Repeats
 if TYPE_CHECKING:
     import asyncio
 
-    from fastkin._codec import Lane
+    from fastkin._codec import Batcher
     from fastkin.errors import KinesisError
 
 _LOG = logging.getLogger("fastkin.send")
@@ -33,7 +33,7 @@ class Trouble:
 
     def __init__(
         self,
-        lane: Lane,
+        batcher: Batcher,
         loop: asyncio.AbstractEventLoop,
         *,
         name: str,
@@ -43,7 +43,7 @@ class Trouble:
     ) -> None:
         """`name` is that of the log lines, `permission` what IAM calls the call (`kinesis:PutRecords`).
         `throttle_error_after_s`: after so long a throttle is an ERROR."""
-        self._lane = lane
+        self._batcher = batcher
         self._name = name
         self._stream = stream
         self._permission = permission
@@ -51,9 +51,9 @@ class Trouble:
         self._warnings = Repeats(_LOG, loop.call_later, most=1, per_s=_WARN_EVERY_S)
         self._errors = Repeats(_LOG, loop.call_later, most=1, per_s=_ERROR_EVERY_S)
         self._throttled_since: float | None = None
-        self._throttled_stored = 0  # what the lane had stored then
-        self._hopeless = 0  # calls in a row that only an operator, or new keys, can mend
-        self.unwell: str | None = None  # what only an operator can mend, since something was stored
+        self._throttled_stored = 0  # what the batcher had stored then
+        self._auth_failures_in_row = 0  # calls in a row that only an operator, or new keys, can mend
+        self.operator_error: str | None = None  # what only an operator can mend, since something was stored
         self.last_error: str | None = None
 
     def close(self) -> None:
@@ -66,8 +66,8 @@ class Trouble:
     def answered(self, why: str | None) -> None:
         """A call was answered. `why`: what still waits for an operator, if anything does."""
         # Something may still wait for an operator while other records are stored. Then it is not well yet.
-        self.last_error = self.unwell = why
-        self._hopeless = 0
+        self.last_error = self.operator_error = why
+        self._auth_failures_in_row = 0
 
     def stored_all(self) -> None:
         """A call went through whole: what comes later is a throttle of its own."""
@@ -83,14 +83,14 @@ class Trouble:
 
     def needs_operator(self, error: KinesisError) -> None:
         """A call failed with what only an operator, or new keys, can mend."""
-        self._hopeless += 1
+        self._auth_failures_in_row += 1
         # Keys and clock may be right again with the next attempt. So a single such failure does not show as not ready.
-        if error.action is Action.OPERATOR or self._hopeless > _PATIENCE:
-            self.unwell = str(error)
+        if error.action is Action.OPERATOR or self._auth_failures_in_row > _PATIENCE:
+            self.operator_error = str(error)
 
     def records_need_operator(self, why: str) -> None:
         """Entries failed with it, and their call was answered."""
-        self.last_error = self.unwell = why
+        self.last_error = self.operator_error = why
 
     # -- what is said --------------------------------------------------------------------------
 
@@ -140,12 +140,12 @@ class Trouble:
         """Say so as an error, once per `throttle_error_after_s` without a call that went through whole."""
         # How much is stored meanwhile tells an operator whether to add shards or to look for something broken.
         if self._throttled_since is None:
-            self._throttled_since, self._throttled_stored = now, self._lane.stored
+            self._throttled_since, self._throttled_stored = now, self._batcher.stored
         lasted = now - self._throttled_since
         if lasted <= self._throttle_error_after_s:
             return False
-        rate = (self._lane.stored - self._throttled_stored) / lasted
-        self._throttled_since, self._throttled_stored = now, self._lane.stored
+        rate = (self._batcher.stored - self._throttled_stored) / lasted
+        self._throttled_since, self._throttled_stored = now, self._batcher.stored
         _LOG.error(
             "pipeline=%s stage=send throttled for %.0f s at %s, %.0f records/s are stored;"
             " data is kept: add shards, use keys that spread, or send less",

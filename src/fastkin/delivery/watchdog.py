@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from fastkin._codec import Lane
+    from fastkin._codec import Batcher
     from fastkin.delivery.backlog import Backlog
     from fastkin.delivery.flusher import Flusher
     from fastkin.delivery.sender import Sender
@@ -30,7 +30,7 @@ _AGAIN_S = 1.0  # before a finding is believed: a moment between two callbacks i
 on_stall: list[Callable[[str, str], None]] = []
 
 
-def unattended(lane: Lane, sender: Sender, flusher: Flusher, backlog: Backlog, *, aside: int = 0) -> str | None:
+def unattended(batcher: Batcher, sender: Sender, flusher: Flusher, backlog: Backlog, *, aside: int = 0) -> str | None:
     """What waits in these and will be looked at by nobody, in words; None when there is no such thing.
 
     `aside`: groups of dead letters that are being stored.
@@ -39,17 +39,21 @@ def unattended(lane: Lane, sender: Sender, flusher: Flusher, backlog: Backlog, *
     spool = backlog.attended
     # The order is that of a record: who is named is the first in whose hands it got lost.
     if sender.waiting and not (sender.attended or spool):
-        return f"batches wait to be sent, {lane.in_flight} records are in flight, no call is open and no timer is set"
-    if lane.open_records and not (lane.offered or flusher.armed):  # what is offered waits for the sender: see above
-        return f"{lane.open_records} records wait in the open batch and no timer will close it"
+        return (
+            f"batches wait to be sent, {batcher.in_flight} records are in flight, no call is open and no timer is set"
+        )
+    if batcher.open_records and not (
+        batcher.offered or flusher.armed
+    ):  # what is offered waits for the sender: see above
+        return f"{batcher.open_records} records wait in the open batch and no timer will close it"
     if backlog.holds and not (sender.attended or spool or backlog.writing):
-        return f"batches wait between memory and disk, {lane.in_flight} records are in flight"
+        return f"batches wait between memory and disk, {batcher.in_flight} records are in flight"
     # Somebody has each of these. What is left has nobody.
-    if not lane.in_flight or lane.open_records or sender.waiting or sender.attended or aside:
+    if not batcher.in_flight or batcher.open_records or sender.waiting or sender.attended or aside:
         return None
     if backlog.holds or spool:
         return None
-    return f"{lane.in_flight} records are in flight and in nobody's hands"
+    return f"{batcher.in_flight} records are in flight and in nobody's hands"
 
 
 class Watchdog:

@@ -18,7 +18,7 @@ APART: int  # a piece of what is to be set aside waits in take_piece(): stop rea
 # is acknowledged until the broker sends it again, in a session that it kept; then it is known by its
 # packet identifier, its DUP flag and a digest of topic and payload, and not offered again.
 @final
-class Ledger(Settler):
+class AckTracker(Settler):
     # QoS 1 and 2 messages received on this connection, not acknowledged
     @property
     def unacked(self) -> int: ...
@@ -74,15 +74,15 @@ class Router:
     def cached_bytes(self) -> int: ...
 
 # A sink in Python: callback(topic, payload, token) says how many settlements will come (see
-# Ledger.settled), or -1 for no room. The callback must not feed the session that calls it.
+# AckTracker.settled), or -1 for no room. The callback must not feed the session that calls it.
 @final
 class CallbackSink(Sink):
     def __new__(cls, callback: Callable[[bytes, bytes, int], int]) -> Self: ...
 
-# Counts and lets go: measures an intake alone. With a ledger, messages wait until release().
+# Counts and lets go: measures an intake alone. With an AckTracker, messages wait until release().
 @final
 class CountSink(Sink):
-    def __new__(cls, ledger: Ledger | None = None) -> Self: ...
+    def __new__(cls, acks: AckTracker | None = None) -> Self: ...
     @property
     def messages(self) -> int: ...
     @property
@@ -119,7 +119,7 @@ class Session:
         cls,
         *,
         version: int,
-        ledger: Ledger,
+        acks: AckTracker,
         router: Router,
         receive_maximum: int = 65535,
         max_packet_bytes: int = 8388608,

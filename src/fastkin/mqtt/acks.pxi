@@ -47,7 +47,7 @@ cdef extern from "mqtt/digest.h" nogil:
 cdef struct Slot:
     uint64_t token    # 0: free
     int64_t pending   # signed: a sink may settle before it says how many there are
-    double born
+    double taken_at
     uint64_t[2] digest
     uint32_t free_next
     uint16_t packet_id
@@ -60,7 +60,7 @@ if fk_digest_init() != 0:
 
 
 @cython.final
-cdef class Ledger(Settler):
+cdef class AckTracker(Settler):
     """Acknowledges a message when every record made from it has ended, in PUBLISH order only."""
 
     cdef Slot* _pool
@@ -166,16 +166,16 @@ cdef class Ledger(Settler):
         return self._next - self._first >= HELD_MOST
 
     cdef inline int begin(
-        self, const Publish* message, bint again, double born, uint64_t* token
+        self, const Publish* message, bint again, double taken_at, uint64_t* token
     ) except -1:
         """BEGUN_NEW with a token for a message to be offered, or BEGUN_KNOWN. Ask full() first."""
         cdef uint64_t[2] digest
         fk_digest(message.topic, message.topic_len, message.payload, message.payload_len, digest)
-        return self._begin(digest, message.packet_id, message.qos, again, born, 0, token)
+        return self._begin(digest, message.packet_id, message.qos, again, taken_at, 0, token)
 
     cdef int begin_apart(
         self, const uint8_t* body, size_t have, size_t rest, uint16_t packet_id, int qos, bint again,
-        double born, uint64_t* token
+        double taken_at, uint64_t* token
     ) except -1:
         """The same for what can never be a record: the digest is of `have` of its `rest` bytes.
 
@@ -186,10 +186,10 @@ cdef class Ledger(Settler):
         fk_digest(body, have, <const uint8_t*> &rest, sizeof(size_t), digest)
         if have < rest:
             flags |= SLOT_PART
-        return self._begin(digest, packet_id, <uint8_t> qos, again, born, flags, token)
+        return self._begin(digest, packet_id, <uint8_t> qos, again, taken_at, flags, token)
 
     cdef inline int _begin(
-        self, const uint64_t* digest, uint16_t packet_id, uint8_t qos, bint again, double born,
+        self, const uint64_t* digest, uint16_t packet_id, uint8_t qos, bint again, double taken_at,
         uint8_t kind, uint64_t* token
     ) except -1:
         cdef uint32_t index = self._newest[packet_id]
@@ -212,7 +212,7 @@ cdef class Ledger(Settler):
         self._serial += 1
         slot.token = token[0] = self._serial << INDEX_BITS | index
         slot.pending = 0
-        slot.born = born
+        slot.taken_at = taken_at
         slot.digest[0] = digest[0]
         slot.digest[1] = digest[1]
         slot.packet_id = packet_id
@@ -325,7 +325,7 @@ cdef class Ledger(Settler):
         """Session.now of when the oldest unacknowledged message came; 0.0 when there is none."""
         if self._first == self._next:
             return 0.0
-        return self._pool[self._ring[self._first & self._mask]].born
+        return self._pool[self._ring[self._first & self._mask]].taken_at
 
     def take(self) -> bytes:
         """PUBACK and PUBREC of the completed prefix, one run of packets of 4 bytes."""

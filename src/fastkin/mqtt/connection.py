@@ -34,7 +34,7 @@ from fastkin.mqtt.words import explain, farewell, refusal
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from fastkin.mqtt._core import Apart, Ledger, Router, Unfit
+    from fastkin.mqtt._core import AckTracker, Apart, Router, Unfit
     from fastkin.mqtt.set_apart import Carrier
     from fastkin.mqtt.standing import Traffic
     from fastkin.mqtt.transport import Wire
@@ -52,7 +52,7 @@ class Owner(Asker, Protocol):
     """Whose connection it is: it lives longer than one, and has what all of them share."""
 
     router: Router
-    ledger: Ledger
+    acks: AckTracker
     unfit: Unfit
     tls: Renewed | None
     topic_aliases: int  # how many the broker may use
@@ -84,7 +84,7 @@ class Connection(Receiver):
         self.loop = asyncio.get_running_loop()
         self.session = Session(
             version=version,
-            ledger=owner.ledger,
+            acks=owner.acks,
             router=owner.router,
             receive_maximum=broker.receive_maximum,
             max_packet_bytes=broker.max_packet_bytes,
@@ -212,7 +212,7 @@ class Connection(Receiver):
                 traffic = owner.traffic
                 traffic.messages += taken
                 traffic.reads += 1
-                owner.window.received(owner.ledger.unacked, now)
+                owner.window.received(owner.acks.unacked, now)
             if taken or not flags & EVENTS:
                 self._keep_alive.talked(now)
             if flags:
@@ -247,7 +247,7 @@ class Connection(Receiver):
             self.coalescing.pays(taken, nbytes, now)
             and not self.reading.paused
             and not self.reading.deaf
-            and self.owner.ledger.unacked < self.owner.window.granted
+            and self.owner.acks.unacked < self.owner.window.granted
         ):
             self.reading.pause_for(self.coalescing.pause_s)
 
@@ -304,7 +304,7 @@ class Connection(Receiver):
         if not self.up or self.wire is None:
             return
         owner = self.owner
-        unacked = owner.ledger.unacked
+        unacked = owner.acks.unacked
         output = self.session.take_output()
         if output:
             if self.reading.listening:
@@ -315,7 +315,7 @@ class Connection(Receiver):
                 return
             if self.session.crowded:  # room for as many as were acknowledged
                 self.resume()
-        if owner.ledger.failed and not owner.stopping:
+        if owner.acks.failed and not owner.stopping:
             self._give_up("a record can neither be stored nor set aside: the broker shall send it again", None)
 
     # -- ending ------------------------------------------------------------------------------------

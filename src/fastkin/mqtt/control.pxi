@@ -28,7 +28,7 @@ cdef class ControlPackets(ReceiveBuffer):
     """What a session knows of its connection from control packets. A base of Session, as ReceiveBuffer is."""
 
     cdef bint _v5
-    cdef Ledger _ledger
+    cdef AckTracker _acks
     cdef bint _connected     # CONNACK has come
     cdef bint _resumed       # and it says that the broker kept the session
     cdef list _events
@@ -113,7 +113,7 @@ cdef class ControlPackets(ReceiveBuffer):
             self._connected = True
             self._resumed = body[0] == 1
             if not self._resumed:
-                self._ledger.forget_session()
+                self._acks.forget_session()
         self._events.append(event)
         return 1
 
@@ -168,7 +168,7 @@ cdef class ControlPackets(ReceiveBuffer):
             return -1
         if <size_t> len(self._output) > OUTPUT_MOST:
             return fail(&self._fault, "PUBRELs without end", offset, CODE_RATE)
-        known = self._ledger.release(<uint16_t> load_two(body))
+        known = self._acks.release(<uint16_t> load_two(body))
         if known or not self._v5:
             self._output += b"\x70\x02" + body[:2]
         else:

@@ -105,7 +105,7 @@ cdef class Apart:
     # what is wrong, None when it is too large only; and where among those bytes
     cdef readonly str reason
     cdef readonly size_t offset
-    # of the Ledger; 0: no acknowledgement
+    # of the AckTracker; 0: no acknowledgement
     cdef readonly uint64_t token
     # the DUP flag
     cdef readonly bint again

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 from fastkin.errors import ClosedError, FastkinError, LibraryError, MqttError, RefusedError
 from fastkin.mqtt import _core as _mqtt
-from fastkin.mqtt._core import EVENTS, Connack, Disconnect, Ledger, Puback, Router, Session, reason_text
+from fastkin.mqtt._core import EVENTS, AckTracker, Connack, Disconnect, Puback, Router, Session, reason_text
 from fastkin.mqtt.dialect import REFUSALS, Dialect
 from fastkin.mqtt.subscriptions import PACKET_IDS
 from fastkin.mqtt.transport import GONE_S, Receiver, blame, open_wire, renewed_tls, silence, while_heard
@@ -173,7 +173,7 @@ class _Link(Receiver):
         self._publisher = publisher
         self.version = version
         self._loop = asyncio.get_running_loop()
-        self._session = Session(version=version, ledger=Ledger(), router=Router())
+        self._session = Session(version=version, acks=AckTracker(), router=Router())
         self._wire: Wire | None = None
         self.ready: asyncio.Future[Connack] = self._loop.create_future()
         self.ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # nobody may be waiting

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastkin.config import Broker
     from fastkin.mqtt._core import Connack
 
-_LOG = logging.getLogger("fastkin.intake")
+_LOG = logging.getLogger("fastkin.subscriber")
 _FILTERS_SHOWN = 10
 _EARLY_MOST = 3  # so many connections that die right after SUBSCRIBE are no accident
 # A broker that is away for hours: so many lines of a kind, then one line a minute that counts the rest.

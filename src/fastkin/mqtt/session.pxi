@@ -67,7 +67,7 @@ cdef class Session(ControlPackets):
     cdef Unfit _unfit
 
     def __cinit__(
-        self, *, int version, Ledger ledger not None, Router router not None,
+        self, *, int version, AckTracker acks not None, Router router not None,
         int receive_maximum=65535, Py_ssize_t max_packet_bytes=8388608, int topic_alias_maximum=0,
         Unfit unfit=None
     ):
@@ -81,7 +81,7 @@ cdef class Session(ControlPackets):
             raise LibraryError(f"topic_alias_maximum {topic_alias_maximum} is not in 0..65535")
         self.version = version
         self._v5 = version == 5
-        self._ledger = ledger
+        self._acks = acks
         self._router = router
         self._unfit = Unfit() if unfit is None else unfit
         self._receive_maximum = receive_maximum
@@ -185,7 +185,7 @@ cdef class Session(ControlPackets):
         return ((FLAG_EVENTS if self._events else 0)
                 | (FLAG_STALLED if self.stalled else 0)
                 | (FLAG_APART if self._is_held == HELD_PIECE else 0)
-                | (FLAG_OUTPUT if self._output or self._ledger._done != self._ledger._first else 0))
+                | (FLAG_OUTPUT if self._output or self._acks._done != self._acks._first else 0))
 
     cdef int _walk(self) except -2:
         """0: all that is whole is taken, or a sink has stalled. -1: malformed, see _fault."""
@@ -216,7 +216,7 @@ cdef class Session(ControlPackets):
                     return -1
             elif not self._connected:
                 return fail(&self._fault, "PUBLISH before CONNACK", 0, CODE_PROTOCOL)
-            elif p[0] & 0x06 and self._ledger.full():
+            elif p[0] & 0x06 and self._acks.full():
                 self._is_held = HELD_CROWD
                 return 0
             if n < 0:
@@ -259,16 +259,16 @@ cdef class Session(ControlPackets):
         cdef uint32_t identifier = 0
         cdef uint64_t token = 0
         cdef bint again = p[0] & 0x08 != 0
-        cdef Ledger ledger = self._ledger
+        cdef AckTracker acks = self._acks
         cdef Router router = self._router
         if parse_publish(p + head, rest, head, p[0], self._v5, &message, &self._fault) < 0:
             return -1
         if self._find_topic(&message, head) < 0:
             return -1
         if message.qos:
-            if <int64_t> (ledger._next - ledger._first) >= self._receive_maximum:
+            if <int64_t> (acks._next - acks._first) >= self._receive_maximum:
                 self.overruns += 1
-            if ledger.begin(&message, again, self.now, &token) == BEGUN_KNOWN:
+            if acks.begin(&message, again, self.now, &token) == BEGUN_KNOWN:
                 self.messages += 1
                 self.duplicates += 1
                 return 1
@@ -278,7 +278,7 @@ cdef class Session(ControlPackets):
         if sink == NULL:
             router.nobody(message.topic, message.topic_len)
             if token:
-                ledger.hold(token, 0)
+                acks.hold(token, 0)
             self.messages += 1
             return 1
         self._held.sink = sink
@@ -301,9 +301,9 @@ cdef class Session(ControlPackets):
         if count < 0:
             return 0
         if token:
-            self._ledger.hold(token, count)
+            self._acks.hold(token, count)
             if self._held.again:
-                self._ledger.repeated += count
+                self._acks.repeated += count
         self._is_held = 0
         self.messages += 1
         return 1
@@ -404,7 +404,7 @@ cdef class Session(ControlPackets):
             self._apart.again = p[0] & 0x08 != 0
             self._apart.token = token
         elif token:
-            self._ledger.hold(token, 0)
+            self._acks.hold(token, 0)
         self._apart_left = message.payload_len
         self._read += head + (rest - message.payload_len)
         return self._carry_on()
@@ -418,10 +418,10 @@ cdef class Session(ControlPackets):
         It is known by `part` of its `rest` bytes: of a packet above the limit by what is sure to be here
         however it is cut.
         """
-        cdef Ledger ledger = self._ledger
-        if <int64_t> (ledger._next - ledger._first) >= self._receive_maximum:
+        cdef AckTracker acks = self._acks
+        if <int64_t> (acks._next - acks._first) >= self._receive_maximum:
             self.overruns += 1
-        if ledger.begin_apart(body, part, rest, packet_id, qos, again, self.now, token) == BEGUN_KNOWN:
+        if acks.begin_apart(body, part, rest, packet_id, qos, again, self.now, token) == BEGUN_KNOWN:
             self.duplicates += 1
             return BEGUN_KNOWN
         return BEGUN_NEW
@@ -527,9 +527,9 @@ cdef class Session(ControlPackets):
             raise RuntimeError("there is no message that was wholly taken")
         token = self._apart.token
         if token:
-            self._ledger.hold(token, 1)
+            self._acks.hold(token, 1)
             if self._apart.again:
-                self._ledger.repeated += 1
+                self._acks.repeated += 1
         self.messages += 1
         self._apart = None
         self._is_held = 0
@@ -544,7 +544,7 @@ cdef class Session(ControlPackets):
 
     def take_output(self) -> bytes:
         """What is to be written now: acknowledgements that are ready, PUBCOMPs."""
-        acks = self._ledger.take()
+        acks = self._acks.take()
         if not self._output:
             return acks
         output = bytes(self._output)

@@ -1,4 +1,4 @@
-# Sinks that are no lane: what a payload can go to besides the codec.
+# Sinks that are no batcher: what a payload can go to besides the codec.
 #
 # CallbackSink costs Python per message, so it is for taps and tests. CountSink is for benches: it shows what an intake
 # costs when nobody does anything with a message.
@@ -33,16 +33,16 @@ cdef class CallbackSink(Sink):
 
 @cython.final
 cdef class CountSink(Sink):
-    """Counts and lets go: measures an intake alone. With a ledger, messages wait for release()."""
+    """Counts and lets go: measures an intake alone. With an AckTracker, messages wait for release()."""
     cdef readonly Py_ssize_t messages
     cdef readonly Py_ssize_t nbytes
-    cdef Ledger _ledger
+    cdef AckTracker _acks
     cdef uint64_t* _tokens
     cdef size_t _count
     cdef size_t _room
 
-    def __cinit__(self, Ledger ledger=None):
-        self._ledger = ledger
+    def __cinit__(self, AckTracker acks=None):
+        self._acks = acks
 
     def __dealloc__(self):
         free(self._tokens)
@@ -53,7 +53,7 @@ cdef class CountSink(Sink):
     ) except -2:
         self.messages += 1
         self.nbytes += <Py_ssize_t> length
-        if token == 0 or self._ledger is None:
+        if token == 0 or self._acks is None:
             return 0
         if self._count == self._room:
             self._more()
@@ -74,5 +74,5 @@ cdef class CountSink(Sink):
         """Settles every message taken since the last time, one by one and in order."""
         cdef size_t i
         for i in range(self._count):
-            self._ledger.settle(self._tokens[i], 1, OUT_STORED, None, -1)
+            self._acks.settle(self._tokens[i], 1, OUT_STORED, None, -1)
         self._count = 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_LOG = logging.getLogger("fastkin.intake")
+_LOG = logging.getLogger("fastkin.subscriber")
 
 
 @dataclass(slots=True)

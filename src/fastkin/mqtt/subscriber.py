@@ -1,12 +1,12 @@
 """The MQTT session: connect, subscribe, receive, pause, acknowledge, reconnect.
 
-    intake = Intake(broker, [("plant/#", 1)], router=router, ledger=ledger, on_read=engine_pump)
-    task = asyncio.create_task(intake.run())
+    subscriber = Subscriber(broker, [("plant/#", 1)], router=router, acks=acks, on_read=engine_pump)
+    task = asyncio.create_task(subscriber.run())
 
-`Intake` lives as long as the pipeline; a `Connection` is one connection of it. Bytes land in the buffer of the link's
-`_core.Session`, which hands payloads to the router's sinks without a Python object per message; Python runs once per
-read. The ledger outlives connections and is reset at each new one, so that an acknowledgement of a former connection
-is never sent.
+`Subscriber` lives as long as the pipeline; a `Connection` is one connection of it. Bytes land in the buffer of the
+link's `_core.Session`, which hands payloads to the router's sinks without a Python object per message; Python runs once
+per read. The AckTracker outlives connections and is reset at each new one, so that an acknowledgement of a former
+connection is never sent.
 
 How the next connection is tried is in `attempts.py`, what the log is told in `reports.py`, what is seen from outside in
 `standing.py`. Here is the order of things: which connection there is, and when there is another.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from fastkin.config import Broker
-    from fastkin.mqtt._core import Apart, Ledger, Router
+    from fastkin.mqtt._core import AckTracker, Apart, Router
     from fastkin.mqtt.handshake import Handshake
     from fastkin.mqtt.set_apart import Carrier
 
@@ -47,17 +47,17 @@ _ID_CODES = frozenset({0x02, 0x80, 0x85})  # mosquitto says 0x80
 class _Nowhere:
     """Takes messages aside that nobody wants to have."""
 
-    def __init__(self, intake: Intake, message: Apart) -> None:
-        self._intake = intake
+    def __init__(self, subscriber: Subscriber, message: Apart) -> None:
+        self._subscriber = subscriber
         self._message = message
 
     async def take(self, piece: bytes) -> None: ...
 
     async def whole(self) -> None:
-        self._intake.ledger.settled(self._message.token, 1, DROPPED)
+        self._subscriber.acks.settled(self._message.token, 1, DROPPED)
 
 
-class Intake:
+class Subscriber:
     """One subscription: keeps a connection to the broker and feeds what comes to the router's sinks."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Intake:
         subscriptions: Sequence[tuple[str, int]],
         *,
         router: Router,
-        ledger: Ledger,
+        acks: AckTracker,
         on_read: Callable[[], None],
         on_state: Callable[[str], None] | None = None,
         set_apart: Callable[[Apart], Carrier] | None = None,
@@ -85,7 +85,7 @@ class Intake:
         self.identifiers = identifiers or {}
         self.router = router
         self._unwanted: tuple[str, ...] = ()
-        self.ledger = ledger
+        self.acks = acks
         self.on_read = on_read
         self.set_apart: Callable[[Apart], Carrier] = set_apart or (lambda message: _Nowhere(self, message))
         self.unfit = Unfit()
@@ -237,7 +237,7 @@ class Intake:
         if version != self.version:
             self.window = self._attempts.window(version)
             self.version = version
-        self.ledger.reset(not self.broker.clean_session)
+        self.acks.reset(not self.broker.clean_session)
         link = self._link = Connection(self, version)
         self._set_state("connecting")
         try:

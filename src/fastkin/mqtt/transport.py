@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from fastkin.config import Broker
 
-_LOG = logging.getLogger("fastkin.intake")
+_LOG = logging.getLogger("fastkin.subscriber")
 
 GONE_S = 1.0  # for an event loop to say that a connection is gone that was aborted
 

@@ -159,7 +159,7 @@ class Engine:
                 unsettled += halt.result()
             else:
                 _LOG.error("pipeline=%s stage=engine did not stop in time and is left behind", run.name)
-                unsettled += run.delivery.lane.in_flight
+                unsettled += run.delivery.batcher.in_flight
         return unsettled
 
     # -- seen from outside -----------------------------------------------------------------------

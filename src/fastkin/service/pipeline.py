@@ -1,6 +1,6 @@
 """One pipeline: wires intake, delivery, acknowledgements and dead letters together, and takes them apart at the end.
 
-Each pipeline has its own MQTT connection, ledger, budget, lane and sender. That way a stream that is down holds back
+Each pipeline has its own MQTT connection, acks, budget, batcher and sender. That way a stream that is down holds back
 its own pipeline only: acknowledgements leave in PUBLISH order per connection, so a shared connection would make every
 pipeline wait for the slowest.
 
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import WINDOW, KeyPlan
 from fastkin.aws.transports import make_client
-from fastkin.deadletter.handler import Aside, make_store
+from fastkin.deadletter.handler import DeadLetterHandler, make_store
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.errors import FastkinError
 from fastkin.formats.partition_key import key_plan
 from fastkin.formats.table import format_named
-from fastkin.mqtt._core import Ledger
-from fastkin.mqtt.subscriber import Intake
+from fastkin.mqtt._core import AckTracker
+from fastkin.mqtt.subscriber import Subscriber
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive
 from fastkin.service.preflight import Preflight
@@ -85,32 +85,32 @@ class PipelineRun:
         self.failure = self._tasks.failure
         self.client: Client = make_client(pipeline.kinesis, pipeline.id)
         kind, parts = key_plan(pipeline.partition_key, client_id=broker.client_id, hostname=socket.gethostname())
-        self.ledger = Ledger()
-        # An eighth is left for what is not charged record by record: ledger, receive buffer, answers, allocator. And
+        self.acks = AckTracker()
+        # An eighth is left for what is not charged record by record: acks, receive buffer, answers, allocator. And
         # one for WebSocket frames that were read: aiohttp counts their bytes, and an object each is much more.
         self.delivery = Delivery(
             self.client, _options(pipeline), name=self.name,
             stream=pipeline.kinesis.stream_arn or pipeline.kinesis.stream or "", key=KeyPlan(kind, parts),
-            frame=format_named(pipeline.format), settler=self.ledger,
+            frame=format_named(pipeline.format), settler=self.acks,
             keep_bytes=pipeline.budget_bytes // 8 * (2 if broker.scheme in {"ws", "wss"} else 1),
         )  # fmt: skip
-        self._lane = self.delivery.lane
-        self._routes = Routes(pipeline, self._lane, on_message)
-        self.aside = Aside(
-            self.name, self._lane, make_store(pipeline), topics=pipeline.topics, spawn=self._tasks.spawn,
+        self._batcher = self.delivery.batcher
+        self._routes = Routes(pipeline, self._batcher, on_message)
+        self.dead_letters = DeadLetterHandler(
+            self.name, self._batcher, make_store(pipeline), topics=pipeline.topics, spawn=self._tasks.spawn,
             on_settled=self.delivery.settled, max_packet_bytes=broker.max_packet_bytes,
         )  # fmt: skip
         self.delivery.open(
-            refused=self.aside.refused, rejected=self.aside.rejected, on_settled=self._settled, stuck=self.stuck,
-            wake=self._wake,
+            refused=self.dead_letters.refused, rejected=self.dead_letters.rejected, on_settled=self._settled,
+            stuck=self.stuck, wake=self._wake,
         )  # fmt: skip
         static_key = kind == "parts" and all(part[0] == "text" for part in parts)
         self._preflight = Preflight(
             pipeline, self.client, self.delivery, static_key=static_key, spawn=self._tasks.spawn
         )
-        self.intake = Intake(
+        self.subscriber = Subscriber(
             broker, [(topic, pipeline.qos) for topic in pipeline.topics], router=self._routes.router,
-            ledger=self.ledger, on_read=self._read, set_apart=self.aside.carrier, name=self.name,
+            acks=self.acks, on_read=self._read, set_apart=self.dead_letters.carrier, name=self.name,
             identifiers=self._routes.identifiers, linger_s=pipeline.linger_ms / 1000,
         )  # fmt: skip
         self._progress = asyncio.Event()  # something was settled: stop() looks again
@@ -130,7 +130,7 @@ class PipelineRun:
         self.client.read_files()
 
     def start(self) -> None:
-        self.aside.start()
+        self.dead_letters.start()
         self.delivery.watchdog.start()
         self._tasks.spawn(self._run(), "run").add_done_callback(self._run_over)
         self._tasks.spawn(outlive(self._loop_ended), "guard")
@@ -138,13 +138,13 @@ class PipelineRun:
     def _loop_ended(self) -> None:
         if self._stopping:
             return
-        if self._lane.in_flight:
+        if self._batcher.in_flight:
             _LOG.warning(
                 "pipeline=%s stage=engine the event loop ended and stop() was never called: %d records are not"
-                " acknowledged; use `async with Engine(...)`", self.name, self._lane.in_flight,
+                " acknowledged; use `async with Engine(...)`", self.name, self._batcher.in_flight,
             )  # fmt: skip
         self.delivery.abort()
-        self.intake.abort()
+        self.subscriber.abort()
 
     def _run_over(self, task: asyncio.Task[None]) -> None:
         """Nothing but stop() may end it: a pipeline that takes no more must not look alive."""
@@ -166,7 +166,7 @@ class PipelineRun:
             self._first_failed = True
             return  # its error is in `failure`
         self._preflight.settle_in()
-        await self.intake.run()
+        await self.subscriber.run()
 
     def hurry(self) -> None:
         """A stop() that lingers has a deadline from now on."""
@@ -187,9 +187,9 @@ class PipelineRun:
         Whatever a disk, the broker or Kinesis does, this returns `CLOSE_S` after the shutdown timeout at the latest.
         """
         self._stopping = True
-        await self.intake.stop()
+        await self.subscriber.stop()
         if linger:
-            await Deadline(_LEAVE_S, self.name).wait(self.intake.close(), "leaving the broker")
+            await Deadline(_LEAVE_S, self.name).wait(self.subscriber.close(), "leaving the broker")
             self.left.set()
         self.delivery.drain()
         try:
@@ -203,13 +203,13 @@ class PipelineRun:
             pass
         self._drain = None
         await self._close(Deadline(self.pipeline.shutdown_timeout_s - self._drain_s + CLOSE_S, self.name))
-        unsettled = self._lane.in_flight
+        unsettled = self._batcher.in_flight
         say = _LOG.info if unsettled == 0 else _LOG.error
         say(
             "pipeline=%s stage=engine stopped: received=%d stored=%d dead_lettered=%d dropped=%d spooled=%d"
             " unsettled=%d%s",
-            self.name, self._lane.received, self._lane.stored, self._lane.dead_lettered, self._lane.dropped,
-            self._lane.spooled, unsettled,
+            self.name, self._batcher.received, self._batcher.stored, self._batcher.dead_lettered, self._batcher.dropped,
+            self._batcher.spooled, unsettled,
             "" if unsettled == 0 else " (not acknowledged: the broker keeps QoS 1 and 2 of a persistent session)",
         )  # fmt: skip
         return unsettled
@@ -219,10 +219,10 @@ class PipelineRun:
         self._preflight.close()
         # What is on the disk by then is acknowledged by what comes next.
         await self.delivery.close(limit, spool_limit=limit.until(before=_LAST_ACKS_S))
-        await self._end(limit.until(before=_LAST_ACKS_S / 2), self.intake.close(), "leaving the broker")
+        await self._end(limit.until(before=_LAST_ACKS_S / 2), self.subscriber.close(), "leaving the broker")
         await self._end(limit, self._tasks.cancel(), "ending the tasks")
         await self._end(limit, self.client.close(), "closing the connections to Kinesis")
-        await self._end(limit, self.aside.close(), "closing the dead letters")
+        await self._end(limit, self.dead_letters.close(), "closing the dead letters")
 
     async def _end(self, limit: Deadline, work: Awaitable[object], what: str) -> None:
         try:
@@ -235,45 +235,46 @@ class PipelineRun:
     def _read(self) -> None:
         routes = self._routes
         if routes.router.unrouted != routes.seen:
-            routes.say_unrouted(self.intake.client_id)
+            routes.say_unrouted(self.subscriber.client_id)
         delivery = self.delivery
-        if self._lane.attention:
+        if self._batcher.dirty:
             delivery.attend()
         delivery.make_room()
         # Everything the broker will hand out is here: waiting for more records would only wait for the linger.
-        intake = self.intake
-        if self._lane.open_records and intake.window.exhausted(self.ledger.unacked, intake.last_read):
+        subscriber = self.subscriber
+        if self._batcher.open_records and subscriber.window.exhausted(self.acks.unacked, subscriber.last_read):
             delivery.flusher.close(WINDOW)
 
     def _settled(self) -> None:
         preflight = self._preflight
-        if not preflight.ready and self._lane.stored:
+        if not preflight.ready and self._batcher.stored:
             preflight.reached()
-        self.intake.flush_acks()
+        self.subscriber.flush_acks()
         if self.delivery.budget.low:
-            self.intake.resume()
+            self.subscriber.resume()
         self._progress.set()
         if self._hook is not None:
             self._hook(self.name)
 
     def stuck(self) -> str | None:
         """What waits and will be looked at by nobody; None between any two callbacks, or there is a bug."""
-        found = self.delivery.stuck(aside=self.aside.waiting)
-        if found is None and self.aside.waiting and not self.aside.writing:
-            found = f"{self.aside.waiting} groups of dead letters wait and nobody writes them"
+        found = self.delivery.stuck(aside=self.dead_letters.waiting)
+        if found is None and self.dead_letters.waiting and not self.dead_letters.writing:
+            found = f"{self.dead_letters.waiting} groups of dead letters wait and nobody writes them"
         # What is unacknowledged may be the broker's turn, or a message that is set aside piece by piece.
-        open_ = self._lane.in_flight or self.ledger.unacked
-        if found is None and self.intake.paused and not open_ and not self.intake.stopping:
-            found = f"reading is paused after {self.intake.traffic.messages} messages, and nothing is in flight"
-        if found is None and self.intake.forgotten:
+        open_ = self._batcher.in_flight or self.acks.unacked
+        subscriber = self.subscriber
+        if found is None and subscriber.paused and not open_ and not subscriber.stopping:
+            found = f"reading is paused after {subscriber.traffic.messages} messages, and nothing is in flight"
+        if found is None and subscriber.forgotten:
             found = (
-                f"reading is paused after {self.intake.traffic.messages} messages, for a piece of one that nobody takes"
+                f"reading is paused after {subscriber.traffic.messages} messages, for a piece of one that nobody takes"
             )
         return found
 
     def _wake(self) -> None:
         self.delivery.wake()
-        self.intake.carry_on()
+        self.subscriber.carry_on()
 
     # -- seen from outside ---------------------------------------------------------------------
 
@@ -294,11 +295,11 @@ class PipelineRun:
     @property
     def last_error(self) -> str | None:
         """What is wrong now, for a person; it clears when the same goes well."""
-        return self.start_error or self.delivery.sender.last_error or self.intake.last_error
+        return self.start_error or self.delivery.sender.last_error or self.subscriber.last_error
 
     def oldest_s(self) -> float:
         """Age of the oldest message that is not acknowledged; 0.0 when there is none."""
-        return self._loop.time() - self.ledger.oldest() if self.ledger.unacked else 0.0
+        return self._loop.time() - self.acks.oldest() if self.acks.unacked else 0.0
 
     def failed(self) -> str | None:
         """Why this pipeline does nothing any more, or None."""
@@ -312,8 +313,9 @@ class PipelineRun:
             return hangs
         if not self.ready:
             return f"the stream was not reached: {self.start_error or 'not tried yet'}"
-        if unwell := self.delivery.sender.unwell:
-            return f"the stream: {unwell}"
-        if not self.intake.connected.is_set():
-            return f"the broker: {self.intake.state}{f': {self.intake.last_error}' if self.intake.last_error else ''}"
+        if operator_error := self.delivery.sender.operator_error:
+            return f"the stream: {operator_error}"
+        subscriber = self.subscriber
+        if not subscriber.connected.is_set():
+            return f"the broker: {subscriber.state}{f': {subscriber.last_error}' if subscriber.last_error else ''}"
         return None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from fastkin._codec import DRAIN, DROPPED, Budget, KeyPlan, Lane
+from fastkin._codec import DRAIN, DROPPED, Batcher, Budget, KeyPlan
 from fastkin.delivery.stream_watch import StreamWatch
 from fastkin.errors import ConfigError, KinesisError
 from fastkin.status.logs import Repeats
@@ -133,14 +133,14 @@ class Preflight:
     async def _put_connection_test(self) -> None:
         """One real record, for permission systems that know no dry run; consumers are told to ignore it."""
         budget = Budget(1 << 16, 1)
-        lane = Lane(
+        batcher = Batcher(
             settler=None, budget=budget, frame="raw", key=KeyPlan("parts", [("text", "key")]),
             target=self._client.target_json(), answer=self._client.destination.answer,
         )  # fmt: skip
         test = {"type": "connection_test", "host": socket.gethostname(), "data": "CONNECTION_TEST"}
-        lane.add(orjson.dumps(test))
-        lane.seal(DRAIN)
-        batch = lane.take()
+        batcher.add(orjson.dumps(test))
+        batcher.close_batch(DRAIN)
+        batch = batcher.take()
         assert batch is not None
         for failure in batch.settle(await self._client.put(batch)):
             failure.batch.finish(DROPPED)

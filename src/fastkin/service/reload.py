@@ -190,7 +190,7 @@ class Reload:
         runs = self._runs
         old = {name: runs.pipelines[name] for name in (*changed, *gone)}
         formers = {
-            name: Former(runs.wanted.get(name, wanted[name]), old[name].pipeline, old[name].intake.broker)
+            name: Former(runs.wanted.get(name, wanted[name]), old[name].pipeline, old[name].subscriber.broker)
             for name in changed
         }
         # Early runs start before the old ones leave, so nothing is missed. Late ones need what an old run still
@@ -223,12 +223,14 @@ class Reload:
     def _beside(self, made: dict[str, PipelineRun], old: dict[str, PipelineRun]) -> tuple[list[str], list[str]]:
         """Which of them can stand beside what they replace, and which need its session or its spool."""
         runs = self._runs
-        taken = {(run.intake.broker.url, run.intake.client_id) for run in (*runs.pipelines.values(), *runs.leaving)}
+        taken = {
+            (run.subscriber.broker.url, run.subscriber.client_id) for run in (*runs.pipelines.values(), *runs.leaving)
+        }
         spools = {spool for run in old.values() if (spool := run.pipeline.spool)}
         early: list[str] = []
         late: list[str] = []
         for name, run in made.items():
-            broker = run.intake.broker
+            broker = run.subscriber.broker
             session_free = not broker.client_id or (broker.url, broker.client_id) not in taken
             (early if session_free and run.pipeline.spool not in spools else late).append(name)
         return early, late
@@ -251,7 +253,7 @@ class Reload:
         for run, result in zip(old.values(), results, strict=True):
             if isinstance(result, BaseException):
                 _LOG.error("pipeline=%s stage=engine could not stop in order", run.name, exc_info=result)
-                unsettled += run.delivery.lane.in_flight
+                unsettled += run.delivery.batcher.in_flight
             else:
                 unsettled += result
         return unsettled
@@ -274,8 +276,8 @@ class Reload:
 
     async def _subscribed(self, runs: list[PipelineRun]) -> None:
         """Wait until the new ones receive, as long as a connection may take."""
-        limit = max(run.intake.broker.connect_timeout_s for run in runs)
-        connected = asyncio.gather(*(run.intake.connected.wait() for run in runs))
+        limit = max(run.subscriber.broker.connect_timeout_s for run in runs)
+        connected = asyncio.gather(*(run.subscriber.connected.wait() for run in runs))
         stopped = asyncio.ensure_future(self._runs.stopped.wait())
         waits: list[asyncio.Future[Any]] = [connected, stopped]
         await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
@@ -283,7 +285,7 @@ class Reload:
             wait.cancel()
         await asyncio.gather(*waits, return_exceptions=True)
         for run in runs:
-            if not run.intake.connected.is_set():
+            if not run.subscriber.connected.is_set():
                 _LOG.warning(
                     "pipeline=%s stage=engine is not connected after %g s: what it replaces leaves all the same",
                     run.name, limit,
@@ -324,12 +326,12 @@ async def _out_of_the_way(run: PipelineRun, stopping: asyncio.Task[int], linger:
 
 
 def _say_gone(run: PipelineRun) -> None:
-    broker = run.intake.broker
+    broker = run.subscriber.broker
     if broker.clean_session:
         return
     _LOG.warning(
         "pipeline=%s stage=engine broker=%s the broker keeps the session of client %s and goes on collecting"
         " messages for it: the pipeline finds them when it comes back. To end the session, connect once with this"
         " client id and a clean session, for example mosquitto_sub -E -i ID -t x",
-        run.name, broker.url, ascii(run.intake.client_id),
+        run.name, broker.url, ascii(run.subscriber.client_id),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Which sink a message goes to, and what is said of messages that nobody wants.
 
-A pipeline has one lane. With one payload format the lane is the sink itself; with several there is a sink for each, and
-one more for topics that no filter of ours explains.
+A pipeline has one batcher. With one payload format the batcher is the sink itself; with several there is a sink for
+each, and one more for topics that no filter of ours explains.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from fastkin._codec import FormatSink, Lane, StraySink
+from fastkin._codec import Batcher, FormatSink, StraySink
 from fastkin.formats.table import format_named
 from fastkin.mqtt._core import CallbackSink, Router
 
@@ -28,7 +28,9 @@ _FILTERS_SHOWN = 10
 class Routes:
     """Of one pipeline."""
 
-    def __init__(self, pipeline: Pipeline, lane: Lane, on_message: Callable[[str, bytes, bytes], None] | None) -> None:
+    def __init__(
+        self, pipeline: Pipeline, batcher: Batcher, on_message: Callable[[str, bytes, bytes], None] | None
+    ) -> None:
         """`on_message(pipeline, topic, payload)` hears of each message that was taken; it costs Python per message."""
         self._name = pipeline.id
         self._loop = asyncio.get_running_loop()
@@ -37,11 +39,11 @@ class Routes:
         kinds = dict.fromkeys(kind for _, kind in pipeline.formats)
         several = len(kinds) > 1
         if several:
-            sinks = {kind: self._tapped(FormatSink(lane, format_named(kind))) for kind in kinds}
+            sinks = {kind: self._tapped(FormatSink(batcher, format_named(kind))) for kind in kinds}
             filters = ", ".join(f"{topic!a} ({kind})" for topic, kind in pipeline.formats[:_FILTERS_SHOWN])
-            router.otherwise = self._tapped(StraySink(lane, filters))
+            router.otherwise = self._tapped(StraySink(batcher, filters))
         else:
-            sinks = {kind: self._tapped(lane) for kind in kinds}
+            sinks = {kind: self._tapped(batcher) for kind in kinds}
         for topic, kind in pipeline.formats:
             router.add(topic, sinks[kind], format_named(kind).number)
         # The Subscription Identifier of each filter: a 5.0 broker says with a message which filter it came by.
@@ -49,7 +51,7 @@ class Routes:
         self.seen = 0  # the router's count of unrouted messages, when it was last looked at
         self._said_at = -_UNROUTED_EVERY_S
 
-    def _tapped(self, sink: Lane | FormatSink | StraySink) -> Sink:
+    def _tapped(self, sink: Batcher | FormatSink | StraySink) -> Sink:
         on_message = self._on_message
         if on_message is None:
             return sink

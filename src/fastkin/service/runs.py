@@ -58,12 +58,12 @@ class Runs:
 
     def place(self, run: PipelineRun, wanted: Wanted, failed: Callable[[PipelineRun], None]) -> None:
         """Put a run, not started, in the place of the one before it. `failed(run)` is called when it has ended."""
-        pipeline, broker = run.pipeline, run.intake.broker
+        pipeline, broker = run.pipeline, run.subscriber.broker
         if not broker.clean_session:
             subscribed = self._filters.setdefault((broker.url, broker.client_id), set())
             # A kept session has all that was ever subscribed in it. What is not wanted any more must be told to the
             # broker, else it goes on sending it.
-            run.intake.unsubscribe = sorted(subscribed - set(pipeline.topics))
+            run.subscriber.unsubscribe = sorted(subscribed - set(pipeline.topics))
             subscribed.update(pipeline.topics)
         run.failure.add_done_callback(lambda _: failed(run))
         self.pipelines[pipeline.id] = run
@@ -95,20 +95,20 @@ class Runs:
             self.halts.pop(run)
             beside = [each for each in (*self.leaving, *self.pipelines.values()) if each.name == run.name]
             self._carried.setdefault(run.name, Carry()).add(
-                run.stats(), beside=sum(each.delivery.lane.received for each in beside)
+                run.stats(), beside=sum(each.delivery.batcher.received for each in beside)
             )
             self._say_spool(run)
 
     def _say_spool(self, run: PipelineRun) -> None:
         spool = run.pipeline.spool if run.pipeline.on_full == "spool" else None
-        if not spool or not run.delivery.lane.spooled or self.stopped.is_set():
+        if not spool or not run.delivery.batcher.spooled or self.stopped.is_set():
             return
         wanted = [each for each in self.settings.pipelines if each.enabled and each.on_full == "spool"]
         if os.path.realpath(spool) not in {os.path.realpath(each.spool) for each in wanted if each.spool}:
             _LOG.warning(
                 "pipeline=%s stage=engine spool %s keeps %d records that were acknowledged, and nobody sends them now:"
                 " set it again as the spool of a pipeline with on_full = spool, until it is empty",
-                run.name, spool, run.delivery.lane.spooled,
+                run.name, spool, run.delivery.batcher.spooled,
             )  # fmt: skip
 
     # -- seen from outside -----------------------------------------------------------------------

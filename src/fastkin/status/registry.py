@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from fastkin.config import Pipeline
-    from fastkin.deadletter.handler import Aside
+    from fastkin.deadletter.handler import DeadLetterHandler
     from fastkin.delivery.delivery import Delivery
     from fastkin.delivery.spool_file import Spool
-    from fastkin.mqtt._core import Ledger
-    from fastkin.mqtt.subscriber import Intake
+    from fastkin.mqtt._core import AckTracker
+    from fastkin.mqtt.subscriber import Subscriber
 
 Unit = Literal[
     "messages", "records", "batches", "calls", "connections", "dead letters", "wake-ups", "bytes", "seconds", "share",
@@ -30,7 +30,7 @@ Unit = Literal[
 ]  # fmt: skip
 
 _SHARDS_SHOWN = 256  # the busiest ones
-_FLUSH_REASONS = ("full_count", "full_bytes", "linger", "window", "idle", "drain")  # as in Lane.flushes
+_FLUSH_REASONS = ("full_count", "full_bytes", "linger", "window", "idle", "drain")  # as in Batcher.flushes
 _FORMAT_ERRORS = ("empty", "version", "element", "truncated", "trailing", "oversize", "partition_key")
 
 
@@ -38,10 +38,10 @@ class Run(Protocol):
     """What is read of a pipeline's run. Not PipelineRun itself: that imports the rows, and mypy reads no circles."""
 
     pipeline: Pipeline
-    intake: Intake
-    ledger: Ledger
+    subscriber: Subscriber
+    acks: AckTracker
     delivery: Delivery
-    aside: Aside
+    dead_letters: DeadLetterHandler
 
     @property
     def last_error(self) -> str | None: ...
@@ -145,20 +145,20 @@ def _stat(key: str, reload: Reload, read: Callable[[Run], Any], idle: Any = 0) -
 
 def unkept(run: Run) -> bool:
     """Whether the broker keeps nothing of what is in flight: nobody else has these records."""
-    return run.pipeline.qos == 0 or run.intake.broker.clean_session
+    return run.pipeline.qos == 0 or run.subscriber.broker.clean_session
 
 
 def _volatile(run: Run) -> int:
-    return max(0, run.delivery.lane.in_flight - run.delivery.backlog.safe) if unkept(run) else 0
+    return max(0, run.delivery.batcher.in_flight - run.delivery.backlog.safe) if unkept(run) else 0
 
 
 def _dropped_by(run: Run) -> dict[str, int]:
-    """Records that were given up, by policy: sums up to lane.dropped."""
+    """Records that were given up, by policy: sums up to batcher.dropped."""
     dropped = LabelledCounter()
-    dropped.update(run.aside.dropped)
+    dropped.update(run.dead_letters.dropped)
     if run.delivery.backlog.dropped:
         dropped.add(run.pipeline.on_full, run.delivery.backlog.dropped)
-    return dropped.summing_to(run.delivery.lane.dropped, "failed")
+    return dropped.summing_to(run.delivery.batcher.dropped, "failed")
 
 
 def _spool(read: Callable[[Spool], int]) -> Callable[[Run], int]:
@@ -167,7 +167,7 @@ def _spool(read: Callable[[Spool], int]) -> Callable[[Run], int]:
 
 
 def _busiest_shards(run: Run) -> dict[str, float]:
-    shares = sorted(run.delivery.sender.heat().items(), key=lambda item: item[1], reverse=True)
+    shares = sorted(run.delivery.sender.utilization().items(), key=lambda item: item[1], reverse=True)
     return dict(shares[:_SHARDS_SHOWN])
 
 
@@ -183,59 +183,60 @@ OF_ENGINE: tuple[EngineRow, ...] = (
 
 OF_RUN: tuple[Row, ...] = (
     # intake
-    _stat("state", Reload.LATEST, lambda run: run.intake.state, "closed"),
+    _stat("state", Reload.LATEST, lambda run: run.subscriber.state, "closed"),
     _stat("last_error", Reload.LATEST, lambda run: run.last_error, None),
     _present("fastkin_intake_connected", "0 or 1", "1: connected to the broker, and subscribed",
-             lambda run: run.intake.connected.is_set()),
+             lambda run: run.subscriber.connected.is_set()),
     _counter("connects", "fastkin_intake_connects_total", "connections", "Connections made to the broker",
-             lambda run: run.intake.traffic.connects),
+             lambda run: run.subscriber.traffic.connects),
     _counter("paused_s", "fastkin_intake_paused_seconds_total", "seconds",
-             "Time that reading was paused for want of room", lambda run: run.intake.paused_s),
+             "Time that reading was paused for want of room", lambda run: run.subscriber.paused_s),
     _counter("messages", "fastkin_messages_received_total", "messages", "MQTT messages taken",
-             lambda run: run.intake.traffic.messages),
+             lambda run: run.subscriber.traffic.messages),
     _counter("unrouted", "fastkin_messages_unrouted_total", "messages",
              "MQTT messages for a filter that a reload removed, which a kept session still brought: acknowledged,"
-             " thrown away", lambda run: run.intake.router.unrouted),
+             " thrown away", lambda run: run.subscriber.router.unrouted),
     # decode
     _counter("received", "fastkin_records_received_total", "records",
              "Records taken from messages; a frame that is no frame counts as one",
-             lambda run: run.delivery.lane.received),
+             lambda run: run.delivery.batcher.received),
     _counter("decoded", "fastkin_records_decoded_total", "records", "Records that were well-formed",
-             lambda run: run.delivery.lane.received - sum(run.aside.format_errors.values())),
+             lambda run: run.delivery.batcher.received - sum(run.dead_letters.format_errors.values())),
     _labelled("format_errors", "fastkin_format_errors_total", "reason", "records",
-              "Payloads and records that were malformed", lambda run: dict(run.aside.format_errors), _FORMAT_ERRORS),
+              "Payloads and records that were malformed", lambda run: dict(run.dead_letters.format_errors),
+              _FORMAT_ERRORS),
     _counter("keys_missing", "fastkin_keys_missing_total", "records",
              "Records without the field or topic level that their partition key is made of: they got a UUID",
-             lambda run: run.delivery.lane.keys_missing),
+             lambda run: run.delivery.batcher.keys_missing),
     _counter("filtered", "fastkin_records_filtered_total", "records", "Records that were not wanted",
-             lambda run: run.delivery.lane.filtered),
+             lambda run: run.delivery.batcher.filtered),
     # batch
     _counter("batched", "fastkin_records_batched_total", "records", "Records in batches handed to the sender",
              lambda run: run.delivery.sender.counters.batched),
-    _stat("flushes", Reload.SUMMED, lambda run: run.delivery.lane.flushes),  # as the lane has them, without names
+    _stat("flushes", Reload.SUMMED, lambda run: run.delivery.batcher.flushes),  # as the batcher has them, without names
     _labelled("flushed_by_reason", "fastkin_batches_flushed_total", "reason", "batches",
               f"Batches closed, by why: {', '.join(_FLUSH_REASONS)}",
-              lambda run: dict(zip(_FLUSH_REASONS, run.delivery.lane.flushes, strict=True))),
+              lambda run: dict(zip(_FLUSH_REASONS, run.delivery.batcher.flushes, strict=True))),
     _histogram("batch_fill", "fastkin_batch_fill_ratio", "share",
                "How full a batch is, of the records or bytes it may hold",
                lambda run: run.delivery.sender.counters.batch_fill.told()),
     # what waits
     _gauge("in_flight", "fastkin_records_in_flight", "records", "Records received and not ended, in memory",
-           lambda run: run.delivery.lane.in_flight),
+           lambda run: run.delivery.batcher.in_flight),
     _stat("volatile", Reload.ADDED, _volatile),  # of those: kept neither by the broker nor on the disk
     _gauge("buffered_bytes", "fastkin_budget_bytes", "bytes", "Memory charged for records",
            lambda run: run.delivery.budget.bytes),
     _present("fastkin_budget_bytes_limit", "bytes", "What may be charged", lambda run: run.delivery.budget.max_bytes),
     _stat("peak_bytes", Reload.LATEST, lambda run: run.delivery.budget.peak_bytes),
     _gauge("unacked", "fastkin_unacknowledged_messages", "messages", "Messages that the broker was not told of yet",
-           lambda run: run.ledger.unacked),
+           lambda run: run.acks.unacked),
     _present("fastkin_oldest_unacknowledged_seconds", "seconds", "Age of the oldest unacknowledged message",
              lambda run: run.oldest_s()),
     _present("fastkin_broker_window_messages", "messages", "Unacknowledged messages that the broker allows",
-             lambda run: run.intake.granted_window),
+             lambda run: run.subscriber.granted_window),
     # spool
     _gauge("spooled", "fastkin_spool_records", "records", "Records that are on disk only",
-           lambda run: run.delivery.lane.spooled),
+           lambda run: run.delivery.batcher.spooled),
     _counter("spooled_ever", "fastkin_records_spooled_total", "records", "Records that went to disk, ever",
              lambda run: run.delivery.backlog.spooled_total),
     _counter("spool_damaged_rows", "fastkin_spool_damaged_rows_total", "batches",
@@ -273,23 +274,23 @@ OF_RUN: tuple[Row, ...] = (
                ("pipeline", "shard"))),
     # settle
     _counter("stored", "fastkin_records_stored_total", "records", "Records that Kinesis confirmed",
-             lambda run: run.delivery.lane.stored),
-    _stat("dead_lettered", Reload.SUMMED, lambda run: run.delivery.lane.dead_lettered),
+             lambda run: run.delivery.batcher.stored),
+    _stat("dead_lettered", Reload.SUMMED, lambda run: run.delivery.batcher.dead_lettered),
     _labelled("dead_lettered_by", "fastkin_records_dead_lettered_total", "reason", "records",
               "Records set aside for good",
-              lambda run: run.aside.dead_lettered_by.summing_to(run.delivery.lane.dead_lettered),
+              lambda run: run.dead_letters.dead_lettered_by.summing_to(run.delivery.batcher.dead_lettered),
               (*_FORMAT_ERRORS, "ValidationException")),
     _counter("dead_letters_deleted", "fastkin_dead_letters_deleted_total", "dead letters",
-             "Dead letters that were deleted to make room for newer ones", lambda run: run.aside.deleted),
-    _stat("dropped", Reload.SUMMED, lambda run: run.delivery.lane.dropped),
+             "Dead letters that were deleted to make room for newer ones", lambda run: run.dead_letters.deleted),
+    _stat("dropped", Reload.SUMMED, lambda run: run.delivery.batcher.dropped),
     _labelled("dropped_by", "fastkin_records_dropped_total", "policy", "records", "Records given up", _dropped_by,
               ("no_dead_letter", "drop_oldest", "drop_newest", "failed")),
     _counter("duplicates_possible", "fastkin_duplicates_possible_total", "records",
              "Records that may be stored twice, an upper bound: those of calls whose outcome stayed unknown, and what"
              " fastkin_records_redelivered_total counts",
-             lambda run: run.delivery.sender.counters.duplicates_possible + run.ledger.repeated),
+             lambda run: run.delivery.sender.counters.duplicates_possible + run.acks.repeated),
     _counter("redelivered", "fastkin_records_redelivered_total", "records",
-             "Records of messages that the broker sent again (DUP)", lambda run: run.ledger.repeated),
+             "Records of messages that the broker sent again (DUP)", lambda run: run.acks.repeated),
     _counter("stalls", "fastkin_stalls_total", "wake-ups",
              "Times that what waited had to be woken up because nobody would have looked at it: always a bug of"
              " fastkin", lambda run: run.delivery.watchdog.stalls),

@@ -20,20 +20,20 @@ cdef struct Slot:
 
 @cython.final
 @cython.no_gc_clear
-cdef class Lane(Sink):
+cdef class Batcher(Sink):
     """Builds batches for one destination. Records are encoded once, straight into the open body."""
 
-    cdef _Books books
+    cdef _Accounting accounting
     cdef readonly Budget budget
     cdef KeyPlan plan
     cdef ShardTable table
     cdef Batch open
     cdef object closed
     cdef list rejects
-    cdef public bint attention
+    cdef public bint dirty
     cdef int wanted  # why the open batch may be taken as it is; -1: not yet
     cdef readonly unsigned long long opened  # open batches there were: tells one from the next
-    cdef PayloadFormat format  # of what is offered to the lane itself
+    cdef PayloadFormat format  # of what is offered to the batcher itself
     cdef size_t max_record_bytes
     cdef size_t group_most  # bytes of an aggregate; 0: every record is an entry of its own
     cdef Aggregate group
@@ -64,15 +64,15 @@ cdef class Lane(Sink):
             raise LibraryError(f"max_records is 1 to {ENTRIES_MOST}, not {max_records}")
         if not 1 <= max_batch_bytes <= BODY_MOST or max_record_bytes < 1:
             raise LibraryError(f"max_batch_bytes is 1 to {BODY_MOST}, max_record_bytes at least 1")
-        self.books = _Books.__new__(_Books)
-        self.books.settler = settler
-        self.books.budget = self.budget = budget
-        self.books.target = target
-        self.books.answer = _PUT_RECORDS if answer is None else answer
-        self.books.rows = rows
-        self.books.replay = budget if replay is None else replay
-        self.books.max_records = max_records
-        self.books.max_batch_bytes = max_batch_bytes
+        self.accounting = _Accounting.__new__(_Accounting)
+        self.accounting.settler = settler
+        self.accounting.budget = self.budget = budget
+        self.accounting.target = target
+        self.accounting.answer = _PUT_RECORDS if answer is None else answer
+        self.accounting.rows = rows
+        self.accounting.replay = budget if replay is None else replay
+        self.accounting.max_records = max_records
+        self.accounting.max_batch_bytes = max_batch_bytes
         self.max_record_bytes = min(max_record_bytes, max_batch_bytes)
         self.plan = key
         self.set_aggregate_bytes(aggregate_bytes)
@@ -175,8 +175,8 @@ cdef class Lane(Sink):
     # -- the open batch
 
     cdef Batch start(self):
-        self.open = Batch.new(self.books, self.body_hint, self.count_hint)
-        self.attention = True
+        self.open = Batch.new(self.accounting, self.body_hint, self.count_hint)
+        self.dirty = True
         self.opened += 1
         return self.open
 
@@ -189,7 +189,7 @@ cdef class Lane(Sink):
         self.wanted = -1
         self.closed.append(batch)
         self.flushed[why] += 1
-        self.attention = True
+        self.dirty = True
         return 0
 
     cdef int append(self, const uint8_t* data, size_t length, const Key* key, const char* hash_key,
@@ -201,7 +201,7 @@ cdef class Lane(Sink):
         cdef Run* run
         cdef char* p
         cdef size_t i
-        if batch is not None and batch.total + size > self.books.max_batch_bytes:
+        if batch is not None and batch.total + size > self.accounting.max_batch_bytes:
             self.close(FLUSH_FULL_BYTES)
             batch = None
         if batch is None:
@@ -228,7 +228,7 @@ cdef class Lane(Sink):
         batch.body.length = <size_t> (p - batch.body.p)
         batch.close_entry(entry)
         self.budget.charge(entry_cost(entry), records)
-        if batch.count == self.books.max_records:
+        if batch.count == self.accounting.max_records:
             self.close(FLUSH_FULL_COUNT)
         return 0
 
@@ -250,7 +250,7 @@ cdef class Lane(Sink):
             if not aggregate_fits(group, length, self.group_most, self.max_record_bytes):
                 return self.append(data, length, key, NULL, 0, token, kind, 1)
             if self.open is None:
-                self.attention = True
+                self.dirty = True
                 self.opened += 1
         check_memory(aggregate_add(group, data, length, token, kind))
         self.budget.charge(aggregate_cost(length, kind), 1)
@@ -276,7 +276,7 @@ cdef class Lane(Sink):
 
     # -- payloads
 
-    cdef int set_aside(self, const uint8_t* topic, size_t topic_length, const uint8_t* data, size_t length,
+    cdef int reject(self, const uint8_t* topic, size_t topic_length, const uint8_t* data, size_t length,
                        str kind, str reason, size_t offset, object index, uint64_t token) except -1:
         cdef int collecting = PyGC_Disable()  # see Batch.new
         cdef Reject reject = Reject.__new__(Reject)
@@ -290,10 +290,10 @@ cdef class Lane(Sink):
         reject.index = index
         reject.token = token
         reject.cost = length + REJECT_TOPIC * topic_length + REJECT_BYTES
-        reject.books = self.books
+        reject.accounting = self.accounting
         self.budget.charge(reject.cost, 1)
         self.rejects.append(reject)
-        self.attention = True
+        self.dirty = True
         return 0
 
     cdef inline bint no_room(self, uint64_t cost, uint64_t records) noexcept:
@@ -319,9 +319,9 @@ cdef class Lane(Sink):
         """A whole payload that is set aside, none of its records taken."""
         if self.no_room(length + REJECT_TOPIC * topic_len + REJECT_BYTES, 1):
             return OFFER_STALLED
-        self.books.received += 1
-        self.set_aside(topic, topic_len, data if length else <const uint8_t*> b"", length, kind,
-                       reason, offset, None, token)
+        self.accounting.received += 1
+        self.reject(topic, topic_len, data if length else <const uint8_t*> b"", length, kind,
+                    reason, offset, None, token)
         return 1
 
     cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
@@ -330,7 +330,7 @@ cdef class Lane(Sink):
 
     cdef Py_ssize_t offer_as(self, PayloadFormat format, const uint8_t* topic, size_t topic_len,
                              const uint8_t* data, size_t length, uint64_t token) except -2:
-        """A payload of this format, which need not be the lane's own."""
+        """A payload of this format, which need not be the batcher's own."""
         cdef Payload payload
         if length == 0:
             data = <const uint8_t*> b""  # a pointer to nothing may be NULL: never hand that on
@@ -384,7 +384,7 @@ cdef class Lane(Sink):
                 return self.refuse_frame(topic, topic_length, payload, token)
             if self.no_room(cost + entry_data_most(payload.data_bytes, payload.count), payload.count):
                 return OFFER_STALLED
-        self.books.received += payload.count
+        self.accounting.received += payload.count
         if key.verdict == KEY_MISSING:
             self.missing += payload.count
         for _ in range(payload.count):
@@ -441,7 +441,7 @@ cdef class Lane(Sink):
         if not strict and self.no_room(cost + overhead, payload.count):
             self.trim_slots()
             return OFFER_STALLED
-        self.books.received += payload.count
+        self.accounting.received += payload.count
         at = payload.first
         for i in range(payload.count):
             begin = next_(payload, &at, &length)
@@ -452,8 +452,8 @@ cdef class Lane(Sink):
             else:
                 key = shared[0]
             if slot.verdict >= BAD_SIZE:
-                self.set_aside(topic, topic_length, data, length,
-                               "oversize" if slot.verdict == BAD_SIZE else "partition_key",
+                self.reject(topic, topic_length, data, length,
+                            "oversize" if slot.verdict == BAD_SIZE else "partition_key",
                                self.why_bad(slot.verdict, &key, length),
                                begin if payload.data == payload.whole else 0, self.index_of(payload, i, length), token)
             else:
@@ -516,7 +516,7 @@ cdef class Lane(Sink):
             if source.length > self.max_record_bytes or (
                     source.length + key_counts(&key) > self.max_record_bytes):
                 raise RecordError(self.why_bad(BAD_SIZE, &key, source.length))
-            self.books.received += 1
+            self.accounting.received += 1
             if key.verdict == KEY_MISSING:
                 self.missing += 1
             if hash_key == NULL:
@@ -579,7 +579,7 @@ cdef class Lane(Sink):
         return self.put_one(data, key, hash_key)
 
     def put_if_room(self, data, key, hash_key, attend):
-        """The same, or None while the budget is full; `attend()` is called when the lane needs attention.
+        """The same, or None while the budget is full; `attend()` is called when the batcher needs attention.
 
         For who puts one by one: two questions of their own would add a twentieth to the put.
         """
@@ -587,7 +587,7 @@ cdef class Lane(Sink):
         if self.budget.stalled:
             return None
         receipt = self.put_one(data, key, hash_key)
-        if self.attention:
+        if self.dirty:
             attend()
         return receipt
 
@@ -618,7 +618,7 @@ cdef class Lane(Sink):
 
     # -- what the sender takes
 
-    def seal(self, int reason) -> bool:
+    def close_batch(self, int reason) -> bool:
         """Close the open batch. True when something waits to be taken: also what was closed before, for the
         open aggregate may have filled the batch, and then it is closed already."""
         if not 0 <= reason < FLUSH_REASONS:
@@ -643,9 +643,9 @@ cdef class Lane(Sink):
         if not self.closed:
             if self.wanted < 0:
                 return None
-            self.seal(self.wanted)
+            self.close_batch(self.wanted)
         cdef Batch batch = self.closed.popleft()
-        batch.lane = self
+        batch.batcher = self
         return batch
 
     def take_rejects(self) -> list[Reject]:
@@ -658,34 +658,35 @@ cdef class Lane(Sink):
                Py_ssize_t offset, unsigned long long token) -> Reject:
         """Something that was never offered, for it can be no record: received and set aside, whatever room there
         is. Settle it with settle_reject."""
-        self.books.received += 1
-        self.set_aside(<const uint8_t*> PyBytes_AS_STRING(topic), <size_t> PyBytes_GET_SIZE(topic),
-                       <const uint8_t*> PyBytes_AS_STRING(payload), <size_t> PyBytes_GET_SIZE(payload),
-                       kind, reason, <size_t> offset, None, token)
+        self.accounting.received += 1
+        self.reject(<const uint8_t*> PyBytes_AS_STRING(topic), <size_t> PyBytes_GET_SIZE(topic),
+                    <const uint8_t*> PyBytes_AS_STRING(payload), <size_t> PyBytes_GET_SIZE(payload),
+                    kind, reason, <size_t> offset, None, token)
         return self.rejects.pop()
 
     def settle_reject(self, Reject reject not None, int outcome) -> None:
         check_outcome(outcome)
         if outcome == OUT_SPOOLED:
             raise LibraryError("a reject is no record: it cannot be spooled")
-        if reject.books is not None and reject.books is not self.books:
-            raise LibraryError("this reject belongs to another lane")
+        if reject.accounting is not None and reject.accounting is not self.accounting:
+            raise LibraryError("this reject belongs to another batcher")
         reject.settle(outcome)
 
-    def found(self, unsigned long long records) -> None:
+    def adopt_spooled(self, unsigned long long records) -> None:
         """A former run left so many on the disk: they count as received and as spooled."""
-        self.books.received += records
-        self.books.ended[OUT_SPOOLED] += records
+        self.accounting.received += records
+        self.accounting.ended[OUT_SPOOLED] += records
 
     def settle_spooled(self, unsigned long long records, int outcome) -> None:
         """So many of what is spooled ended on the disk and will not come back."""
         check_outcome(outcome)
         if outcome == OUT_STORED or outcome == OUT_SPOOLED:
             raise LibraryError("what is on the disk can be given up only: restore it to send it")
-        if records > self.books.ended[OUT_SPOOLED]:
-            raise LibraryError(f"{records} records are more than the {self.books.ended[OUT_SPOOLED]} that are spooled")
-        self.books.ended[OUT_SPOOLED] -= records
-        self.books.ended[outcome_slot(outcome)] += records
+        if records > self.accounting.ended[OUT_SPOOLED]:
+            spooled = self.accounting.ended[OUT_SPOOLED]
+            raise LibraryError(f"{records} records are more than the {spooled} that are spooled")
+        self.accounting.ended[OUT_SPOOLED] -= records
+        self.accounting.ended[outcome_slot(outcome)] += records
 
     def restore(self, body, bytes counts not None, unsigned long long token) -> Batch:
         """A batch from the body of one that was finished as SPOOLED, and its `counts`. Its records are in
@@ -694,15 +695,15 @@ cdef class Lane(Sink):
         cdef Batch batch
         bytes_open(body, &source, "a body")
         try:
-            batch = restore_batch(self.books, source.p, source.length, counts, token, self.table, self.plan.uuid)
+            batch = restore_batch(self.accounting, source.p, source.length, counts, token, self.table, self.plan.uuid)
         finally:
             bytes_close(&source)
-        if batch.records > self.books.ended[OUT_SPOOLED]:
-            raise LibraryError(f"{batch.records} records are more than the {self.books.ended[OUT_SPOOLED]}"
+        if batch.records > self.accounting.ended[OUT_SPOOLED]:
+            raise LibraryError(f"{batch.records} records are more than the {self.accounting.ended[OUT_SPOOLED]}"
                                " that are spooled")
-        self.books.ended[OUT_SPOOLED] -= batch.records
-        self.books.replay.charge(restored_cost(batch), batch.records)
-        batch.lane = self
+        self.accounting.ended[OUT_SPOOLED] -= batch.records
+        self.accounting.replay.charge(restored_cost(batch), batch.records)
+        batch.batcher = self
         batch.live = True
         return batch
 
@@ -743,7 +744,7 @@ cdef class Lane(Sink):
     def aggregate_bytes(self, size_t aggregate_bytes):
         if self.group.records:
             self.close_group()
-            self.attention = True
+            self.dirty = True
         self.set_aggregate_bytes(aggregate_bytes)
 
     @property
@@ -766,36 +767,36 @@ cdef class Lane(Sink):
 
     @property
     def received(self) -> int:
-        return self.books.received
+        return self.accounting.received
 
     @property
     def stored(self) -> int:
-        return self.books.ended[OUT_STORED]
+        return self.accounting.ended[OUT_STORED]
 
     @property
     def dead_lettered(self) -> int:
-        return self.books.ended[OUT_DEAD]
+        return self.accounting.ended[OUT_DEAD]
 
     @property
     def filtered(self) -> int:
-        return self.books.ended[OUT_FILTERED]
+        return self.accounting.ended[OUT_FILTERED]
 
     @property
     def dropped(self) -> int:
         """Dropped, or failed for good."""
-        return self.books.ended[OUT_DROPPED]
+        return self.accounting.ended[OUT_DROPPED]
 
     @property
     def spooled(self) -> int:
         """On the disk and not in memory: acknowledged, not ended."""
-        return self.books.ended[OUT_SPOOLED]
+        return self.accounting.ended[OUT_SPOOLED]
 
     @property
     def in_flight(self) -> int:
         """Received, not ended, not spooled."""
-        return (self.books.received - self.books.ended[OUT_STORED] - self.books.ended[OUT_DEAD]
-                - self.books.ended[OUT_FILTERED] - self.books.ended[OUT_DROPPED]
-                - self.books.ended[OUT_SPOOLED])
+        return (self.accounting.received - self.accounting.ended[OUT_STORED] - self.accounting.ended[OUT_DEAD]
+                - self.accounting.ended[OUT_FILTERED] - self.accounting.ended[OUT_DROPPED]
+                - self.accounting.ended[OUT_SPOOLED])
 
     @property
     def keys_missing(self) -> int:

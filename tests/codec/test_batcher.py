@@ -26,9 +26,9 @@ from fastkin._codec import (
     LINGER,
     STORED,
     WINDOW,
+    Batcher,
     Budget,
     KeyPlan,
-    Lane,
     record_cost,
 )  # fmt: skip
 from fastkin.errors import DataFormatError, LibraryError, RecordError
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 UUID_BYTES = 36
 WAYS: dict[str, Callable[[Rig, list[bytes]], int]] = {
-    "raw": lambda rig, records: sum(rig.lane.offer(b"t", record, 7) for record in records),
-    "bulk": lambda rig, records: rig.lane.offer(b"t", encode_frame(records), 7),
+    "raw": lambda rig, records: sum(rig.batcher.offer(b"t", record, 7) for record in records),
+    "bulk": lambda rig, records: rig.batcher.offer(b"t", encode_frame(records), 7),
 }
 
 
@@ -65,9 +65,9 @@ def test_cuts_sizes_and_bodies(
     rig = Rig(frame=way, key=KeyPlan("none") if key is None else fixed(key), max_records=count,
               max_batch_bytes=batch, max_record_bytes=record)  # fmt: skip
     assert WAYS[way](rig, records) == len(records)
-    assert rig.lane.received == len(records)
+    assert rig.batcher.received == len(records)
     cuts, rejected = oracle.cut([(one, key) for one in records], limits)
-    rejects = rig.lane.take_rejects()
+    rejects = rig.batcher.take_rejects()
     assert [one.payload for one in rejects] == [records[i] for i in rejected]
     if way == "bulk":
         assert [one.index for one in rejects] == rejected
@@ -82,18 +82,18 @@ def test_cuts_sizes_and_bodies(
         assert one.entries() == [(data, text, None) for data, text in cut.entries]
         assert one.shard_load() == {-1: (len(one), one.size)}
         one.finish(DROPPED)
-    assert rig.lane.in_flight == len(rejects)
+    assert rig.batcher.in_flight == len(rejects)
     for reject in rejects:
-        rig.lane.settle_reject(reject, DEAD)
+        rig.batcher.settle_reject(reject, DEAD)
     assert sum(count for _, count, _, _, _ in rig.told) == len(records)
-    assert (rig.lane.dropped, rig.lane.dead_lettered) == (held, len(rejects))
+    assert (rig.batcher.dropped, rig.batcher.dead_lettered) == (held, len(rejects))
     rig.settled()
 
 
 def test_body_as_bytes() -> None:
     rig = Rig(key=fixed('k"'))
-    rig.lane.add(b"ab", 1)
-    rig.lane.add(b"", 1, "other", "12")
+    rig.batcher.add(b"ab", 1)
+    rig.batcher.add(b"", 1, "other", "12")
     [batch] = rig.drain()
     assert bytes(batch) == (
         b'{"Records":[{"Data":"YWI=","PartitionKey":"k\\""},'
@@ -107,7 +107,7 @@ def test_body_as_bytes() -> None:
 def test_every_record_has_a_uuid_of_its_own() -> None:
     rig = Rig(frame="bulk")
     records = payloads(700)
-    rig.lane.offer(b"t", encode_frame(records), 1)
+    rig.batcher.offer(b"t", encode_frame(records), 1)
     entries = [entry for call in rig.store() for entry in call]
     assert [data for data, _, _ in entries] == records
     assert len({key for _, key, _ in entries}) == 700
@@ -118,10 +118,10 @@ def test_every_record_has_a_uuid_of_its_own() -> None:
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_kinds_of_buffers(kind: Any) -> None:
     rig = Rig()
-    assert rig.lane.offer(b"t", kind(b"payload"), 1) == 1
-    rig.lane.add(kind(b"payload"))
-    receipt = rig.lane.put(kind(b"payload"))
-    frame = rig.lane.put_frame(kind(encode_frame([b"payload"])))
+    assert rig.batcher.offer(b"t", kind(b"payload"), 1) == 1
+    rig.batcher.add(kind(b"payload"))
+    receipt = rig.batcher.put(kind(b"payload"))
+    frame = rig.batcher.put_frame(kind(encode_frame([b"payload"])))
     assert [data for data, _, _ in rig.store()[0]] == [b"payload"] * 4
     assert receipt.done()
     assert frame.done()
@@ -134,22 +134,22 @@ def test_record_limit(way: str, off: int) -> None:
     rig = Rig(frame=way, max_record_bytes=1000)
     record = b"x" * (1000 - UUID_BYTES + off)
     assert WAYS[way](rig, [b"a", record, b"b"]) == 3
-    rejects = rig.lane.take_rejects()
+    rejects = rig.batcher.take_rejects()
     assert len(rejects) == (off > 0)
     for reject in rejects:
         assert reject.reason == "the record has 1001 bytes with its partition key, the limit is 1000"
         assert reject.token == 7
         assert reject.index == (1 if way == "bulk" else None)
         assert reject.offset == (9 if way == "bulk" else 0) + (1 if way == "bulk" else 0)
-        rig.lane.settle_reject(reject, DEAD)
+        rig.batcher.settle_reject(reject, DEAD)
     assert len(rig.store()[0]) == 3 - len(rejects)
     with pytest.raises(RecordError) if off > 0 else _nothing():
-        rig.lane.add(record)
+        rig.batcher.add(record)
     with pytest.raises(RecordError) if off > 0 else _nothing():
-        rig.lane.put(record)
+        rig.batcher.put(record)
     with pytest.raises(RecordError, match="record 1 of the frame") if off > 0 else _nothing():
-        rig.lane.put_frame(encode_frame([b"a", record]))
-    assert rig.lane.received == 3 + (4 if off <= 0 else 0)
+        rig.batcher.put_frame(encode_frame([b"a", record]))
+    assert rig.batcher.received == 3 + (4 if off <= 0 else 0)
     rig.store()
     rig.settled()
 
@@ -165,9 +165,9 @@ class _nothing:  # noqa: N801
 @pytest.mark.parametrize("off", [-1, 0, 1])
 def test_batch_limit(off: int) -> None:
     rig = Rig(max_batch_bytes=1000)
-    rig.lane.add(b"x" * (500 - UUID_BYTES))
-    rig.lane.add(b"x" * (500 - UUID_BYTES + off))
-    assert rig.lane.ready == (off > 0)
+    rig.batcher.add(b"x" * (500 - UUID_BYTES))
+    rig.batcher.add(b"x" * (500 - UUID_BYTES + off))
+    assert rig.batcher.ready == (off > 0)
     batches = rig.drain()
     assert [len(one) for one in batches] == ([1, 1] if off > 0 else [2])
     assert [one.reason for one in batches] == ([FULL_BYTES, DRAIN] if off > 0 else [DRAIN])
@@ -180,9 +180,9 @@ def test_batch_limit(off: int) -> None:
 def test_count_limit(n: int) -> None:
     rig = Rig()
     for _ in range(n):
-        rig.lane.add(b"")
-    assert rig.lane.ready == n // 500
-    assert rig.lane.open_records == n % 500
+        rig.batcher.add(b"")
+    assert rig.batcher.ready == n // 500
+    assert rig.batcher.open_records == n % 500
     batches = rig.drain()
     assert sum(len(one) for one in batches) == n
     assert batches[0].reason == (FULL_COUNT if n >= 500 else DRAIN)
@@ -194,83 +194,83 @@ def test_count_limit(n: int) -> None:
 def test_a_record_larger_than_a_batch_is_too_large() -> None:
     rig = Rig(max_batch_bytes=100, max_record_bytes=1000)
     with pytest.raises(RecordError, match="limit is 100"):
-        rig.lane.add(b"x" * 100)
+        rig.batcher.add(b"x" * 100)
     rig.settled()
 
 
 def test_flushes_and_attention() -> None:
     rig = Rig(max_records=3)
-    lane = rig.lane
-    assert lane.attention is False
-    assert lane.seal(LINGER) is False
-    lane.add(b"a")
-    assert lane.attention is True
-    lane.attention = False
-    lane.add(b"b")
-    assert lane.attention is False
-    assert (lane.open_records, lane.open_bytes) == (2, 74)
-    lane.add(b"c")
-    assert lane.attention is True
+    batcher = rig.batcher
+    assert batcher.dirty is False
+    assert batcher.close_batch(LINGER) is False
+    batcher.add(b"a")
+    assert batcher.dirty is True
+    batcher.dirty = False
+    batcher.add(b"b")
+    assert batcher.dirty is False
+    assert (batcher.open_records, batcher.open_bytes) == (2, 74)
+    batcher.add(b"c")
+    assert batcher.dirty is True
     for reason in (LINGER, WINDOW, IDLE, DRAIN):
-        lane.add(b"d")
-        assert lane.seal(reason) is True
-    assert lane.flushes == (1, 0, 1, 1, 1, 1)
-    batch = lane.take()
+        batcher.add(b"d")
+        assert batcher.close_batch(reason) is True
+    assert batcher.flushes == (1, 0, 1, 1, 1, 1)
+    batch = batcher.take()
     assert batch is not None
-    assert batch.lane is lane
+    assert batch.batcher is batcher
     batch.finish(DROPPED)
     for bad in (-1, 6):
         with pytest.raises(LibraryError):
-            lane.seal(bad)
+            batcher.close_batch(bad)
     rig.store()
-    assert lane.take() is None
+    assert batcher.take() is None
     rig.settled()
 
 
 def test_a_bad_frame_is_one_reject() -> None:
     rig = Rig(frame="bulk")
     payload = encode_frame([b"a", b"b"]) + b"\xc0"
-    assert rig.lane.offer(b"plant/7", payload, 5) == 1
-    assert rig.lane.attention is True
-    assert (rig.lane.received, rig.lane.in_flight, rig.budget.records) == (1, 1, 1)
+    assert rig.batcher.offer(b"plant/7", payload, 5) == 1
+    assert rig.batcher.dirty is True
+    assert (rig.batcher.received, rig.batcher.in_flight, rig.budget.records) == (1, 1, 1)
     assert rig.budget.bytes > len(payload)
-    [reject] = rig.lane.take_rejects()
+    [reject] = rig.batcher.take_rejects()
     assert (reject.topic, reject.payload, reject.index, reject.token) == (b"plant/7", payload, None, 5)
     assert (reject.offset, reject.reason) == (10, "a record is nil 0xc0, not bytes")
-    assert rig.lane.take_rejects() == []
-    rig.lane.settle_reject(reject, DEAD)
+    assert rig.batcher.take_rejects() == []
+    rig.batcher.settle_reject(reject, DEAD)
     assert rig.told == [(5, 1, DEAD, None, -1)]
     with pytest.raises(LibraryError, match="settled already"):
-        rig.lane.settle_reject(reject, DEAD)
+        rig.batcher.settle_reject(reject, DEAD)
     rig.settled()
 
 
 def test_an_empty_frame_is_nothing() -> None:
     rig = Rig(frame="bulk")
-    assert rig.lane.offer(b"t", b"\xa31.0", 5) == 0
-    assert rig.lane.received == 0
-    assert rig.lane.attention is False
+    assert rig.batcher.offer(b"t", b"\xa31.0", 5) == 0
+    assert rig.batcher.received == 0
+    assert rig.batcher.dirty is False
     rig.settled()
 
 
 def test_rejects_end_in_every_way() -> None:
     rig = Rig(frame="bulk")
     for _ in range(5):
-        rig.lane.offer(b"t", b"", 5)
+        rig.batcher.offer(b"t", b"", 5)
     other = Rig()
-    first, second, third, fourth, fifth = rig.lane.take_rejects()
-    with pytest.raises(LibraryError, match="another lane"):
-        other.lane.settle_reject(first, DEAD)
+    first, second, third, fourth, fifth = rig.batcher.take_rejects()
+    with pytest.raises(LibraryError, match="another batcher"):
+        other.batcher.settle_reject(first, DEAD)
     with pytest.raises(LibraryError, match="no outcome"):
-        rig.lane.settle_reject(first, 9)
-    rig.lane.settle_reject(first, FILTERED)
-    rig.lane.settle_reject(second, DROPPED)
-    rig.lane.settle_reject(third, FAILED)
+        rig.batcher.settle_reject(first, 9)
+    rig.batcher.settle_reject(first, FILTERED)
+    rig.batcher.settle_reject(second, DROPPED)
+    rig.batcher.settle_reject(third, FAILED)
     assert isinstance(rig.told[-1][3], DataFormatError)
-    rig.lane.settle_reject(fourth, STORED)
+    rig.batcher.settle_reject(fourth, STORED)
     del fifth
     assert rig.told[-1][:3] == (5, 1, FAILED)
-    assert (rig.lane.filtered, rig.lane.dropped, rig.lane.stored) == (1, 3, 1)
+    assert (rig.batcher.filtered, rig.batcher.dropped, rig.batcher.stored) == (1, 3, 1)
     rig.settled()
 
 
@@ -283,8 +283,8 @@ def test_mixed_frames_set_aside_only_what_is_bad() -> None:
         b'{"id":"b","x":"' + b"x" * 300 + b'"}',
         b'{"id":"\\u00fc\\""}',
     ]
-    assert rig.lane.offer(b"t", encode_frame(records), 3) == 5
-    rejects = rig.lane.take_rejects()
+    assert rig.batcher.offer(b"t", encode_frame(records), 3) == 5
+    rejects = rig.batcher.take_rejects()
     assert [(one.index, one.payload) for one in rejects] == [(1, records[1]), (3, records[3])]
     assert [one.reason.split(",")[0] for one in rejects] == [
         "the partition key is empty", "the record has 317 bytes with its partition key",
@@ -293,26 +293,26 @@ def test_mixed_frames_set_aside_only_what_is_bad() -> None:
     assert [data for data, _, _ in call] == [records[0], records[2], records[4]]
     assert (call[0][1], call[2][1]) == ("a", '\u00fc"')
     for one in rejects:
-        rig.lane.settle_reject(one, DEAD)
-    assert rig.lane.keys_missing == 1
+        rig.batcher.settle_reject(one, DEAD)
+    assert rig.batcher.keys_missing == 1
     rig.settled()
 
 
 def test_a_bad_topic_rejects_every_record() -> None:
     rig = Rig(frame="bulk", key=KeyPlan("parts", [("topic", None)]))
-    assert rig.lane.offer(b"\xff", encode_frame([b"a", b"b"]), 3) == 2
-    rejects = rig.lane.take_rejects()
+    assert rig.batcher.offer(b"\xff", encode_frame([b"a", b"b"]), 3) == 2
+    rejects = rig.batcher.take_rejects()
     assert [one.index for one in rejects] == [0, 1]
     for one in rejects:
         assert "UTF-8" in one.reason
-        rig.lane.settle_reject(one, DEAD)
+        rig.batcher.settle_reject(one, DEAD)
     rig.settled()
 
 
 def test_very_many_records_leave_no_tables_behind() -> None:
     rig = Rig(frame="bulk", key=KeyPlan("parts", [("field", ("id",))]))
     frame = encode_frame([b'{"id":"' + b"k" * 200 + b'"}'] * 12_000)
-    assert rig.lane.offer(b"t", frame, 3) == 12_000
+    assert rig.batcher.offer(b"t", frame, 3) == 12_000
     assert sum(len(call) for call in rig.store()) == 12_000
     rig.settled()
 
@@ -348,13 +348,13 @@ def test_stalls_without_taking_anything(way: str, off: int) -> None:
     assert WAYS[way](rig, [b""]) == 1
     before = budget.bytes
     payload = record if way == "raw" else encode_frame([record])
-    taken = rig.lane.offer(b"t", payload, 2)
+    taken = rig.batcher.offer(b"t", payload, 2)
     if off > 0:
         assert taken == -1
-        assert (budget.bytes, rig.lane.received, budget.full) == (before, 1, True)
+        assert (budget.bytes, rig.batcher.received, budget.full) == (before, 1, True)
         rig.store()
         assert budget.full is False
-        assert rig.lane.offer(b"t", payload, 2) == 1
+        assert rig.batcher.offer(b"t", payload, 2) == 1
     else:
         assert taken == 1
         assert budget.full is (off == 0)
@@ -367,12 +367,12 @@ def test_stalls_without_taking_anything(way: str, off: int) -> None:
 def test_what_is_larger_than_the_budget_is_taken_when_nothing_is_held() -> None:
     rig = Rig(frame="bulk", budget=Budget(1000, 2))
     frame = encode_frame([b"x" * 500] * 9)
-    assert rig.lane.offer(b"t", frame, 1) == 9
+    assert rig.batcher.offer(b"t", frame, 1) == 9
     assert rig.budget.full is True
-    assert rig.lane.offer(b"t", frame, 2) == -1
-    assert rig.lane.offer(b"t", b"", 3) == -1
+    assert rig.batcher.offer(b"t", frame, 2) == -1
+    assert rig.batcher.offer(b"t", b"", 3) == -1
     rig.store()
-    assert rig.lane.offer(b"t", frame, 2) == 9
+    assert rig.batcher.offer(b"t", frame, 2) == 9
     rig.store()
     rig.settled()
 
@@ -380,8 +380,8 @@ def test_what_is_larger_than_the_budget_is_taken_when_nothing_is_held() -> None:
 def test_records_are_bounded_too() -> None:
     rig = Rig(budget=Budget(1 << 30, 3))
     for _ in range(3):
-        assert rig.lane.offer(b"t", b"", 1) == 1
-    assert rig.lane.offer(b"t", b"", 1) == -1
+        assert rig.batcher.offer(b"t", b"", 1) == 1
+    assert rig.batcher.offer(b"t", b"", 1) == -1
     rig.store()
     rig.settled()
 
@@ -389,10 +389,10 @@ def test_records_are_bounded_too() -> None:
 def test_a_stalled_frame_of_mixed_records_takes_nothing() -> None:
     rig = Rig(frame="bulk", key=KeyPlan("parts", [("field", ("id",))]), budget=Budget(2000, 100))
     frame = encode_frame([b'{"id":"abc"}', b'{"id":""}'] * 4)
-    assert rig.lane.offer(b"t", frame, 1) == 8
-    assert rig.lane.offer(b"t", frame, 1) == -1
-    for one in rig.lane.take_rejects():
-        rig.lane.settle_reject(one, DEAD)
+    assert rig.batcher.offer(b"t", frame, 1) == 8
+    assert rig.batcher.offer(b"t", frame, 1) == -1
+    for one in rig.batcher.take_rejects():
+        rig.batcher.settle_reject(one, DEAD)
     rig.store()
     rig.settled()
 
@@ -405,14 +405,14 @@ def test_budget() -> None:
     assert (budget.max_bytes, budget.max_records, budget.bytes, budget.records) == (10_000, 4, 0, 0)
     assert budget.room(10**9) is True
     rig = Rig(budget=budget)
-    rig.lane.offer(b"t", b"x" * 30, 1)
+    rig.batcher.offer(b"t", b"x" * 30, 1)
     assert budget.room(10**9) is False
     assert budget.room(10) is True
-    rig.lane.offer(b"t", b"", 1)
+    rig.batcher.offer(b"t", b"", 1)
     assert (budget.low, budget.full) == (True, False)
-    rig.lane.add(b"")
+    rig.batcher.add(b"")
     assert (budget.low, budget.full) == (False, False)
-    rig.lane.add(b"")
+    rig.batcher.add(b"")
     assert (budget.low, budget.full) == (False, True)
     assert budget.room(0) is False
     batch, *_ = rig.drain()
@@ -428,18 +428,18 @@ def test_room_is_told_whoever_made_it() -> None:
     told: list[int] = []
     rig = Rig(frame="bulk", budget=Budget(1 << 20, 20), aggregate_bytes=20_000)
     rig.budget.on_room = lambda: told.append(rig.budget.records)
-    assert rig.lane.offer(b"t", encode_frame([b"x"] * 16), 1) == 16
-    assert rig.lane.offer(b"t", encode_frame([b"x"] * 8), 2) == -1
+    assert rig.batcher.offer(b"t", encode_frame([b"x"] * 16), 1) == 16
+    assert rig.batcher.offer(b"t", encode_frame([b"x"] * 8), 2) == -1
     assert (rig.budget.full, told) == (True, [])
-    rig.lane.seal(DRAIN)
+    rig.batcher.close_batch(DRAIN)
     assert len(told) == 1
     assert (rig.budget.full, rig.budget.records) == (False, 16)
-    assert rig.lane.offer(b"t", encode_frame([b"x"] * 8), 2) == -1
+    assert rig.batcher.offer(b"t", encode_frame([b"x"] * 8), 2) == -1
     rig.store()
     assert len(told) == 2
     assert rig.budget.on_room is not None
     rig.budget.on_room = None
-    assert rig.lane.offer(b"t", encode_frame([b"x"] * 20), 3) == 20
+    assert rig.batcher.offer(b"t", encode_frame([b"x"] * 20), 3) == 20
     rig.store()
     assert len(told) == 2
     rig.settled()
@@ -449,35 +449,35 @@ def test_a_record_in_doubt_does_not_fill_a_budget() -> None:
     told: list[int] = []
     rig = Rig(frame="bulk", budget=Budget(10_000, 20))
     rig.budget.on_room = lambda: told.append(rig.budget.records)
-    rig.lane.offer(b"t", encode_frame([b"doubted"]), 1)
+    rig.batcher.offer(b"t", encode_frame([b"doubted"]), 1)
     wide = encode_frame([b"x"] * 20)
-    assert rig.lane.offer(b"t", wide, 2) == -1
+    assert rig.batcher.offer(b"t", wide, 2) == -1
     assert (rig.budget.full, rig.budget.low) == (True, True)
     rig.budget.doubt(1)
     assert (rig.budget.full, told) == (False, [1])
-    assert rig.lane.offer(b"t", wide, 2) == 20
-    assert rig.lane.offer(b"t", wide, 3) == -1, "something else is held"
+    assert rig.batcher.offer(b"t", wide, 2) == 20
+    assert rig.batcher.offer(b"t", wide, 3) == -1, "something else is held"
     rig.budget.doubt(21)  # all of it was refused, too: one more may tell, while memory is kept
     assert rig.budget.low is True
-    assert rig.lane.offer(b"t", encode_frame([b"y" * 9000]), 3) == 1
+    assert rig.batcher.offer(b"t", encode_frame([b"y" * 9000]), 3) == 1
     rig.budget.doubt(22)
     assert rig.budget.bytes > rig.budget.max_bytes
-    assert rig.lane.offer(b"t", wide, 4) == -1
+    assert rig.batcher.offer(b"t", wide, 4) == -1
     rig.budget.doubt(0)
     assert (rig.budget.low, rig.budget.full) == (False, True)
     rig.store()
     rig.settled()
 
 
-def test_several_lanes_share_a_budget() -> None:
+def test_several_batchers_share_a_budget() -> None:
     budget = Budget(1 << 20, 3)
     one, two = Rig(budget=budget), Rig(budget=budget)
-    one.lane.offer(b"t", b"", 1)
-    two.lane.offer(b"t", b"", 1)
-    one.lane.offer(b"t", b"", 1)
-    assert two.lane.offer(b"t", b"", 1) == -1
+    one.batcher.offer(b"t", b"", 1)
+    two.batcher.offer(b"t", b"", 1)
+    one.batcher.offer(b"t", b"", 1)
+    assert two.batcher.offer(b"t", b"", 1) == -1
     one.store()
-    assert two.lane.offer(b"t", b"", 1) == 1
+    assert two.batcher.offer(b"t", b"", 1) == 1
     two.store()
     one.settled()
     two.settled()
@@ -486,99 +486,99 @@ def test_several_lanes_share_a_budget() -> None:
 # -- arguments
 
 
-def test_lane_arguments() -> None:
+def test_batcher_arguments() -> None:
     fine: dict[str, Any] = {
         "settler": None, "budget": Budget(1, 1), "frame": "raw", "key": KeyPlan("uuid"), "target": b"",
     }  # fmt: skip
-    Lane(**fine)
+    Batcher(**fine)
     for bad in (
         {"frame": "odd"}, {"max_records": 0}, {"max_records": 10_001}, {"max_batch_bytes": 0},
         {"max_batch_bytes": 1 << 31}, {"max_record_bytes": 0}, {"key": KeyPlan("none"), "aggregate_bytes": 100},
     ):  # fmt: skip
         with pytest.raises(LibraryError):
-            Lane(**(fine | bad))
+            Batcher(**(fine | bad))
     for wrong in ({"budget": None}, {"key": None}, {"target": None}, {"settler": 5}):
         with pytest.raises(TypeError):
-            Lane(**(fine | wrong))
+            Batcher(**(fine | wrong))
 
 
 def test_record_arguments() -> None:
     rig = Rig()
-    lane: Any = rig.lane
+    batcher: Any = rig.batcher
     for bad in ("text", None, 5, memoryview(b"abcd")[::2]):
         with pytest.raises(LibraryError):
-            lane.put(bad)
+            batcher.put(bad)
         with pytest.raises(LibraryError):
-            lane.add(bad)
+            batcher.add(bad)
         with pytest.raises(LibraryError):
-            lane.put_frame(bad)
+            batcher.put_frame(bad)
         with pytest.raises(LibraryError):
-            lane.offer(b"t", bad, 1)
+            batcher.offer(b"t", bad, 1)
     with pytest.raises(LibraryError, match="partition key is text"):
-        lane.put(b"x", key=b"k")
+        batcher.put(b"x", key=b"k")
     with pytest.raises(LibraryError, match="hash key is text"):
-        lane.put(b"x", hash_key=5)
+        batcher.put(b"x", hash_key=5)
     for key, why in (("", "empty"), ("k" * 257, "more than 256"), ("\udc80", "surrogate")):
         with pytest.raises(RecordError, match=why):
-            lane.put(b"x", key)
+            batcher.put(b"x", key)
     with pytest.raises(RecordError):
-        lane.put(b"x", "k", "\udc80")
+        batcher.put(b"x", "k", "\udc80")
     with pytest.raises(TypeError):
-        lane.offer(None, b"x", 1)
+        batcher.offer(None, b"x", 1)
     with pytest.raises(DataFormatError):
-        lane.put_frame(b"")
-    assert lane.received == 0
+        batcher.put_frame(b"")
+    assert batcher.received == 0
     rig.settled()
 
 
 def test_a_field_key_of_a_put() -> None:
     rig = Rig(key=KeyPlan("parts", [("field", ("id",))]))
-    rig.lane.put(b'{"id":"w\\n"}')
-    rig.lane.put(b"{}")
+    rig.batcher.put(b'{"id":"w\\n"}')
+    rig.batcher.put(b"{}")
     with pytest.raises(RecordError, match="empty"):
-        rig.lane.put(b'{"id":""}')
+        rig.batcher.put(b'{"id":""}')
     with pytest.raises(RecordError, match="record 1 of the frame"):
-        rig.lane.put_frame(encode_frame([b"", b'{"id":""}']))
-    assert rig.lane.put_frame(encode_frame([b"", b'{"id":"z"}'])).done() is False
+        rig.batcher.put_frame(encode_frame([b"", b'{"id":""}']))
+    assert rig.batcher.put_frame(encode_frame([b"", b'{"id":"z"}'])).done() is False
     [call] = rig.store()
     assert [key for _, key, _ in call if len(str(key)) < 36] == ["w\n", "z"]
-    assert rig.lane.keys_missing == 2
+    assert rig.batcher.keys_missing == 2
     rig.settled()
 
 
 def test_without_a_settler_tokens_mean_nothing() -> None:
     budget = Budget(1 << 20, 1000)
-    lane = Lane(settler=None, budget=budget, frame="raw", key=KeyPlan("uuid"), target=b"")
-    lane.offer(b"t", b"x", 77)
-    lane.seal(DRAIN)
-    batch = lane.take()
+    batcher = Batcher(settler=None, budget=budget, frame="raw", key=KeyPlan("uuid"), target=b"")
+    batcher.offer(b"t", b"x", 77)
+    batcher.close_batch(DRAIN)
+    batch = batcher.take()
     assert batch is not None
     batch.finish(FILTERED)
-    assert (lane.filtered, lane.in_flight, budget.bytes) == (1, 0, 0)
+    assert (batcher.filtered, batcher.in_flight, budget.bytes) == (1, 0, 0)
 
 
 def test_abandon() -> None:
     rig = Rig(max_records=2)
-    receipt = rig.lane.put(b"1")
+    receipt = rig.batcher.put(b"1")
     for i in range(4):
-        rig.lane.offer(b"t", b"x", i)
+        rig.batcher.offer(b"t", b"x", i)
     error = RuntimeError("stop")
-    assert rig.lane.abandon(error) == 5
-    assert rig.lane.abandon(error) == 0
+    assert rig.batcher.abandon(error) == 5
+    assert rig.batcher.abandon(error) == 0
     assert [(token, outcome, why) for token, _, outcome, why, _ in rig.told] == [
         (1, FAILED, error), (2, FAILED, error), (3, FAILED, error),
     ]  # fmt: skip
     assert receipt.exception() is error
-    assert rig.lane.dropped == 5
+    assert rig.batcher.dropped == 5
     rig.settled()
 
 
-def test_a_lane_that_is_dropped_tells_its_settler() -> None:
+def test_a_batcher_that_is_dropped_tells_its_settler() -> None:
     rig = Rig(frame="bulk")
-    rig.lane.offer(b"t", encode_frame([b"x"] * 700), 4)
-    rig.lane.offer(b"t", b"", 5)
-    receipt = rig.lane.put(b"x")
-    del rig.lane
+    rig.batcher.offer(b"t", encode_frame([b"x"] * 700), 4)
+    rig.batcher.offer(b"t", b"", 5)
+    receipt = rig.batcher.put(b"x")
+    del rig.batcher
     assert receipt.done()
     assert rig.budget.bytes == rig.budget.records == 0
     told: dict[int, int] = {}
@@ -592,13 +592,13 @@ def test_nothing_leaks() -> None:
     def work() -> None:
         rig = Rig(frame="bulk", key=KeyPlan("parts", [("field", ("id",))]), max_record_bytes=300, budget=budget)
         for i in range(30):
-            rig.lane.offer(b"t", frame, i + 1)
-            rig.lane.offer(b"t", b"\xa31.0\xc0", i + 1)
-            rig.lane.put(b"x", f"key {i}")
+            rig.batcher.offer(b"t", frame, i + 1)
+            rig.batcher.offer(b"t", b"\xa31.0\xc0", i + 1)
+            rig.batcher.put(b"x", f"key {i}")
             with pytest.raises(RecordError):
-                rig.lane.put(b"x", "")
-        for one in rig.lane.take_rejects():
-            rig.lane.settle_reject(one, DEAD)
+                rig.batcher.put(b"x", "")
+        for one in rig.batcher.take_rejects():
+            rig.batcher.settle_reject(one, DEAD)
         rig.store()
         rig.settled()
 
@@ -621,20 +621,20 @@ def test_a_collection_in_the_middle_of_a_frame_disturbs_nothing() -> None:
     gc.set_threshold(1)
     try:
         for _ in range(40):
-            receipt = other.lane.put(b"x")
-            receipt.add_done_callback(lambda _: rig.lane.put_frame(encode_frame([b'{"id":"nested"}'] * 4)))
+            receipt = other.batcher.put(b"x")
+            receipt.add_done_callback(lambda _: rig.batcher.put_frame(encode_frame([b'{"id":"nested"}'] * 4)))
             cycle: list[Any] = other.drain()
             cycle.append(cycle)
             del receipt, cycle
-            assert rig.lane.offer(b"t", frame, 1) == 60
+            assert rig.batcher.offer(b"t", frame, 1) == 60
     finally:
         gc.set_threshold(*threshold)
     gc.collect()
-    rejects = rig.lane.take_rejects()
+    rejects = rig.batcher.take_rejects()
     assert len(rejects) == 40 * 20
     for one in rejects:
         assert one.reason == "the partition key is empty"
-        rig.lane.settle_reject(one, DEAD)
+        rig.batcher.settle_reject(one, DEAD)
     keys = [key for call in rig.store() for _, key, _ in call]
     assert [key for key in keys if key != "nested"] == [f"k{i}" for i in range(60) if i % 3] * 40
     assert keys.count("nested") == 160
@@ -649,31 +649,31 @@ def test_a_collection_in_the_middle_of_a_frame_disturbs_nothing() -> None:
 )
 def test_the_accounts_hold_at_every_step(steps: list[tuple[str, int]]) -> None:
     rig = Rig(max_records=7, max_batch_bytes=600, max_record_bytes=80)
-    lane = rig.lane
+    batcher = rig.batcher
     taken: list[Any] = []
     aside: list[Any] = []
     for what, n in steps:
         match what:
             case "offer":
-                lane.offer(b"t", b"x" * n, n + 1)
+                batcher.offer(b"t", b"x" * n, n + 1)
             case "put" if n <= 44:
-                lane.put(b"x" * n)
+                batcher.put(b"x" * n)
             case "seal":
-                lane.seal(DRAIN)
-            case "take" if (batch := lane.take()) is not None:
+                batcher.close_batch(DRAIN)
+            case "take" if (batch := batcher.take()) is not None:
                 taken.append(batch)
             case "split" if taken and len(taken[0]) > 1:
                 taken[0:1] = taken[0].halves()
             case "store" if taken:
                 taken.pop().finish(DROPPED)
-        aside += lane.take_rejects()
-        ended = lane.stored + lane.dead_lettered + lane.filtered + lane.dropped
-        assert lane.received == ended + lane.in_flight
-        assert lane.in_flight == rig.budget.records
+        aside += batcher.take_rejects()
+        ended = batcher.stored + batcher.dead_lettered + batcher.filtered + batcher.dropped
+        assert batcher.received == ended + batcher.in_flight
+        assert batcher.in_flight == rig.budget.records
     for batch in taken:
         batch.finish(DROPPED)
     for one in aside:
-        lane.settle_reject(one, DEAD)
+        batcher.settle_reject(one, DEAD)
     rig.store()
     rig.settled()
 
@@ -693,19 +693,19 @@ def test_the_accounts_hold_at_every_step(steps: list[tuple[str, int]]) -> None:
 )
 def test_a_reject_says_what_kind_it_is(payload: bytes, kind: str) -> None:
     rig = Rig(frame="bulk", max_record_bytes=100)
-    assert rig.lane.offer(b"t", payload, 1) == 1
-    (reject,) = rig.lane.take_rejects()
+    assert rig.batcher.offer(b"t", payload, 1) == 1
+    (reject,) = rig.batcher.take_rejects()
     assert reject.kind == kind
-    rig.lane.settle_reject(reject, DEAD)
+    rig.batcher.settle_reject(reject, DEAD)
     rig.settled()
 
 
 def test_a_reject_for_its_key_says_so() -> None:
     rig = Rig(key=KeyPlan("parts", [("topic", None)]))
-    rig.lane.offer(b"x" * 300, b"a", 1)
-    (reject,) = rig.lane.take_rejects()
+    rig.batcher.offer(b"x" * 300, b"a", 1)
+    (reject,) = rig.batcher.take_rejects()
     assert reject.kind == "partition_key"
-    rig.lane.settle_reject(reject, DEAD)
+    rig.batcher.settle_reject(reject, DEAD)
     rig.settled()
 
 
@@ -713,7 +713,7 @@ def test_a_reject_for_its_key_says_so() -> None:
 @pytest.mark.parametrize("size", [0, 1, 1000])
 def test_no_record_costs_more_than_is_said_beforehand(key: str, size: int) -> None:
     rig = Rig(frame="raw")
-    rig.lane.put(b"d" * size, key, str(2**128 - 1))
+    rig.batcher.put(b"d" * size, key, str(2**128 - 1))
     assert 0 < rig.budget.bytes <= record_cost(size + len(key.encode()))
     rig.store()
     rig.settled()

@@ -1,4 +1,4 @@
-"""Session, router, ledger and real lanes together: nothing lost, nothing twice, acknowledged in order."""
+"""Session, router, AckTracker and real batchers together: nothing lost, nothing twice, acknowledged in order."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ def answer(count: int) -> bytes:
 
 
 class Plant:
-    """Two lanes behind one session: raw for everything, bulk for what comes as frames."""
+    """Two batchers behind one session: raw for everything, bulk for what comes as frames."""
 
     def __init__(self, version: int, budget: int) -> None:
-        self.ledger = _mqtt.Ledger()
+        self.acks = _mqtt.AckTracker()
         self.budget = _codec.Budget(budget, 1_000_000)
         self.router = _mqtt.Router()
-        self.raw = self.lane("raw")
-        self.bulk = self.lane("bulk")
+        self.raw = self.batcher("raw")
+        self.bulk = self.batcher("bulk")
         self.router.add("raw/#", self.raw)
         self.router.add("both/#", self.raw)
         self.router.add("+/bulk", self.bulk)
-        self.session = _mqtt.Session(version=version, ledger=self.ledger, router=self.router)
+        self.session = _mqtt.Session(version=version, acks=self.acks, router=self.router)
         self.session.feed_data(connack(version))
         self.stored: list[bytes] = []
-        self.acks = b""
+        self.sent = b""
         self.waiting: list[_codec.Batch] = []
 
-    def lane(self, frame: str) -> _codec.Lane:
-        return _codec.Lane(
-            settler=self.ledger,
+    def batcher(self, frame: str) -> _codec.Batcher:
+        return _codec.Batcher(
+            settler=self.acks,
             budget=self.budget,
             frame=frame,  # type: ignore[arg-type]
             key=_codec.KeyPlan("uuid"),
@@ -46,10 +46,10 @@ class Plant:
         )
 
     def collect(self, reason: int | None = None) -> None:
-        for lane in (self.raw, self.bulk):
+        for batcher in (self.raw, self.bulk):
             if reason is not None:
-                lane.seal(reason)
-            while (batch := lane.take()) is not None:
+                batcher.close_batch(reason)
+            while (batch := batcher.take()) is not None:
                 self.waiting.append(batch)
 
     def settle(self, batch: _codec.Batch) -> None:
@@ -61,10 +61,10 @@ class Plant:
         self.collect(_codec.DRAIN)
         while self.waiting:
             self.settle(self.waiting.pop())
-        for lane in (self.raw, self.bulk):
-            for reject in lane.take_rejects():
-                lane.settle_reject(reject, _codec.DEAD)
-        self.acks += self.session.take_output()
+        for batcher in (self.raw, self.bulk):
+            for reject in batcher.take_rejects():
+                batcher.settle_reject(reject, _codec.DEAD)
+        self.sent += self.session.take_output()
 
 
 message = st.tuples(
@@ -86,7 +86,7 @@ def test_nothing_lost_and_acknowledged_in_order(
 ) -> None:
     plant = Plant(version, budget)
     want: list[bytes] = []
-    acks = b""
+    sent = b""
     data = b""
     for number, (topic, sizes, qos) in enumerate(rows, 1):
         records = [bytes([number, index]) * size for index, size in enumerate(sizes)]
@@ -97,7 +97,7 @@ def test_nothing_lost_and_acknowledged_in_order(
         else:  # the first filter decides, and what no filter takes is the first sink's
             want.append(payload)
         if qos:
-            acks += bytes((0x50 if qos == 2 else 0x40, 2, 0, number))
+            sent += bytes((0x50 if qos == 2 else 0x40, 2, 0, number))
     at = turn = 0
     while at < len(data) or plant.session.stalled:
         if plant.session.stalled:
@@ -111,8 +111,8 @@ def test_nothing_lost_and_acknowledged_in_order(
         plant.collect()
     plant.flush()
     assert sorted(plant.stored) == sorted(want)
-    assert plant.acks == acks
-    assert plant.ledger.unacked == 0
+    assert plant.sent == sent
+    assert plant.acks.unacked == 0
     assert (plant.budget.bytes, plant.budget.records) == (0, 0)
     assert plant.router.unrouted == 0
 
@@ -124,7 +124,7 @@ def test_a_bad_frame_is_acknowledged_once_it_is_set_aside() -> None:
     )
     plant.collect(_codec.DRAIN)
     plant.settle(plant.waiting.pop())
-    assert (plant.ledger.unacked, plant.ledger.ready) == (2, 0)
+    assert (plant.acks.unacked, plant.acks.ready) == (2, 0)
     (reject,) = plant.bulk.take_rejects()
     assert (reject.topic, reject.payload, reject.index) == (b"x/bulk", b"junk", None)
     plant.bulk.settle_reject(reject, _codec.DEAD)
@@ -135,13 +135,13 @@ def test_settlements_after_a_reconnect_acknowledge_nothing() -> None:
     plant = Plant(5, 1 << 20)
     plant.session.feed_data(publish("raw/1", b"1", qos=1, packet_id=1, version=5))
     plant.collect(_codec.DRAIN)
-    plant.ledger.reset(True)
-    plant.session = _mqtt.Session(version=5, ledger=plant.ledger, router=plant.router)
+    plant.acks.reset(True)
+    plant.session = _mqtt.Session(version=5, acks=plant.acks, router=plant.router)
     plant.session.feed_data(connack(5) + publish("raw/1", b"1", qos=1, packet_id=1, version=5, flags=8))
     plant.settle(plant.waiting.pop())
     assert plant.session.take_output() == b""
     plant.flush()
-    assert plant.acks == b"\x40\x02\x00\x01"
+    assert plant.sent == b"\x40\x02\x00\x01"
 
 
 def test_records_that_came_again_are_counted() -> None:
@@ -158,8 +158,8 @@ def test_records_that_came_again_are_counted() -> None:
     for packet in packets:
         plant.session.feed_data(packet)
     assert plant.raw.received + plant.bulk.received == 1 + 1 + 3 + 3 + 1
-    assert plant.ledger.repeated == 1 + 3 + 3 + 1
+    assert plant.acks.repeated == 1 + 3 + 3 + 1
     plant.session.feed_data(packets[3])  # QoS 2: known, and not taken again
-    assert plant.ledger.repeated == 8
-    plant.ledger.reset(True)
-    assert plant.ledger.repeated == 8
+    assert plant.acks.repeated == 8
+    plant.acks.reset(True)
+    assert plant.acks.repeated == 8
