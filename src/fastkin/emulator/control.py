@@ -58,6 +58,8 @@ class Control:
         return {}
 
     def list_streams(self, body: dict[str, Any]) -> dict[str, Any]:
+        # A token is a name, as the real one may be: the list is in order, and streams may come and go between two
+        # pages.
         start = body.get("ExclusiveStartStreamName") or body.get("NextToken") or ""
         names = sorted(name for name in self._state.streams if name > start)
         page = names[: body.get("Limit") or 100]
@@ -140,7 +142,7 @@ class Control:
         stream = self._state.stream(body)
         shard = self._open_shard(stream, body["ShardToSplit"])
         new_start = int(body["NewStartingHashKey"])
-        # The lower child may hold one hash key only, but not none.
+        # Stricter than it need be, as the service is: each child gets two hash keys at least.
         if not shard.start + 1 < new_start < shard.end:
             raise ApiError(
                 "InvalidArgumentException",

@@ -134,6 +134,7 @@ def refuse(broken: list[str]) -> None:
 
 
 def violations(rule: Rule, name: str, path: str, value: Any) -> Iterator[str]:
+    # To Python a bool is an int; to the service `true` is no number.
     if not isinstance(value, rule.kind) or (isinstance(value, bool) and rule.kind is not bool):
         wanted = rule.kind if isinstance(rule.kind, type) else rule.kind[0]
         raise serialization_error(
@@ -167,6 +168,8 @@ def blob(value: Any) -> bytes:
 
 def explain_records(records: list[Any], operation: str, auto_keys: bool) -> NoReturn:
     """Says what is wrong with the records of a call; the caller knows that something is."""
+    # The quick path only asks whether all is well. The sentences are made here, when something is not, and cost good
+    # calls nothing.
     broken: list[str] = []
     required = ("Data",) if auto_keys or operation == "PutRecordBatch" else ("Data", "PartitionKey")
     for number, record in enumerate(records, 1):

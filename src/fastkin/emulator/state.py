@@ -109,6 +109,8 @@ class State:
                 "Either the stream ARN or the stream name must be given.",
             )
         stream = self.streams.get(name)
+        # Records for a stream that is still being made have the same answer as for one that does not exist, as
+        # clients see it right after CreateStream.
         if stream is None or (active and stream.status(self.clock()) != "ACTIVE"):
             raise self.no_stream(name, self.account)
         return stream
@@ -127,6 +129,8 @@ class State:
         return shard
 
     def count(self, records: int, throttled: int, failed: int) -> None:
+        # Throttled entries are among the failed ones that the service counts, but here the two are told apart: tests
+        # look for the one or the other.
         self.records += records - failed
         self.throttled += throttled
         self.failed += failed - throttled

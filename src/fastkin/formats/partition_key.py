@@ -85,6 +85,7 @@ def _client(client_id: str) -> str:
 
 
 def _field(path: str) -> Part:
+    # A name with a dot in it cannot be reached. There is no way to write it, and nobody has asked for one.
     names = tuple(path.split("."))
     if not all(names):
         raise KeySpecError(f"{path!r} is not a path of field names", "write field:a or field:a.b")
@@ -95,6 +96,7 @@ def _template(text: str, client_id: str, hostname: str | None) -> KeySpec:
     parts: list[Part] = []
 
     def add_text(more: str) -> None:
+        # Neighbours are joined: the codec copies each part for each record, and one copy is cheaper than two.
         if parts and parts[-1][0] == "text":
             parts[-1] = ("text", parts[-1][1] + more)
         elif more:

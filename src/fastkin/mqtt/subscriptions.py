@@ -128,8 +128,10 @@ class Subscriptions:
             self._identifiers.clear()
             return self._ask(asked)
         if len(asked) != len(codes):
+            # One filter was asked for and the count is wrong all the same: to ask again would go on for ever.
             if len(asked) == 1:
                 raise ProtocolError(f"a SUBACK with {len(codes)} codes for one filter", 0, 0x82)
+            # What these codes mean cannot be guessed: one filter a packet leaves nothing to guess.
             self._per_packet = 1  # some small brokers answer once per packet, whatever it holds
             return self._ask(asked)
         again = []

@@ -98,6 +98,8 @@ class _Job:
         self.future: asyncio.Future[Any] | None = None if loop is None else loop.create_future()
 
     def __call__(self) -> None:
+        # Nobody waits for it any more. A write that was given up must not happen later, behind the back of what came
+        # instead.
         if self.future is not None and self.future.cancelled():
             return
         result: Any = None
@@ -112,6 +114,7 @@ class _Job:
 
     def _tell(self, result: Any, error: BaseException | None) -> None:
         assert self.future is not None
+        # Cancelled while the call was made: it cannot be undone, and its end is news to nobody.
         if self.future.done():
             return
         if error is not None:

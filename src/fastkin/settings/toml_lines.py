@@ -39,6 +39,8 @@ def lines(text: str) -> dict[Path, int]:
     at, line = 0, 1
     while at < len(text):
         if header := _HEADER.match(text, at):
+            # The order matters: `[[pipeline]]` is counted before its own keys are, so that they stand under its
+            # number.
             table = _real(_split(header[2]), counts)
             if len(header[1]) == 2:
                 counts[table] = counts.get(table, 0) + 1
@@ -49,6 +51,7 @@ def lines(text: str) -> dict[Path, int]:
         elif key := _KEY.match(text, at):
             parts = _split(key[1])
             for size in range(1, len(parts) + 1):
+                # a.b = 1 also makes the table a: an error about that table finds this line.
                 found.setdefault((*table, *parts[:size]), line)
             end = _end_of_value(text, key.end())
         else:
@@ -92,6 +95,8 @@ def _end_of_value(text: str, at: int) -> int:
             depth += 1
         elif token[0] in "]}":
             depth -= 1
+        # Within brackets a line break does not end a value. Within a text it is part of the text's token and never
+        # comes here.
         elif token[0] == "\n" and depth <= 0:
             return token.end()
     return len(text)
