@@ -225,10 +225,204 @@ asyncio.run(main())
     tests=("tests/project/test_readme.py",),
 )
 
-TOYS = {"metric": METRIC, "setting": SETTING, "fault": FAULT}
+FORMAT_SHOWS = """
+import json
+
+from fastkin.bench.source import Source
+from fastkin.emulator import Emulator
+from fastkin.service.engine import Engine
+from fastkin.settings import SettingsError, load
+
+async def main():
+    payloads = [b"one\\ntwo", b"", b"three\\nfour"]
+    async with Emulator({"s": 1}) as emulator, Source(3, payloads=payloads) as source:
+        text = f'''
+[broker]
+url = "mqtt://127.0.0.1:{source.port}"
+client_id = "c"
+[[pipeline]]
+id = "p"
+topics = ["plant/#"]
+format = "FORM"
+stream = "s"
+region = "us-east-1"
+endpoint_url = "{emulator.url}"
+access_key = "a"
+secret_key = "b"
+linger_ms = 1
+dead_letter = "{folder / "dead.jsonl"}"
+'''
+        (folder / "x.toml").write_text(text.replace("FORM", "toy"))
+        async with Engine(load(folder / "x.toml", env={})):
+            await asyncio.wait_for(source.done.wait(), 30)
+        assert sorted(record.data for record in emulator.stored("s")) == [b"four", b"one", b"three", b"two"]
+    (letter,) = (folder / "dead.jsonl").read_text().splitlines()
+    assert "nothing is in it" in json.loads(letter)["reason"], letter
+    (folder / "x.toml").write_text(text.replace("FORM", "toys"))
+    try:
+        load(folder / "x.toml", env={})
+    except SettingsError as error:
+        assert "did you mean toy?" in str(error), str(error)
+    else:
+        raise AssertionError("toys is taken")
+
+asyncio.run(main())
+"""
+
+# its number is held, so that a row moved up or down is seen
+FORMAT_NUMBER = Edit("tests/codec/test_formats.py", ', "toy": 3', at='{"raw": 1, "bulk": 2')
+
+FORMAT = Toy(
+    title="Add a payload format",
+    edits=(
+        Edit(
+            "src/fastkin/formats/toy.py",
+            """from fastkin.errors import DataFormatError
+
+
+def records(payload: bytes) -> list[bytes]:
+    if not payload:
+        raise DataFormatError(0, "nothing is in it")
+    return payload.split(b"\\n")
+""",
+        ),
+        Edit(
+            "src/fastkin/formats/table.py",
+            "from fastkin.formats import toy\n",
+            at="from fastkin._codec import COMPILED_FORMATS, PayloadFormat\n",
+        ),
+        Edit(
+            "src/fastkin/formats/table.py",
+            ' PayloadFormat("toy", 3, "each line is a record", toy.records),',
+            at="ROWS: tuple[PayloadFormat, ...] = (*COMPILED_FORMATS,",
+        ),
+        FORMAT_NUMBER,
+    ),
+    shows=FORMAT_SHOWS,
+    tests=("tests/codec/test_formats.py", "tests/project/test_readme.py"),
+)
+
+COMPILED_FORMAT = Toy(
+    title="Add a payload format",
+    edits=(
+        Edit(
+            "src/fastkin/codec/format_toy.pxi",
+            """cdef bint toy_scan(Payload* payload) noexcept nogil:
+    cdef size_t at
+    cdef size_t line = 0
+    payload.first = 0
+    payload.count = 1
+    payload.longest = 0
+    payload.at = 0
+    for at in range(payload.length):
+        if payload.data[at] == c"\\n":
+            payload.longest = max(payload.longest, at - line)
+            payload.count += 1
+            line = at + 1
+    payload.longest = max(payload.longest, payload.length - line)
+    payload.data_bytes = payload.length - (payload.count - 1)
+    return payload.length > 0
+
+
+cdef size_t toy_next(const Payload* payload, size_t* at, size_t* length) noexcept nogil:
+    cdef size_t begin = at[0]
+    cdef size_t end = begin
+    while end < payload.length and payload.data[end] != c"\\n":
+        end += 1
+    at[0] = end + 1
+    length[0] = end - begin
+    return begin
+
+
+cdef tuple toy_reason(const Payload* payload):
+    return "empty", "nothing is in it"
+""",
+        ),
+        Edit("src/fastkin/codec/formats.pxi", 'include "format_toy.pxi"\n', at='include "format_bulk.pxi"\n'),
+        Edit(
+            "src/fastkin/codec/formats.pxi",
+            '    compiled_format("toy", 3, "each line is a record", toy_scan, toy_next, toy_reason),\n',
+            at='    compiled_format("bulk", 2, "a frame of records", bulk_scan, bulk_next, bulk_reason),\n',
+        ),
+        FORMAT_NUMBER,
+    ),
+    shows=FORMAT_SHOWS,
+    tests=("tests/codec/test_formats.py", "tests/project/test_readme.py"),
+    compiled=True,
+)
+
+DESTINATION = Toy(
+    title="Add a destination",
+    edits=(
+        Edit("src/fastkin/aws/destinations.py", ", AnswerNames", at="from fastkin._codec import PUT_RECORDS_ANSWER"),
+        Edit(
+            "src/fastkin/aws/destinations.py",
+            """
+
+TOY = Destination(
+    service="firehose",
+    api="Firehose_20150804",
+    put="PutRecordBatch",
+    name_member="DeliveryStreamName",
+    arn_member=None,
+    answer=AnswerNames("RequestResponses", "FailedPutCount", "RecordId"),
+    keyed=False,
+    shards=False,
+    dry_run=False,
+    account_hosts=False,
+    control=frozenset(),
+    call_records=500,
+    call_bytes=4 << 20,
+    record_bytes=1000 << 10,
+)
+""",
+            at="    record_bytes=LARGE_RECORD_BYTES,\n)\n",
+        ),
+    ),
+    shows="""
+from fastkin._codec import KeyPlan
+from fastkin.aws.destinations import TOY
+from fastkin.aws.transports import make_client
+from fastkin.config import Kinesis
+from fastkin.delivery.delivery import Delivery, Options
+from fastkin.emulator import Emulator
+from fastkin.runtime.deadline import Deadline
+
+async def main():
+    async with Emulator(firehose=["s"]) as emulator:
+        kinesis = Kinesis(stream="s", region="us-east-1", endpoint_url=emulator.url, access_key="a", secret_key="b")
+        for transport in ("native", "sdk"):
+            client = make_client(dataclasses.replace(kinesis, transport=transport), "p", TOY)
+            await client.start()
+            options = Options(budget_bytes=1 << 26, budget_records=100_000, max_batch_bytes=10 << 20)
+            delivery = Delivery(client, options, name="p", stream="s", key=KeyPlan("uuid"))
+            delivery.open()
+            receipts = [delivery.lane.put(b"%d" % n) for n in range(1200)]
+            await delivery.flush()
+            assert {(await receipt).shard_id for receipt in receipts} == {None}
+            await delivery.close(Deadline(5.0, "p"), spool_limit=Deadline(5.0, "p"))
+            await client.close()
+            assert client.calls == 3  # 500 records each at most
+        stored = sorted(int(record.data) for record in emulator.stored("s"))
+        assert stored == sorted([*range(1200), *range(1200)])
+
+asyncio.run(main())
+""",
+    tests=("tests/aws/test_destinations.py",),
+)
+
+TOYS = {
+    "metric": METRIC,
+    "setting": SETTING,
+    "fault": FAULT,
+    "format": FORMAT,
+    "compiled format": COMPILED_FORMAT,
+    "destination": DESTINATION,
+}
 
 BEGIN = """
 import asyncio
+import dataclasses
 import sys
 from pathlib import Path
 

@@ -14,6 +14,7 @@ import pytest
 
 from fastkin import config
 from fastkin.errors import ConfigError
+from fastkin.formats.table import FORMATS
 from fastkin.setting_row import Row, row, rows_of
 from fastkin.settings import load, tables
 from fastkin.settings.values import Value, parse
@@ -266,12 +267,14 @@ print(json.dumps(said))
 def test_one_more_payload_format_is_one_more_choice(tmp_path: Path) -> None:
     """A row more in the table of formats, and nothing else changed."""
     arguments = [str(tmp_path / "x.toml"), SMALL]
+    known = [*FORMATS, "words"]
     done = subprocess.run([sys.executable, "-c", TRY_FORMAT, *arguments], capture_output=True, text=True, check=False)
     assert not done.stderr
     assert json.loads(done.stdout) == {
         "words": "words",
-        "wards": "'wards' is not a format; words is meant?",
-        "x": "'x' is not a format; use raw, bulk, words",
-        "readme": "of `topics`. `raw`: a payload is a record; `bulk`: a frame of records; `words`: a word is a record",
-        "help": ["raw", "bulk", "words"],
+        "wards": "'wards' is no value of format; did you mean words?",
+        "x": f"'x' is no value of format; use {', '.join(known)}",
+        "readme": "of `topics`. "
+        + "; ".join([*(f"`{row.name}`: {row.doc}" for row in FORMATS.values()), "`words`: a word is a record"]),
+        "help": known,
     }

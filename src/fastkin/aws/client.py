@@ -270,6 +270,8 @@ class Client(ABC):
 
         Only AWS, and who has answered a DryRun before, are known not to store what they are asked about.
         """
+        # A server that has stored our test record once has answered the question: it takes records. To ask again
+        # would store one more each time.
         if not self.dry_runs and (self.took or not (self.at_aws and self.destination.dry_run)):
             return True if self.took else None
         try:

@@ -74,6 +74,7 @@ class KinesisClient(Client):
         credentials = await self._provider.get()
         self._account = credentials.account_id
         endpoint = await resolve_endpoint(self.kinesis, credentials, self.destination)
+        # A region with another key: the signer keeps the signing key of one region only.
         if self._signer is None or self._signer.region != endpoint.region:
             self._signer = Signer(endpoint.region, self.destination.service)
         if self._tls is None and "https:" in endpoint.data.base + endpoint.control.base:
@@ -117,6 +118,8 @@ class KinesisClient(Client):
             assert endpoint is not None
             assert self._signer is not None
             url = endpoint.control if target in self.destination.control else endpoint.data
+            # Signed when a connection is there, and anew for a second attempt: a signature is only good for five
+            # minutes, and waiting for a connection may take a part of them.
             head = partial(self._head, self._signer, credentials, target, url.host, url.path, digest, length)
             pool = self._pools.get(url.base) or self._new_pool(url.base)
             offset = self.clock_offset

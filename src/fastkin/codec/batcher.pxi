@@ -277,7 +277,7 @@ cdef class Batcher(Sink):
     # -- payloads
 
     cdef int reject(self, const uint8_t* topic, size_t topic_length, const uint8_t* data, size_t length,
-                       str kind, str reason, size_t offset, object index, uint64_t token) except -1:
+                    str kind, str reason, size_t offset, object index, uint64_t token) except -1:
         cdef int collecting = PyGC_Disable()  # see Batch.new
         cdef Reject reject = Reject.__new__(Reject)
         if collecting:
@@ -454,8 +454,8 @@ cdef class Batcher(Sink):
             if slot.verdict >= BAD_SIZE:
                 self.reject(topic, topic_length, data, length,
                             "oversize" if slot.verdict == BAD_SIZE else "partition_key",
-                               self.why_bad(slot.verdict, &key, length),
-                               begin if payload.data == payload.whole else 0, self.index_of(payload, i, length), token)
+                            self.why_bad(slot.verdict, &key, length),
+                            begin if payload.data == payload.whole else 0, self.index_of(payload, i, length), token)
             else:
                 if slot.verdict == KEY_MISSING:
                     self.missing += 1

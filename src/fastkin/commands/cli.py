@@ -396,8 +396,8 @@ def show_dead_letter(number: int, files: tuple[str, ...], raw: bool, load: Load,
 @dead_letters.command("replay")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
 @_letters
-@click.option("--stream", help="Send everything to this stream (a name or an ARN), not to those of the settings.")
-@click.option("--format", "form", type=click.Choice(list(FORMATS)), help="Read whole payloads as this.")
+@click.option("--stream", help="Send all letters to this stream (a name or an ARN), not to those of the settings.")
+@click.option("--format", "form", type=click.Choice(list(FORMATS)), help="Format of letters that hold a whole payload.")
 @click.option("--region", help="Region for --stream; else AWS_REGION or the AWS configuration.")
 @click.option("--endpoint-url", help="Endpoint for --stream; else AWS_ENDPOINT_URL_KINESIS.")
 @click.option("--profile", help="Profile of the AWS configuration files, for --stream.")

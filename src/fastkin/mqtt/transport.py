@@ -90,7 +90,7 @@ async def while_heard(waited: asyncio.Future[Any], silence_s: float, heard_at: C
 
 
 async def _open(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | None) -> None:
-    if broker.scheme in {"ws", "wss"}:
+    if broker.websocket:
         wire = await open_websocket(broker, receiver, tls)
         receiver.connection_made(wire)  # type: ignore[arg-type]
         wire.start()
@@ -100,7 +100,7 @@ async def _open(broker: Broker, receiver: Receiver, tls: ssl.SSLContext | None) 
 
 def renewed_tls(broker: Broker) -> Renewed | None:
     """TLS that follows its files; None for a scheme without. ConfigError names the file that is wrong."""
-    if broker.scheme not in {"mqtts", "wss"}:
+    if not broker.secure:
         return None
     tls = broker.tls
     files = (tls.ca, tls.cert, tls.key) if tls.ca else (*system_files(), tls.cert, tls.key)
@@ -109,7 +109,7 @@ def renewed_tls(broker: Broker) -> Renewed | None:
 
 def tls_context(broker: Broker) -> ssl.SSLContext | None:
     """None for a scheme without TLS. ConfigError names the file that is wrong."""
-    return _tls_context(broker) if broker.scheme in {"mqtts", "wss"} else None
+    return _tls_context(broker) if broker.secure else None
 
 
 def _tls_context(broker: Broker) -> ssl.SSLContext:

@@ -139,7 +139,7 @@ class WebSocketWire:
                 if not self._scheduled:
                     self._hand_on()
             elif message.type is WSMsgType.TEXT:
-                raise ProtocolError("a WebSocket text message, MQTT comes in binary ones", 0, 0x81)
+                raise ProtocolError("a WebSocket text message came, MQTT needs binary ones", 0, 0x81)
             elif message.type is WSMsgType.ERROR:
                 raise self._websocket.exception() or ConnectionResetError(errno.ECONNRESET, "")
             else:

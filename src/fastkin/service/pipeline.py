@@ -92,7 +92,7 @@ class PipelineRun:
             self.client, _options(pipeline), name=self.name,
             stream=pipeline.kinesis.stream_arn or pipeline.kinesis.stream or "", key=KeyPlan(kind, parts),
             frame=format_named(pipeline.format), settler=self.acks,
-            keep_bytes=pipeline.budget_bytes // 8 * (2 if broker.scheme in {"ws", "wss"} else 1),
+            keep_bytes=pipeline.budget_bytes // 8 * (2 if broker.websocket else 1),
         )  # fmt: skip
         self._batcher = self.delivery.batcher
         self._routes = Routes(pipeline, self._batcher, on_message)

@@ -68,7 +68,9 @@ def _topics(given: Given, where: str, in_file: bool) -> None:
         topics[label_filter(label)] = None
         if len(topics) == 1:  # else `format` is that of the others
             if given.values.get("format") == DEFAULT:
-                given.report.warn(f"{given.place('format')}: raw with bulk_label: frames are stored as they come")
+                given.report.warn(
+                    f"{given.place('format')}: format is {DEFAULT}: each frame of bulk_label is stored whole"
+                )
             given.values.setdefault("format", FRAME)
     if not topics and not {"topics", "bulk_label"} & given.raw.keys():
         cure = "set topics or bulk_label"
