@@ -383,7 +383,7 @@ async def test_hostile_names_do_not_break_the_page() -> None:
         delivery=SimpleNamespace(
             budget=SimpleNamespace(max_bytes=1),
             backlog=SimpleNamespace(spool=None, broken=None),
-            sender=SimpleNamespace(heat=lambda: {f"shardId-{n:012}": n / 1000 for n in range(1000)}),
+            sender=SimpleNamespace(utilization=lambda: {f"shardId-{n:012}": n / 1000 for n in range(1000)}),
         ),
         oldest_s=lambda: 0.0,
         subscriber=SimpleNamespace(granted_window=1, connected=asyncio.Event()),

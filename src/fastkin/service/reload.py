@@ -23,9 +23,9 @@ from fastkin.service.runs import Former
 from fastkin.status.registry import unkept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
-    from fastkin.config import Settings
+    from fastkin.config import Broker, Pipeline, Settings
     from fastkin.service.pipeline import PipelineRun
     from fastkin.service.plan import Planner, Wanted
     from fastkin.service.runs import Runs
@@ -97,22 +97,11 @@ class Reload:
                 if name in runs.pipelines and (everything or wanted[name] != runs.wanted.get(name))
             ]
             # All that can fail is done before what runs is touched, and it is these very objects that are used.
-            made: dict[str, PipelineRun] = {}
             try:
-                for name in (*new, *changed):
-                    broker = wanted[name].broker
-                    if name in changed and broker.client_id_drawn:
-                        self._replaced += 1
-                        # A drawn id belongs to nobody, so the new run gets another one: then both can be connected at
-                        # once, and nothing that is published in between is lost.
-                        broker = dataclasses.replace(broker, client_id=f"{broker.client_id}-{self._replaced}")
-                    made[name] = runs.build(by_id[name], broker)
+                made = self._build(by_id, {name: wanted[name].broker for name in (*new, *changed)}, changed)
             except ConfigError:
                 self._planner.plain = plain
                 raise
-            except ValueError as error:  # LibraryError too: settings that were made in code, past the checks
-                self._planner.plain = plain
-                raise ConfigError(f"pipeline {name!r}", str(error)) from error
             # From here on nothing raises for the sake of the settings: what can fail has been done.
             before, runs.settings = runs.settings, settings
             for name, run in runs.pipelines.items():
@@ -137,6 +126,25 @@ class Reload:
             )
             self._say(settings, changes)
             return changes
+
+    def _build(
+        self, by_id: Mapping[str, Pipeline], brokers: Mapping[str, Broker], changed: Sequence[str]
+    ) -> dict[str, PipelineRun]:
+        """The runs that are to come, none of them started. ConfigError names the pipeline that cannot be made."""
+        made: dict[str, PipelineRun] = {}
+        for name, broker in brokers.items():
+            if name in changed and broker.client_id_drawn:
+                self._replaced += 1
+                # A drawn id belongs to nobody, so the new run gets another one: then both can be connected at
+                # once, and nothing that is published in between is lost.
+                broker = dataclasses.replace(broker, client_id=f"{broker.client_id}-{self._replaced}")
+            try:
+                made[name] = self._runs.build(by_id[name], broker)
+            except ConfigError:
+                raise
+            except ValueError as error:  # LibraryError too: settings that were made in code, past the checks
+                raise ConfigError(f"pipeline {name!r}", str(error)) from error
+        return made
 
     async def is_over(self) -> None:
         """No reload is at work any more. One that was sees that the engine stops, and starts nothing."""
