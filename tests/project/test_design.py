@@ -11,13 +11,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = ROOT / "src" / "fastkin"
 PAGE = (ROOT / "DESIGN.md").read_text("utf-8")
-# The page has these names already: each with the one that the code has until it is renamed. Then this goes.
-FORMER = {
-    "batcher.pxi": "batcher.pxi", "Batcher": "Batcher", "_Accounting": "_Accounting", "AckTracker": "Ledger",
-    "Subscriber": "Subscriber", "DeadLetterHandler": "DeadLetterHandler",
-    "close_batch": "seal", "adopt_spooled": "found", "disk_full": "tight",
-    "_disk_full": "_tight",
-}  # fmt: skip
 SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".h"}
 
 PLACE = re.compile(r"`([\w/]+\.(?:py|pyi|pyx|pxd|pxi|h))(?:: ([\w.]+))?`")
@@ -40,7 +33,7 @@ def source(path: Path) -> str:
 def defines(path: Path, symbol: str) -> bool:
     """Is each part of `Class.member` made in this file? A member of a base class that lies elsewhere is not."""
     text = source(path)
-    return all(any(made_in(text, each) for each in (name, FORMER.get(name, name))) for name in symbol.split("."))
+    return all(made_in(text, name) for name in symbol.split("."))
 
 
 def made_in(text: str, name: str) -> bool:
@@ -73,11 +66,7 @@ def test_a_member_without_its_file_is_there_too(symbol: str) -> None:
 
 
 def file_of(path: str) -> Path:
-    folder, _, name = path.rpartition("/")
-    for each in (name, FORMER.get(name, name)):
-        if (found := PACKAGE / folder / each).exists():
-            return found
-    return ROOT / path
+    return found if (found := PACKAGE / path).exists() else ROOT / path
 
 
 @pytest.mark.parametrize(("path", "symbol"), places())

@@ -397,7 +397,7 @@ async def main():
             options = Options(budget_bytes=1 << 26, budget_records=100_000, max_batch_bytes=10 << 20)
             delivery = Delivery(client, options, name="p", stream="s", key=KeyPlan("uuid"))
             delivery.open()
-            receipts = [delivery.lane.put(b"%d" % n) for n in range(1200)]
+            receipts = [delivery.batcher.put(b"%d" % n) for n in range(1200)]
             await delivery.flush()
             assert {(await receipt).shard_id for receipt in receipts} == {None}
             await delivery.close(Deadline(5.0, "p"), spool_limit=Deadline(5.0, "p"))

@@ -22,7 +22,6 @@ from fastkin.config import Broker, Kinesis, Pipeline, Settings, Status
 from fastkin.emulator import Emulator
 from fastkin.errors import ConfigError
 from fastkin.mqtt.publisher import Publisher
-from fastkin.service import pipeline
 from fastkin.settings import SettingsError, load
 from fastkin.settings.show import effective
 from fastkin.status import server as status
@@ -138,7 +137,7 @@ async def test_ready_and_counted(server: Server) -> None:
 
 
 async def test_not_ready_says_why_and_the_error_goes_away(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_RETRY_S", 0.1)
+    monkeypatch.setattr("fastkin.service.preflight._RETRY_S", 0.1)
     async with Emulator({"welders": 1}) as emulator:
         fault = emulator.faults.call("ResourceNotFoundException", operation="DescribeStreamSummary")
         made = settings(server.port, emulator.url)
