@@ -66,7 +66,7 @@ def test_a_member_without_its_file_is_there_too(symbol: str) -> None:
 
 
 def file_of(path: str) -> Path:
-    return found if (found := PACKAGE / path).exists() else ROOT / path
+    return found if (found := PACKAGE / path.lstrip("/")).exists() else ROOT / path
 
 
 @pytest.mark.parametrize(("path", "symbol"), places())
