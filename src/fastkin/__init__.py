@@ -14,6 +14,7 @@ except ImportError as error:
     ) from error
 
 from fastkin.errors import (
+    CheckpointError,
     ClosedError,
     ConfigError,
     DataFormatError,
@@ -30,7 +31,9 @@ from fastkin.errors import (
 from fastkin.results import FrameResult, PutResult
 
 if TYPE_CHECKING:
+    from fastkin._codec import ConsumerRecord, decode_json
     from fastkin.config import Settings
+    from fastkin.consumer import Batch, Consumer, FileCheckpoints, MemoryCheckpoints, Position, ShardIteratorType
     from fastkin.producer import Producer
     from fastkin.service.engine import Engine
     from fastkin.service.reload import Changes
@@ -39,35 +42,52 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batch",
     "Changes",
+    "CheckpointError",
     "ClosedError",
     "ConfigError",
+    "Consumer",
+    "ConsumerRecord",
     "DataFormatError",
     "Engine",
     "FastkinError",
+    "FileCheckpoints",
     "FrameResult",
     "KinesisError",
     "LibraryError",
+    "MemoryCheckpoints",
+    "Position",
     "Producer",
     "PutResult",
     "RecordDropped",
     "RecordError",
     "RecordFailed",
     "Settings",
+    "ShardIteratorType",
     "SpoolError",
     "TransportError",
     "UnexpectedResponse",
     "decode_frame",
+    "decode_json",
     "encode_frame",
     "load_settings",
 ]
 
 # Loaded on first use: a service that only needs the frame codec pays for nothing else.
 _LAZY = {
+    "Batch": "fastkin.consumer",
     "Changes": "fastkin.service.reload",
+    "Consumer": "fastkin.consumer",
+    "ConsumerRecord": "fastkin._codec",
     "Engine": "fastkin.service.engine",
+    "FileCheckpoints": "fastkin.consumer",
+    "MemoryCheckpoints": "fastkin.consumer",
+    "Position": "fastkin.consumer",
     "Producer": "fastkin.producer",
     "Settings": "fastkin.config",
+    "ShardIteratorType": "fastkin.consumer",
+    "decode_json": "fastkin._codec",
     "load_settings": "fastkin.settings",
 }
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self, final
 
 from typing_extensions import Buffer, disjoint_base
 
+from fastkin.errors import DataFormatError
 from fastkin.results import FrameResult, PutResult
 
 STORED: int
@@ -25,6 +26,11 @@ DRAIN: int
 
 def encode_frame(records: Iterable[Buffer]) -> bytes: ...
 def decode_frame(payload: Buffer) -> list[bytes]: ...
+def decode_json(data: bytes) -> Any: ...
+def deaggregate(data: bytes) -> list[tuple[str | None, bytes]]: ...
+def read_records(
+    told: list[dict[str, Any]], shard_id: str | None, raw: bool, as_stored: bool
+) -> list[ConsumerRecord]: ...
 def uuid_key() -> str: ...
 def _seed_keys(seed: int | None) -> None: ...  # for tests: the same keys for the same seed; None: random again
 def simd() -> str: ...  # the base64 kernel in use: scalar, avx2 or vbmi
@@ -261,3 +267,59 @@ class Batcher(Sink):
     def settle_reject(self, reject: Reject, outcome: int) -> None: ...
     # open and ready entries end as FAILED without being counted as dropped twice; returns records
     def abandon(self, error: BaseException) -> int: ...
+
+@final
+class ConsumerRecord:
+    """One record of a stream as it was put there: of a KPL aggregate each record is one."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...  # TypeError: a Consumer makes them
+    @property
+    def data(self) -> Any:
+        """The JSON value; bytes of a consumer with `raw=True`; None when `error` is set."""
+
+    @property
+    def raw(self) -> bytes:
+        """The bytes, whatever they mean."""
+
+    @property
+    def error(self) -> DataFormatError | None:
+        """Why the bytes are no JSON, and at which byte."""
+
+    @property
+    def partition_key(self) -> str | None:
+        """None on streams that choose shards themselves."""
+
+    @property
+    def shard_id(self) -> str | None:
+        """None of `get_records`, which is told an iterator only."""
+
+    @property
+    def sequence_number(self) -> str:
+        """Decimal digits; the records of an aggregate share it."""
+
+    @property
+    def subsequence_number(self) -> int | None:
+        """The place in the aggregate, from 0; None for a plain record."""
+
+    @property
+    def timestamp(self) -> float | None:
+        """When Kinesis took it, in seconds since 1970 (ApproximateArrivalTimestamp)."""
+
+    @property
+    def timestamp_ms(self) -> int | None:
+        """The same in milliseconds."""
+
+    @property
+    def encryption_type(self) -> str | None:
+        """`NONE` or `KMS`, None where the service does not say."""
+
+# The last so many records, known by key, data and place in the aggregate.
+@final
+class Seen:
+    def __new__(cls, most: int) -> Self: ...
+    def __len__(self) -> int: ...
+    def is_new(self, record: ConsumerRecord) -> bool: ...
+    @property
+    def duplicates(self) -> int: ...
+    @property
+    def unknown(self) -> int: ...  # their key is no UUID: never taken for a duplicate

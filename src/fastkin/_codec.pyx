@@ -14,6 +14,7 @@ One module in parts, in the order a record passes them:
   codec/batcher.pxi      payloads in, closed batches out
   codec/sinks.pxi     more ways into one batcher, for payloads of other formats
   codec/aggregate.pxi several records in one Kinesis record, as the KPL does it
+  codec/reading.pxi   records as a consumer gets them
 
 Rules: an untrusted length is unsigned and compared with what is left, never added to a pointer first;
 a frame is read whole before a byte of it is taken; while we call out, our objects are whole.
@@ -44,11 +45,12 @@ from cpython.unicode cimport (
 )
 from libc.stdint cimport UINT32_MAX, int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memchr, memcmp, memcpy
+from libc.string cimport memchr, memcmp, memcpy, memset
 
 import asyncio
 import base64
 import json
+from binascii import a2b_base64
 from collections import deque
 
 from fastkin import limits
@@ -243,6 +245,7 @@ include "codec/restore.pxi"
 include "codec/aggregate.pxi"
 include "codec/batcher.pxi"
 include "codec/sinks.pxi"
+include "codec/reading.pxi"
 
 
 def simd() -> str:

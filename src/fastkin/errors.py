@@ -113,6 +113,10 @@ class SpoolError(FastkinError):
         super().__init__(f"spool {path}: {problem}; {cure}")
 
 
+class CheckpointError(FastkinError):
+    """How far a consumer has read cannot be kept, or be read back. The message ends with the cure."""
+
+
 class MqttError(FastkinError):
     """The MQTT connection cannot go on; the session reconnects."""
 

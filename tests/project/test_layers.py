@@ -19,14 +19,14 @@ FLOORS = [
     {"deadletter"},
     {"config"},
     {"settings"},
-    {"producer", "service"},
+    {"producer", "consumer", "service"},
     {"emulator", "bench"},
     {"commands"},
 ]
 # They know no event loop: what they do can be tried by a call.
 PURE = {
     "errors", "results", "arn", "limits", "lambdas", "setting_row", "config", "formats", "settings",
-    "aws.http_answer", "aws.shards", "aws.signing",
+    "consumer.positions", "aws.http_answer", "aws.shards", "aws.signing",
     "deadletter.destination", "deadletter.file", "deadletter.reader",
     "delivery.call_errors", "delivery.gate", "delivery.pacing", "delivery.send_counters", "delivery.spool_errors",
     "delivery.spool_file", "delivery.spool_reserve", "delivery.spool_schema",

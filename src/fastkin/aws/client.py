@@ -381,6 +381,7 @@ def _shard(told: object) -> Shard:
         _number(keys, "EndingHashKey", start, HASH_SPACE - 1),
         _text(told, "ParentShardId", 128) or None,
         bool(_table(told, "SequenceNumberRange", {}).get("EndingSequenceNumber")),
+        _text(told, "AdjacentParentShardId", 128) or None,
     )
 
 

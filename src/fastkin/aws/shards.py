@@ -29,6 +29,7 @@ class Shard:
     end: int
     parent: str | None = None
     closed: bool = False
+    adjacent_parent: str | None = None  # the second one, of a merge
 
     @property
     def share(self) -> float:

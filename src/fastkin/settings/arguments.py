@@ -27,9 +27,12 @@ _MOST_SHOWN = 100
 def check_arguments(given: Mapping[str, object]) -> None:
     """LibraryError names the first argument that is wrong, what was given, what it may be and the cure.
 
-    given: each argument by its name, and maybe more, so that `locals()` at the head of the call will do.
+    given: each argument by its name, and maybe more, so that `locals()` at the head of the call will do. Rows of what
+        the call does not take are passed over.
     """
     for name, row in ARGUMENTS.items():
+        if name not in given:
+            continue
         value = given[name]
         if row.default is None and value is None:
             continue  # left out
