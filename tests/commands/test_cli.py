@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import json
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import pytest
 
 from fastkin import __version__
+from fastkin._codec import read_records
 from fastkin.bench.plant import welder_payload
 from fastkin.commands import cli
 from fastkin.commands import run as run_command
@@ -27,6 +29,7 @@ from fastkin.commands import tail as tailing
 from fastkin.commands.demo import balance
 from fastkin.commands.printing import Printer
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
+from fastkin.consumer import Position
 from fastkin.emulator import Emulator
 from fastkin.errors import MqttError
 from fastkin.status import logs
@@ -505,15 +508,14 @@ def client(emulator: Emulator) -> Any:
 
 async def read(emulator: Emulator, stream: str = "s", start: str = "trim_horizon", **more: Any) -> list[bytes]:
     taken: list[bytes] = []
-    async with client(emulator) as kinesis:
-        await tailing.Tail(
-            client=kinesis,
-            stream={"StreamName": stream},
-            start=tailing.parse_start(start),
-            take=lambda record, _: taken.append(record["Data"]),
-            poll_s=0.02,
-            **more,
-        ).run()
+    options = {"limit": None, "region": None, "profile": None, "as_stored": False, **more}
+    await tailing._tail(
+        stream,
+        Position.parse(start),
+        endpoint_url=emulator.url,
+        take=lambda record: taken.append(record.raw),
+        **options,
+    )
     return taken
 
 
@@ -523,102 +525,6 @@ async def test_tail_reads_every_shard() -> None:
         await fill(emulator, "s", payloads)
         assert sorted(await read(emulator, limit=700)) == sorted(payloads)
         assert len(await read(emulator, limit=10)) == 10
-
-
-async def test_tail_latest_shows_only_what_arrives() -> None:
-    async with Emulator({"s": 2}) as emulator:
-        await fill(emulator, "s", [b"old"])
-        reading = asyncio.create_task(read(emulator, start="latest", limit=2))
-        await asyncio.sleep(0.5)
-        await fill(emulator, "s", [b"new1", b"new2"])
-        assert sorted(await reading) == [b"new1", b"new2"]
-
-
-async def test_tail_from_a_time() -> None:
-    async with Emulator({"s": 1}) as emulator:
-        await fill(emulator, "s", [b"old"])
-        await asyncio.sleep(1.1)
-        moment = datetime.now(UTC).isoformat()
-        await asyncio.sleep(0.1)
-        await fill(emulator, "s", [b"new"])
-        assert await read(emulator, start=moment, limit=1) == [b"new"]
-
-
-async def test_tail_waits_throttles_and_failures_out() -> None:
-    async with Emulator({"s": 1}) as emulator:
-        await fill(emulator, "s", [b"x"])
-        faults = emulator.faults
-        faults.call("ProvisionedThroughputExceededException", times=2, operation="GetRecords")
-        faults.call("InternalFailureException", times=1, operation="GetShardIterator")
-        faults.call("LimitExceededException", times=1, operation="ListShards")
-        faults.cut("before", times=1, operation="GetRecords")
-        assert await read(emulator, limit=1) == [b"x"]
-
-
-async def test_tail_gets_a_new_iterator_when_one_expires() -> None:
-    payloads = [b"%d" % n for n in range(1500)]
-    async with Emulator({"s": 1}, limits=False) as emulator:
-        await fill(emulator, "s", payloads)
-        faults = emulator.faults
-        faults.call("ExpiredIteratorException", times=1, operation="GetRecords")
-        faults.call("ExpiredIteratorException", times=1, skip=1, operation="GetRecords")
-        assert await read(emulator, limit=1500) == payloads
-
-
-async def test_tail_lists_shards_from_the_first_page_when_the_token_of_the_next_one_expires(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from fastkin.emulator.control import Control
-
-    # 8 shards make three pages, not one
-    whole = Control.list_shards
-    monkeypatch.setattr(Control, "list_shards", lambda self, body: whole(self, {**body, "MaxResults": 3}))
-    payloads = [welder_payload(n) for n in range(100)]
-    async with Emulator({"s": 8}) as emulator:
-        await fill(emulator, "s", payloads)
-        expired = emulator.faults.call("ExpiredNextTokenException", times=1, skip=1, operation="ListShards")
-        taken: list[tuple[str, str]] = []
-        async with client(emulator) as kinesis:
-            await tailing.Tail(
-                client=kinesis,
-                stream={"StreamName": "s"},
-                start=tailing.parse_start("trim_horizon"),
-                take=lambda record, shard: taken.append((shard, record["SequenceNumber"])),
-                limit=100,
-            ).run()
-        assert expired.hits == 1
-        assert len(set(taken)) == 100  # each shard read, and read once
-
-
-async def test_tail_reads_parents_before_children() -> None:
-    async with Emulator({"s": 1}) as emulator:
-        await fill(emulator, "s", [b"parent"] * 3)
-        async with client(emulator) as kinesis:
-            await kinesis.split_shard(
-                StreamName="s",
-                ShardToSplit="shardId-000000000000",
-                NewStartingHashKey=str(1 << 127),
-            )
-            await asyncio.sleep(0.1)
-            await fill(emulator, "s", [b"child"] * 20)
-        taken = await read(emulator, limit=23)
-        assert taken == [b"parent"] * 3 + [b"child"] * 20
-
-
-async def test_tail_follows_a_split_while_it_reads() -> None:
-    async with Emulator({"s": 1}) as emulator:
-        reading = asyncio.create_task(read(emulator, start="latest", limit=21))
-        await asyncio.sleep(0.3)
-        await fill(emulator, "s", [b"before"])
-        async with client(emulator) as kinesis:
-            await kinesis.split_shard(
-                StreamName="s",
-                ShardToSplit="shardId-000000000000",
-                NewStartingHashKey=str(1 << 127),
-            )
-        await asyncio.sleep(0.1)
-        await fill(emulator, "s", [b"after"] * 20)
-        assert await asyncio.wait_for(reading, 20) == [b"before"] + [b"after"] * 20
 
 
 async def test_tail_names_the_cure() -> None:
@@ -643,7 +549,7 @@ async def test_tail_names_the_cure() -> None:
     ],
 )
 def test_where_to_begin(text: str, kind: str, timestamp: float | None) -> None:
-    start = tailing.parse_start(text)
+    start = Position.parse(text)
     assert (start.kind, start.timestamp) == (kind, timestamp)
 
 
@@ -657,17 +563,18 @@ def test_where_to_begin(text: str, kind: str, timestamp: float | None) -> None:
     ],
 )
 def test_lines_of_tail(data: bytes, text: str, fields: dict[str, str]) -> None:
-    record = {
-        "Data": data,
+    shard = "shardId-000000000010"
+    told = {
+        "Data": base64.b64encode(data).decode(),
         "PartitionKey": "k\x1b",
         "SequenceNumber": "7",
-        "ApproximateArrivalTimestamp": datetime.fromtimestamp(1_764_000_000.5, UTC),
+        "ApproximateArrivalTimestamp": 1_764_000_000.5,
     }
-    shard = "shardId-000000000010"
-    line = tailing.render(record, shard, "text").decode()
+    [record] = read_records([told], shard, True, False)
+    line = tailing.render(record, "text").decode()
     assert line == f"2025-11-24T16:00:00.500Z 10 k\\x1b {text}\n"
-    assert tailing.render(record, shard, "raw") == data + b"\n"
-    shown = json.loads(tailing.render(record, shard, "json"))
+    assert tailing.render(record, "raw") == data + b"\n"
+    shown = json.loads(tailing.render(record, "json"))
     assert shown == {
         "arrival": "2025-11-24T16:00:00.500Z",
         "shard_id": shard,

@@ -272,10 +272,11 @@ def tail(
     _set_up_logs(verbose, quiet)
     if as_json and raw:
         raise click.UsageError("--json and --raw are both given")
-    from fastkin.commands.tail import parse_start, tail
+    from fastkin.commands.tail import tail
+    from fastkin.consumer import Position
 
     try:
-        begin = parse_start(start)
+        begin = Position.parse(start)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--from") from None
     return tail(
