@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
 import pytest
@@ -45,6 +46,18 @@ def test_an_argument_that_is_wrong_is_named(name: str, value: Any) -> None:
 def test_it_needs_no_mqtt() -> None:
     """EI-01: usable alone."""
     assert "fastkin.mqtt" not in (Consumer.__module__, fastkin.ConsumerRecord.__module__)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        Consumer.__init__, Consumer.start, Consumer.close, Consumer.list_shards, Consumer.get_shard_iterator,
+        Consumer.get_records, Consumer.stream, Consumer.stats, fastkin.Position.parse, fastkin.Position,
+        fastkin.FileCheckpoints.load, fastkin.FileCheckpoints.save, fastkin.MemoryCheckpoints.load, fastkin.Batch,
+    ],
+)  # fmt: skip
+def test_its_types_can_be_asked_for(of: Any) -> None:
+    assert typing.get_type_hints(of)
 
 
 async def test_every_shard_is_listed_over_several_pages(monkeypatch: pytest.MonkeyPatch) -> None:

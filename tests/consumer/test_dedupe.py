@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastkin
 from consumer.rig import aggregate, consumer, put, take, told
 from fastkin import LibraryError
-from fastkin._codec import Seen, read_records
+from fastkin._codec import Seen, deaggregate, read_records
 from fastkin.emulator import Emulator
+from support.servers import ACCESS_KEY, SECRET_KEY
 
 KEYS = [str(uuid.UUID(int=n, version=4)) for n in range(8)]
 
@@ -106,3 +108,28 @@ async def test_keys_that_do_not_tell_are_said_once_and_everything_is_handed_out(
     lines = [line.getMessage() for line in caplog.records if "dedupe" in line.getMessage()]
     assert len(lines) == 1
     assert "write with partition_key uuid or content" in lines[0]
+
+
+@pytest.mark.parametrize("aggregate_bytes", [0, 2000])
+async def test_what_fastkin_had_to_send_twice_is_seen_once(aggregate_bytes: int) -> None:
+    """Answers are lost after Kinesis stored the records: the same bytes go again, and equal readings stay as many."""
+    payloads = [b'{"reading":%d}' % (n % 7) for n in range(600)]
+    async with Emulator({"s": 2}, limits=False) as emulator:
+        cut = emulator.faults.cut("after", times=3, operation="PutRecords")
+        keys = {"access_key": ACCESS_KEY, "secret_key": SECRET_KEY}
+        writing = fastkin.Producer(
+            "s", region="us-east-1", endpoint_url=emulator.url, aggregate_bytes=aggregate_bytes, max_records=100, **keys
+        )
+        async with writing as producer:
+            for payload in payloads:
+                await producer.put(payload)
+        assert cut.hits == 3
+        async with consumer(emulator.url, dedupe=10_000) as one:
+            everything = await take(consumer(emulator.url), _inner(emulator))
+            assert len(everything) > 600
+            found = await take(one, 600)
+    assert Counter(record.raw for record in found) == Counter(payloads)
+
+
+def _inner(emulator: Emulator) -> int:
+    return sum(len(deaggregate(record.data)) for record in emulator.stored("s"))

@@ -247,7 +247,7 @@ cdef inline bint is_uuid(const char* text, Py_ssize_t length) noexcept nogil:
 cdef class Seen:
     """The last so many records, known by key, data and place in the aggregate.
 
-    A ring of digests, and a table with open addressing that finds them: 32 bytes a record, whatever its data.
+    A ring of digests, and a table with open addressing that finds them: 32 to 40 bytes a record, whatever its data.
     """
 
     cdef SeenOne* ring
