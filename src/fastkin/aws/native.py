@@ -1,4 +1,8 @@
-"""The native way: own signature, own connections, nothing of the SDK on the path of a call."""
+"""The native way to make a call: own signature, own connections, nothing of the SDK on the path of a call.
+
+The SDK makes a body of its own from a list of records. Here the batch is the body already: it is hashed, signed and
+written as it is.
+"""
 
 from __future__ import annotations
 

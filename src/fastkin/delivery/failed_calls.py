@@ -100,7 +100,8 @@ class FailedCalls:
     def _refused(self, batch: Batch, error: KinesisError) -> None:
         """Kinesis refuses a whole call for one bad record: halve it until the bad one stands alone."""
         if len(batch) > 1 and too_large(error) and self._waits.sizes.late(batch.nbytes):
-            # It says nothing about a record. To halve it down to one would make a thousand calls of a few.
+            # "Too large" is about the whole body and says nothing about a record. To halve it down to one record would
+            # make a thousand calls of a few.
             self._counters.goes_again(error.code, batch)
             # It is cut on its way, and so are the next ones.
             self._waits.put_back(batch)

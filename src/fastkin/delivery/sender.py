@@ -3,7 +3,7 @@
     pump()    looks what may go now, and starts a call for it
     _call()   one call, and who judges how it ended: an answer (answers.py), or no answer (failed_calls.py)
     flush()   waits until all that was taken has ended (generations.py)
-    withdraw() and requeue_front() are for who stands in front and keeps batches elsewhere, or drops them
+    withdraw() and requeue_front() are for the backlog, which keeps batches on a disk, or drops them
 
 The order of what goes next is that in which the batches were taken, per shard. What failed before has kept its
 place, so it goes first (its acknowledgements hold back all that came later), then the batcher's closed batches. A shard
