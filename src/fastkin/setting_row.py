@@ -2,11 +2,12 @@
 
     max_records: int = row(500, "records per call", least=1, most=500, argument=True)
 
-The field says name, type, choices (`Literal[...]`) and default; its row says the rest. Who has to know the settings
-reads them from there: the reader of TOML and environment, `Producer`, `fastkin check`, the tables of the README.
+The field says name, type, choices (`Literal[...]`) and default; its row says the rest. All who must know the settings
+read them from there: the reader of TOML and environment, `Producer`, `fastkin check`, the tables of the README. With
+lists of their own a new setting would be missing in one of them, or have another range or default there.
 
-A row judges one value by itself. Whether the value fits to another one, to a file or to a broker is for the rules in
-settings/.
+A row judges one value by itself. What takes a second look cannot be a row: whether the value fits to another one, to a
+file or to a broker. Such rules are in settings/rules_*.py.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def write(*args, **kwargs):
 Spool.write = write
 HANG
 """
-LOOP = HANG + "from fastkin.mqtt.subscriber import Subscriber\nIntake.stop = hanging(Subscriber.stop)\n"
+LOOP = HANG + "from fastkin.mqtt.subscriber import Subscriber\nSubscriber.stop = hanging(Subscriber.stop)\n"
 LATE_S = 5.0  # beyond what is promised: a busy machine
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import stat
 from typing import Any
 
 import pytest
@@ -30,6 +31,10 @@ def options_towards(port: int) -> list[dict[str, int]]:
     """Of each connection of this process to that port."""
     found = []
     for name in os.listdir("/proc/self/fd"):
+        # Only of a socket: a copy of another file that socket() refuses would stay open, and there are more each time.
+        with contextlib.suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as sock:
             if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.getpeername()[1] == port:
                 found.append(

@@ -90,6 +90,10 @@ class Client(ABC):
         self._provider: Provider | None = None
         self.calls = 0
         self.resigned = 0
+        self._begin()
+
+    def _begin(self) -> None:  # noqa: B027 - not every client has some
+        """The state of one way to call, while nothing is open: a way has no arguments of its own."""
 
     def read_files(self) -> None:  # noqa: B027 - not every client reads some
         """Read the files that the settings name, now; start() uses what was read. ConfigError names the file."""

@@ -1,7 +1,12 @@
 """Where the keys come from: settings or environment as they stand, or the SDK's whole chain.
 
-What goes wrong is told here, in one line with the pipeline, the role, what was said and the cure. The SDK tells the
-same in tracebacks of a hundred lines, each time it tries: those are kept back while it works for us.
+Keys that expire are refreshed before they do, beside the calls. Calls go on with the present keys meanwhile, as long as
+these are valid, also when a refresh fails. If it were done at the last moment, every call would wait for STS, and an
+STS that is away for a minute would stop the pipeline. A call waits for new keys, or fails, only when there are no valid
+ones or the service has refused them.
+
+Trouble is told here, in one line with the pipeline, the role, what was said and the cure. The SDK would tell it in
+tracebacks of a hundred lines, each time it tries. Those are kept back while it works for us.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What to do about an error of a call, or of one record in an answer: one table for both."""
+"""What to do about an error of a call, or of one record in an answer: one table for both.
+
+The same code comes in both places, and must mean the same in both. Only a code that speaks of the record itself
+gives it up at once: what is given up by mistake cannot be had back.
+"""
 
 from __future__ import annotations
 

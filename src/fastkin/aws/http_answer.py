@@ -1,9 +1,15 @@
 """Reads the answer of an HTTP/1.1 call, piece by piece, and says when it is whole.
 
-Not the parser's own idea of an answer: httptools is lenient where two readers of the same bytes may differ, and it has
-no limits. So whatever leaves the end of an answer open to opinion is refused here (two lengths, two kinds of length,
-compression), and so is what costs more memory or time than an answer may. No socket and no loop is known here: the
-connection feeds bytes, and ends itself when `feed` says that more came than was asked for.
+The parser, httptools, cannot be left alone with this. It is lenient where two readers of the same bytes may differ, and
+it has no limits. So an answer whose end is open to opinion is refused here (two lengths, two kinds of length,
+compression), and so is one that costs more memory or time than an answer may.
+
+A byte behind an answer ends the connection, though the answer stands. On a kept connection that byte would be taken for
+the beginning of the next call's answer. Records would then be settled by an answer that is not theirs: acknowledged,
+and not stored.
+
+No socket and no loop is known here. The connection feeds bytes, and ends itself when `feed` says that more came than
+was asked for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The native way: own signature, own connections, nothing of the SDK on the path of a call."""
+"""The native way to make a call: own signature, own connections, nothing of the SDK on the path of a call.
+
+The SDK makes a body of its own from a list of records. Here the batch is the body already: it is hashed, signed and
+written as it is.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastkin.aws.client import Client, bundle_path, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
-from fastkin.aws.destinations import KINESIS
 from fastkin.aws.endpoint import Endpoint, resolve_endpoint
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, HttpPool
 from fastkin.aws.http_answer import MAX_ANSWER, PUT_ANSWER
@@ -24,13 +27,9 @@ from fastkin.aws.signing import Signer
 from fastkin.net.tls import Renewed, system_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from typing_extensions import Buffer
 
-    from fastkin.aws.destinations import Destination
     from fastkin.aws.signing import Credentials
-    from fastkin.config import Kinesis
 
 log = logging.getLogger("fastkin.kinesis")
 
@@ -47,15 +46,7 @@ HASH_THREADS = 1
 class KinesisClient(Client):
     """The native way: own signature, own connections, nothing of the SDK on the path of a call."""
 
-    def __init__(
-        self,
-        kinesis: Kinesis,
-        *,
-        name: str | None = None,
-        clock: Callable[[], float] = time.time,
-        destination: Destination = KINESIS,
-    ) -> None:
-        super().__init__(kinesis, name=name, clock=clock, destination=destination)
+    def _begin(self) -> None:
         self._endpoint: Endpoint | None = None
         self._account: str | None = None
         self._signer: Signer | None = None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,6 @@ from botocore.exceptions import ConnectionError as SdkConnectionError
 
 from fastkin.aws.client import Client, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
-from fastkin.aws.destinations import KINESIS
 from fastkin.aws.endpoint import session_region, split_url
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S
 from fastkin.aws.http_answer import Reply
@@ -43,14 +41,11 @@ from fastkin.aws.http_progress import PATIENCE
 from fastkin.errors import Action, ConfigError, KinesisError, NotSent, TransportError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
 
     from typing_extensions import Buffer
 
     from fastkin.aws.credentials import Provider
-    from fastkin.aws.destinations import Destination
-    from fastkin.config import Kinesis
 
 _SLOW_RATE = 16 * 1024  # bytes a second that any line carries
 
@@ -117,15 +112,7 @@ class _SignAt(SigV4Auth):  # type: ignore[misc]  # the SDK has no types
 class SdkClient(Client):
     """Calls through aiobotocore, with the native client's errors and answers."""
 
-    def __init__(
-        self,
-        kinesis: Kinesis,
-        *,
-        name: str | None = None,
-        clock: Callable[[], float] = time.time,
-        destination: Destination = KINESIS,
-    ) -> None:
-        super().__init__(kinesis, name=name, clock=clock, destination=destination)
+    def _begin(self) -> None:
         self._client: Any = None
         self._context: AbstractAsyncContextManager[Any] | None = None
 

@@ -1,4 +1,8 @@
-"""Which client makes the calls: our own, or the SDK's."""
+"""Chooses the client that makes the calls: our own, or the SDK's.
+
+Ours costs a fraction of the SDK's time per call, and none of its 30 MB. But it knows no proxies. So the SDK's client is
+taken when the settings ask for it, or when they leave it open and the environment sends calls through a proxy.
+"""
 
 from __future__ import annotations
 

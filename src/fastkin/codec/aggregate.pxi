@@ -1,6 +1,15 @@
 # Several records in one Kinesis record, in the format of the Kinesis Producer Library: a magic number, a
-# protobuf message, the MD5 of the message. Every record of an aggregate has the same key, the aggregate's
-# own: consumers drop a whole aggregate when one record in it hashes outside the shard they read it from.
+# protobuf message, the MD5 of the message.
+#
+# Every record of an aggregate has the same key, the aggregate's own: consumers drop a whole aggregate when one record
+# in it hashes outside the shard they read it from. So a record with another key closes the open aggregate. Keys that
+# are drawn are no other key: one is drawn for the whole aggregate.
+#
+# A record that does not fit into an aggregate, because it is larger than `aggregate_bytes` or than Kinesis takes with
+# what goes around it, goes out plain. So does a record that stayed alone. To wrap one record saves nothing: it makes
+# the record larger, and its consumer would have to unwrap it.
+#
+# An aggregate is never split before it is sent. Only when Kinesis has refused it is it taken apart (Batch.halves).
 
 cdef enum:
     AGGREGATE_MAGIC = 4  # F3 89 9A C2

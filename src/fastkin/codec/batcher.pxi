@@ -1,5 +1,8 @@
-# Payloads in, closed batches out. A record is copied once: from where it was received straight into the
-# open body, as base64.
+# Payloads in, closed batches out. A record gets its key, its size is checked, and it is written into the open batch,
+# which is the body of a call. It is copied once, from where it was received straight into that body, as base64.
+#
+# Limits are checked before a record is written, for Kinesis refuses a whole call for one bad record. The budget is
+# asked before anything of a message is taken: a message that does not fit is refused whole, and offered again later.
 
 cdef enum:
     # What a reject costs besides its payload and topic: the object, its reason, and until it is stored a letter,

@@ -1,5 +1,7 @@
-# Partition keys. A plan says how they are made; a Key is one, ready to be written. `raw` is the key as
+# Partition keys. A plan (KeyPlan) says how they are made; a Key is one key, ready to be written. `raw` is the key as
 # UTF-8, which is what Kinesis counts and hashes; `body` is the same as it stands in JSON.
+#
+# A key is checked here, before batching, for Kinesis refuses a whole call for one bad key.
 
 cdef enum Verdict:
     KEY_TEXT = 0

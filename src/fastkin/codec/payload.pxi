@@ -1,7 +1,13 @@
 # What a payload format is to the batcher, whatever its bytes look like. A format is a file of its own (format_raw.pxi
 # is the shortest one) and a row of the table in formats.pxi; nothing else knows it.
 #
-# A payload is read whole before a record of it is taken: a message is stored as a whole or set aside as a whole.
+# A payload is read whole before a record of it is taken, and a payload with a fault in its form is set aside whole.
+# Behind a bad element nobody can say where the next record begins, and what lies before it may be a record by chance
+# only. A dead letter holds the whole payload: records that had been stored would be stored again when it is replayed.
+#
+# A record that is too large, or has a bad key, is another case. It is no fault of the form: where each record begins
+# and ends is known by then. So the batcher sets that record aside alone, and its neighbours are stored. Only a Producer
+# refuses the whole frame for it (`strict`): its caller still has the frame, and hears which record it was.
 
 cdef struct Payload:
     # one payload as its format has read it; whoever calls `scan` sets the first two

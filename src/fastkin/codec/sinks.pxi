@@ -1,4 +1,5 @@
-# More ways into one batcher than its own: for payloads of another format, and for what belongs to none.
+# More ways into one batcher than its own. FormatSink takes payloads of another format. StraySink takes payloads whose
+# format nobody knows, and sets them aside. So a pipeline with several formats still has one batch and one budget.
 
 cdef enum:
     STRAY_BYTES = 256  # of a topic told in a reason

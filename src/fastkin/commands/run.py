@@ -1,4 +1,4 @@
-"""`fastkin run`: the service."""
+"""`fastkin run`: the engine on its event loop, the signals that reload and stop it, and its exit code."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ A line is {time, pipeline, topic, reason, offset, index, partition_key, payload}
 in UTC with milliseconds, `offset` and `index` say where in the MQTT payload the fault lies (`index`
 is null when the whole payload is set aside), `payload` is base64. Rules of the file:
 
-- `write` returns only after fsync: the caller may acknowledge the message then, and not before.
+- `write` returns only after fsync. The caller may acknowledge the message then, and not before: what is acknowledged is
+  sent by nobody again, so a crash would lose it.
 - Topic and reason come from strangers. They are written as ASCII JSON, so that a line break or a
   terminal escape in them can neither forge a line nor reach a terminal.
 - A write that fails part-way (disk full) is cut off again; a line that a crash cut short is closed
@@ -12,13 +13,13 @@ is null when the whole payload is set aside), `payload` is base64. Rules of the 
 - A file that was moved away (logrotate) is made anew. Processes that share a file lock each other
   out.
 - A file that a write would carry above `max_bytes` becomes FILE.1, what was FILE.1 becomes FILE.2, up to
-  FILE.`keep`; the oldest beyond that is deleted. Whoever holds the lock of FILE moves the files, from the
-  oldest down and only onto names that are free, and FILE itself last: a crash in between leaves a gap, which
-  the next rotation closes, and never one file on top of another.
-- A payload too large for memory is collected in a file without a name (`Spill`), and goes from there into its line
-  piece by piece, under the lock, once it is whole. What is cut off, for it comes with no place for all of it, has two
-  fields more: `truncated`, which is true, and `payload_bytes`, how long it was. `packet` is true when the payload is an
-  ill-formed MQTT packet, without its fixed header.
+  FILE.`keep`; the oldest beyond that is deleted. Only the holder of FILE's lock moves the files: two that moved them at
+  once would put one file on top of another. The oldest goes first and only onto a name that is free, and FILE itself
+  goes last. So a crash in between leaves a gap, which the next rotation closes.
+- A payload too large for memory is collected in a file without a name (`Spill`). Once it is whole, it goes from there
+  into its line piece by piece, under the lock.
+- A letter of which only the beginning was kept has two fields more: `truncated`, which is true, and `payload_bytes`,
+  the length of the whole. `packet` is true when the payload is an ill-formed MQTT packet, without its fixed header.
 - A letter that was replayed reads `done` where it read `time`: the mark is made in place (see reader.py).
 """
 

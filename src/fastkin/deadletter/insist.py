@@ -1,6 +1,6 @@
-"""To try again until it is done: dead letters are never given up, however long their place takes none.
+"""Tries again until it is done. A dead letter is never given up, however long its file or stream refuses it.
 
-What waits for them waits unacknowledged, so an operator must hear of it, and not with each attempt.
+Its message waits unacknowledged meanwhile. So an operator must hear of it, but not with each attempt.
 """
 
 from __future__ import annotations

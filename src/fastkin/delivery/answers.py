@@ -10,28 +10,22 @@ Here nothing is dropped and no call is made. What failed is put where it waits, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastkin.aws.error_table import classify_record
 from fastkin.aws.shards import shard_in_message
 from fastkin.delivery.call_errors import HOPELESS
+from fastkin.delivery.judge import Judge
 from fastkin.delivery.retry_queue import EVEN, apart
 from fastkin.errors import Action, KinesisError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from random import Random
 
     from fastkin._codec import Batch, Failure
     from fastkin.aws.shards import ShardMap
-    from fastkin.delivery.alarm import Alarm
-    from fastkin.delivery.gate import Gate
     from fastkin.delivery.generations import Generations
-    from fastkin.delivery.pacing import Pacer
-    from fastkin.delivery.refusals import Refusals
-    from fastkin.delivery.retry_queue import RetryQueue
-    from fastkin.delivery.send_counters import SendCounters
-    from fastkin.delivery.trouble import Trouble
 
 # Attempts for an entry whose error code nobody documented, before it is given up: with the waits in between some ten
 # minutes, in which something else must have been stored. A destination in trouble of a new kind costs no data so, and
@@ -51,71 +45,48 @@ CLAIM_EVERY_S = 5.0
 Load = dict[int, tuple[int, int]]  # shard ordinal (-1: spread evenly, or unknown) -> (records, bytes)
 
 
-class Answers:
-    """Judges the entries of answers. Times are the event loop's, in seconds."""
+@dataclass(eq=False)
+class Answers(Judge):
+    """Judges the entries of answers."""
 
-    def __init__(
-        self,
-        waits: RetryQueue,
-        generations: Generations,
-        refusals: Refusals,
-        pacer: Pacer,
-        gate: Gate,
-        alarm: Alarm,
-        trouble: Trouble,
-        counters: SendCounters,
-        *,
-        random: Random,
-        give_up: Callable[[Batch, str], None],
-        now: float,
-    ) -> None:
-        """`give_up(batch, reason)` takes over what can never be stored."""
-        self._waits = waits
-        self._generations = generations
-        self._refusals = refusals
-        self._pacer = pacer
-        self._gate = gate
-        self._alarm = alarm
-        self._trouble = trouble
-        self._counters = counters
-        self._random = random
-        self._give_up = give_up
-        self._claim_at = 0.0  # not before this one more for whose shard is not known
-        self.stored_at = now  # when Kinesis last took something
-        self.shards: ShardMap | None = None
+    generations: Generations
+    random: Random
+    stored_at: float  # when Kinesis last took something; at first: when we began
+    shards: ShardMap | None = None
+    _claim_at: float = 0.0  # not before this one more for whose shard is not known
 
     def answered(self, batch: Batch, count: int, load: Load, failures: list[Failure], now: float) -> None:
         """The call with this batch was answered. `count` and `load` are what they were before it was settled."""
         # An answer with one failure for all says nothing good about the destination, though it is an answer.
         took_some = len(failures) != 1 or len(failures[0].batch) < count
         # An answer is proof of the way to Kinesis, also when it says no to every entry.
-        self._gate.answered()
-        self._trouble.answered(self._waits.why)
+        self.gate.answered()
+        self.trouble.answered(self.waits.why)
         if took_some:
             self.stored_at = now
-            self._refusals.stored()
+            self.refusals.stored()
         if not failures:
             # The plain case, and nearly every call: no entry is looked at by itself.
-            self._pacer.stored(now, load)
-            self._trouble.stored_all()
-            self._generations.ended(batch.flush_generation, count)
+            self.pacer.stored(now, load)
+            self.trouble.stored_all()
+            self.generations.ended(batch.flush_generation, count)
             return
         failed = sum(len(failure.batch) for failure in failures)
         if failed < count:
-            self._pacer.stored(now, _less(load, failures))
+            self.pacer.stored(now, _less(load, failures))
         # What failed has not ended. A flush waits for it as well.
-        self._generations.ended(batch.flush_generation, count - failed)
+        self.generations.ended(batch.flush_generation, count - failed)
         waits = [self._entry_failed(failure, now) for failure in failures]
         if failed == count and (delay := min(waits)) > 0.0:
             # The same for every record: it is the destination's trouble, and what is new would only share it.
-            self._gate.close_for(now, delay)
-            self._alarm.set(self._gate.opens_at)
+            self.gate.close_for(now, delay)
+            self.alarm.set(self.gate.opens_at)
 
     def _entry_failed(self, failure: Failure, now: float) -> float:
         """One kind of failure in an answer. Returns how long to wait when only an operator can mend it, else 0.0."""
         batch = failure.batch
         code, message = printable(failure.code, 128), printable(failure.message)
-        self._counters.failed_by_code.add(code, len(batch))
+        self.counters.failed_by_code.add(code, len(batch))
         action = classify_record(code)
         # A throttle says nothing about the record. It must not count towards giving it up.
         if action is not Action.THROTTLE:
@@ -123,11 +94,11 @@ class Answers:
         if action is Action.REJECTED or (action is Action.STRANGE and self._strange_for_long(batch, now)):
             if batch.user_records > len(batch) and not batch.single:
                 # The others of an aggregate are not lost with the one that is at fault.
-                self._waits.halve(batch)
+                self.waits.halve(batch)
             else:
-                self._give_up(batch, f"{code}: {message}")
+                self.give_up(batch, f"{code}: {message}")
             return 0.0
-        self._counters.goes_again(code, batch)
+        self.counters.goes_again(code, batch)
         if action in HOPELESS:
             return self._waits_for_operator(batch, KinesisError(code, message, action=action), now)
         shard_id = shard_in_message(message) or ""
@@ -136,35 +107,35 @@ class Answers:
         elif action is Action.STRANGE:
             most = min(_STRANGE_CAP_S, _ENTRY_BASE_S * 2.0 ** min(batch.attempts, 20))
             # A longer wait than for known codes, and never a short one: nobody knows what the attempts do there.
-            self._trouble.say_strange(len(batch), code, message)
-            self._waits.put_by(f"{action.value} {code}", batch, now, now + self._random.uniform(most / 2, most))
+            self.trouble.say_strange(len(batch), code, message)
+            self.waits.put_by(f"{action.value} {code}", batch, now, now + self.random.uniform(most / 2, most))
         else:
             most = min(_ENTRY_CAP_S, _ENTRY_BASE_S * 2.0 ** min(batch.attempts, 10))
-            self._trouble.say_records_again(len(batch), code, message)
-            until = now + self._random.uniform(_ENTRY_BASE_S, most)
-            self._waits.put_by(f"{action.value} {shard_id}", batch, now, until)
+            self.trouble.say_records_again(len(batch), code, message)
+            until = now + self.random.uniform(_ENTRY_BASE_S, most)
+            self.waits.put_by(f"{action.value} {shard_id}", batch, now, until)
         return 0.0
 
     def _throttled(self, batch: Batch, shard_id: str, now: float) -> None:
         """Its shard, or the stream, took less than was sent: it waits in front of what comes for the same shard."""
         # The first throttle after a time without one is often a single full second: look again soon.
-        most = _THROTTLE_CAP_S if self._trouble.throttled else _ENTRY_BASE_S * 2
-        self._counters.throttled.add(shard_id, batch.user_records)
+        most = _THROTTLE_CAP_S if self.trouble.throttled else _ENTRY_BASE_S * 2
+        self.counters.throttled.add(shard_id, batch.user_records)
         ordinal = self.shards.ordinal(shard_id) if self.shards is not None else None
         load = batch.shard_load()
-        self._pacer.throttled(now, ordinal, even=-1 in load)
-        self._trouble.say_throttled(now, shard_id, len(batch))
-        until = now + self._random.uniform(_ENTRY_BASE_S, most)
+        self.pacer.throttled(now, ordinal, even=-1 in load)
+        self.trouble.say_throttled(now, shard_id, len(batch))
+        until = now + self.random.uniform(_ENTRY_BASE_S, most)
         for shard, part in apart(batch, list(load)):
-            if self._pacer.knows(shard):
-                self._waits.put_by(shard, part, now, until)
+            if self.pacer.knows(shard):
+                self.waits.put_by(shard, part, now, until)
             elif now - part.taken_at > CLAIM_AFTER_S and now >= self._claim_at:
                 # Nobody knows whose line it belongs to, and it has lost against newer ones for a while. So all that is
                 # spread evenly waits for it once.
                 self._claim_at = now + CLAIM_EVERY_S
-                self._waits.put_by(EVEN, part, now, now + CLAIM_S)
+                self.waits.put_by(EVEN, part, now, now + CLAIM_S)
             else:
-                self._waits.put_by(f"throttled {shard_id}", part, now, until)
+                self.waits.put_by(f"throttled {shard_id}", part, now, until)
 
     def _strange_for_long(self, batch: Batch, now: float) -> bool:
         """A record failed with a code that nobody documented: has it failed for long enough to be given up?"""
@@ -176,21 +147,21 @@ class Answers:
         if now - self.stored_at <= _STORED_LATELY_S:
             return True
         # Nothing else is stored, perhaps because nothing else can come before this one has ended.
-        self._refusals.ask()
-        return len(batch) == 1 and self._refusals.may_give_up(now)
+        self.refusals.ask()
+        return len(batch) == 1 and self.refusals.may_give_up(now)
 
     def _waits_for_operator(self, batch: Batch, error: KinesisError, now: float) -> float:
         """An entry failed with what a call may fail with as well: it is kept and tried again as a call would be."""
-        queue = self._waits.line(f"operator {error.code}")
+        queue = self.waits.line(f"operator {error.code}")
         queue.put(batch)
         # Others wait for the same already: their time is the time of this one, or each answer would put it off.
         if queue.not_before <= now:
-            delay = self._gate.delay(error)
-            self._waits.wait_until(queue, now + delay)
-            self._trouble.say_records_wait(len(batch), error, delay)
+            delay = self.gate.delay(error)
+            self.waits.wait_until(queue, now + delay)
+            self.trouble.say_records_wait(len(batch), error, delay)
         # As long as it waits here, other answers do not make it well.
         queue.why = str(error)
-        self._trouble.records_need_operator(queue.why)
+        self.trouble.records_need_operator(queue.why)
         return queue.not_before - now
 
 

@@ -12,97 +12,68 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastkin.delivery.call_errors import HOPELESS, as_operator, maybe_stored, not_taken, too_large
+from fastkin.delivery.judge import Judge
 from fastkin.errors import Action
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fastkin._codec import Batch
-    from fastkin.delivery.alarm import Alarm
-    from fastkin.delivery.gate import Gate
-    from fastkin.delivery.pacing import Pacer
-    from fastkin.delivery.refusals import Refusals
-    from fastkin.delivery.retry_queue import RetryQueue
-    from fastkin.delivery.send_counters import SendCounters
-    from fastkin.delivery.trouble import Trouble
     from fastkin.errors import KinesisError
 
 
-class FailedCalls:
-    """Judges calls that failed. Times are the event loop's, in seconds."""
-
-    def __init__(
-        self,
-        waits: RetryQueue,
-        refusals: Refusals,
-        pacer: Pacer,
-        gate: Gate,
-        alarm: Alarm,
-        trouble: Trouble,
-        counters: SendCounters,
-        *,
-        give_up: Callable[[Batch, str], None],
-    ) -> None:
-        """`give_up(batch, reason)` takes over what can never be stored."""
-        self._waits = waits
-        self._refusals = refusals
-        self._pacer = pacer
-        self._gate = gate
-        self._alarm = alarm
-        self._trouble = trouble
-        self._counters = counters
-        self._give_up = give_up
+class FailedCalls(Judge):
+    """Judges calls that failed."""
 
     def failed(self, batch: Batch, error: KinesisError, now: float) -> None:
         """The call with this batch failed."""
-        self._trouble.call_failed(error)
-        self._counters.call_failed(error.code, batch)
+        self.trouble.call_failed(error)
+        self.counters.call_failed(error.code, batch)
         if error.action is Action.REJECTED:
             if not batch.single:
                 self._refused(batch, error)
-            elif self._refusals.at_fault(batch, now):
-                self._give_up(batch, f"{error.code}: {error.message}")
+            elif self.refusals.at_fault(batch, now):
+                self.give_up(batch, f"{error.code}: {error.message}")
             else:
                 # Nothing is taken, or nothing any more: the fault may be not this record's but the destination's or
                 # ours. So it counts as a failure that an operator must look after.
-                self._again(batch, as_operator(error, untold=self._refusals.untold), now, doubted=True)
+                self._again(batch, as_operator(error, untold=self.refusals.untold), now, doubted=True)
             return
         # A line that is too slow for the timeout is no outage. Only smaller calls get through it.
         if len(batch) > 1 and not_taken(error):
-            self._waits.sizes.late(batch.nbytes)
+            self.waits.sizes.late(batch.nbytes)
         self._again(batch, error, now)
 
     def _again(self, batch: Batch, error: KinesisError, now: float, *, doubted: bool = False) -> None:
         """Keep the batch, and make no call for a while. `doubted`: a single record, perhaps at fault itself."""
         if error.action in HOPELESS:
-            self._trouble.needs_operator(error)
-        self._gate.failed()
+            self.trouble.needs_operator(error)
+        self.gate.failed()
         if error.action is Action.THROTTLE:
             # The whole call was throttled, and no shard is named: all that is spread evenly slows down.
-            self._pacer.throttled(now, None, even=True)
+            self.pacer.throttled(now, None, even=True)
         # An upper bound for the user. What is stored twice can only be found by who reads the stream.
         if maybe_stored(error):
-            self._counters.duplicates_possible += batch.user_records
-        self._counters.goes_again(error.code, batch)
+            self.counters.duplicates_possible += batch.user_records
+        self.counters.goes_again(error.code, batch)
         if doubted:
             # It must not share its next call. A sound record in it would be refused with it.
-            self._waits.put_alone(batch).doubted = True
+            self.waits.put_alone(batch).doubted = True
         else:
-            self._waits.put_back(batch)
+            self.waits.put_back(batch)
         # Calls that were open together fail together. They are one failure: the first has closed the gate, and each
         # further one would draw a longer wait.
-        if self._gate.opens_at <= now:
-            delay = self._gate.delay(error)
-            self._trouble.say_call_failed(now, error, delay)
-            self._gate.close_for(now, delay, error.retry_after)
-        self._alarm.set(self._gate.opens_at)
+        if self.gate.opens_at <= now:
+            delay = self.gate.delay(error)
+            self.trouble.say_call_failed(now, error, delay)
+            self.gate.close_for(now, delay, error.retry_after)
+        self.alarm.set(self.gate.opens_at)
 
     def _refused(self, batch: Batch, error: KinesisError) -> None:
         """Kinesis refuses a whole call for one bad record: halve it until the bad one stands alone."""
-        if len(batch) > 1 and too_large(error) and self._waits.sizes.late(batch.nbytes):
-            # It says nothing about a record. To halve it down to one would make a thousand calls of a few.
-            self._counters.goes_again(error.code, batch)
+        if len(batch) > 1 and too_large(error) and self.waits.sizes.late(batch.nbytes):
+            # "Too large" is about the whole body and says nothing about a record. To halve it down to one record would
+            # make a thousand calls of a few.
+            self.counters.goes_again(error.code, batch)
             # It is cut on its way, and so are the next ones.
-            self._waits.put_back(batch)
+            self.waits.put_back(batch)
             return
-        self._waits.halve(batch)
+        self.waits.halve(batch)

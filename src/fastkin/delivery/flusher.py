@@ -1,11 +1,13 @@
-"""When the open batch may go: linger, an idle downstream, an exhausted in-flight window, drain.
+"""Says when the open batch may go, before it is full.
 
-Full batches close by themselves, in the codec. This is about the others: a batch that waits for 500
-records never fills when the broker grants 20 unacknowledged messages, and one record alone should not wait
-the whole linger when nothing else is on its way.
+A full batch closes by itself, in the codec. The others need a time. A batch that waits for 500 records never fills when
+the broker grants 20 unacknowledged messages. And one record alone should not wait the whole linger when nothing else is
+on its way. So a batch may go after the linger, when sender and source are quiet, when the broker's window is exhausted,
+or at a drain.
 
-A batch whose time has come is offered, not closed: the sender takes it when it can send it, and until then it grows.
-What waits for Kinesis is so in as few calls as can be, and costs no more memory than it must.
+A batch whose time has come is offered, not closed. The sender takes it when it can make a call; until then it grows.
+If it were closed by its time alone, an outage would leave one small batch for each linger, and each of them would be a
+call of its own afterwards. An open batch also costs less memory than many small ones.
 """
 
 from __future__ import annotations

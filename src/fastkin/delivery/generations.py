@@ -1,4 +1,8 @@
-"""What flush() waits for: every record taken from the batcher before it was called, and none that came after."""
+"""What flush() waits for: every record taken from the batcher before it was called, and none that came after.
+
+Without that bound a flush would never return while somebody else goes on to put. Records are counted and not calls, for
+splits and retries turn one call into several and gather several into one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What comes back from the spool: the oldest rows, in order, into a share of the budget that is theirs alone.
+"""Brings back what is in the spool: the oldest rows, in order, into a share of the budget that is theirs alone.
+
+With one budget for both sides a full disk and a full memory would wait for each other. Memory that is full of new
+records has no room for a row. A row that is not read back is never sent, so it is never deleted. And a full disk takes
+none of the new records off memory.
 
 A row stays in the file until each of its records is stored or set aside. So a crash sends no more than that share a
 second time, and nobody but `ReplayWindow` needs to know which rows are in memory.

@@ -1,8 +1,11 @@
 """What waits to be sent, by what it waits for: who comes first goes first, shard by shard.
 
-A record of a shard that has no room, or that others of it wait for, stands in the line of its shard, and those of other
-shards pass it. What failed waits in a queue of its reason. What may go is gathered over all of them into one call, the
-oldest first.
+Each shard without room has a line. Its records stand in it by age, and new ones for this shard stand behind them, also
+when they are small enough to go at once. So tokens add up for the head of the line, and a large record is not overtaken
+for ever. Records of other shards pass: one hot shard must not stop the stream.
+
+What failed for another reason waits in a queue of that reason, for its time. It holds back nobody. What may go is
+gathered over all queues into one call, the oldest first: its acknowledgement holds back those of all later messages.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     pump()    looks what may go now, and starts a call for it
     _call()   one call, and who judges how it ended: an answer (answers.py), or no answer (failed_calls.py)
     flush()   waits until all that was taken has ended (generations.py)
-    withdraw() and requeue_front() are for who stands in front and keeps batches elsewhere, or drops them
+    withdraw() and requeue_front() are for the backlog, which keeps batches on a disk, or drops them
 
 The order of what goes next is that in which the batches were taken, per shard. What failed before has kept its
 place, so it goes first (its acknowledgements hold back all that came later), then the batcher's closed batches. A shard
@@ -130,11 +130,9 @@ class Sender:
         # All waits of all parts end in the same look, so none of them has to know what comes next.
         self._alarm = alarm = Alarm(loop, self.pump)
         self._calls = OpenCalls(name, loop, self._call_ended)
-        self._answers = Answers(
-            waits, generations, refusals, pacer, gate, alarm, trouble, counters,
-            random=random, give_up=self._give_up, now=loop.time(),
-        )  # fmt: skip
-        self._failed_calls = FailedCalls(waits, refusals, pacer, gate, alarm, trouble, counters, give_up=self._give_up)
+        judge = (waits, refusals, pacer, gate, alarm, trouble, counters, self._give_up)
+        self._answers = Answers(*judge, generations=generations, random=random, stored_at=loop.time())
+        self._failed_calls = FailedCalls(*judge)
         # What must not pass the source's other batches: calls that were cut short, and what a flush took.
         self._withdrawn: list[Batch] = []
         self._closing = False

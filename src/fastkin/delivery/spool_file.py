@@ -131,7 +131,9 @@ class Spool:
         """Lock the file for good, and put our mark into it. True: who had it last closed it in order."""
         mark = db.execute("SELECT clean FROM state").fetchone()[0]
         if self._last is not None and mark != self._mark:
-            # The lock goes while it is opened again: what is new in it may be what another one acknowledged.
+            # The file was closed in some trouble, and is opened again. Between the two nobody held the lock. So another
+            # process may have written rows and acknowledged their messages, or the file was exchanged. The rows behind
+            # our last one would be deleted below: then records would be lost that nobody sends again.
             raise SpoolError(
                 self.path, "another process had it meanwhile, or another file is in its place",
                 "one pipeline per `spool`; restart fastkin to take up what is in it",

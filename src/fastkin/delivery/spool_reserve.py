@@ -1,10 +1,10 @@
-"""Room that is kept on the disk for the day when it is full: a second file, `NAME-reserve`, beside the spool.
+"""Keeps room on the disk for the day when it is full: a second file, `NAME-reserve`, beside the spool.
 
-To delete rows takes room too, in SQLite's log. On a full disk a spool could so neither be written nor emptied, and the
-records in it would never get out. The reserve is given up then. It holds blocks and not only a length: a file with
-holes would give nothing back.
+To delete rows takes room too, in SQLite's log. So on a full disk the spool could neither be written nor emptied, and
+the records in it would never get out. The reserve is deleted then, and its room lets rows be deleted. The file holds
+real blocks and not only a length: a file with holes would give nothing back.
 
-It is an aid and no ledger. So no trouble with it is an error: a disk that is too small for it does without.
+Nothing of value is in the reserve. So trouble with it is no error: a disk that is too small for it does without.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 for an operator.
 
 A peer can make us say the same line a thousand times a second. So every kind of line is said once in a while, with the
-number of the others. Nothing here decides what becomes of a record. Who does may ask `throttled` and `last_error`, and
-says here what happened; a line that is held back changes neither.
+number of the others. A line that is held back changes nothing of what is known.
+
+Nothing here decides what becomes of a record. Those who decide it say here what happened, and may ask for `throttled`
+and `last_error`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Who waits for room in a budget: first come, first served."""
+"""Who waits for room in a budget: first come, first served.
+
+Without a line all who wait would try again when there is room, and who came last could take it each time. A `put`
+might then wait for ever.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GetShardIterator, GetRecords."""
+"""Answers GetShardIterator and GetRecords: how a consumer reads the emulated stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PutRecords, PutRecord, PutRecordBatch."""
+"""Answers PutRecords, PutRecord and PutRecordBatch: what is stored, and which entries fail."""
 
 from __future__ import annotations
 

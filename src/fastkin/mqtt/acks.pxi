@@ -1,19 +1,22 @@
-# Which PUBLISH still waits for which records, and which message one that comes again is.
+# Which PUBLISH still waits for which records, and whether a PUBLISH that comes is one that we know already.
 #
-# A message has a slot in a pool. Its token is a serial number, never given twice, with the slot's
-# index in the low bits: the token of a slot that was freed, or has another message by now, is told
-# by the serial, and settling it does nothing. The order of this connection is a ring of indexes:
-# first..done-1 have ended and wait for take(), done..next-1 wait for records.
+# A message has a slot in a pool. Its token is a serial number, never given twice, with the slot's index in the low
+# bits. A slot may be freed, or hold another message by now: the serial tells, and settling the old token does nothing.
+# The order of this connection is a ring of indexes: first..done-1 have ended and wait for take(), done..next-1 wait
+# for records.
 #
-# Packet identifiers are the broker's, and may be used again for another message: after a broken
-# PUBREL, by a broker restored from an older save, by one that has more under way than there are
-# identifiers. So an identifier alone says nothing. A message is one that is known here only if it
-# says DUP, the identifier's newest holder has the same digest of topic and payload, and the session
-# is the same. All else is new: that may store twice, and never loses.
+# Packet identifiers are the broker's, and may be used again for another message: after a broken PUBREL, by a broker
+# restored from an older save, by one that has more under way than there are identifiers. So an identifier alone says
+# nothing. A message is known here only if it says DUP, the identifier's newest holder has the same digest of topic
+# and payload, the same QoS and the same kind, and the session is the same. All else is new.
 #
-# What is known over a reconnect are messages whose acknowledgement was never written: the broker
-# cannot have given their identifiers to others meanwhile. A PUBACK that was written may have come,
-# and the identifier may be another message's: what comes then is taken as new.
+# Without DUP the broker says that it sends a message for the first time. The same bytes are then another message (a
+# switch says "on" again), and its record would be missing if we took it for the old one. To take it as new may store
+# twice, and never loses.
+#
+# Over a reconnect a message stays known when its acknowledgement was never written: the broker cannot have given its
+# identifier to another meanwhile. A PUBACK that was written may have come, and the identifier may be another message's
+# by now. So what comes then is taken as new.
 
 cdef enum:
     SLOT_OPEN = 1      # the sink is still being asked: settlements may come before hold()
@@ -241,7 +244,10 @@ cdef class AckTracker(Settler):
         if slot.pending == 0:
             self._advance()
 
-    # PUBLISH order is kept here. Kinesis finishes in any order; the first slot that waits holds back all behind it.
+    # PUBLISH order is kept here. The standard wants PUBACK and PUBREC in the order in which the PUBLISHes came
+    # [MQTT-4.6.0-2, MQTT-4.6.0-3], and Kinesis finishes in any order. So the first slot that waits holds back all
+    # behind it, also those whose records are stored already. A slot that failed holds them back until the connection
+    # ends and the broker sends it again.
     cdef inline void _advance(self) noexcept:
         cdef Slot* slot
         while self._done < self._next:

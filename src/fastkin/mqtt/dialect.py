@@ -1,8 +1,13 @@
 """Which version of MQTT to speak with a broker when the settings leave it open.
 
-A broker that says so in words does not speak a version. One that closes without a word, or never answers, may be
-starting, or behind a proxy that cannot reach it: that is a guess, it is tried once and it expires. Whoever has
-spoken the preferred version before is never taken for one that cannot. Pure: times come from outside.
+A broker that refuses a version in words does not speak it. That is believed for an hour, for brokers are upgraded now
+and then. A broker that closes without a word, or never answers, may only be starting, or stand behind a proxy that
+cannot reach it. So its silence is a guess, and a guess expires: else one bad minute would keep us on the older version
+for good. After a close it lasts for one connection. After a time-out it lasts longer, for each wrong try costs a whole
+time-out.
+
+The silence of a broker that has spoken the preferred version is not taken for a refusal at all. Pure: times come from
+outside.
 """
 
 from __future__ import annotations

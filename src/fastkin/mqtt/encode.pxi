@@ -1,4 +1,4 @@
-# What we send, and what an operator reads. Nothing here is per message but publish().
+# Packets that we send, and the texts of reason codes for an operator. Nothing here is done per message but publish().
 
 cdef enum:
     MAX_REMAINING = 268435455  # four bytes of seven bits

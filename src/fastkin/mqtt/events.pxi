@@ -1,4 +1,4 @@
-# Control packets as objects: what take_events() gives.
+# Control packets as objects: what take_events() gives. They are few, so they may be objects. A PUBLISH never is one.
 
 cdef dict PROPERTY_NAMES = {
     0x11: "session_expiry_interval",

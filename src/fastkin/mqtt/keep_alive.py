@@ -1,4 +1,9 @@
-"""When the broker was heard last, and what follows from its silence."""
+"""Pings the broker, and ends a connection on which nothing is heard.
+
+A broker that is gone may leave a connection that looks open for ever. But silence tells nothing while we do not read,
+and memory may be full for hours. So the time in which reading is paused counts as alive. Pings leave all the same: the
+broker would take us for dead without them.
+"""
 
 from __future__ import annotations
 

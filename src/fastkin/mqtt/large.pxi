@@ -1,12 +1,14 @@
-# What can never be a record, and must not hold up the session for it: a PUBLISH above the limit, which is
-# handed out in pieces, and an ill-formed one, which is set aside when it comes again.
+# What can never be a record, and must not hold up the session for it. A PUBLISH above the limit is handed out in
+# pieces. An ill-formed PUBLISH is set aside when it comes again.
 #
-# The standard wants the connection closed for an ill-formed packet [MQTT-4.13.1-1]; but the broker sends
-# the same one again on the next connection, before everything that waits behind it. So a packet closes the
-# connection once, and all of them together only so often. One with QoS 0 would not come again: it is there
-# to be set aside when the connection ends; but when it is above the limit too, which is not waited for, it
-# closes nothing. What is set aside is acknowledged in PUBLISH order like any other message, where it has an
-# identifier to be acknowledged by.
+# The standard wants the connection closed for an ill-formed packet [MQTT-4.13.1-1]. But the broker sends the same one
+# again on the next connection, before everything that waits behind it: the session would never get on. Therefore a
+# packet closes the connection once, and all of them together only so often (`Unfit`).
+#
+# An ill-formed packet with QoS 0 does not come again. So it is set aside when its connection ends. When it is above the
+# limit too, and not here whole, it closes nothing: what is still to come of it would be lost with the connection.
+#
+# What is set aside is acknowledged in PUBLISH order like any other message, if it has an identifier.
 
 cdef enum:
     # why the walk stands: values of Session._is_held

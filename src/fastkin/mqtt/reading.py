@@ -1,4 +1,13 @@
-"""Whether a connection reads: the causes of a pause, and when one pays that makes a large read of many small ones."""
+"""Whether a connection reads: the causes of a pause, and when a pause pays because it makes one large read of many.
+
+When memory has no room, reading pauses and the connection stays. What comes waits in TCP's buffers and at the broker.
+To disconnect instead would cost more than it saves. Acknowledgements that are on their way in Kinesis would be void on
+the next connection. The broker would send all unacknowledged messages again, and memory would be as full as before.
+With QoS 0 or a clean session it would also throw away what comes meanwhile. While reading is paused, acknowledgements
+and pings leave as always.
+
+A pause whose cause nobody ends would stop the pipeline for good. So each cause has one who ends it: see `Reading`.
+"""
 
 from __future__ import annotations
 

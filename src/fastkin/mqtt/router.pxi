@@ -1,14 +1,13 @@
 # Which sink a message goes to.
 #
-# What a broker delivers on a connection is that pipeline's: it matched by the broker's rules, which may
-# rewrite topics, take "#" for $SYS, or give a prefix like $queue/ a meaning. So with one sink all goes
-# there and no topic is looked at. With several, the Subscription Identifier says which; without one, the
-# first filter that matches; what none tells is the sink's named by `otherwise`. Only what matches nothing
-# but a filter that was removed, in a session that the broker kept, is discarded.
+# What a broker delivers on a connection is that pipeline's. The broker has matched it by rules of its own: it may
+# rewrite topics, take "#" for $SYS, or give a prefix like $queue/ a meaning. So with one sink everything goes there,
+# and no topic is looked at. With several sinks the Subscription Identifier says which one; without an identifier the
+# first filter that matches does. A message that neither of them explains goes to the sink `otherwise`. A message is
+# discarded in one case only: it matches nothing but a filter that was removed, in a session that the broker kept.
 #
-# Topics come from outside and may be any number: what is remembered of them sits in a table of
-# fixed width, four ways to a set, replaced in turn, so that neither count nor search nor bytes can
-# be driven up.
+# Topics come from outside, and there may be any number of them. What is remembered of them sits in a table of fixed
+# width, four ways to a set, replaced in turn. So no stranger can make it grow, or a search in it slow.
 
 cdef enum:
     WAYS = 4

@@ -1,4 +1,9 @@
-"""What can never be a record: it comes out of the session in pieces, and goes to who sets it aside."""
+"""Hands messages that can never be a record from the session to who sets them aside, piece by piece.
+
+Such a message may be larger than memory allows, so nobody here waits for the whole of it. And its taker may be a disk
+that is slow or full. So reading pauses until a piece is taken. A task of its own carries the pieces: keep-alive and
+acknowledgements go on meanwhile.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""How many messages a broker lets be unacknowledged, learned from how it sends."""
+"""How many messages a broker lets be unacknowledged, learned from how it sends.
+
+A 3.1.1 broker does not say it, and a 5.0 broker may grant less than was asked for. The flusher must know: when the
+window is exhausted nothing more will come before acknowledgements leave, so a batch that waits would wait in vain.
+"""
 
 from __future__ import annotations
 

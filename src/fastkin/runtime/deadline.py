@@ -1,4 +1,8 @@
-"""One budget of time for everything that a shutdown has to wait for."""
+"""One budget of time for everything that a shutdown has to wait for.
+
+Each part gets what is left of it. If each had a time of its own, their sum would be longer than the time that the user
+set, and whoever stops the process would kill it before its end.
+"""
 
 from __future__ import annotations
 

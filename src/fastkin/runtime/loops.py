@@ -1,4 +1,7 @@
-"""Which event loop a command runs on."""
+"""Which event loop a command runs on: uvloop's where there is uvloop, else asyncio's own.
+
+Only commands choose: a program that embeds fastkin has a loop already.
+"""
 
 from __future__ import annotations
 

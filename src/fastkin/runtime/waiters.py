@@ -1,4 +1,4 @@
-"""Futures that somebody awaits, and what becomes of them when nothing will happen any more."""
+"""Ends futures with an error when nothing will happen any more: whoever awaits them would else wait for ever."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A thread for calls that may never return: what a disk or a lock of somebody else's makes us wait for.
+"""A thread for calls that may never return: a disk may hang, and somebody else may hold a lock for ever.
 
-asyncio's executors and those of concurrent.futures will not do, for the interpreter waits for their threads when it
-exits. This one is a daemon, and whoever awaits a call may leave it behind.
+The executors of asyncio and concurrent.futures will not do: the interpreter waits for their threads when it exits. This
+thread is a daemon, and whoever awaits a call may leave it behind.
 
-A disk that hangs says nothing, and no call fails: what waits for it would stand still without a word. So a worker that
-is told the name of its place says that the place does not answer.
+A disk that hangs makes no call fail, so what waits for it would stand still without a word. A worker that is told the
+name of its place says that the place does not answer.
 """
 
 from __future__ import annotations

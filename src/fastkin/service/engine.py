@@ -1,4 +1,9 @@
-"""The service: one or many pipelines; start, wait, reload, drain, stop."""
+"""The service: one or many pipelines; start, wait, reload, drain, stop.
+
+A pipeline whose settings are wrong for good leaves the others at work. A task that ends though nobody stopped it ends
+the engine: nothing may look alive that does nothing. How a reload goes is in `reload.py`, which runs there are in
+`runs.py`.
+"""
 
 from __future__ import annotations
 

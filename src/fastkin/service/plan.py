@@ -1,4 +1,8 @@
-"""What each pipeline of the settings is to be made from."""
+"""What each pipeline of the settings is to be made from.
+
+A reload compares this with what the present run was made from, and leaves the run alone when both are equal. So
+everything that needs a new run must be in it: settings, client id, and the state of certificate files.
+"""
 
 from __future__ import annotations
 

@@ -135,8 +135,9 @@ class Reload:
         for name, broker in brokers.items():
             if name in changed and broker.client_id_drawn:
                 self._replaced += 1
-                # A drawn id belongs to nobody, so the new run gets another one: then both can be connected at
-                # once, and nothing that is published in between is lost.
+                # A broker ends the older of two connections with one client id. A drawn id has no session to keep, so
+                # the new run gets another suffix: both can be connected at once, and nothing that is published in
+                # between is lost. The suffix counts on: the run before may still be there under the last one.
                 broker = dataclasses.replace(broker, client_id=f"{broker.client_id}-{self._replaced}")
             try:
                 made[name] = self._runs.build(by_id[name], broker)

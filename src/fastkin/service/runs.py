@@ -1,4 +1,7 @@
-"""Which run stands in which pipeline's place, which are on their way out, and what all of them have counted."""
+"""Which run stands in which pipeline's place, which runs are on their way out, and what all of them have counted.
+
+A run that was replaced may take long to leave. It still holds records then, so its numbers must stay in the sums.
+"""
 
 from __future__ import annotations
 

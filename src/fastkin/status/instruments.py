@@ -1,4 +1,7 @@
-"""What stages count with: a list or dict access a count, and small whatever names a peer chooses. Pure."""
+"""What stages count with. To count costs one access to a list or a dict, for it happens on the way of the data.
+
+Names may come from a peer. So their number is bounded: a hostile peer must not fill memory with them. Pure.
+"""
 
 from __future__ import annotations
 
