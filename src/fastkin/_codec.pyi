@@ -172,10 +172,24 @@ class PayloadFormat:
 
 COMPILED_FORMATS: tuple[PayloadFormat, ...]
 
+# What a pipeline makes of each of its records: the topic in a JSON object, a separator behind it.
+@final
+class Shape:
+    def __new__(
+        cls,
+        *,
+        topic_field: str = "",
+        topic_clash: str = "replace",
+        topic_others: str = "pass",
+        separator: str = "",
+    ) -> Self: ...
+    # what is stored of a payload; DataFormatError: it is none of this format, or a record cannot be shaped
+    def records(self, topic: bytes, frame: PayloadFormat, payload: Buffer) -> list[bytes]: ...
+
 # The way into a batcher for payloads of one format, whatever the batcher's own is.
 @final
 class FormatSink(Sink):
-    def __new__(cls, batcher: Batcher, frame: PayloadFormat | str) -> Self: ...
+    def __new__(cls, batcher: Batcher, frame: PayloadFormat | str, shape: Shape | None = None) -> Self: ...
     def offer(self, topic: bytes, payload: Buffer, token: int) -> int: ...  # as the C sink
 
 # Sets aside whole what matches none of `filters` (told in the reason).

@@ -11,6 +11,7 @@ One module in parts, in the order a record passes them:
   codec/entry.pxi     the text of an entry, for PutRecords and for the disk
   codec/batch.pxi     the budget, and one PutRecords body with what it must settle
   codec/restore.pxi   a body that comes back from the disk, read as if a stranger had written it
+  codec/shape.pxi     what is made of each record before it is stored
   codec/batcher.pxi      payloads in, closed batches out
   codec/sinks.pxi     more ways into one batcher, for payloads of other formats
   codec/aggregate.pxi several records in one Kinesis record, as the KPL does it
@@ -241,6 +242,7 @@ include "codec/entry.pxi"
 include "codec/batch.pxi"
 include "codec/restore.pxi"
 include "codec/aggregate.pxi"
+include "codec/shape.pxi"
 include "codec/batcher.pxi"
 include "codec/sinks.pxi"
 

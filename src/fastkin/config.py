@@ -65,6 +65,7 @@ _EXTERNAL_ID = Shape(
 )
 _SESSION = Shape(r"[\w+=,.@-]{2,64}", "is not a session name", "2 to 64 letters, digits and _ + = , . @ -")
 _ID = Shape(r"[A-Za-z0-9_.:/-]{1,64}", "is not fit for a log line", "use 1 to 64 letters, digits and _ . : / -")
+_FIELD = Shape(lambda text: len(text.encode()) <= 1024, "is longer than 1,024 bytes", "use a shorter name")
 _LABEL = Shape(r"[^+#/]+", "is not one level of a topic", "without + # /")
 
 # Not stored: it is taken apart into the fields of Broker.
@@ -255,6 +256,15 @@ class Pipeline:
     format: str = row(
         DEFAULT, "of `topics`. " + "; ".join(f"`{each.name}`: {each.doc}" for each in ROWS), choices=tuple(FORMATS)
     )
+    topic_field: str = row("", "a member of this name with the topic, first in each JSON object", shape=_FIELD)
+    topic_clash: Literal["replace", "keep", "reject"] = row(
+        "replace", "a record has that member already: `replace` it, `keep` it, or `reject` the message"
+    )
+    topic_others: Literal["pass", "wrap", "reject"] = row(
+        "pass",
+        "a record is no JSON object: `pass` it as it is, `wrap` it as base64 in `payload`, or `reject` the message",
+    )
+    separator: Literal["", ",", "\t", "\n", "\r\n"] = row("", "follows each record; counts into its size")
     partition_key: str = row("uuid", "see partition keys", argument=True)
     aggregation: Literal["none", "kpl"] = row("none", "`kpl`: many records in one Kinesis record")
     linger_ms: float = row(50.0, "how long a record may wait for others", least=0, most=60_000, argument=True)

@@ -216,6 +216,15 @@ async def test_replay_sends_each_kind_as_what_it_is_and_leaves_nothing(
     assert len(stored(emulator)) == 4
 
 
+async def test_what_is_replayed_takes_the_shape_of_its_pipeline(tmp_path: Path, emulator: Emulator, path: Path) -> None:
+    write(path, refused(b'{"topic":"old"}', "k"), frame(b'{"n":1}'), frame(b'{"n":2}\n', index=0))
+    config = settings(tmp_path, emulator, path, topic_field="topic", separator="\n", partition_key="topic:1")
+    assert await run("replay", "--config", config) == 0
+    # what was a record already goes as it lies there
+    assert stored(emulator) == [("7", b'{"n":2}\n'), ("7", b'{"topic":"a/7/b","n":1}\n'), ("k", b'{"topic":"old"}')]
+    assert kept(path) == []
+
+
 async def test_replay_to_another_stream(emulator: Emulator, path: Path) -> None:
     write(path, refused(b"1"), frame(b"2"))
     there = ["--stream", "others", "--endpoint-url", emulator.url]

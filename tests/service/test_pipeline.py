@@ -168,6 +168,21 @@ async def test_an_oversize_element_does_not_take_its_frame_along(server: Server,
     assert json.loads(path.read_text())["index"] == 1
 
 
+async def test_the_topic_of_a_message_is_spliced_into_its_record(server: Server) -> None:
+    """IC-05, IC-06: with one format, and beside frames of a bulk label."""
+    async with rig(server, shards=1, topic_field="topic", separator="\n") as r:
+        await r.publish(b'{"message":"Hello, world!"}', topic="plant/asdasd")
+        await r.settled(1)
+        assert [each.data for each in r.stored()] == [b'{"topic":"plant/asdasd","message":"Hello, world!"}\n']
+    topics = ("plant/#", "/devices/+/bulkData/telemetry")
+    async with rig(server, shards=1, topic_field="topic", topics=topics, bulk_label="telemetry") as r:
+        await r.publish(fastkin.encode_frame([b"{}", b"1"]), topic="/devices/7/bulkData/telemetry")
+        await r.publish(b"{}")
+        await r.settled(3)
+        wanted = [b'{"topic":"/devices/7/bulkData/telemetry"}', b"1", b'{"topic":"plant/hall1/m1"}']
+        assert [each.data for each in r.stored()] == wanted
+
+
 async def test_a_forged_topic_cannot_forge_a_log_line(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     async with rig(server, format="bulk") as r:

@@ -115,6 +115,10 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         qos = 2
         format = "raw"
         stream = "s"
+        topic_field = "topic"
+        topic_clash = "keep"
+        topic_others = "wrap"
+        separator = "\\n"
         partition_key = "topic:1"
         aggregation = "kpl"
         linger_ms = 1.5
@@ -223,9 +227,20 @@ def test_unknown_keys_name_the_nearest_one(read: Any, text: str, wanted: str) ->
     assert any(wanted in line and "fastkin.toml" in line for line in lines), lines
 
 
+@pytest.mark.parametrize("said", ["\\n", "\n"])
+def test_a_separator_may_be_escaped_in_the_environment(read: Any, said: str) -> None:
+    made = read(CLIENT + SMALL, env={"FASTKIN_PIPELINE_SEPARATOR": said})
+    assert made.pipelines[0].separator == "\n"
+
+
+def test_words_about_the_topic_without_a_topic_field_are_told(read: Any) -> None:
+    made = read(CLIENT + SMALL + 'topic_clash = "keep"\n')
+    assert any("topic_clash" in line and "not used without topic_field" in line for line in made.warnings)
+
+
 @pytest.mark.parametrize(
     "key",
-    ["events", "firehose", "topic_field", "separator", "envelope", "wire"],
+    ["events", "firehose", "envelope", "wire"],
 )
 def test_what_is_not_built_is_not_accepted(read: Any, key: str) -> None:
     (line,) = problems(read, CLIENT + SMALL + f'{key} = "x"\n')

@@ -326,19 +326,21 @@ cdef class Batcher(Sink):
 
     cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
                             size_t length, uint64_t token) except -2:
-        return self.offer_as(self.format, topic, topic_len, data, length, token)
+        return self.offer_as(self.format, None, topic, topic_len, data, length, token)
 
-    cdef Py_ssize_t offer_as(self, PayloadFormat format, const uint8_t* topic, size_t topic_len,
+    cdef Py_ssize_t offer_as(self, PayloadFormat format, Shape shape, const uint8_t* topic, size_t topic_len,
                              const uint8_t* data, size_t length, uint64_t token) except -2:
-        """A payload of this format, which need not be the batcher's own."""
+        """A payload of this format, which need not be the batcher's own; `shape`: what its records become."""
         cdef Payload payload
         if length == 0:
             data = <const uint8_t*> b""  # a pointer to nothing may be NULL: never hand that on
         if format.records is not None:
-            return self.offer_made(format, topic, topic_len, data, length, token)
+            return self.offer_made(format, shape, topic, topic_len, data, length, token)
         payload.data = payload.whole = data
         payload.length = payload.whole_length = length
         if format.scan(&payload):
+            if shape is not None:
+                return self.take_shaped(shape, topic, topic_len, format, &payload, token)
             return self.take_records(topic, topic_len, format, &payload, token, ENTRY_TOKEN, False)
         return self.refuse_scanned(format, topic, topic_len, &payload, token)
 
@@ -347,7 +349,7 @@ cdef class Batcher(Sink):
         kind, reason = format.reason(payload)
         return self.refuse_whole(topic, topic_len, payload.data, payload.length, kind, reason, payload.at, token)
 
-    cdef Py_ssize_t offer_made(self, PayloadFormat format, const uint8_t* topic, size_t topic_len,
+    cdef Py_ssize_t offer_made(self, PayloadFormat format, Shape shape, const uint8_t* topic, size_t topic_len,
                                const uint8_t* data, size_t length, uint64_t token) except -2:
         """The same for a format in Python."""
         cdef Payload payload
@@ -358,7 +360,25 @@ cdef class Batcher(Sink):
             # a wrong offset is a bug of the format: it must not become an error of the connection
             at = error.offset if type(error.offset) is int and 0 <= error.offset <= length else 0
             return self.refuse_whole(topic, topic_len, data, length, "format", str(error.reason), at, token)
+        if shape is not None:
+            return self.take_shaped(shape, topic, topic_len, format, &payload, token)
         return self.take_records(topic, topic_len, format, &payload, token, ENTRY_TOKEN, False)
+
+    cdef Py_ssize_t take_shaped(self, Shape shape, const uint8_t* topic, size_t topic_length, PayloadFormat format,
+                                const Payload* payload, uint64_t token) except -2:
+        """As take_records, when records become others first."""
+        cdef Payload made
+        cdef Py_ssize_t taken
+        shape.set_topic(topic, topic_length)
+        # A topic may have 64 KiB, and a frame millions of records: asked before anything is made of them.
+        if payload.count > 1 and self.too_many(payload, payload.count * (shape.grows() + sizeof(Entry))):
+            return self.refuse_frame(topic, topic_length, payload, token)
+        if not shape.shape(topic, topic_length, format, payload, &made):
+            return self.refuse_whole(topic, topic_length, payload.whole, payload.whole_length, shape.kind, shape.reason,
+                                     shape.at, token)
+        taken = self.take_records(topic, topic_length, SHAPED, &made, token, ENTRY_TOKEN, False)
+        shape.trim()
+        return taken
 
     cdef Py_ssize_t take_records(self, const uint8_t* topic, size_t topic_length, PayloadFormat format,
                                  const Payload* payload, uint64_t token, uint32_t kind, bint strict) except -2:

@@ -31,11 +31,12 @@ from fastkin.formats.partition_key import key_plan
 from fastkin.formats.table import DEFAULT, FORMATS, format_named
 from fastkin.limits import MIB, RECORD_BYTES
 from fastkin.mqtt._core import CountSink, Router, matches
+from fastkin.service.shapes import shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
-    from fastkin._codec import Receipt
+    from fastkin._codec import Receipt, Shape
     from fastkin.config import Pipeline, Settings
     from fastkin.deadletter.reader import LetterFile
 
@@ -215,6 +216,7 @@ class Route:
 
     kinesis: Kinesis
     format: Callable[[str | None], str | None]  # of a topic's payloads. None: not known, frames cannot be read again
+    shape: Shape | None  # what its records become
     key: KeyPlan
     drawn: bool  # the batcher draws the keys; else they are made of topic and payload
     max_record_bytes: int | None  # None: what the stream takes
@@ -225,6 +227,7 @@ def route_of(pipeline: Pipeline, client_id: str, form: str | None) -> Route:
     return Route(
         kinesis=pipeline.kinesis,
         format=(lambda _: form) if form else formats_of(pipeline),
+        shape=shape_of(pipeline),
         key=KeyPlan(kind, parts),
         drawn=kind != "parts",
         max_record_bytes=pipeline.max_record_bytes,
@@ -420,12 +423,15 @@ class Again:
         if letter.offset is None or letter.index is not None:
             return [self._put(letter)]
         form = self.route.format(letter.topic)
-        if form == DEFAULT:
+        shape = self.route.shape
+        if form == DEFAULT and shape is None:
             return [self._put(letter)]
         if form is None:
             return [letter.again(f"its format is not known: give --config, or --format {' or '.join(FORMATS)}")]
         try:
-            records = format_named(form).decode(letter.content())
+            row, content = format_named(form), letter.content()
+            topic = (letter.topic or "").encode()
+            records = row.decode(content) if shape is None else shape.records(topic, row, content)
         except DataFormatError as error:
             if isinstance(letter.payload, Stored):  # not written once more for another reason
                 _say_kept(letter, f"byte {error.offset}: {error.reason}")
@@ -471,7 +477,9 @@ async def _open(
     form: str | None,
 ) -> Again | None:
     if stream is not None:
-        route = Route(kinesis=stream, format=lambda _: form, key=KeyPlan("uuid"), drawn=True, max_record_bytes=None)
+        route = Route(
+            kinesis=stream, format=lambda _: form, shape=None, key=KeyPlan("uuid"), drawn=True, max_record_bytes=None
+        )
     else:
         assert settings is not None
         named = [each for each in settings.pipelines if each.id == pipeline]

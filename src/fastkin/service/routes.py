@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fastkin._codec import Batcher, FormatSink, StraySink
 from fastkin.formats.table import format_named
 from fastkin.mqtt._core import CallbackSink, Router
+from fastkin.service.shapes import shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,12 +39,14 @@ class Routes:
         self.router = router = Router()
         kinds = dict.fromkeys(kind for _, kind in pipeline.formats)
         several = len(kinds) > 1
-        if several:
-            sinks = {kind: self._tapped(FormatSink(batcher, format_named(kind))) for kind in kinds}
-            filters = ", ".join(f"{topic!a} ({kind})" for topic, kind in pipeline.formats[:_FILTERS_SHOWN])
-            router.otherwise = self._tapped(StraySink(batcher, filters))
+        shape = shape_of(pipeline)
+        if several or shape is not None:
+            sinks = {kind: self._tapped(FormatSink(batcher, format_named(kind), shape)) for kind in kinds}
         else:
             sinks = {kind: self._tapped(batcher) for kind in kinds}
+        if several:
+            filters = ", ".join(f"{topic!a} ({kind})" for topic, kind in pipeline.formats[:_FILTERS_SHOWN])
+            router.otherwise = self._tapped(StraySink(batcher, filters))
         for topic, kind in pipeline.formats:
             router.add(topic, sinks[kind], format_named(kind).number)
         # The Subscription Identifier of each filter: a 5.0 broker says with a message which filter it came by.

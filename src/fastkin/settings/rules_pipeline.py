@@ -37,6 +37,7 @@ def check(sources: Sources, number: int, broker: Broker | None, report: Report) 
         given.values["id"] = "default"
     _topics(given, where, in_file)
     _partition_key(given, broker)
+    _topic_field(given)
     _sizes(given)
     if given["dead_letter"] not in {None, "none"}:
         _dead_letter(given)
@@ -101,6 +102,16 @@ def _partition_key(given: Given, broker: Broker | None) -> None:
     if given["aggregation"] == "kpl" and kind == "none":
         problem = "does not go with partition_key none: consumers of such a stream do not take aggregates apart"
         given.problem("aggregation", problem, "choose one of them")
+
+
+def _topic_field(given: Given) -> None:
+    if not given["topic_field"]:
+        for key in ("topic_clash", "topic_others"):
+            if key in given.raw:
+                given.report.warn(f"{given.place(key)}: not used without topic_field")
+    elif given["topic_field"] == "payload" and given["topic_others"] == "wrap":
+        cure = "give the topic another name, or choose another topic_others"
+        given.problem("topic_field", 'is "payload", which is where topic_others = "wrap" puts the record', cure)
 
 
 def _sizes(given: Given) -> None:
