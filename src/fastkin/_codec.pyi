@@ -172,7 +172,8 @@ class PayloadFormat:
 
 COMPILED_FORMATS: tuple[PayloadFormat, ...]
 
-# What a pipeline makes of each of its records: the topic in a JSON object, a separator behind it.
+# What a pipeline makes of each of its records: events it does not want are left out, the topic in a JSON object, a
+# separator behind it.
 @final
 class Shape:
     def __new__(
@@ -182,6 +183,7 @@ class Shape:
         topic_clash: str = "replace",
         topic_others: str = "pass",
         separator: str = "",
+        events: Iterable[str] = (),
     ) -> Self: ...
     # what is stored of a payload; DataFormatError: it is none of this format, or a record cannot be shaped
     def records(self, topic: bytes, frame: PayloadFormat, payload: Buffer) -> list[bytes]: ...

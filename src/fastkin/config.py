@@ -234,6 +234,9 @@ def label_filter(label: str) -> str:
     return f"/devices/+/bulkData/{label}"
 
 
+EVENT_FILTER = "/devices/+/event"  # the topic filter that `events` stands for when no topics are named
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
     # without a default, which row() would be for type checkers
@@ -249,6 +252,12 @@ class Pipeline:
         None,
         "stands for the topic filter `/devices/+/bulkData/LABEL`, whose payloads are `bulk`",
         shape=_LABEL,
+        own=True,
+    )
+    events: tuple[str, ...] = row(
+        (),
+        "types of events (`eventType` of the JSON object) to store, `*` for all; others are acknowledged and counted as"
+        " filtered. Without `topics` it stands for the topic filter `/devices/+/event`",
         own=True,
     )
     qos: int = row(1, "QoS to subscribe with; 0 is at most once", least=0, most=2, microservice="QOS")
@@ -333,6 +342,11 @@ class Pipeline:
     )
     shutdown_timeout_s: float = row(30.0, "for storing what is held after SIGTERM", least=0, most=3600)
     stdout: bool = row(False, "true: `fastkin run` prints every message", microservice="STDOUT")
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The types of events that are stored; (): all of them, and nobody asks."""
+        return () if "*" in self.events else self.events
 
     @property
     def formats(self) -> tuple[tuple[str, str], ...]:

@@ -197,3 +197,90 @@ def test_a_shape_that_is_none_is_refused(arguments: dict[str, Any], message: str
     with pytest.raises(LibraryError) as refused:
         Shape(**arguments)
     assert str(refused.value) == message
+
+
+# --- events ---
+
+EVENTS = Shape(events=["start", "stöp", 'a"b'])
+
+
+def test_events_of_other_types_are_acknowledged_and_counted_as_filtered() -> None:
+    """MD-02: what is wanted is stored byte for byte (MD-15)."""
+    rig = Rig()
+    sink = FormatSink(rig.batcher, "raw", EVENTS)
+    wanted = b' {"eventData" : {"x": [1, 2]}, "eventType":"start"} '
+    assert sink.offer(b"/devices/7/event", wanted, 1) == 1
+    # 0: the message has no record to wait for, and is acknowledged in its turn
+    assert sink.offer(b"/devices/7/event", b'{"eventType":"other"}', 2) == 0
+    assert (rig.batcher.received, rig.batcher.filtered, rig.batcher.in_flight) == (2, 1, 1)
+    (call,) = rig.store()
+    assert [data for data, _, _ in call] == [wanted]
+    assert rig.counts() == {1: 1}
+    rig.settled()
+
+
+@pytest.mark.parametrize(
+    ("event", "passes"),
+    [
+        ('{"eventType":"start"}', True),
+        ('{"eventType":"st\\u0061rt","eventData":{}}', True),
+        ('{"eventType":"stöp"}', True),
+        ('{"eventType":"st\\u00f6p"}', True),
+        ('{"eventType":"a\\"b"}', True),
+        ('{"eventData":{"eventType":"start"},"eventType":"no"}', False),
+        ('{"eventType":"star"}', False),
+        ('{"eventType":"start "}', False),
+        ('{"eventType":"Start"}', False),
+        ('{"eventType":""}', False),
+    ],
+)
+def test_a_type_is_compared_as_text(event: str, passes: bool) -> None:
+    """MD-02."""
+    assert shaped(EVENTS, event.encode()) == ([event.encode()] if passes else [])
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b"",
+        b"12",
+        b"[]",
+        b"{}",
+        b'{"eventtype":"start"}',
+        b'{"eventType":1}',
+        b'{"eventType":null}',
+        b'{"eventType":"start',
+    ],
+)
+def test_what_has_no_type_is_set_aside(event: bytes) -> None:
+    rig = Rig()
+    assert FormatSink(rig.batcher, "raw", EVENTS).offer(b"t", event, 1) == 1
+    (reject,) = rig.batcher.take_rejects()
+    assert (reject.kind, reject.payload) == ("event", event)
+    assert reject.reason == 'events: a record is no JSON object with a text "eventType"'
+    rig.batcher.settle_reject(reject, DEAD)
+    rig.settled()
+
+
+def test_each_record_of_a_frame_is_asked_for_its_type() -> None:
+    rig = Rig()
+    frame = encode_frame([b'{"eventType":"no"}', b'{"eventType":"start"}', b'{"eventType":"no"}'])
+    assert FormatSink(rig.batcher, "bulk", Shape(events=["start"], topic_field="t")).offer(b"x", frame, 9) == 1
+    assert (rig.batcher.received, rig.batcher.filtered) == (3, 2)
+    (call,) = rig.store()
+    assert [data for data, _, _ in call] == [b'{"t":"x","eventType":"start"}']
+    rig.settled()
+
+
+def test_what_finds_no_room_is_filtered_once() -> None:
+    rig = Rig(budget=Budget(4096, 1))
+    sink = FormatSink(rig.batcher, "bulk", EVENTS)
+    frame = encode_frame([b'{"eventType":"start"}', b'{"eventType":"no"}'])
+    assert sink.offer(b"t", frame, 1) == 1
+    assert sink.offer(b"t", frame, 2) == -1
+    assert (rig.batcher.received, rig.batcher.filtered) == (2, 1)
+    rig.store()
+    assert sink.offer(b"t", frame, 2) == 1
+    assert (rig.batcher.received, rig.batcher.filtered) == (4, 2)
+    rig.store()
+    rig.settled()

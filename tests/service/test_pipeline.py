@@ -183,6 +183,31 @@ async def test_the_topic_of_a_message_is_spliced_into_its_record(server: Server)
         assert [each.data for each in r.stored()] == wanted
 
 
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_events_are_filtered_by_type_and_frames_beside_them_are_not(server: Server, protocol: Any) -> None:
+    """MD-02, MD-05: a format and a filter for each subscription of one pipeline."""
+    topics = ("/devices/+/event", "/devices/+/bulkData/telemetry")
+    start, stop = b'{"eventType":"start","eventData":{}}', b'{"eventType":"stop","eventData":{}}'
+    async with rig(
+        server, shards=1, broker={"protocol": protocol}, topics=topics, bulk_label="telemetry", events=("start",)
+    ) as r:
+        await r.publish(start, stop, stop, topic="/devices/7/event")
+        await r.publish(fastkin.encode_frame([stop]), topic="/devices/7/bulkData/telemetry")
+        await r.settled(4)
+        assert [each.data for each in r.stored()] == [start, stop]
+        assert (r.stats["stored"], r.stats["filtered"]) == (2, 2)
+
+
+async def test_frames_are_filtered_where_events_come_and_not_where_the_label_does(server: Server) -> None:
+    topics = ("plant/#", "/devices/+/bulkData/telemetry")
+    frame = fastkin.encode_frame([b'{"eventType":"stop"}', b'{"eventType":"start"}'])
+    async with rig(server, shards=1, format="bulk", topics=topics, bulk_label="telemetry", events=("start",)) as r:
+        await r.publish(frame)
+        await r.publish(frame, topic="/devices/7/bulkData/telemetry")
+        await r.settled(4)
+        assert (r.stats["stored"], r.stats["filtered"]) == (3, 1)
+
+
 async def test_a_forged_topic_cannot_forge_a_log_line(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     async with rig(server, format="bulk") as r:

@@ -377,6 +377,9 @@ cdef class Batcher(Sink):
             return self.refuse_whole(topic, topic_length, payload.whole, payload.whole_length, shape.kind, shape.reason,
                                      shape.at, token)
         taken = self.take_records(topic, topic_length, SHAPED, &made, token, ENTRY_TOKEN, False)
+        if taken != OFFER_STALLED:  # else they come again
+            self.accounting.received += payload.count - made.count
+            self.accounting.ended[OUT_FILTERED] += payload.count - made.count
         shape.trim()
         return taken
 

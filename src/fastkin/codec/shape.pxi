@@ -1,5 +1,6 @@
-# What is made of each record of a payload after its format was read and before it is stored: the topic spliced into a
-# JSON object, a separator behind it. A pipeline without such settings has no Shape, and pays nothing.
+# What is made of each record of a payload after its format was read and before it is stored: events of other types are
+# left out, the topic is spliced into a JSON object, a separator goes behind it. A pipeline without such settings has no
+# Shape, and pays nothing.
 #
 # The shaped records lie one behind the other in a buffer, each behind its length. That is a payload again, with a
 # `next` of its own: keys, sizes and budget are asked about what is stored, by the code that asks about all else.
@@ -38,6 +39,7 @@ cdef class Shape:
     topic_clash: "replace", "keep" or "reject" where the object has a member of that name.
     topic_others: "pass", "wrap" or "reject" for a record that is no JSON object.
     separator: what follows each record; it counts into its size.
+    events: the types of events that are wanted; the others are left out. Empty: every record is.
     """
 
     cdef bytes name  # topic_field as it is compared
@@ -45,6 +47,7 @@ cdef class Shape:
     cdef TopicClash clash
     cdef TopicOthers others
     cdef bytes separator
+    cdef tuple events  # as UTF-8
     # "topic":"..." for the last topic
     cdef Buf head
     cdef Buf topic
@@ -56,7 +59,7 @@ cdef class Shape:
     cdef size_t at
 
     def __cinit__(self, *, str topic_field not None="", str topic_clash not None="replace",
-                  str topic_others not None="pass", str separator not None=""):
+                  str topic_others not None="pass", str separator not None="", events=()):
         clashes = {"replace": CLASH_REPLACE, "keep": CLASH_KEEP, "reject": CLASH_REJECT}
         others = {"pass": OTHERS_PASS, "wrap": OTHERS_WRAP, "reject": OTHERS_REJECT}
         if topic_clash not in clashes:
@@ -70,6 +73,7 @@ cdef class Shape:
             raise LibraryError(f"topic_field has {len(self.name)} bytes, at most {NAME_ROOM}")
         self.member = json.dumps(topic_field, ensure_ascii=False).encode() + b":" if topic_field else b""
         self.separator = separator.encode()
+        self.events = tuple([event.encode() for event in events])
 
     def __dealloc__(self):
         buf_free(&self.head)
@@ -123,12 +127,20 @@ cdef class Shape:
         cdef size_t begin
         cdef size_t length = 0
         cdef size_t start
+        cdef int wanted
         cdef size_t separator = <size_t> PyBytes_GET_SIZE(self.separator)
         self.set_topic(topic, topic_length)
         self.out.length = 0
         made.first = made.count = made.data_bytes = made.longest = 0
         for _ in range(payload.count):
             begin = format.next(payload, &at, &length)
+            if self.events:
+                wanted = self.wants(payload.data + begin, length)
+                if wanted < 0:
+                    return self.bad("event", 'events: a record is no JSON object with a text "eventType"',
+                                    begin if payload.data == payload.whole else 0)
+                if wanted == 0:
+                    continue
             start = self.out.length
             buf_need(&self.out, sizeof(size_t) + length + self.grows())
             self.out.length += sizeof(size_t)
@@ -149,6 +161,19 @@ cdef class Shape:
         made.whole = payload.whole
         made.whole_length = payload.whole_length
         return True
+
+    cdef int wants(self, const uint8_t* data, size_t length) except -2:
+        """Is this event of a type that is wanted? -1: it has none. No more of it is read than up to its type."""
+        cdef Cursor c
+        cdef Text type_
+        c.p = data
+        c.end = data + length
+        if json_member(&c, "eventType", 9) < 0 or json_blank(&c) != c'"' or json_string(&c, &type_) < 0:
+            return -1
+        for event in self.events:
+            if json_named(&type_, PyBytes_AS_STRING(<bytes> event), <size_t> PyBytes_GET_SIZE(<bytes> event)):
+                return 1
+        return 0
 
     cdef bint splice(self, const uint8_t* data, size_t length, size_t where) except -1:
         """The record with the topic in it; `where` it stands in its payload."""

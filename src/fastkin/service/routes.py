@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fastkin._codec import Batcher, FormatSink, StraySink
 from fastkin.formats.table import format_named
 from fastkin.mqtt._core import CallbackSink, Router
-from fastkin.service.shapes import shape_of
+from fastkin.service.shapes import Way, shape_of, ways
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,20 +37,16 @@ class Routes:
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
         self.router = router = Router()
-        kinds = dict.fromkeys(kind for _, kind in pipeline.formats)
-        several = len(kinds) > 1
-        shape = shape_of(pipeline)
-        if several or shape is not None:
-            sinks = {kind: self._tapped(FormatSink(batcher, format_named(kind), shape)) for kind in kinds}
-        else:
-            sinks = {kind: self._tapped(batcher) for kind in kinds}
+        filters = ways(pipeline)
+        sinks = {way: self._tapped(_sink(pipeline, way, batcher)) for _, way in filters}
+        several = len(sinks) > 1
         if several:
-            filters = ", ".join(f"{topic!a} ({kind})" for topic, kind in pipeline.formats[:_FILTERS_SHOWN])
-            router.otherwise = self._tapped(StraySink(batcher, filters))
-        for topic, kind in pipeline.formats:
-            router.add(topic, sinks[kind], format_named(kind).number)
+            shown = ", ".join(f"{topic!a} ({way})" for topic, way in filters[:_FILTERS_SHOWN])
+            router.otherwise = self._tapped(StraySink(batcher, shown))
+        for topic, way in filters:
+            router.add(topic, sinks[way], way.identifier)
         # The Subscription Identifier of each filter: a 5.0 broker says with a message which filter it came by.
-        self.identifiers = {topic: format_named(kind).number for topic, kind in pipeline.formats} if several else {}
+        self.identifiers = {topic: way.identifier for topic, way in filters} if several else {}
         self.seen = 0  # the router's count of unrouted messages, when it was last looked at
         self._said_at = -_UNROUTED_EVERY_S
 
@@ -82,3 +78,11 @@ class Routes:
             ", ".join(map(ascii, former[:_FILTERS_SHOWN])), ", ..." if len(former) > _FILTERS_SHOWN else "",
             self.seen, ascii(client_id),
         )  # fmt: skip
+
+
+def _sink(pipeline: Pipeline, way: Way, batcher: Batcher) -> Batcher | FormatSink:
+    """The batcher itself where that is the same: it costs less."""
+    shape = shape_of(pipeline, way)
+    if shape is None and way.format == pipeline.format:
+        return batcher
+    return FormatSink(batcher, format_named(way.format), shape)

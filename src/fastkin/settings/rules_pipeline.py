@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastkin._codec import record_cost
-from fastkin.config import Broker, Pipeline, label_filter
+from fastkin.config import EVENT_FILTER, Broker, Pipeline, label_filter
 from fastkin.deadletter import destination
 from fastkin.formats import partition_key
 from fastkin.formats.table import DEFAULT, FRAME
@@ -65,6 +65,10 @@ def _topics(given: Given, where: str, in_file: bool) -> None:
         if wrong := _filter_problem(topic):
             cure = "+ and # stand for whole levels, # comes last; $share/GROUP/FILTER for a shared one"
             given.problem("topics", f"{topic!r} is not a topic filter: {wrong}", cure)
+    if "events" in given and not given["events"]:
+        given.problem("events", "is empty", 'name types of events, or leave it out; "*" is all of them')
+    if given["events"] and not given.raw.keys() & {"topics"}:
+        topics[EVENT_FILTER] = None
     if label := given["bulk_label"]:
         topics[label_filter(label)] = None
         if len(topics) == 1:  # else `format` is that of the others
@@ -73,11 +77,11 @@ def _topics(given: Given, where: str, in_file: bool) -> None:
                     f"{given.place('format')}: format is {DEFAULT}: each frame of bulk_label is stored whole"
                 )
             given.values.setdefault("format", FRAME)
-    if not topics and not {"topics", "bulk_label"} & given.raw.keys():
-        cure = "set topics or bulk_label"
+    if not topics and not {"topics", "bulk_label", "events"} & given.raw.keys():
+        cure = "set topics, bulk_label or events"
         if not in_file:
-            cure = "set TOPIC, FASTKIN_PIPELINE_TOPICS or FASTKIN_PIPELINE_BULK_LABEL"
-        given.report.problem(where, "has neither topics nor bulk_label", cure)
+            cure = "set TOPIC, FASTKIN_PIPELINE_TOPICS, FASTKIN_PIPELINE_BULK_LABEL or FASTKIN_PIPELINE_EVENTS"
+        given.report.problem(where, "has neither topics nor bulk_label nor events", cure)
     elif not topics and "topics" in given and not given.is_wrong("bulk_label"):
         given.problem("topics", "is empty", "name a topic filter")
     given.values["topics"] = tuple(topics)
