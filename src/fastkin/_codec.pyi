@@ -2,7 +2,7 @@
 # The docstrings are in the compiled module.
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, Self, final, overload
 
 from typing_extensions import Buffer, disjoint_base
 
@@ -161,7 +161,19 @@ class Receipt:
 @final
 class PayloadFormat:
     def __new__(cls, *_args: object, **_kwargs: object) -> Self: ...
+    @overload
     def __init__(self, name: str, number: int, doc: str, records: Callable[[bytes], Iterable[Buffer]]) -> None: ...
+    # records(payload, topic)
+    @overload
+    def __init__(
+        self,
+        name: str,
+        number: int,
+        doc: str,
+        records: Callable[[bytes, str], Iterable[Buffer]],
+        *,
+        topic: Literal[True],
+    ) -> None: ...
     @property
     def name(self) -> str: ...
     @property

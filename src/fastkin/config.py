@@ -265,6 +265,12 @@ class Pipeline:
     format: str = row(
         DEFAULT, "of `topics`. " + "; ".join(f"`{each.name}`: {each.doc}" for each in ROWS), choices=tuple(FORMATS)
     )
+    enrich: bool = row(
+        False,
+        'of `format = "event"`: true adds `timestamp`, `originDeviceId` (from the topic), `homeId` (from `homes`) and'
+        " an empty `eventData` where a device left them out",
+    )
+    homes: tuple[str, ...] = row((), "`DEVICE=HOME` for each device, or `*=HOME` for all others: for `enrich`")
     topic_field: str = row("", "a member of this name with the topic, first in each JSON object", shape=_FIELD)
     topic_clash: Literal["replace", "keep", "reject"] = row(
         "replace", "a record has that member already: `replace` it, `keep` it, or `reject` the message"

@@ -208,6 +208,24 @@ async def test_frames_are_filtered_where_events_come_and_not_where_the_label_doe
         assert (r.stats["stored"], r.stats["filtered"]) == (3, 1)
 
 
+async def test_an_event_is_checked_and_completed(server: Server, tmp_path: Path) -> None:
+    """MD-12, MD-14: what is wrong is one dead letter, and what a device left out is added from topic and settings."""
+    path = tmp_path / "dead.jsonl"
+    async with rig(
+        server, shards=1, format="event", enrich=True, homes=("7=12",), topics=("/devices/+/event",),
+        events=("start",), dead_letter=str(path),
+    ) as r:  # fmt: skip
+        await r.publish(b'{"eventType":"start"}', b'{"eventType":"stop"}', b'{"eventType":1}', topic="/devices/7/event")
+        await r.publish(b'{"eventType":"start"}', topic="/devices/8/event")
+        await r.settled(4)
+        (record,) = r.stored()
+        assert record.data.startswith(b'{"eventType":"start","eventData":{},"timestamp":"')
+        assert record.data.endswith(b'Z","homeId":12,"originDeviceId":7}')
+        assert (r.stats["filtered"], r.stats["format_errors"]) == (1, {"format": 2})
+    reasons = {json.loads(line)["reason"] for line in path.read_text().splitlines()}
+    assert reasons == {"eventType is not a text", "the event has no homeId"}
+
+
 async def test_a_forged_topic_cannot_forge_a_log_line(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     async with rig(server, format="bulk") as r:

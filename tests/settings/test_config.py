@@ -116,6 +116,8 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         qos = 2
         format = "raw"
         stream = "s"
+        enrich = true
+        homes = ["7=12"]
         topic_field = "topic"
         topic_clash = "keep"
         topic_others = "wrap"
@@ -262,6 +264,17 @@ def test_no_events_at_all_is_a_mistake(read: Any) -> None:
     assert "key 'events': is empty" in line
 
 
+@pytest.mark.parametrize("homes", ['["7"]', '["x=1"]', '["7=1", "8=y"]', '["7=1.5"]'])
+def test_homes_are_numbers_of_devices_and_homes(read: Any, homes: str) -> None:
+    (line,) = problems(read, CLIENT + SMALL + f'format = "event"\nenrich = true\nhomes = {homes}\n')
+    assert "is not DEVICE=HOME" in line
+
+
+def test_what_belongs_to_events_is_told_elsewhere(read: Any) -> None:
+    made = read(CLIENT + SMALL + 'enrich = true\nhomes = ["7=1"]\n')
+    assert sum('not used without format = "event"' in line for line in made.warnings) == 2
+
+
 def test_words_about_the_topic_without_a_topic_field_are_told(read: Any) -> None:
     made = read(CLIENT + SMALL + 'topic_clash = "keep"\n')
     assert any("topic_clash" in line and "not used without topic_field" in line for line in made.warnings)
@@ -300,7 +313,7 @@ def test_what_is_not_built_is_not_accepted(read: Any, key: str) -> None:
         ("max_batch_bytes", "100000", "has no room for one record of max_record_bytes"),
         ("budget_bytes", str(MIB), "has no room for one record of max_record_bytes"),
         ("format", '"bulkk"', "did you mean bulk?"),
-        ("format", '"event"', "use raw, bulk"),
+        ("format", '"evnt"', "did you mean event?"),
         ("aggregation", '"gzip"', "use none, kpl"),
         ("startup_check", '"dryrun"', "did you mean dry_run?"),
         ("topics", "[]", "is empty"),

@@ -354,7 +354,7 @@ cdef class Batcher(Sink):
         """The same for a format in Python."""
         cdef Payload payload
         try:
-            made = records_made(format, data, length)
+            made = records_made(format, topic, topic_len, data, length)
             format.read(&payload, data, length, made)
         except DataFormatError as error:
             # a wrong offset is a bug of the format: it must not become an error of the connection

@@ -272,7 +272,8 @@ cdef class Shape:
         cdef Payload made
         bytes_open(payload, &source, "a payload")
         try:
-            scanned = records_made(frame, source.p, source.length)
+            scanned = records_made(frame, <const uint8_t*> PyBytes_AS_STRING(topic), <size_t> PyBytes_GET_SIZE(topic),
+                                   source.p, source.length)
             frame.read(&read, source.p, source.length, scanned)
             if not self.shape(<const uint8_t*> PyBytes_AS_STRING(topic), <size_t> PyBytes_GET_SIZE(topic), frame,
                               &read, &made):

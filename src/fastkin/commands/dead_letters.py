@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastkin._codec import KeyPlan
+from fastkin._codec import KeyPlan, Shape
 from fastkin.config import Kinesis
 from fastkin.deadletter.destination import PREFIX
 from fastkin.deadletter.reader import Damaged, Letter, LetterFiles, Stored, since
@@ -31,12 +31,12 @@ from fastkin.formats.partition_key import key_plan
 from fastkin.formats.table import DEFAULT, FORMATS, format_named
 from fastkin.limits import MIB, RECORD_BYTES
 from fastkin.mqtt._core import CountSink, Router, matches
-from fastkin.service.shapes import shape_of, ways
+from fastkin.service.shapes import format_of, shape_of, ways
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
-    from fastkin._codec import PayloadFormat, Receipt, Shape
+    from fastkin._codec import PayloadFormat, Receipt
     from fastkin.config import Pipeline, Settings
     from fastkin.deadletter.reader import LetterFile
 
@@ -236,7 +236,7 @@ def route_of(pipeline: Pipeline, client_id: str, form: str | None) -> Route:
 
 def way_of(pipeline: Pipeline, form: str | None) -> Callable[[str | None], tuple[PayloadFormat, Shape | None] | None]:
     """As the intake tells it from the topic, when the broker does not say by which filter a message came."""
-    made = {way: (format_named(form or way.format), shape_of(pipeline, way)) for _, way in ways(pipeline)}
+    made = {way: (format_of(pipeline, form or way.format), shape_of(pipeline, way)) for _, way in ways(pipeline)}
     if len(made) == 1:
         (only,) = made.values()
         return lambda _: only
@@ -432,7 +432,7 @@ class Again:
             return [self._put(letter)]
         try:
             content, topic = letter.content(), (letter.topic or "").encode()
-            records = row.decode(content) if shape is None else shape.records(topic, row, content)
+            records = (shape or Shape()).records(topic, row, content)
         except DataFormatError as error:
             if isinstance(letter.payload, Stored):  # not written once more for another reason
                 _say_kept(letter, f"byte {error.offset}: {error.reason}")

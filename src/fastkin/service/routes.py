@@ -11,9 +11,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from fastkin._codec import Batcher, FormatSink, StraySink
-from fastkin.formats.table import format_named
 from fastkin.mqtt._core import CallbackSink, Router
-from fastkin.service.shapes import Way, shape_of, ways
+from fastkin.service.shapes import Way, format_of, shape_of, ways
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,4 +84,4 @@ def _sink(pipeline: Pipeline, way: Way, batcher: Batcher) -> Batcher | FormatSin
     shape = shape_of(pipeline, way)
     if shape is None and way.format == pipeline.format:
         return batcher
-    return FormatSink(batcher, format_named(way.format), shape)
+    return FormatSink(batcher, format_of(pipeline, way.format), shape)

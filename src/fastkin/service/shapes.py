@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastkin._codec import Shape
+from fastkin._codec import PayloadFormat, Shape
 from fastkin.config import label_filter
+from fastkin.formats import event
 from fastkin.formats.table import format_named
 
 if TYPE_CHECKING:
@@ -35,6 +36,14 @@ def ways(pipeline: Pipeline) -> tuple[tuple[str, Way], ...]:
     """Each filter with its way; where several match a topic, the first decides."""
     label = None if pipeline.bulk_label is None else label_filter(pipeline.bulk_label)
     return tuple((topic, Way(kind, bool(pipeline.wanted) and topic != label)) for topic, kind in pipeline.formats)
+
+
+def format_of(pipeline: Pipeline, name: str) -> PayloadFormat:
+    """The format of this name as the pipeline's settings want it. LibraryError: there is none."""
+    row = format_named(name)
+    if name == "event" and pipeline.enrich:
+        return PayloadFormat(row.name, row.number, row.doc, event.Enricher(pipeline.homes).records, topic=True)
+    return row
 
 
 def shape_of(pipeline: Pipeline, way: Way) -> Shape | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fastkin._codec import record_cost
 from fastkin.config import EVENT_FILTER, Broker, Pipeline, label_filter
 from fastkin.deadletter import destination
-from fastkin.formats import partition_key
+from fastkin.formats import event, partition_key
 from fastkin.formats.table import DEFAULT, FRAME
 from fastkin.settings import rules_stream
 from fastkin.settings.sources import pipeline_name
@@ -37,6 +37,7 @@ def check(sources: Sources, number: int, broker: Broker | None, report: Report) 
         given.values["id"] = "default"
     _topics(given, where, in_file)
     _partition_key(given, broker)
+    _events(given)
     _topic_field(given)
     _sizes(given)
     if given["dead_letter"] not in {None, "none"}:
@@ -106,6 +107,21 @@ def _partition_key(given: Given, broker: Broker | None) -> None:
     if given["aggregation"] == "kpl" and kind == "none":
         problem = "does not go with partition_key none: consumers of such a stream do not take aggregates apart"
         given.problem("aggregation", problem, "choose one of them")
+
+
+def _events(given: Given) -> None:
+    """`enrich` and `homes` go with format = "event"."""
+    for key in ("enrich", "homes"):
+        if key in given.raw and given["format"] != "event":
+            given.report.warn(f'{given.place(key)}: not used without format = "event"')
+        elif key == "homes" and key in given.raw and not given["enrich"]:
+            given.report.warn(f"{given.place(key)}: not used without enrich = true")
+    for each in given["homes"]:
+        try:
+            event.home_of(each)
+        except ValueError as error:
+            given.problem("homes", str(error), 'write a device and its home as numbers, "7=12", or "*=12" for all')
+            return
 
 
 def _topic_field(given: Given) -> None:
