@@ -167,4 +167,4 @@ def test_a_name_that_is_no_format_is_told_with_those_that_are() -> None:
 
 def test_the_numbers_of_formats_stay() -> None:
     """Brokers keep them in sessions: a row may be added, none may get another number."""
-    assert {name: row.number for name, row in FORMATS.items()} == {"raw": 1, "bulk": 2, "event": 3}
+    assert {name: row.number for name, row in FORMATS.items()} == {"raw": 1, "bulk": 2, "event": 3, "msgpack": 4}

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from fastkin._codec import COMPILED_FORMATS, PayloadFormat
 from fastkin.errors import LibraryError
-from fastkin.formats import event
+from fastkin.formats import event, msgpack
 
 ROWS: tuple[PayloadFormat, ...] = (
     *COMPILED_FORMATS,
     PayloadFormat("event", 3, "an event of MODE, checked", event.records),
+    PayloadFormat("msgpack", 4, "a MessagePack map becomes a JSON record", msgpack.records),
 )
 
 # The number is the format's Subscription Identifier: brokers keep it in sessions and beside queued messages, so it is
