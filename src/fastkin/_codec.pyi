@@ -227,6 +227,7 @@ class Batcher(Sink):
         max_batch_bytes: int = ...,
         max_record_bytes: int = ...,
         aggregate_bytes: int = 0,
+        line_bytes: int = 0,  # size of a Kinesis record of JSON lines; 0: none are made
         rows: Settler | None = None,  # is told how restored records end
         replay: Budget | None = None,  # pays for them; None: `budget`
         answer: AnswerNames | None = None,  # None: as PutRecords has them

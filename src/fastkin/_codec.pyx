@@ -15,6 +15,7 @@ One module in parts, in the order a record passes them:
   codec/batcher.pxi      payloads in, closed batches out
   codec/sinks.pxi     more ways into one batcher, for payloads of other formats
   codec/aggregate.pxi several records in one Kinesis record, as the KPL does it
+  codec/lines.pxi     the same, as lines of JSON
 
 Rules: an untrusted length is unsigned and compared with what is left, never added to a pointer first;
 a frame is read whole before a byte of it is taken; while we call out, our objects are whole.
@@ -242,6 +243,7 @@ include "codec/entry.pxi"
 include "codec/batch.pxi"
 include "codec/restore.pxi"
 include "codec/aggregate.pxi"
+include "codec/lines.pxi"
 include "codec/shape.pxi"
 include "codec/batcher.pxi"
 include "codec/sinks.pxi"

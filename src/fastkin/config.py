@@ -281,7 +281,9 @@ class Pipeline:
     )
     separator: Literal["", ",", "\t", "\n", "\r\n"] = row("", "follows each record; counts into its size")
     partition_key: str = row("uuid", "see partition keys", argument=True)
-    aggregation: Literal["none", "kpl"] = row("none", "`kpl`: many records in one Kinesis record")
+    aggregation: Literal["none", "kpl", "lines"] = row(
+        "none", "many records in one Kinesis record: `kpl`, as the KPL does it; `lines`, a line of JSON each"
+    )
     linger_ms: float = row(50.0, "how long a record may wait for others", least=0, most=60_000, argument=True)
     max_records: int = row(
         CALL_RECORDS, "records per call", least=1, most=CALL_RECORDS, why="one PutRecords call takes 500", argument=True

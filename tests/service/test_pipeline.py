@@ -226,6 +226,16 @@ async def test_an_event_is_checked_and_completed(server: Server, tmp_path: Path)
     assert reasons == {"eventType is not a text", "the event has no homeId"}
 
 
+async def test_json_records_become_lines_of_few_kinesis_records(server: Server) -> None:
+    async with rig(server, shards=1, aggregation="lines", linger_ms=200) as r:
+        await r.publish(*(b'{"n":%d}' % n for n in range(200)))
+        await r.settled(200)
+        stored = r.stored()
+        assert [line for each in stored for line in each.data.split(b"\n")] == [b'{"n":%d}' % n for n in range(200)]
+        assert len(stored) < 100
+        assert r.stats["stored"] == 200
+
+
 async def test_a_forged_topic_cannot_forge_a_log_line(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     async with rig(server, format="bulk") as r:

@@ -36,6 +36,7 @@ cdef class Batcher(Sink):
     cdef PayloadFormat format  # of what is offered to the batcher itself
     cdef size_t max_record_bytes
     cdef size_t group_most  # bytes of an aggregate; 0: every record is an entry of its own
+    cdef size_t line_most  # bytes of a Kinesis record of lines; 0: none are made
     cdef Aggregate group
     # how large the last batch became: where the next one starts
     cdef size_t body_hint
@@ -57,7 +58,8 @@ cdef class Batcher(Sink):
     def __cinit__(self, *, Settler settler, Budget budget not None, frame, KeyPlan key not None,
                   bytes target not None, size_t max_records=limits.CALL_RECORDS,
                   size_t max_batch_bytes=limits.DEFAULT_CALL_BYTES,
-                  size_t max_record_bytes=limits.RECORD_BYTES, size_t aggregate_bytes=0, Settler rows=None,
+                  size_t max_record_bytes=limits.RECORD_BYTES, size_t aggregate_bytes=0, size_t line_bytes=0,
+                  Settler rows=None,
                   Budget replay=None, AnswerNames answer=None):
         self.format = format_of(frame)
         if not 1 <= max_records <= ENTRIES_MOST:
@@ -76,6 +78,9 @@ cdef class Batcher(Sink):
         self.max_record_bytes = min(max_record_bytes, max_batch_bytes)
         self.plan = key
         self.set_aggregate_bytes(aggregate_bytes)
+        if line_bytes and aggregate_bytes:
+            raise LibraryError("aggregate_bytes and line_bytes are two ways to do the same: choose one")
+        self.line_most = min(line_bytes, self.max_record_bytes)
         self.closed = deque()
         self.wanted = -1
         self.rejects = []
@@ -235,6 +240,8 @@ cdef class Batcher(Sink):
     cdef inline int store(self, const uint8_t* data, size_t length, const Key* key, uint64_t token,
                           uint32_t kind) except -1:
         """One checked record, aggregated or not."""
+        if self.line_most:
+            return self.line_record(data, length, key, token, kind)
         if self.group_most:
             return self.group_record(data, length, key, token, kind)
         return self.append(data, length, key, NULL, 0, token, kind, 1)
@@ -257,12 +264,33 @@ cdef class Batcher(Sink):
         group.charged += aggregate_cost(length, kind)
         return 0
 
+    cdef int line_record(self, const uint8_t* data, size_t length, const Key* key, uint64_t token,
+                         uint32_t kind) except -1:
+        cdef Aggregate* group = &self.group
+        cdef bint possible = line_possible(data, length)
+        if group.records and not (possible and aggregate_key_is(group, key)
+                                  and line_fits(group, length, self.line_most, self.max_record_bytes)):
+            self.close_group()
+        if not possible:
+            return self.append(data, length, key, NULL, 0, token, kind, 1)
+        if group.records == 0:
+            check_memory(aggregate_open(group, key))
+            if self.open is None:
+                self.dirty = True
+                self.opened += 1
+        # also one that is larger than all lines may be together: its line ends must go
+        check_memory(line_add(group, data, length, token, kind))
+        self.budget.charge(aggregate_cost(length, kind), 1)
+        group.charged += aggregate_cost(length, kind)
+        return 0
+
     cdef int close_group(self) except -1:
         """The open aggregate becomes an entry; a single record goes out plain."""
         cdef Aggregate* group = &self.group
         cdef uint32_t records = group.records
         cdef Run* run = <Run*> group.runs.p
-        check_memory(aggregate_finish(group))
+        if not self.line_most:
+            check_memory(aggregate_finish(group))
         self.budget.release(group.charged, records)
         group.charged = 0
         group.records = 0

@@ -49,6 +49,7 @@ _LEAVE_S = 5.0  # for a run that lingers to leave the broker
 
 
 def _options(pipeline: Pipeline) -> Options:
+    aggregate = min(_AGGREGATE_BYTES, pipeline.max_record_bytes)
     return Options(
         budget_bytes=pipeline.budget_bytes,
         budget_records=pipeline.budget_records,
@@ -56,7 +57,8 @@ def _options(pipeline: Pipeline) -> Options:
         max_batch_bytes=pipeline.max_batch_bytes,
         max_record_bytes=pipeline.max_record_bytes,
         max_calls=pipeline.kinesis.max_connections,
-        aggregate_bytes=min(_AGGREGATE_BYTES, pipeline.max_record_bytes) if pipeline.aggregation == "kpl" else 0,
+        aggregate_bytes=aggregate if pipeline.aggregation == "kpl" else 0,
+        line_bytes=aggregate if pipeline.aggregation == "lines" else 0,
         linger_s=pipeline.linger_ms / 1000,
         on_full=pipeline.on_full,
         spool=pipeline.spool,

@@ -104,6 +104,9 @@ def _partition_key(given: Given, broker: Broker | None) -> None:
     except partition_key.KeySpecError as error:
         given.problem("partition_key", error.problem, error.cure)
         return
+    if given["aggregation"] == "lines" and given["separator"]:
+        problem = 'does not go with aggregation = "lines", where a line feed stands between records'
+        given.problem("separator", problem, "remove one of them")
     if given["aggregation"] == "kpl" and kind == "none":
         problem = "does not go with partition_key none: consumers of such a stream do not take aggregates apart"
         given.problem("aggregation", problem, "choose one of them")
