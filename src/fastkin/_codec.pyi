@@ -195,6 +195,7 @@ class Shape:
         topic_clash: str = "replace",
         topic_others: str = "pass",
         separator: str = "",
+        envelope: str | None = None,  # the host in it
         events: Iterable[str] = (),
     ) -> Self: ...
     # what is stored of a payload; DataFormatError: it is none of this format, or a record cannot be shaped

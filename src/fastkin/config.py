@@ -279,6 +279,11 @@ class Pipeline:
         "pass",
         "a record is no JSON object: `pass` it as it is, `wrap` it as base64 in `payload`, or `reject` the message",
     )
+    envelope: Literal["none", "spark"] = row(
+        "none",
+        '`spark`: each record becomes `{"type":"record","host":...,"data":RECORD}`; what is no JSON is set aside',
+    )
+    envelope_host: str | None = row(None, "the host in the envelope; left out: the machine's name")
     separator: Literal["", ",", "\t", "\n", "\r\n"] = row("", "follows each record; counts into its size")
     partition_key: str = row("uuid", "see partition keys", argument=True)
     aggregation: Literal["none", "kpl", "lines"] = row(

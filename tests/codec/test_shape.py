@@ -284,3 +284,33 @@ def test_what_finds_no_room_is_filtered_once() -> None:
     assert (rig.batcher.received, rig.batcher.filtered) == (4, 2)
     rig.store()
     rig.settled()
+
+
+# --- envelope ---
+
+
+def test_the_envelope_has_type_host_and_data_in_this_order() -> None:
+    """SP-07: the golden bytes of JSON.stringify({type, host, data})."""
+    shape = Shape(envelope="plant-pc")
+    assert shaped(shape, b'{"machine":"m1"}') == [b'{"type":"record","host":"plant-pc","data":{"machine":"m1"}}']
+    assert shaped(shape, encode_frame([b"1", b'"x"']), form=BULK) == [
+        b'{"type":"record","host":"plant-pc","data":1}',
+        b'{"type":"record","host":"plant-pc","data":"x"}',
+    ]
+    (data,) = shaped(Shape(envelope='a "b"'), b"[]")
+    assert json.loads(data)["host"] == 'a "b"'
+
+
+def test_the_topic_goes_into_the_record_and_the_separator_behind_the_envelope() -> None:
+    shape = Shape(envelope="h", topic_field="topic", separator="\n")
+    assert shaped(shape, b'{"a":1}') == [b'{"type":"record","host":"h","data":{"topic":"t","a":1}}\n']
+
+
+@pytest.mark.parametrize("payload", [b"", b"text", b"{", b'{"a":1}x', b"\xff"])
+def test_what_is_no_json_goes_into_no_envelope(payload: bytes) -> None:
+    rig = Rig()
+    assert FormatSink(rig.batcher, "raw", Shape(envelope="h")).offer(b"t", payload, 1) == 1
+    (reject,) = rig.batcher.take_rejects()
+    assert (reject.kind, reject.reason, reject.payload) == ("envelope", "envelope: a record is no JSON", payload)
+    rig.batcher.settle_reject(reject, DEAD)
+    rig.settled()

@@ -121,6 +121,8 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         topic_field = "topic"
         topic_clash = "keep"
         topic_others = "wrap"
+        envelope = "spark"
+        envelope_host = "h"
         separator = "\\n"
         partition_key = "topic:1"
         aggregation = "kpl"
@@ -282,7 +284,7 @@ def test_words_about_the_topic_without_a_topic_field_are_told(read: Any) -> None
 
 @pytest.mark.parametrize(
     "key",
-    ["firehose", "envelope", "wire"],
+    ["firehose", "wire"],
 )
 def test_what_is_not_built_is_not_accepted(read: Any, key: str) -> None:
     (line,) = problems(read, CLIENT + SMALL + f'{key} = "x"\n')

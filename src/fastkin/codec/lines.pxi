@@ -4,12 +4,9 @@
 
 cdef bint line_possible(const uint8_t* data, size_t length) noexcept nogil:
     """Is it JSON, whose line ends stand between its tokens and not within a text? Then a space is as good."""
-    cdef Cursor c
     cdef size_t i = 0
     cdef bint text = False
-    c.p = data
-    c.end = data + length
-    if json_skip(&c) < 0 or json_blank(&c) >= 0:
+    if not json_whole(data, length):
         return False
     if memchr(data, c"\n", length) == NULL and memchr(data, c"\r", length) == NULL:
         return True

@@ -1,6 +1,6 @@
 # What is made of each record of a payload after its format was read and before it is stored: events of other types are
-# left out, the topic is spliced into a JSON object, a separator goes behind it. A pipeline without such settings has no
-# Shape, and pays nothing.
+# left out, the topic is spliced into a JSON object, an envelope goes around it and a separator behind it. A pipeline
+# without such settings has no Shape, and pays nothing.
 #
 # The shaped records lie one behind the other in a buffer, each behind its length. That is a payload again, with a
 # `next` of its own: keys, sizes and budget are asked about what is stored, by the code that asks about all else.
@@ -39,6 +39,7 @@ cdef class Shape:
     topic_clash: "replace", "keep" or "reject" where the object has a member of that name.
     topic_others: "pass", "wrap" or "reject" for a record that is no JSON object.
     separator: what follows each record; it counts into its size.
+    envelope: the host in {"type":"record","host":HOST,"data":RECORD}; None: no envelope. The record is JSON then.
     events: the types of events that are wanted; the others are left out. Empty: every record is.
     """
 
@@ -46,6 +47,7 @@ cdef class Shape:
     cdef bytes member  # as it is written, with its colon
     cdef TopicClash clash
     cdef TopicOthers others
+    cdef bytes envelope  # up to the record; empty: none
     cdef bytes separator
     cdef tuple events  # as UTF-8
     # "topic":"..." for the last topic
@@ -59,7 +61,7 @@ cdef class Shape:
     cdef size_t at
 
     def __cinit__(self, *, str topic_field not None="", str topic_clash not None="replace",
-                  str topic_others not None="pass", str separator not None="", events=()):
+                  str topic_others not None="pass", str separator not None="", str envelope=None, events=()):
         clashes = {"replace": CLASH_REPLACE, "keep": CLASH_KEEP, "reject": CLASH_REJECT}
         others = {"pass": OTHERS_PASS, "wrap": OTHERS_WRAP, "reject": OTHERS_REJECT}
         if topic_clash not in clashes:
@@ -73,6 +75,10 @@ cdef class Shape:
             raise LibraryError(f"topic_field has {len(self.name)} bytes, at most {NAME_ROOM}")
         self.member = json.dumps(topic_field, ensure_ascii=False).encode() + b":" if topic_field else b""
         self.separator = separator.encode()
+        self.envelope = b""
+        if envelope is not None:
+            host = json.dumps(envelope, ensure_ascii=False).encode()
+            self.envelope = b'{"type":"record","host":' + host + b',"data":'
         self.events = tuple([event.encode() for event in events])
 
     def __dealloc__(self):
@@ -105,7 +111,8 @@ cdef class Shape:
 
     cdef size_t grows(self) noexcept:
         """By how many bytes a record becomes larger at most, besides the base64 of what is wrapped."""
-        return self.head.length + WRAP_BYTES + <size_t> PyBytes_GET_SIZE(self.separator) + sizeof(size_t)
+        return (self.head.length + WRAP_BYTES + <size_t> PyBytes_GET_SIZE(self.envelope) + 1
+                + <size_t> PyBytes_GET_SIZE(self.separator) + sizeof(size_t))
 
     cdef inline int put(self, const void* p, size_t n) except -1:
         buf_need(&self.out, n)
@@ -129,6 +136,7 @@ cdef class Shape:
         cdef size_t start
         cdef int wanted
         cdef size_t separator = <size_t> PyBytes_GET_SIZE(self.separator)
+        cdef size_t envelope = <size_t> PyBytes_GET_SIZE(self.envelope)
         self.set_topic(topic, topic_length)
         self.out.length = 0
         made.first = made.count = made.data_bytes = made.longest = 0
@@ -144,10 +152,17 @@ cdef class Shape:
             start = self.out.length
             buf_need(&self.out, sizeof(size_t) + length + self.grows())
             self.out.length += sizeof(size_t)
+            if envelope:
+                if not json_whole(payload.data + begin, length):
+                    return self.bad("envelope", "envelope: a record is no JSON",
+                                    begin if payload.data == payload.whole else 0)
+                self.put(PyBytes_AS_STRING(self.envelope), envelope)
             if self.head.length == 0:
                 self.put(payload.data + begin, length)
             elif not self.splice(payload.data + begin, length, begin if payload.data == payload.whole else 0):
                 return False
+            if envelope:
+                self.put(b"}", 1)
             if separator:
                 self.put(PyBytes_AS_STRING(self.separator), separator)
             length = self.out.length - start - sizeof(size_t)

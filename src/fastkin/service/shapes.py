@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastkin._codec import PayloadFormat, Shape
@@ -48,12 +49,14 @@ def format_of(pipeline: Pipeline, name: str) -> PayloadFormat:
 
 def shape_of(pipeline: Pipeline, way: Way) -> Shape | None:
     """None: records are stored as they come, and nobody is asked."""
-    if not (pipeline.topic_field or pipeline.separator or way.events):
+    enveloped = pipeline.envelope == "spark"
+    if not (pipeline.topic_field or pipeline.separator or enveloped or way.events):
         return None
     return Shape(
         topic_field=pipeline.topic_field,
         topic_clash=pipeline.topic_clash,
         topic_others=pipeline.topic_others,
         separator=pipeline.separator,
+        envelope=(pipeline.envelope_host or socket.gethostname()) if enveloped else None,
         events=pipeline.wanted if way.events else (),
     )

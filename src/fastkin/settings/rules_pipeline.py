@@ -39,6 +39,8 @@ def check(sources: Sources, number: int, broker: Broker | None, report: Report) 
     _partition_key(given, broker)
     _events(given)
     _topic_field(given)
+    if "envelope_host" in given.raw and given["envelope"] == "none":
+        given.report.warn(f"{given.place('envelope_host')}: not used without envelope")
     _sizes(given)
     if given["dead_letter"] not in {None, "none"}:
         _dead_letter(given)
