@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastkin import encode_frame
 from fastkin._codec import DEAD, Budget, FormatSink, KeyPlan, PayloadFormat, Shape
@@ -76,6 +78,33 @@ def test_a_member_of_that_name_is_kept_where_the_settings_say_so() -> None:
     shape = Shape(topic_field="topic", topic_clash="keep")
     assert shaped(shape, b'{"a":1,"topic":"mine"}') == [b'{"a":1,"topic":"mine"}']
     assert shaped(shape, b'{"a":1}') == [b'{"topic":"t","a":1}']
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = st.sampled_from(["topic", "a", "topi", "topicc", "Topic", ""]) | st.text(max_size=6)
+
+
+@given(st.dictionaries(NAMES, VALUES, max_size=5), st.booleans(), st.sampled_from([None, 1]))
+def test_any_object_reads_as_itself_with_the_topic_first(
+    value: dict[str, Any], plain: bool, indent: int | None
+) -> None:
+    """Against Python's own reader, escapes and white space included."""
+    payload = json.dumps(value, ensure_ascii=plain, indent=indent).encode("utf-8", "surrogatepass")
+    (data,) = shaped(TOPIC, payload)
+    rest = {name: each for name, each in value.items() if name != "topic"}
+    assert list(json.loads(data).items()) == [("topic", "t"), *rest.items()]
+    if "topic" not in value:
+        assert data == payload.replace(b"{", b'{"topic":"t"' + (b"," if value else b""), 1)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_pass_or_are_an_object_with_the_topic(payload: bytes) -> None:
+    (data,) = shaped(TOPIC, payload)
+    assert data == payload or data.lstrip(b" \t\r\n").startswith(b'{"topic":"t"')
 
 
 NO_OBJECTS = [b"", b"12", b"[1]", b'"a"', b"\xff\x00", b"{", b'{"a"}', b'{"a":1,}', b'{"a":1}x', b"{1:2}",
