@@ -207,6 +207,12 @@ class FormatSink(Sink):
     def __new__(cls, batcher: Batcher, frame: PayloadFormat | str, shape: Shape | None = None) -> Self: ...
     def offer(self, topic: bytes, payload: Buffer, token: int) -> int: ...  # as the C sink
 
+# Takes messages that are not wanted: each counts as one filtered record.
+@final
+class ExcludedSink(Sink):
+    def __new__(cls, batcher: Batcher) -> Self: ...
+    def offer(self, topic: bytes, payload: Buffer, token: int) -> int: ...  # as the C sink
+
 # Sets aside whole what matches none of `filters` (told in the reason).
 @final
 class StraySink(Sink):

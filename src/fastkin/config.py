@@ -260,6 +260,11 @@ class Pipeline:
         " filtered. Without `topics` it stands for the topic filter `/devices/+/event`",
         own=True,
     )
+    exclude: tuple[str, ...] = row(
+        (),
+        "topic filters whose messages are acknowledged and counted as filtered, though `topics` match them",
+        own=True,
+    )
     qos: int = row(1, "QoS to subscribe with; 0 is at most once", least=0, most=2, microservice="QOS")
     # of what comes by topics; what comes by a bulk_label beside them is bulk
     format: str = row(

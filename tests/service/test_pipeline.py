@@ -236,6 +236,30 @@ async def test_json_records_become_lines_of_few_kinesis_records(server: Server) 
         assert r.stats["stored"] == 200
 
 
+@pytest.mark.parametrize("label", [None, "telemetry"])
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_messages_of_excluded_topics_are_acknowledged_and_filtered(
+    server: Server, protocol: Any, label: str | None
+) -> None:
+    """SP-15: a machine that is not to publish, with one format and with two."""
+    topics = ("plant/#",) if label is None else ("plant/#", "/devices/+/bulkData/telemetry")
+    async with rig(
+        server, shards=1, broker={"protocol": protocol}, topics=topics, bulk_label=label,
+        exclude=("plant/+/m2", "/devices/8/#"),
+    ) as r:  # fmt: skip
+        for topic in ("plant/hall1/m1", "plant/hall1/m2", "plant/hall2/m2", "plant/hall2/m3"):
+            await r.publish(topic.encode(), topic=topic)
+        wanted = [b"plant/hall1/m1", b"plant/hall2/m3"]
+        if label is not None:
+            for device in (7, 8):
+                frame = fastkin.encode_frame([b"%d" % device])
+                await r.publish(frame, topic=f"/devices/{device}/bulkData/telemetry")
+            wanted.append(b"7")
+        await r.settled(4 if label is None else 6)
+        assert [each.data for each in r.stored()] == wanted
+        assert (r.stats["filtered"], r.stats["dead_lettered"]) == (2 if label is None else 3, 0)
+
+
 async def test_a_forged_topic_cannot_forge_a_log_line(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     async with rig(server, format="bulk") as r:

@@ -113,6 +113,7 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         topics = ["a/+", "$share/g/b/#"]
         bulk_label = "telemetry"
         events = ["start", "stop"]
+        exclude = ["a/9"]
         qos = 2
         format = "raw"
         stream = "s"

@@ -28,6 +28,26 @@ cdef class FormatSink(Sink):
 
 
 @cython.final
+cdef class ExcludedSink(Sink):
+    """Takes messages that are not wanted, whatever is in them: each counts as one record that was filtered."""
+
+    cdef Batcher batcher
+
+    def __cinit__(self, Batcher batcher not None):
+        self.batcher = batcher
+
+    cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
+                            size_t length, uint64_t token) except -2:
+        self.batcher.accounting.received += 1
+        self.batcher.accounting.ended[OUT_FILTERED] += 1
+        return 0
+
+    def offer(self, bytes topic not None, payload, unsigned long long token) -> int:
+        """As the C sink."""
+        return offer_bytes(self, topic, payload, token)
+
+
+@cython.final
 cdef class StraySink(Sink):
     """Sets payloads aside whose format nobody knows: each becomes a reject of the batcher."""
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from fastkin._codec import Batcher, FormatSink, StraySink
+from fastkin._codec import Batcher, ExcludedSink, FormatSink, StraySink
 from fastkin.mqtt._core import CallbackSink, Router
 from fastkin.service.shapes import Way, format_of, shape_of, ways
 
@@ -42,10 +42,18 @@ class Routes:
         if several:
             shown = ", ".join(f"{topic!a} ({way})" for topic, way in filters[:_FILTERS_SHOWN])
             router.otherwise = self._tapped(StraySink(batcher, shown))
+        elif pipeline.exclude:
+            router.otherwise = sinks[filters[0][1]]
+        # An identifier is believed before any topic, and what is excluded is known by its topic only. So with `exclude`
+        # none are asked for: the first filter that matches decides.
+        identified = not pipeline.exclude
+        excluded = ExcludedSink(batcher)
+        for topic in pipeline.exclude:
+            router.add(topic, excluded)
         for topic, way in filters:
-            router.add(topic, sinks[way], way.identifier)
+            router.add(topic, sinks[way], way.identifier if identified else 0)
         # The Subscription Identifier of each filter: a 5.0 broker says with a message which filter it came by.
-        self.identifiers = {topic: way.identifier for topic, way in filters} if several else {}
+        self.identifiers = {topic: way.identifier for topic, way in filters} if several and identified else {}
         self.seen = 0  # the router's count of unrouted messages, when it was last looked at
         self._said_at = -_UNROUTED_EVERY_S
 

@@ -68,6 +68,10 @@ def _topics(given: Given, where: str, in_file: bool) -> None:
         if wrong := _filter_problem(topic):
             cure = "+ and # stand for whole levels, # comes last; $share/GROUP/FILTER for a shared one"
             given.problem("topics", f"{topic!r} is not a topic filter: {wrong}", cure)
+    for topic in given["exclude"]:
+        if wrong := _filter_problem(topic) or ("a share is subscribed" if topic.startswith("$share/") else None):
+            cure = "+ and # stand for whole levels, # comes last, no $share"
+            given.problem("exclude", f"{topic!r} is not a topic filter to exclude: {wrong}", cure)
     if "events" in given and not given["events"]:
         given.problem("events", "is empty", 'name types of events, or leave it out; "*" is all of them')
     if given["events"] and not given.raw.keys() & {"topics"}:
