@@ -2,7 +2,7 @@
 # The docstrings are in the compiled module.
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, Self, final, overload
 
 from typing_extensions import Buffer, disjoint_base
 
@@ -167,7 +167,19 @@ class Receipt:
 @final
 class PayloadFormat:
     def __new__(cls, *_args: object, **_kwargs: object) -> Self: ...
+    @overload
     def __init__(self, name: str, number: int, doc: str, records: Callable[[bytes], Iterable[Buffer]]) -> None: ...
+    # records(payload, topic)
+    @overload
+    def __init__(
+        self,
+        name: str,
+        number: int,
+        doc: str,
+        records: Callable[[bytes, str], Iterable[Buffer]],
+        *,
+        topic: Literal[True],
+    ) -> None: ...
     @property
     def name(self) -> str: ...
     @property
@@ -178,10 +190,33 @@ class PayloadFormat:
 
 COMPILED_FORMATS: tuple[PayloadFormat, ...]
 
+# What a pipeline makes of each of its records: events it does not want are left out, the topic in a JSON object, a
+# separator behind it.
+@final
+class Shape:
+    def __new__(
+        cls,
+        *,
+        topic_field: str = "",
+        topic_clash: str = "replace",
+        topic_others: str = "pass",
+        separator: str = "",
+        envelope: str | None = None,  # the host in it
+        events: Iterable[str] = (),
+    ) -> Self: ...
+    # what is stored of a payload; DataFormatError: it is none of this format, or a record cannot be shaped
+    def records(self, topic: bytes, frame: PayloadFormat, payload: Buffer) -> list[bytes]: ...
+
 # The way into a batcher for payloads of one format, whatever the batcher's own is.
 @final
 class FormatSink(Sink):
-    def __new__(cls, batcher: Batcher, frame: PayloadFormat | str) -> Self: ...
+    def __new__(cls, batcher: Batcher, frame: PayloadFormat | str, shape: Shape | None = None) -> Self: ...
+    def offer(self, topic: bytes, payload: Buffer, token: int) -> int: ...  # as the C sink
+
+# Takes messages that are not wanted: each counts as one filtered record.
+@final
+class ExcludedSink(Sink):
+    def __new__(cls, batcher: Batcher) -> Self: ...
     def offer(self, topic: bytes, payload: Buffer, token: int) -> int: ...  # as the C sink
 
 # Sets aside whole what matches none of `filters` (told in the reason).
@@ -205,6 +240,7 @@ class Batcher(Sink):
         max_batch_bytes: int = ...,
         max_record_bytes: int = ...,
         aggregate_bytes: int = 0,
+        line_bytes: int = 0,  # size of a Kinesis record of JSON lines; 0: none are made
         rows: Settler | None = None,  # is told how restored records end
         replay: Budget | None = None,  # pays for them; None: `budget`
         answer: AnswerNames | None = None,  # None: as PutRecords has them

@@ -11,9 +11,11 @@ One module in parts, in the order a record passes them:
   codec/entry.pxi     the text of an entry, for PutRecords and for the disk
   codec/batch.pxi     the budget, and one PutRecords body with what it must settle
   codec/restore.pxi   a body that comes back from the disk, read as if a stranger had written it
+  codec/shape.pxi     what is made of each record before it is stored
   codec/batcher.pxi      payloads in, closed batches out
   codec/sinks.pxi     more ways into one batcher, for payloads of other formats
   codec/aggregate.pxi several records in one Kinesis record, as the KPL does it
+  codec/lines.pxi     the same, as lines of JSON
   codec/reading.pxi   records as a consumer gets them
 
 Rules: an untrusted length is unsigned and compared with what is left, never added to a pointer first;
@@ -243,6 +245,8 @@ include "codec/entry.pxi"
 include "codec/batch.pxi"
 include "codec/restore.pxi"
 include "codec/aggregate.pxi"
+include "codec/lines.pxi"
+include "codec/shape.pxi"
 include "codec/batcher.pxi"
 include "codec/sinks.pxi"
 include "codec/reading.pxi"

@@ -65,6 +65,7 @@ _EXTERNAL_ID = Shape(
 )
 _SESSION = Shape(r"[\w+=,.@-]{2,64}", "is not a session name", "2 to 64 letters, digits and _ + = , . @ -")
 _ID = Shape(r"[A-Za-z0-9_.:/-]{1,64}", "is not fit for a log line", "use 1 to 64 letters, digits and _ . : / -")
+_FIELD = Shape(lambda text: len(text.encode()) <= 1024, "is longer than 1,024 bytes", "use a shorter name")
 _LABEL = Shape(r"[^+#/]+", "is not one level of a topic", "without + # /")
 
 # Not stored: it is taken apart into the fields of Broker.
@@ -233,6 +234,9 @@ def label_filter(label: str) -> str:
     return f"/devices/+/bulkData/{label}"
 
 
+EVENT_FILTER = "/devices/+/event"  # the topic filter that `events` stands for when no topics are named
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
     # without a default, which row() would be for type checkers
@@ -250,13 +254,46 @@ class Pipeline:
         shape=_LABEL,
         own=True,
     )
+    events: tuple[str, ...] = row(
+        (),
+        "types of events (`eventType` of the JSON object) to store, `*` for all; others are acknowledged and counted as"
+        " filtered. Without `topics` it stands for the topic filter `/devices/+/event`",
+        own=True,
+    )
+    exclude: tuple[str, ...] = row(
+        (),
+        "topic filters whose messages are acknowledged and counted as filtered, though `topics` match them",
+        own=True,
+    )
     qos: int = row(1, "QoS to subscribe with; 0 is at most once", least=0, most=2, microservice="QOS")
     # of what comes by topics; what comes by a bulk_label beside them is bulk
     format: str = row(
         DEFAULT, "of `topics`. " + "; ".join(f"`{each.name}`: {each.doc}" for each in ROWS), choices=tuple(FORMATS)
     )
+    enrich: bool = row(
+        False,
+        'of `format = "event"`: true adds `timestamp`, `originDeviceId` (from the topic), `homeId` (from `homes`) and'
+        " an empty `eventData` where a device left them out",
+    )
+    homes: tuple[str, ...] = row((), "`DEVICE=HOME` for each device, or `*=HOME` for all others: for `enrich`")
+    topic_field: str = row("", "a member of this name with the topic, first in each JSON object", shape=_FIELD)
+    topic_clash: Literal["replace", "keep", "reject"] = row(
+        "replace", "a record has that member already: `replace` it, `keep` it, or `reject` the message"
+    )
+    topic_others: Literal["pass", "wrap", "reject"] = row(
+        "pass",
+        "a record is no JSON object: `pass` it as it is, `wrap` it as base64 in `payload`, or `reject` the message",
+    )
+    envelope: Literal["none", "spark"] = row(
+        "none",
+        '`spark`: each record becomes `{"type":"record","host":...,"data":RECORD}`; what is no JSON is set aside',
+    )
+    envelope_host: str | None = row(None, "the host in the envelope; left out: the machine's name")
+    separator: Literal["", ",", "\t", "\n", "\r\n"] = row("", "follows each record; counts into its size")
     partition_key: str = row("uuid", "see partition keys", argument=True)
-    aggregation: Literal["none", "kpl"] = row("none", "`kpl`: many records in one Kinesis record")
+    aggregation: Literal["none", "kpl", "lines"] = row(
+        "none", "many records in one Kinesis record: `kpl`, as the KPL does it; `lines`, a line of JSON each"
+    )
     linger_ms: float = row(50.0, "how long a record may wait for others", least=0, most=60_000, argument=True)
     max_records: int = row(
         CALL_RECORDS, "records per call", least=1, most=CALL_RECORDS, why="one PutRecords call takes 500", argument=True
@@ -323,6 +360,11 @@ class Pipeline:
     )
     shutdown_timeout_s: float = row(30.0, "for storing what is held after SIGTERM", least=0, most=3600)
     stdout: bool = row(False, "true: `fastkin run` prints every message", microservice="STDOUT")
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The types of events that are stored; (): all of them, and nobody asks."""
+        return () if "*" in self.events else self.events
 
     @property
     def formats(self) -> tuple[tuple[str, str], ...]:

@@ -13,6 +13,7 @@ file or to a broker. Such rules are in settings/rules_*.py.
 from __future__ import annotations
 
 import enum
+import json
 import numbers
 import re
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -73,6 +74,11 @@ class Row:
         """Of a number: "bytes", "ms" or "s", for a name ends with its unit; "" for what is counted."""
         end = self.key.rpartition("_")[2]
         return end if self.kind in {"int", "number"} and end in _UNITS else ""
+
+    @property
+    def shown_choices(self) -> tuple[str, ...]:
+        r"""The choices as a person writes them: a line feed is \n. The empty one means "left out"."""
+        return tuple(json.dumps(each)[1:-1] for each in self.choices if each)
 
     def hides(self, value: object) -> bool:
         """May this value not be shown?"""
@@ -182,12 +188,14 @@ def _fault_of_number(row: Row, number: Any, least: float | None) -> Fault | None
 
 
 def _fault_of_text(row: Row, text: str) -> Fault | None:
-    # Whatever the text is for: names go into log lines, topics and keys into packets and headers, and none of them
-    # can have a control character.
+    if text in row.choices:
+        return None  # a separator may be a control character
+    # Whatever else the text is for: names go into log lines, topics and keys into packets and headers, and none of
+    # them can have a control character.
     if re.search(r"[\x00-\x1f\x7f]", text):
         return Fault.CONTROL
     if row.choices:
-        return None if text in row.choices else Fault.CHOICE
+        return Fault.CHOICE
     if not text:
         return None if row.default == "" else Fault.EMPTY
     return Fault.SHAPE if row.shape is not None and not row.shape.holds(text) else None

@@ -159,7 +159,8 @@ async def test_an_instance_role(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_no_keys_anywhere(caplog: pytest.LogCaptureFixture) -> None:
-    provider = await make_provider(Kinesis(stream="x"))
+    """MD-01: and the line says which pipeline has none."""
+    provider = await make_provider(Kinesis(stream="x"), "welders")
     with pytest.raises(KinesisError) as caught:
         await provider.get()
     assert caught.value.code == "NoCredentials"
@@ -167,7 +168,8 @@ async def test_no_keys_anywhere(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(KinesisError) as again:  # not asked again at once
         await provider.get()
     assert again.value.retry_after is not None
-    assert len([r for r in caplog.records if r.levelno == logging.ERROR and r.name.startswith("fastkin")]) == 1
+    (line,) = [r for r in caplog.records if r.levelno == logging.ERROR and r.name.startswith("fastkin")]
+    assert line.getMessage().startswith("pipeline=welders stage=credentials no valid credentials")
     await provider.close()
 
 
@@ -315,7 +317,7 @@ async def test_a_refresh_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     sts = Sts(valid_s=4)
     async with FakeServer(sts.answer) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", server.url)
-        provider = await make_provider(assume(external_id="tenant-7"))
+        provider = await make_provider(assume(external_id="tenant-7"), "welders")
         first = await provider.get()
         begin = time.monotonic()
         sts.failing = True
@@ -326,6 +328,8 @@ async def test_a_refresh_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         assert 1 <= tries <= 3
         logged = [r for r in caplog.records if r.name == "fastkin.credentials" and r.levelno == logging.ERROR]
         assert len(logged) == tries
+        # MD-01
+        assert all(r.getMessage().startswith("pipeline=welders stage=credentials ") for r in logged)
         assert "not you" in caplog.text
         while time.monotonic() < begin + 5.5:
             await asyncio.sleep(0.1)

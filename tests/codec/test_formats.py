@@ -32,7 +32,7 @@ def test_each_sink_reads_its_own_format_into_the_same_batcher() -> None:
 
 def test_a_format_that_is_none_is_refused() -> None:
     with pytest.raises(LibraryError, match="one of raw, bulk"):
-        FormatSink(Rig().batcher, "event")
+        FormatSink(Rig().batcher, "nope")
 
 
 @pytest.mark.parametrize("payload", [b"", b"x" * 1000])
@@ -167,4 +167,4 @@ def test_a_name_that_is_no_format_is_told_with_those_that_are() -> None:
 
 def test_the_numbers_of_formats_stay() -> None:
     """Brokers keep them in sessions: a row may be added, none may get another number."""
-    assert {name: row.number for name, row in FORMATS.items()} == {"raw": 1, "bulk": 2}
+    assert {name: row.number for name, row in FORMATS.items()} == {"raw": 1, "bulk": 2, "event": 3, "msgpack": 4}

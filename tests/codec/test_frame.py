@@ -30,6 +30,8 @@ def element(data: bytes, family: str) -> bytes:
             return b"\xc5" + struct.pack(">H", size) + data
         case "fixraw" if size < 32:
             return bytes([0xA0 | size]) + data
+        case "str8" if size < 1 << 8:
+            return b"\xd9" + struct.pack(">B", size) + data
         case "raw16":
             return b"\xda" + struct.pack(">H", size) + data
         case "raw32":
@@ -47,7 +49,7 @@ def array(count: int, family: int) -> bytes:
 def frames(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
     records = draw(st.lists(st.one_of(st.binary(max_size=40), st.binary(min_size=250, max_size=300)), max_size=20))
     version = draw(st.sampled_from(VERSIONS))
-    kinds = st.sampled_from(["bin8", "bin16", "bin32", "fixraw", "raw16", "raw32"])
+    kinds = st.sampled_from(["bin8", "bin16", "bin32", "fixraw", "str8", "raw16", "raw32"])
     elements = b"".join(element(record, draw(kinds)) for record in records)
     family = draw(st.integers(0, 2))
     match draw(st.sampled_from(["stream", "array behind", "one array"])):
@@ -150,11 +152,26 @@ def test_go_bytes() -> None:
     assert decode_frame(b"\xa31.0") == []
 
 
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 255, 256, 65535, 65536])
+def test_a_str_of_any_width_is_a_record_of_its_bytes(size: int) -> None:
+    """MD-19: one rule for text among the records."""
+    text = "ä" * (size // 2) + "x" * (size % 2)
+    frame = b"\xa31.0" + msgpack.packb(text) + msgpack.packb(b"b")
+    assert decode_frame(frame) == [text.encode(), b"b"] == oracle.decode_frame(frame)
+
+
+def test_the_bytes_of_a_str_need_not_be_text() -> None:
+    """MD-19: the raw family of MessagePack before 2013 has the codes of str, and held anything."""
+    assert decode_frame(b"\xa31.0\xa2\xff\xfe\xd9\x01\xff\xda\x00\x01\x80\xdb\0\0\0\x01\xc0") == [
+        b"\xff\xfe", b"\xff", b"\x80", b"\xc0"
+    ]  # fmt: skip
+
+
 NAMES = {
     0x05: "positive fixint", 0x81: "fixmap", 0xC0: "nil", 0xC1: "reserved", 0xC2: "false", 0xC3: "true",
     0xC7: "ext8", 0xC8: "ext16", 0xC9: "ext32", 0xCA: "float32", 0xCB: "float64", 0xCC: "uint8", 0xCD: "uint16",
     0xCE: "uint32", 0xCF: "uint64", 0xD0: "int8", 0xD1: "int16", 0xD2: "int32", 0xD3: "int64", 0xD4: "fixext1",
-    0xD5: "fixext2", 0xD6: "fixext4", 0xD7: "fixext8", 0xD8: "fixext16", 0xD9: "str8", 0xDC: "array16",
+    0xD5: "fixext2", 0xD6: "fixext4", 0xD7: "fixext8", 0xD8: "fixext16", 0xDC: "array16",
     0xDD: "array32", 0xDE: "map16", 0xDF: "map32", 0xE0: "negative fixint", 0xFF: "negative fixint", 0x93: "fixarray",
 }  # fmt: skip
 

@@ -216,6 +216,28 @@ async def test_replay_sends_each_kind_as_what_it_is_and_leaves_nothing(
     assert len(stored(emulator)) == 4
 
 
+async def test_what_is_replayed_takes_the_shape_of_its_pipeline(tmp_path: Path, emulator: Emulator, path: Path) -> None:
+    write(path, refused(b'{"topic":"old"}', "k"), frame(b'{"n":1}'), frame(b'{"n":2}\n', index=0))
+    config = settings(tmp_path, emulator, path, topic_field="topic", separator="\n", partition_key="topic:1")
+    assert await run("replay", "--config", config) == 0
+    # what was a record already goes as it lies there
+    assert stored(emulator) == [("7", b'{"n":2}\n'), ("7", b'{"topic":"a/7/b","n":1}\n'), ("k", b'{"topic":"old"}')]
+    assert kept(path) == []
+
+
+async def test_events_are_filtered_at_a_replay_and_frames_of_the_label_are_not(
+    tmp_path: Path, emulator: Emulator, path: Path
+) -> None:
+    start, stop = b'{"eventType":"start"}', b'{"eventType":"stop"}'
+    label = "/devices/7/bulkData/x"
+    write(path, frame(start), frame(stop), frame(b"no event"), frame(fastkin.encode_frame([stop]), topic=label))
+    config = settings(tmp_path, emulator, path, events=["start"], bulk_label="x", partition_key="static:k")
+    assert await run("replay", "--config", config) == 1
+    assert stored(emulator) == [("k", start), ("k", stop)]
+    (left,) = kept(path)
+    assert "eventType" in left["reason"]
+
+
 async def test_replay_to_another_stream(emulator: Emulator, path: Path) -> None:
     write(path, refused(b"1"), frame(b"2"))
     there = ["--stream", "others", "--endpoint-url", emulator.url]

@@ -438,7 +438,135 @@ def test_nothing_unfinished_is_thrown_away() -> None:
     assert a.flush() == []
 
 
+def test_only_whole_records_are_handed_out_when_asked_for() -> None:
+    """SP-13."""
+    a = example("assembler").Assembler({f"m{n}": ["x", "y"] for n in range(3)}, max_machines=1, incomplete=False)
+    assert a.add("m0", "x", 1) == []
+    assert a.add("m0", "x", 2) == []  # the first value had no fellow
+    assert a.add("m1", "x", 3) == []  # nor had the second, when there was no room for it
+    assert a.add("m1", "y", 4) == [{"machine": "m1", "complete": True, "values": {"x": 3, "y": 4}}]
+    assert a.add("m2", "x", 5) == []
+    assert a.flush() == []
+    assert a.discarded == 3
+
+
 @pytest.mark.parametrize(("machine", "variable"), [("nobody", "x"), ("m0", "z")])
 def test_an_unknown_name_is_an_error(machine: str, variable: str) -> None:
     with pytest.raises(KeyError):
         example("assembler").Assembler({"m0": ["x"]}).add(machine, variable, 1)
+
+
+# -- examples/machines.py; the machines and what is written of them are those of the tests of spark-protocol-aws-kinesis
+
+
+def machine(name: str, *variables: dict[str, Any], disabled: bool = False, **info: Any) -> dict[str, Any]:
+    return {
+        "info": {"name": name, **info},
+        "settings": {"model": {"enable": True, "publishDisabled": disabled}},
+        "variables": {each["name"]: each for each in variables},
+    }
+
+
+TEMPERATURE, COUNT, HUMIDITY = ({"name": name} for name in ("temperature", "count", "humidity"))
+PRESSURE = {"name": "pressure", "srcVariables": [{"srcVariable": "temperature", "srcMachine": "my-machine1"}]}
+
+
+def plant(**changes: Any) -> dict[str, Any]:
+    return {
+        "my-machine1": machine("my-machine1", TEMPERATURE),
+        "my-machine2": machine("my-machine2", COUNT, disabled=True),
+        "my-machineV": machine("my-machineV", PRESSURE, disabled=True, hpl="virtual"),
+    } | {name.replace("_", "-"): made for name, made in changes.items()}
+
+
+def machines_of(configured: dict[str, Any]) -> Any:
+    return example("machines").Machines("h", configured)
+
+
+def test_a_whole_reading_is_a_record() -> None:
+    """SP-12: everything that is known of a variable, and its value behind it."""
+    described = {"name": "temperature", "description": "Oven", "format": "float"}
+    m = machines_of(plant(my_machine1=machine("my-machine1", described)))
+    assert m.value("my-machine1", "temperature", 1234, "2018-01-02T03:04:05.678Z") == [
+        (
+            "h/my-machine1",
+            (
+                b'{"type":"record","host":"h","data":{"machine":"my-machine1","time":"2018-01-02T03:04:05.678Z",'
+                b'"attributes":{"temperature":{"name":"temperature","description":"Oven","format":"float","value":1234}}}}'
+            ),
+        )
+    ]
+
+
+def test_metadata_of_a_machine_that_is_enabled() -> None:
+    """SP-09, SP-10: and none of those that were there at the start."""
+    m = machines_of(plant())
+    enabled = plant(my_machine2=machine("my-machine2", COUNT))
+    assert m.configure(enabled) == [
+        (
+            "h/my-machine2",
+            (
+                b'{"type":"metadata","host":"h","data":{"info":{"name":"my-machine2"},'
+                b'"variables":{"count":{"name":"count"}}}}'
+            ),
+        )
+    ]
+    assert m.configure(enabled) == []  # nothing has changed
+
+
+def test_metadata_when_variables_change() -> None:
+    """SP-09, SP-10."""
+    m = machines_of(plant(my_machine2=machine("my-machine2", COUNT)))
+    ((_, data),) = m.configure(plant(my_machine2=machine("my-machine2", COUNT, HUMIDITY)))
+    assert data == (
+        b'{"type":"metadata","host":"h","data":{"info":{"name":"my-machine2"},'
+        b'"variables":{"count":{"name":"count"},"humidity":{"name":"humidity"}}}}'
+    )
+
+
+def test_metadata_of_a_virtual_machine() -> None:
+    """SP-11: which variable of which machine it is made of, and again when its variables change."""
+    m = machines_of(plant())
+    ((_, data),) = m.configure(plant(my_machineV=machine("my-machineV", PRESSURE, hpl="virtual")))
+    pressure = (
+        b'{"type":"metadata","host":"h","data":{"info":{"name":"my-machineV","hpl":"virtual"},"variables":{"pressure":'
+        b'{"name":"pressure","srcVariables":[{"srcVariable":"temperature","srcMachine":"my-machine1"}],'
+        b'"referencedMachineInfo":{"name":"my-machine1"},'
+        b'"referencedMachineConfig":{"enable":true,"publishDisabled":false},'
+        b'"referencedVariable":{"name":"temperature"}}'
+    )
+    assert data == pressure + b"}}}"
+    count = {"name": "count", "srcVariables": [{"srcVariable": "count", "srcMachine": "my-machine2"}]}
+    both = plant(
+        my_machine2=machine("my-machine2", COUNT, HUMIDITY),
+        my_machineV=machine("my-machineV", PRESSURE, count, hpl="virtual"),
+    )
+    (_, (_, data)) = m.configure(both)
+    assert data == pressure + (
+        b',"count":{"name":"count","srcVariables":[{"srcVariable":"count","srcMachine":"my-machine2"}],'
+        b'"referencedMachineInfo":{"name":"my-machine2"},'
+        b'"referencedMachineConfig":{"enable":true,"publishDisabled":false},'
+        b'"referencedVariable":{"name":"count"}}}}}'
+    )
+
+
+def test_only_whole_readings_are_written_and_machines_do_not_disturb_each_other() -> None:
+    """SP-13, and SP-14 turned round: an entry of another machine ends no reading."""
+    m = machines_of(plant(my_machine2=machine("my-machine2", COUNT, HUMIDITY)))
+    assert m.value("my-machine2", "count", 1, "t1") == []
+    assert len(m.value("my-machine1", "temperature", 2, "t2")) == 1
+    assert m.value("my-machine2", "count", 3, "t3") == []  # again: the newer value
+    ((key, data),) = m.value("my-machine2", "humidity", 4, "t4")
+    read = json.loads(data)["data"]
+    assert (key, read["time"]) == ("h/my-machine2", "t1")
+    assert {name: each["value"] for name, each in read["attributes"].items()} == {"count": 3, "humidity": 4}
+    assert m.value("my-machine2", "count", 5, "t5") == []  # a reading begins anew
+
+
+def test_a_machine_that_may_not_publish_writes_nothing() -> None:
+    """SP-15: from the start, and as soon as it is told."""
+    m = machines_of(plant())
+    assert m.value("my-machine2", "count", 1, "t") == []
+    assert m.configure(plant(my_machine1=machine("my-machine1", TEMPERATURE, disabled=True))) == []
+    assert m.value("my-machine1", "temperature", 1, "t") == []
+    assert m.value("nobody", "x", 1, "t") == []

@@ -42,7 +42,7 @@ def settings_tables() -> str:
 
 def allowed(row: Row) -> str:
     if row.choices:
-        return ", ".join(f"`{choice}`" for choice in row.choices)
+        return ", ".join(f"`{choice}`" for choice in row.shown_choices)
     if row.least is not None:
         return f"{row.least:,} to {row.most:,} {row.unit}".rstrip()
     return {"flag": "`true`, `false`", "list": "list of texts"}.get(row.kind, "text")

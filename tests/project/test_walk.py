@@ -270,7 +270,7 @@ asyncio.run(main())
 """
 
 # its number is held, so that a row moved up or down is seen
-FORMAT_NUMBER = Edit("tests/codec/test_formats.py", ', "toy": 3', at='{"raw": 1, "bulk": 2')
+FORMAT_NUMBER = Edit("tests/codec/test_formats.py", ', "toy": 99', at='{"raw": 1, "bulk": 2')
 
 FORMAT = Toy(
     title="Add a payload format",
@@ -293,8 +293,8 @@ def records(payload: bytes) -> list[bytes]:
         ),
         Edit(
             "src/fastkin/formats/table.py",
-            ' PayloadFormat("toy", 3, "each line is a record", toy.records),',
-            at="ROWS: tuple[PayloadFormat, ...] = (*COMPILED_FORMATS,",
+            '    PayloadFormat("toy", 99, "each line is a record", toy.records),\n',
+            at="    *COMPILED_FORMATS,\n",
         ),
         FORMAT_NUMBER,
     ),
@@ -341,7 +341,7 @@ cdef tuple toy_reason(const Payload* payload):
         Edit("src/fastkin/codec/formats.pxi", 'include "format_toy.pxi"\n', at='include "format_bulk.pxi"\n'),
         Edit(
             "src/fastkin/codec/formats.pxi",
-            '    compiled_format("toy", 3, "each line is a record", toy_scan, toy_next, toy_reason),\n',
+            '    compiled_format("toy", 99, "each line is a record", toy_scan, toy_next, toy_reason),\n',
             at='    compiled_format("bulk", 2, "a frame of records", bulk_scan, bulk_next, bulk_reason),\n',
         ),
         FORMAT_NUMBER,

@@ -168,6 +168,98 @@ async def test_an_oversize_element_does_not_take_its_frame_along(server: Server,
     assert json.loads(path.read_text())["index"] == 1
 
 
+async def test_the_topic_of_a_message_is_spliced_into_its_record(server: Server) -> None:
+    """IC-05, IC-06: with one format, and beside frames of a bulk label."""
+    async with rig(server, shards=1, topic_field="topic", separator="\n") as r:
+        await r.publish(b'{"message":"Hello, world!"}', topic="plant/asdasd")
+        await r.settled(1)
+        assert [each.data for each in r.stored()] == [b'{"topic":"plant/asdasd","message":"Hello, world!"}\n']
+    topics = ("plant/#", "/devices/+/bulkData/telemetry")
+    async with rig(server, shards=1, topic_field="topic", topics=topics, bulk_label="telemetry") as r:
+        await r.publish(fastkin.encode_frame([b"{}", b"1"]), topic="/devices/7/bulkData/telemetry")
+        await r.publish(b"{}")
+        await r.settled(3)
+        wanted = [b'{"topic":"/devices/7/bulkData/telemetry"}', b"1", b'{"topic":"plant/hall1/m1"}']
+        assert [each.data for each in r.stored()] == wanted
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_events_are_filtered_by_type_and_frames_beside_them_are_not(server: Server, protocol: Any) -> None:
+    """MD-02, MD-05: a format and a filter for each subscription of one pipeline."""
+    topics = ("/devices/+/event", "/devices/+/bulkData/telemetry")
+    start, stop = b'{"eventType":"start","eventData":{}}', b'{"eventType":"stop","eventData":{}}'
+    async with rig(
+        server, shards=1, broker={"protocol": protocol}, topics=topics, bulk_label="telemetry", events=("start",)
+    ) as r:
+        await r.publish(start, stop, stop, topic="/devices/7/event")
+        await r.publish(fastkin.encode_frame([stop]), topic="/devices/7/bulkData/telemetry")
+        await r.settled(4)
+        assert [each.data for each in r.stored()] == [start, stop]
+        assert (r.stats["stored"], r.stats["filtered"]) == (2, 2)
+
+
+async def test_frames_are_filtered_where_events_come_and_not_where_the_label_does(server: Server) -> None:
+    topics = ("plant/#", "/devices/+/bulkData/telemetry")
+    frame = fastkin.encode_frame([b'{"eventType":"stop"}', b'{"eventType":"start"}'])
+    async with rig(server, shards=1, format="bulk", topics=topics, bulk_label="telemetry", events=("start",)) as r:
+        await r.publish(frame)
+        await r.publish(frame, topic="/devices/7/bulkData/telemetry")
+        await r.settled(4)
+        assert (r.stats["stored"], r.stats["filtered"]) == (3, 1)
+
+
+async def test_an_event_is_checked_and_completed(server: Server, tmp_path: Path) -> None:
+    """MD-12, MD-14: what is wrong is one dead letter, and what a device left out is added from topic and settings."""
+    path = tmp_path / "dead.jsonl"
+    async with rig(
+        server, shards=1, format="event", enrich=True, homes=("7=12",), topics=("/devices/+/event",),
+        events=("start",), dead_letter=str(path),
+    ) as r:  # fmt: skip
+        await r.publish(b'{"eventType":"start"}', b'{"eventType":"stop"}', b'{"eventType":1}', topic="/devices/7/event")
+        await r.publish(b'{"eventType":"start"}', topic="/devices/8/event")
+        await r.settled(4)
+        (record,) = r.stored()
+        assert record.data.startswith(b'{"eventType":"start","eventData":{},"timestamp":"')
+        assert record.data.endswith(b'Z","homeId":12,"originDeviceId":7}')
+        assert (r.stats["filtered"], r.stats["format_errors"]) == (1, {"format": 2})
+    reasons = {json.loads(line)["reason"] for line in path.read_text().splitlines()}
+    assert reasons == {"eventType is not a text", "the event has no homeId"}
+
+
+async def test_json_records_become_lines_of_few_kinesis_records(server: Server) -> None:
+    async with rig(server, shards=1, aggregation="lines", linger_ms=200) as r:
+        await r.publish(*(b'{"n":%d}' % n for n in range(200)))
+        await r.settled(200)
+        stored = r.stored()
+        assert [line for each in stored for line in each.data.split(b"\n")] == [b'{"n":%d}' % n for n in range(200)]
+        assert len(stored) < 100
+        assert r.stats["stored"] == 200
+
+
+@pytest.mark.parametrize("label", [None, "telemetry"])
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_messages_of_excluded_topics_are_acknowledged_and_filtered(
+    server: Server, protocol: Any, label: str | None
+) -> None:
+    """SP-15: a machine that is not to publish, with one format and with two."""
+    topics = ("plant/#",) if label is None else ("plant/#", "/devices/+/bulkData/telemetry")
+    async with rig(
+        server, shards=1, broker={"protocol": protocol}, topics=topics, bulk_label=label,
+        exclude=("plant/+/m2", "/devices/8/#"),
+    ) as r:  # fmt: skip
+        for topic in ("plant/hall1/m1", "plant/hall1/m2", "plant/hall2/m2", "plant/hall2/m3"):
+            await r.publish(topic.encode(), topic=topic)
+        wanted = [b"plant/hall1/m1", b"plant/hall2/m3"]
+        if label is not None:
+            for device in (7, 8):
+                frame = fastkin.encode_frame([b"%d" % device])
+                await r.publish(frame, topic=f"/devices/{device}/bulkData/telemetry")
+            wanted.append(b"7")
+        await r.settled(4 if label is None else 6)
+        assert [each.data for each in r.stored()] == wanted
+        assert (r.stats["filtered"], r.stats["dead_lettered"]) == (2 if label is None else 3, 0)
+
+
 async def test_a_forged_topic_cannot_forge_a_log_line(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     async with rig(server, format="bulk") as r:

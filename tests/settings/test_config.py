@@ -112,9 +112,19 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         enabled = false
         topics = ["a/+", "$share/g/b/#"]
         bulk_label = "telemetry"
+        events = ["start", "stop"]
+        exclude = ["a/9"]
         qos = 2
         format = "raw"
         stream = "s"
+        enrich = true
+        homes = ["7=12"]
+        topic_field = "topic"
+        topic_clash = "keep"
+        topic_others = "wrap"
+        envelope = "spark"
+        envelope_host = "h"
+        separator = "\\n"
         partition_key = "topic:1"
         aggregation = "kpl"
         linger_ms = 1.5
@@ -223,9 +233,59 @@ def test_unknown_keys_name_the_nearest_one(read: Any, text: str, wanted: str) ->
     assert any(wanted in line and "fastkin.toml" in line for line in lines), lines
 
 
+@pytest.mark.parametrize("said", ["\\n", "\n"])
+def test_a_separator_may_be_escaped_in_the_environment(read: Any, said: str) -> None:
+    made = read(CLIENT + SMALL, env={"FASTKIN_PIPELINE_SEPARATOR": said})
+    assert made.pipelines[0].separator == "\n"
+
+
+def test_events_alone_stand_for_the_filter_of_events(read: Any) -> None:
+    """MD-02, MD-05: events, a bulk label, both, or topics of one's own."""
+    whole = SMALL.replace('topics = ["t/#"]\n', "")
+
+    def made(lines: str) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+        (pipeline,) = read(CLIENT + whole + lines).pipelines
+        return pipeline.topics, pipeline.formats
+
+    event, label = "/devices/+/event", "/devices/+/bulkData/x"
+    assert made('events = ["a"]\n') == ((event,), ((event, "raw"),))
+    assert made('bulk_label = "x"\n') == ((label,), ((label, "bulk"),))
+    assert made('events = ["a"]\nbulk_label = "x"\n') == ((event, label), ((label, "bulk"), (event, "raw")))
+    assert made('events = ["a"]\ntopics = ["e/#"]\n')[0] == ("e/#",)
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"), [('["a", "b"]', ("a", "b")), ('["*"]', ()), ('["a", "*", "b"]', ()), ('"a"', ("a",))]
+)
+def test_a_star_among_the_events_wants_all(read: Any, said: str, wanted: tuple[str, ...]) -> None:
+    """MD-03."""
+    assert read(CLIENT + SMALL + f"events = {said}\n").pipelines[0].wanted == wanted
+
+
+def test_no_events_at_all_is_a_mistake(read: Any) -> None:
+    (line,) = problems(read, CLIENT + SMALL + "events = []\n")
+    assert "key 'events': is empty" in line
+
+
+@pytest.mark.parametrize("homes", ['["7"]', '["x=1"]', '["7=1", "8=y"]', '["7=1.5"]'])
+def test_homes_are_numbers_of_devices_and_homes(read: Any, homes: str) -> None:
+    (line,) = problems(read, CLIENT + SMALL + f'format = "event"\nenrich = true\nhomes = {homes}\n')
+    assert "is not DEVICE=HOME" in line
+
+
+def test_what_belongs_to_events_is_told_elsewhere(read: Any) -> None:
+    made = read(CLIENT + SMALL + 'enrich = true\nhomes = ["7=1"]\n')
+    assert sum('not used without format = "event"' in line for line in made.warnings) == 2
+
+
+def test_words_about_the_topic_without_a_topic_field_are_told(read: Any) -> None:
+    made = read(CLIENT + SMALL + 'topic_clash = "keep"\n')
+    assert any("topic_clash" in line and "not used without topic_field" in line for line in made.warnings)
+
+
 @pytest.mark.parametrize(
     "key",
-    ["events", "firehose", "topic_field", "separator", "envelope", "wire"],
+    ["firehose", "wire"],
 )
 def test_what_is_not_built_is_not_accepted(read: Any, key: str) -> None:
     (line,) = problems(read, CLIENT + SMALL + f'{key} = "x"\n')
@@ -256,7 +316,7 @@ def test_what_is_not_built_is_not_accepted(read: Any, key: str) -> None:
         ("max_batch_bytes", "100000", "has no room for one record of max_record_bytes"),
         ("budget_bytes", str(MIB), "has no room for one record of max_record_bytes"),
         ("format", '"bulkk"', "did you mean bulk?"),
-        ("format", '"event"', "use raw, bulk"),
+        ("format", '"evnt"', "did you mean event?"),
         ("aggregation", '"gzip"', "use none, kpl"),
         ("startup_check", '"dryrun"', "did you mean dry_run?"),
         ("topics", "[]", "is empty"),
@@ -376,8 +436,8 @@ def test_two_pipelines_with_one_id_or_label_are_named_both(read: Any) -> None:
 
 def test_neither_topics_nor_label_names_both_keys(read: Any) -> None:
     (line,) = problems(read, CLIENT + '[[pipeline]]\nid = "a"\nstream = "s"\n')
-    assert "has neither topics nor bulk_label" in line
-    assert line.endswith("set topics or bulk_label")
+    assert "has neither topics nor bulk_label nor events" in line
+    assert line.endswith("set topics, bulk_label or events")
 
 
 def test_a_bulk_label_stands_for_topic_and_format(read: Any) -> None:

@@ -134,7 +134,7 @@ def test_a_choice_is_one_of_those_of_the_type(each: Row) -> None:
         assert parse(each, Value(choice, "here")) == choice
     with pytest.raises(ConfigError) as caught:
         parse(each, Value("zzz", "here"))
-    assert str(caught.value) == f"here: 'zzz' is no value of {each.key}; use {', '.join(each.choices)}"
+    assert str(caught.value) == f"here: 'zzz' is no value of {each.key}; use {', '.join(each.shown_choices)}"
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ def _value(payload: bytes, at: int, *, version: bool) -> tuple[bytes, int]:
         width, size = 0, code & 31
     elif version and code in (0xD9, 0xDA, 0xDB):
         width, size = {0xD9: 1, 0xDA: 2, 0xDB: 4}[code], -1
-    elif not version and code in (0xC4, 0xC5, 0xC6, 0xDA, 0xDB):
-        width, size = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xDA: 2, 0xDB: 4}[code], -1
+    elif not version and code in (0xC4, 0xC5, 0xC6, 0xD9, 0xDA, 0xDB):
+        width, size = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}[code], -1
     else:
         raise BadFrameError(at, f"type 0x{code:02x}")
     body = at + 1 + width

@@ -71,7 +71,8 @@ cdef inline uint64_t aggregate_cost(size_t length, uint32_t kind) noexcept nogil
     return (fk_b64_length(length + 8) + sizeof(Run)) + (RECEIPT_BYTES if kind == ENTRY_RECEIPT else 0)
 
 
-cdef int aggregate_start(Aggregate* group, const Key* key) noexcept nogil:
+cdef int aggregate_open(Aggregate* group, const Key* key) noexcept nogil:
+    """Empty, with its key."""
     cdef char uuid[FK_UUID_LENGTH]
     group.run_count = 0
     group.runs.length = group.bytes.length = 0
@@ -79,11 +80,20 @@ cdef int aggregate_start(Aggregate* group, const Key* key) noexcept nogil:
     group.drawn = key.verdict != KEY_TEXT
     group.key.verdict = KEY_TEXT
     group.key.shard = key.shard
-    if group.drawn:
+    if key.verdict == KEY_NONE:  # of lines only: consumers drop a KPL aggregate without a key
+        group.key = key[0]
+        group.key.raw_length = group.key.body_length = 0
+    elif group.drawn:
         fk_uuid4(uuid)
         if key_store(&group.text, <uint8_t*> uuid, FK_UUID_LENGTH, &group.key) < 0:
             return -1
     elif key_store(&group.text, <const uint8_t*> key.raw, key.raw_length, &group.key) < 0:
+        return -1
+    return 0
+
+
+cdef int aggregate_start(Aggregate* group, const Key* key) noexcept nogil:
+    if aggregate_open(group, key) < 0:
         return -1
     if buf_reserve(&group.bytes, AGGREGATE_MAGIC + 11 + group.key.raw_length) < 0:
         return -1
@@ -95,9 +105,8 @@ cdef int aggregate_start(Aggregate* group, const Key* key) noexcept nogil:
     return 0
 
 
-cdef int aggregate_add(Aggregate* group, const uint8_t* data, size_t length, uint64_t token,
-                       uint32_t kind) noexcept nogil:
-    cdef size_t inner = aggregate_inner(length)
+cdef int aggregate_run(Aggregate* group, uint64_t token, uint32_t kind) noexcept nogil:
+    """One record more that this token waits for."""
     cdef Run* run = NULL
     if group.run_count and kind != ENTRY_RECEIPT:
         run = &(<Run*> group.runs.p)[group.run_count - 1]
@@ -112,10 +121,16 @@ cdef int aggregate_add(Aggregate* group, const uint8_t* data, size_t length, uin
         run.kind = kind
         group.runs.length += sizeof(Run)
         group.run_count += 1
-    if buf_reserve(&group.bytes, inner + 24 + AGGREGATE_DIGEST) < 0:
-        return -1
     if kind == ENTRY_RECEIPT:
         group.held = True
+    return 0
+
+
+cdef int aggregate_add(Aggregate* group, const uint8_t* data, size_t length, uint64_t token,
+                       uint32_t kind) noexcept nogil:
+    cdef size_t inner = aggregate_inner(length)
+    if aggregate_run(group, token, kind) < 0 or buf_reserve(&group.bytes, inner + 24 + AGGREGATE_DIGEST) < 0:
+        return -1
     group.bytes.p[group.bytes.length] = <char> 0x1A
     group.bytes.length += 1
     varint(&group.bytes, inner)
@@ -194,8 +209,8 @@ cdef bytes aggregate_of(bytes data, Py_ssize_t head, list records):
     """Some records of `data`, whose records begin at `head`, with the same key; one alone is plain."""
     cdef uint8_t digest[AGGREGATE_DIGEST]
     cdef bytes message
-    if len(records) == 1:
-        return data[records[0][1]:records[0][2]]
+    if len(records) == 1 or head == 0:  # lines begin with the first one
+        return data[records[0][1]:records[len(records) - 1][2]]
     message = data[AGGREGATE_MAGIC:head] + data[records[0][0]:records[len(records) - 1][2]]
     fk_md5(<const uint8_t*> PyBytes_AS_STRING(message), <size_t> PyBytes_GET_SIZE(message), digest)
     return data[:AGGREGATE_MAGIC] + message + digest[:AGGREGATE_DIGEST]

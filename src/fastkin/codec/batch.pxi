@@ -655,8 +655,11 @@ cdef class Batch:
         cdef list records
         if self.items[0].records < 2:
             return None
-        records = aggregate_records(self._data())
-        if records is None or len(records) != self.items[0].records:
+        data = self._data()
+        records = aggregate_records(data)
+        if records is None:
+            records = line_records(data)
+        if len(records) != self.items[0].records:
             return None
         return records
 

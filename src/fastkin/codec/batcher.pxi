@@ -39,6 +39,7 @@ cdef class Batcher(Sink):
     cdef PayloadFormat format  # of what is offered to the batcher itself
     cdef size_t max_record_bytes
     cdef size_t group_most  # bytes of an aggregate; 0: every record is an entry of its own
+    cdef size_t line_most  # bytes of a Kinesis record of lines; 0: none are made
     cdef Aggregate group
     # how large the last batch became: where the next one starts
     cdef size_t body_hint
@@ -60,7 +61,8 @@ cdef class Batcher(Sink):
     def __cinit__(self, *, Settler settler, Budget budget not None, frame, KeyPlan key not None,
                   bytes target not None, size_t max_records=limits.CALL_RECORDS,
                   size_t max_batch_bytes=limits.DEFAULT_CALL_BYTES,
-                  size_t max_record_bytes=limits.RECORD_BYTES, size_t aggregate_bytes=0, Settler rows=None,
+                  size_t max_record_bytes=limits.RECORD_BYTES, size_t aggregate_bytes=0, size_t line_bytes=0,
+                  Settler rows=None,
                   Budget replay=None, AnswerNames answer=None):
         self.format = format_of(frame)
         if not 1 <= max_records <= ENTRIES_MOST:
@@ -79,6 +81,9 @@ cdef class Batcher(Sink):
         self.max_record_bytes = min(max_record_bytes, max_batch_bytes)
         self.plan = key
         self.set_aggregate_bytes(aggregate_bytes)
+        if line_bytes and aggregate_bytes:
+            raise LibraryError("aggregate_bytes and line_bytes are two ways to do the same: choose one")
+        self.line_most = min(line_bytes, self.max_record_bytes)
         self.closed = deque()
         self.wanted = -1
         self.rejects = []
@@ -238,6 +243,8 @@ cdef class Batcher(Sink):
     cdef inline int store(self, const uint8_t* data, size_t length, const Key* key, uint64_t token,
                           uint32_t kind) except -1:
         """One checked record, aggregated or not."""
+        if self.line_most:
+            return self.line_record(data, length, key, token, kind)
         if self.group_most:
             return self.group_record(data, length, key, token, kind)
         return self.append(data, length, key, NULL, 0, token, kind, 1)
@@ -260,12 +267,33 @@ cdef class Batcher(Sink):
         group.charged += aggregate_cost(length, kind)
         return 0
 
+    cdef int line_record(self, const uint8_t* data, size_t length, const Key* key, uint64_t token,
+                         uint32_t kind) except -1:
+        cdef Aggregate* group = &self.group
+        cdef bint possible = line_possible(data, length)
+        if group.records and not (possible and aggregate_key_is(group, key)
+                                  and line_fits(group, length, self.line_most, self.max_record_bytes)):
+            self.close_group()
+        if not possible:
+            return self.append(data, length, key, NULL, 0, token, kind, 1)
+        if group.records == 0:
+            check_memory(aggregate_open(group, key))
+            if self.open is None:
+                self.dirty = True
+                self.opened += 1
+        # also one that is larger than all lines may be together: its line ends must go
+        check_memory(line_add(group, data, length, token, kind))
+        self.budget.charge(aggregate_cost(length, kind), 1)
+        group.charged += aggregate_cost(length, kind)
+        return 0
+
     cdef int close_group(self) except -1:
         """The open aggregate becomes an entry; a single record goes out plain."""
         cdef Aggregate* group = &self.group
         cdef uint32_t records = group.records
         cdef Run* run = <Run*> group.runs.p
-        check_memory(aggregate_finish(group))
+        if not self.line_most:
+            check_memory(aggregate_finish(group))
         self.budget.release(group.charged, records)
         group.charged = 0
         group.records = 0
@@ -329,19 +357,21 @@ cdef class Batcher(Sink):
 
     cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
                             size_t length, uint64_t token) except -2:
-        return self.offer_as(self.format, topic, topic_len, data, length, token)
+        return self.offer_as(self.format, None, topic, topic_len, data, length, token)
 
-    cdef Py_ssize_t offer_as(self, PayloadFormat format, const uint8_t* topic, size_t topic_len,
+    cdef Py_ssize_t offer_as(self, PayloadFormat format, Shape shape, const uint8_t* topic, size_t topic_len,
                              const uint8_t* data, size_t length, uint64_t token) except -2:
-        """A payload of this format, which need not be the batcher's own."""
+        """A payload of this format, which need not be the batcher's own; `shape`: what its records become."""
         cdef Payload payload
         if length == 0:
             data = <const uint8_t*> b""  # a pointer to nothing may be NULL: never hand that on
         if format.records is not None:
-            return self.offer_made(format, topic, topic_len, data, length, token)
+            return self.offer_made(format, shape, topic, topic_len, data, length, token)
         payload.data = payload.whole = data
         payload.length = payload.whole_length = length
         if format.scan(&payload):
+            if shape is not None:
+                return self.take_shaped(shape, topic, topic_len, format, &payload, token)
             return self.take_records(topic, topic_len, format, &payload, token, ENTRY_TOKEN, False)
         return self.refuse_scanned(format, topic, topic_len, &payload, token)
 
@@ -350,18 +380,39 @@ cdef class Batcher(Sink):
         kind, reason = format.reason(payload)
         return self.refuse_whole(topic, topic_len, payload.data, payload.length, kind, reason, payload.at, token)
 
-    cdef Py_ssize_t offer_made(self, PayloadFormat format, const uint8_t* topic, size_t topic_len,
+    cdef Py_ssize_t offer_made(self, PayloadFormat format, Shape shape, const uint8_t* topic, size_t topic_len,
                                const uint8_t* data, size_t length, uint64_t token) except -2:
         """The same for a format in Python."""
         cdef Payload payload
         try:
-            made = records_made(format, data, length)
+            made = records_made(format, topic, topic_len, data, length)
             format.read(&payload, data, length, made)
         except DataFormatError as error:
             # a wrong offset is a bug of the format: it must not become an error of the connection
             at = error.offset if type(error.offset) is int and 0 <= error.offset <= length else 0
             return self.refuse_whole(topic, topic_len, data, length, "format", str(error.reason), at, token)
+        if shape is not None:
+            return self.take_shaped(shape, topic, topic_len, format, &payload, token)
         return self.take_records(topic, topic_len, format, &payload, token, ENTRY_TOKEN, False)
+
+    cdef Py_ssize_t take_shaped(self, Shape shape, const uint8_t* topic, size_t topic_length, PayloadFormat format,
+                                const Payload* payload, uint64_t token) except -2:
+        """As take_records, when records become others first."""
+        cdef Payload made
+        cdef Py_ssize_t taken
+        shape.set_topic(topic, topic_length)
+        # A topic may have 64 KiB, and a frame millions of records: asked before anything is made of them.
+        if payload.count > 1 and self.too_many(payload, payload.count * (shape.grows() + sizeof(Entry))):
+            return self.refuse_frame(topic, topic_length, payload, token)
+        if not shape.shape(topic, topic_length, format, payload, &made):
+            return self.refuse_whole(topic, topic_length, payload.whole, payload.whole_length, shape.kind, shape.reason,
+                                     shape.at, token)
+        taken = self.take_records(topic, topic_length, SHAPED, &made, token, ENTRY_TOKEN, False)
+        if taken != OFFER_STALLED:  # else they come again
+            self.accounting.received += payload.count - made.count
+            self.accounting.ended[OUT_FILTERED] += payload.count - made.count
+        shape.trim()
+        return taken
 
     cdef Py_ssize_t take_records(self, const uint8_t* topic, size_t topic_length, PayloadFormat format,
                                  const Payload* payload, uint64_t token, uint32_t kind, bint strict) except -2:

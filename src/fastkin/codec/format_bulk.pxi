@@ -1,8 +1,8 @@
 # The bulk frame. Go's encoder writes MessagePack values one after another: the str "1.0", then one bin
 # per record. Accepted besides: the version in any str width; the bins as one array behind the version;
-# one array that holds version and bins; and, after the version, the raw family of MessagePack before
-# 2013 (fixraw, raw16, raw32: the codes that str has now), which older encoders use for bytes. str8 is
-# not of that family: it is text, and refused like every other type.
+# one array that holds version and bins; and a str of any width for a record, whose bytes are then the record,
+# valid UTF-8 or not. MessagePack before 2013 had no bin: its raw family has the codes that str has now, but for
+# str8; and who packs text gets a str. Every other type is refused.
 
 cdef enum FrameStatus:
     FRAME_OK = 0
@@ -32,7 +32,7 @@ cdef inline FrameStatus frame_value(const uint8_t* p, size_t left, bint first, s
         return FRAME_OK
     elif code == 0xDA or code == 0xDB:
         width = <size_t> 2 << (code - 0xDA)
-    elif code == 0xD9 and first:
+    elif code == 0xD9:
         width = 1
     else:
         return FRAME_NO_VERSION if first else FRAME_NOT_BYTES
@@ -141,7 +141,7 @@ cdef size_t bulk_next(const Payload* frame, size_t* at, size_t* length) noexcept
     cdef const uint8_t* p = frame.data + at[0]
     cdef uint8_t code = p[0]
     cdef size_t begin = at[0]
-    if code == 0xC4:
+    if code == 0xC4 or code == 0xD9:
         length[0] = p[1]
         begin += 2
     elif 0xA0 <= code <= 0xBF:

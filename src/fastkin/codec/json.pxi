@@ -156,6 +156,14 @@ cdef int json_skip(Cursor* c) noexcept nogil:
             objects >>= 1
 
 
+cdef bint json_whole(const uint8_t* data, size_t length) noexcept nogil:
+    """Is it one value and nothing else?"""
+    cdef Cursor c
+    c.p = data
+    c.end = data + length
+    return json_skip(&c) == 0 and json_blank(&c) < 0
+
+
 cdef inline int json_hex(const uint8_t* p, size_t left) noexcept nogil:
     """The four hex digits of \\u, or -1."""
     cdef int value = 0

@@ -43,7 +43,7 @@ cdef class PayloadFormat:
     """A row of the table of payload formats: compiled functions, or `records(payload)`, which gives the records.
 
     What is made by a call is a format in Python. Its `records` raises DataFormatError with the offset of what is wrong,
-    and is called with bytes nobody vouches for.
+    and is called with bytes nobody vouches for. With `topic` it is `records(payload, topic)`.
     """
 
     cdef readonly str name
@@ -53,6 +53,7 @@ cdef class PayloadFormat:
     cdef PayloadNext next
     cdef PayloadReason reason
     cdef object records  # None: it is compiled
+    cdef bint topic  # it is called with the topic, too
 
     def __cinit__(self, *_args, **_kwargs):
         # What a format in Python gives becomes a bulk frame; and an object that was never initialised has no wild
@@ -61,13 +62,14 @@ cdef class PayloadFormat:
         self.next = bulk_next
         self.reason = bulk_reason
 
-    def __init__(self, str name not None, int number, str doc not None, records not None):
+    def __init__(self, str name not None, int number, str doc not None, records not None, *, bint topic=False):
         if not callable(records):
             raise LibraryError(f"the format {name!r} must have a function that gives the records of a payload")
         self.name = name
         self.number = number
         self.doc = doc
         self.records = records
+        self.topic = topic
 
     def __repr__(self) -> str:
         return f"<PayloadFormat {self.name}>"
@@ -81,7 +83,7 @@ cdef class PayloadFormat:
         cdef Payload payload
         bytes_open(given, &source, what)
         try:
-            made = records_made(self, source.p, source.length)
+            made = records_made(self, NULL, 0, source.p, source.length)
             self.read(&payload, source.p, source.length, made)
             records = self.copies(&payload)
             return records
@@ -123,7 +125,8 @@ cdef PayloadFormat compiled_format(str name, int number, str doc, PayloadScan sc
     return made
 
 
-cdef bytes records_made(PayloadFormat format, const uint8_t* data, size_t length):
+cdef bytes records_made(PayloadFormat format, const uint8_t* topic, size_t topic_length, const uint8_t* data,
+                        size_t length):
     """What a format in Python makes of a payload, as a bulk frame, which the compiled path then takes. DataFormatError.
     None: the format is compiled.
 
@@ -134,6 +137,10 @@ cdef bytes records_made(PayloadFormat format, const uint8_t* data, size_t length
         return None
     payload = PyBytes_FromStringAndSize(<const char*> data, <Py_ssize_t> length)
     try:
+        if format.topic:
+            name = "" if topic_length == 0 else PyUnicode_DecodeUTF8(<const char*> topic, <Py_ssize_t> topic_length,
+                                                                     "replace")
+            return encode_frame(format.records(payload, name))
         return encode_frame(format.records(payload))
     except (DataFormatError, MemoryError):
         raise

@@ -7,21 +7,44 @@ cdef enum:
 
 @cython.final
 cdef class FormatSink(Sink):
-    """The way into a batcher for payloads of one format, whatever the batcher's own is."""
+    """The way into a batcher for payloads of one format, whatever the batcher's own is; `shape`: what their records
+    become."""
 
     cdef Batcher batcher
     cdef PayloadFormat format
+    cdef Shape shape
 
-    def __cinit__(self, Batcher batcher not None, frame):
+    def __cinit__(self, Batcher batcher not None, frame, Shape shape=None):
         self.batcher = batcher
+        self.shape = shape
         self.format = format_of(frame)
 
     cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
                             size_t length, uint64_t token) except -2:
-        return self.batcher.offer_as(self.format, topic, topic_len, data, length, token)
+        return self.batcher.offer_as(self.format, self.shape, topic, topic_len, data, length, token)
 
     def offer(self, bytes topic not None, payload, unsigned long long token) -> int:
         """As the C sink: how many settlements the token will see, -1 when there is no room."""
+        return offer_bytes(self, topic, payload, token)
+
+
+@cython.final
+cdef class ExcludedSink(Sink):
+    """Takes messages that are not wanted, whatever is in them: each counts as one record that was filtered."""
+
+    cdef Batcher batcher
+
+    def __cinit__(self, Batcher batcher not None):
+        self.batcher = batcher
+
+    cdef Py_ssize_t offer_c(self, const uint8_t* topic, size_t topic_len, const uint8_t* data,
+                            size_t length, uint64_t token) except -2:
+        self.batcher.accounting.received += 1
+        self.batcher.accounting.ended[OUT_FILTERED] += 1
+        return 0
+
+    def offer(self, bytes topic not None, payload, unsigned long long token) -> int:
+        """As the C sink."""
         return offer_bytes(self, topic, payload, token)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastkin._codec import KeyPlan
+from fastkin._codec import KeyPlan, Shape
 from fastkin.config import Kinesis
 from fastkin.deadletter.destination import PREFIX
 from fastkin.deadletter.reader import Damaged, Letter, LetterFiles, Stored, since
@@ -31,11 +31,12 @@ from fastkin.formats.partition_key import key_plan
 from fastkin.formats.table import DEFAULT, FORMATS, format_named
 from fastkin.limits import MIB, RECORD_BYTES
 from fastkin.mqtt._core import CountSink, Router, matches
+from fastkin.service.shapes import format_of, shape_of, ways
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
-    from fastkin._codec import Receipt
+    from fastkin._codec import PayloadFormat, Receipt
     from fastkin.config import Pipeline, Settings
     from fastkin.deadletter.reader import LetterFile
 
@@ -214,7 +215,9 @@ class Route:
     """Where the letters of a pipeline go."""
 
     kinesis: Kinesis
-    format: Callable[[str | None], str | None]  # of a topic's payloads. None: not known, frames cannot be read again
+    # of a topic's payloads: how they are read and what their records become. None: not known, frames cannot be read
+    # again
+    way: Callable[[str | None], tuple[PayloadFormat, Shape | None] | None]
     key: KeyPlan
     drawn: bool  # the batcher draws the keys; else they are made of topic and payload
     max_record_bytes: int | None  # None: what the stream takes
@@ -224,30 +227,32 @@ def route_of(pipeline: Pipeline, client_id: str, form: str | None) -> Route:
     kind, parts = key_plan(pipeline.partition_key, client_id=client_id, hostname=socket.gethostname())
     return Route(
         kinesis=pipeline.kinesis,
-        format=(lambda _: form) if form else formats_of(pipeline),
+        way=way_of(pipeline, form),
         key=KeyPlan(kind, parts),
         drawn=kind != "parts",
         max_record_bytes=pipeline.max_record_bytes,
     )
 
 
-def formats_of(pipeline: Pipeline) -> Callable[[str | None], str | None]:
-    """The format of a topic's payloads, as the intake tells it when the broker does not say by which filter it came."""
-    kinds = dict.fromkeys(kind for _, kind in pipeline.formats)
-    if len(kinds) < 2:
-        return lambda _: pipeline.format
+def way_of(pipeline: Pipeline, form: str | None) -> Callable[[str | None], tuple[PayloadFormat, Shape | None] | None]:
+    """As the intake tells it from the topic, when the broker does not say by which filter a message came."""
+    made = {way: (format_of(pipeline, form or way.format), shape_of(pipeline, way)) for _, way in ways(pipeline)}
+    if len(made) == 1:
+        (only,) = made.values()
+        return lambda _: only
     router = Router()
-    sinks = {kind: CountSink() for kind in kinds}
-    for topic_filter, kind in pipeline.formats:
-        router.add(topic_filter, sinks[kind])
+    sinks = {way: CountSink() for way in made}
+    for topic_filter, way in ways(pipeline):
+        router.add(topic_filter, sinks[way])
     router.otherwise = CountSink()
 
-    def find(topic: str | None) -> str | None:
+    def find(topic: str | None) -> tuple[PayloadFormat, Shape | None] | None:
         try:
             taken = router.match(topic or "")
         except LibraryError:
-            return None
-        return next((kind for kind, sink in sinks.items() if sink in taken), None)
+            taken = []
+        found = next((made[way] for way, sink in sinks.items() if sink in taken), None)
+        return found or ((format_named(form), None) if form else None)
 
     return find
 
@@ -419,13 +424,15 @@ class Again:
         # It was a record by itself, or one of a frame: what Kinesis refused, or what was too large.
         if letter.offset is None or letter.index is not None:
             return [self._put(letter)]
-        form = self.route.format(letter.topic)
-        if form == DEFAULT:
-            return [self._put(letter)]
-        if form is None:
+        way = self.route.way(letter.topic)
+        if way is None:
             return [letter.again(f"its format is not known: give --config, or --format {' or '.join(FORMATS)}")]
+        row, shape = way
+        if row.name == DEFAULT and shape is None:
+            return [self._put(letter)]
         try:
-            records = format_named(form).decode(letter.content())
+            content, topic = letter.content(), (letter.topic or "").encode()
+            records = (shape or Shape()).records(topic, row, content)
         except DataFormatError as error:
             if isinstance(letter.payload, Stored):  # not written once more for another reason
                 _say_kept(letter, f"byte {error.offset}: {error.reason}")
@@ -471,7 +478,8 @@ async def _open(
     form: str | None,
 ) -> Again | None:
     if stream is not None:
-        route = Route(kinesis=stream, format=lambda _: form, key=KeyPlan("uuid"), drawn=True, max_record_bytes=None)
+        plain = (format_named(form), None) if form else None
+        route = Route(kinesis=stream, way=lambda _: plain, key=KeyPlan("uuid"), drawn=True, max_record_bytes=None)
     else:
         assert settings is not None
         named = [each for each in settings.pipelines if each.id == pipeline]

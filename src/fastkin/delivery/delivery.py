@@ -56,7 +56,8 @@ class Options:
     max_batch_bytes: int = DEFAULT_CALL_BYTES
     max_record_bytes: int = RECORD_BYTES
     max_calls: int = 16  # open at a time
-    aggregate_bytes: int = 0
+    aggregate_bytes: int = 0  # of a KPL aggregate
+    line_bytes: int = 0  # of a Kinesis record of JSON lines
     linger_s: float = 0.0
     on_full: Policy = "pause"
     spool: str | Path | None = None
@@ -104,6 +105,7 @@ class Delivery:
             target=client.target_json(), answer=to.answer,
             max_records=options.max_records, max_batch_bytes=options.max_batch_bytes,
             max_record_bytes=options.max_record_bytes, aggregate_bytes=options.aggregate_bytes,
+            line_bytes=options.line_bytes,
             rows=None if self._window is None else self._window.settler,
             replay=None if self._window is None else self._window.budget,
         )  # fmt: skip

@@ -3,19 +3,24 @@
 The first rows are the compiled formats (codec/formats.pxi). A format written in Python is one file in this folder with
 a function, and a row behind them:
 
-    PayloadFormat("lines", 3, "each line is a record", lines.records)
+    PayloadFormat("lines", 9, "each line is a record", lines.records)
 
-`records(payload)` gets bytes nobody vouches for and gives the records, as bytes, all of them or none: for what is no
-such payload it raises DataFormatError(offset, reason), and the payload is set aside. It costs a call for each payload,
-and a copy.
+`records(payload)`, or with `topic=True` `records(payload, topic)`, gets bytes nobody vouches for and gives the records,
+as bytes, all of them or none: for what is no such payload it raises DataFormatError(offset, reason), and the payload is
+set aside. It costs a call for each payload, and a copy.
 """
 
 from __future__ import annotations
 
 from fastkin._codec import COMPILED_FORMATS, PayloadFormat
 from fastkin.errors import LibraryError
+from fastkin.formats import event, msgpack
 
-ROWS: tuple[PayloadFormat, ...] = (*COMPILED_FORMATS,)
+ROWS: tuple[PayloadFormat, ...] = (
+    *COMPILED_FORMATS,
+    PayloadFormat("event", 3, "an event of MODE, checked", event.records),
+    PayloadFormat("msgpack", 4, "a MessagePack map becomes a JSON record", msgpack.records),
+)
 
 # The number is the format's Subscription Identifier: brokers keep it in sessions and beside queued messages, so it is
 # never given to another format.

@@ -21,13 +21,13 @@ from fastkin.deadletter.handler import DeadLetterHandler, make_store
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.errors import FastkinError
 from fastkin.formats.partition_key import key_plan
-from fastkin.formats.table import format_named
 from fastkin.mqtt._core import AckTracker
 from fastkin.mqtt.subscriber import Subscriber
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive
 from fastkin.service.preflight import Preflight
 from fastkin.service.routes import Routes
+from fastkin.service.shapes import format_of
 from fastkin.service.tasks import Tasks
 from fastkin.status.registry import figures
 
@@ -49,6 +49,7 @@ _LEAVE_S = 5.0  # for a run that lingers to leave the broker
 
 
 def _options(pipeline: Pipeline) -> Options:
+    aggregate = min(_AGGREGATE_BYTES, pipeline.max_record_bytes)
     return Options(
         budget_bytes=pipeline.budget_bytes,
         budget_records=pipeline.budget_records,
@@ -56,7 +57,8 @@ def _options(pipeline: Pipeline) -> Options:
         max_batch_bytes=pipeline.max_batch_bytes,
         max_record_bytes=pipeline.max_record_bytes,
         max_calls=pipeline.kinesis.max_connections,
-        aggregate_bytes=min(_AGGREGATE_BYTES, pipeline.max_record_bytes) if pipeline.aggregation == "kpl" else 0,
+        aggregate_bytes=aggregate if pipeline.aggregation == "kpl" else 0,
+        line_bytes=aggregate if pipeline.aggregation == "lines" else 0,
         linger_s=pipeline.linger_ms / 1000,
         on_full=pipeline.on_full,
         spool=pipeline.spool,
@@ -91,7 +93,7 @@ class PipelineRun:
         self.delivery = Delivery(
             self.client, _options(pipeline), name=self.name,
             stream=pipeline.kinesis.stream_arn or pipeline.kinesis.stream or "", key=KeyPlan(kind, parts),
-            frame=format_named(pipeline.format), settler=self.acks,
+            frame=format_of(pipeline, pipeline.format), settler=self.acks,
             keep_bytes=pipeline.budget_bytes // 8 * (2 if broker.websocket else 1),
         )  # fmt: skip
         self._batcher = self.delivery.batcher

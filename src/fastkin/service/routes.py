@@ -10,9 +10,9 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from fastkin._codec import Batcher, FormatSink, StraySink
-from fastkin.formats.table import format_named
+from fastkin._codec import Batcher, ExcludedSink, FormatSink, StraySink
 from fastkin.mqtt._core import CallbackSink, Router
+from fastkin.service.shapes import Way, format_of, shape_of, ways
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,18 +36,24 @@ class Routes:
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
         self.router = router = Router()
-        kinds = dict.fromkeys(kind for _, kind in pipeline.formats)
-        several = len(kinds) > 1
+        filters = ways(pipeline)
+        sinks = {way: self._tapped(_sink(pipeline, way, batcher)) for _, way in filters}
+        several = len(sinks) > 1
         if several:
-            sinks = {kind: self._tapped(FormatSink(batcher, format_named(kind))) for kind in kinds}
-            filters = ", ".join(f"{topic!a} ({kind})" for topic, kind in pipeline.formats[:_FILTERS_SHOWN])
-            router.otherwise = self._tapped(StraySink(batcher, filters))
-        else:
-            sinks = {kind: self._tapped(batcher) for kind in kinds}
-        for topic, kind in pipeline.formats:
-            router.add(topic, sinks[kind], format_named(kind).number)
+            shown = ", ".join(f"{topic!a} ({way})" for topic, way in filters[:_FILTERS_SHOWN])
+            router.otherwise = self._tapped(StraySink(batcher, shown))
+        elif pipeline.exclude:
+            router.otherwise = sinks[filters[0][1]]
+        # An identifier is believed before any topic, and what is excluded is known by its topic only. So with `exclude`
+        # none are asked for: the first filter that matches decides.
+        identified = not pipeline.exclude
+        excluded = ExcludedSink(batcher)
+        for topic in pipeline.exclude:
+            router.add(topic, excluded)
+        for topic, way in filters:
+            router.add(topic, sinks[way], way.identifier if identified else 0)
         # The Subscription Identifier of each filter: a 5.0 broker says with a message which filter it came by.
-        self.identifiers = {topic: format_named(kind).number for topic, kind in pipeline.formats} if several else {}
+        self.identifiers = {topic: way.identifier for topic, way in filters} if several and identified else {}
         self.seen = 0  # the router's count of unrouted messages, when it was last looked at
         self._said_at = -_UNROUTED_EVERY_S
 
@@ -79,3 +85,11 @@ class Routes:
             ", ".join(map(ascii, former[:_FILTERS_SHOWN])), ", ..." if len(former) > _FILTERS_SHOWN else "",
             self.seen, ascii(client_id),
         )  # fmt: skip
+
+
+def _sink(pipeline: Pipeline, way: Way, batcher: Batcher) -> Batcher | FormatSink:
+    """The batcher itself where that is the same: it costs less."""
+    shape = shape_of(pipeline, way)
+    if shape is None and way.format == pipeline.format:
+        return batcher
+    return FormatSink(batcher, format_of(pipeline, way.format), shape)

@@ -54,9 +54,9 @@ def _told(row: Row, value: object, wrong: Fault, least: float | None) -> tuple[s
     allowed = kind if row.most is None else f"{least} to {row.most} {row.unit}".rstrip()
     match wrong:
         case Fault.CHOICE | Fault.KIND if row.choices:
-            near = close(str(value), row.choices)
+            near = close(str(value), row.shown_choices)
             cure = f"did you mean {near!r}?" if near else f"give one of them, or {otherwise}"
-            return f"{shown} is none of {', '.join(row.choices)}", cure
+            return f"{shown} is none of {', '.join(row.shown_choices)}", cure
         case Fault.RANGE:
             return f"{shown} is not {allowed}", row.why or f"give a number in this range, or {otherwise}"
         case Fault.EMPTY:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastkin._codec import record_cost
-from fastkin.config import Broker, Pipeline, label_filter
+from fastkin.config import EVENT_FILTER, Broker, Pipeline, label_filter
 from fastkin.deadletter import destination
-from fastkin.formats import partition_key
+from fastkin.formats import event, partition_key
 from fastkin.formats.table import DEFAULT, FRAME
 from fastkin.settings import rules_stream
 from fastkin.settings.sources import pipeline_name
@@ -37,6 +37,10 @@ def check(sources: Sources, number: int, broker: Broker | None, report: Report) 
         given.values["id"] = "default"
     _topics(given, where, in_file)
     _partition_key(given, broker)
+    _events(given)
+    _topic_field(given)
+    if "envelope_host" in given.raw and given["envelope"] == "none":
+        given.report.warn(f"{given.place('envelope_host')}: not used without envelope")
     _sizes(given)
     if given["dead_letter"] not in {None, "none"}:
         _dead_letter(given)
@@ -64,6 +68,14 @@ def _topics(given: Given, where: str, in_file: bool) -> None:
         if wrong := _filter_problem(topic):
             cure = "+ and # stand for whole levels, # comes last; $share/GROUP/FILTER for a shared one"
             given.problem("topics", f"{topic!r} is not a topic filter: {wrong}", cure)
+    for topic in given["exclude"]:
+        if wrong := _filter_problem(topic) or ("a share is subscribed" if topic.startswith("$share/") else None):
+            cure = "+ and # stand for whole levels, # comes last, no $share"
+            given.problem("exclude", f"{topic!r} is not a topic filter to exclude: {wrong}", cure)
+    if "events" in given and not given["events"]:
+        given.problem("events", "is empty", 'name types of events, or leave it out; "*" is all of them')
+    if given["events"] and not given.raw.keys() & {"topics"}:
+        topics[EVENT_FILTER] = None
     if label := given["bulk_label"]:
         topics[label_filter(label)] = None
         if len(topics) == 1:  # else `format` is that of the others
@@ -72,11 +84,11 @@ def _topics(given: Given, where: str, in_file: bool) -> None:
                     f"{given.place('format')}: format is {DEFAULT}: each frame of bulk_label is stored whole"
                 )
             given.values.setdefault("format", FRAME)
-    if not topics and not {"topics", "bulk_label"} & given.raw.keys():
-        cure = "set topics or bulk_label"
+    if not topics and not {"topics", "bulk_label", "events"} & given.raw.keys():
+        cure = "set topics, bulk_label or events"
         if not in_file:
-            cure = "set TOPIC, FASTKIN_PIPELINE_TOPICS or FASTKIN_PIPELINE_BULK_LABEL"
-        given.report.problem(where, "has neither topics nor bulk_label", cure)
+            cure = "set TOPIC, FASTKIN_PIPELINE_TOPICS, FASTKIN_PIPELINE_BULK_LABEL or FASTKIN_PIPELINE_EVENTS"
+        given.report.problem(where, "has neither topics nor bulk_label nor events", cure)
     elif not topics and "topics" in given and not given.is_wrong("bulk_label"):
         given.problem("topics", "is empty", "name a topic filter")
     given.values["topics"] = tuple(topics)
@@ -98,9 +110,37 @@ def _partition_key(given: Given, broker: Broker | None) -> None:
     except partition_key.KeySpecError as error:
         given.problem("partition_key", error.problem, error.cure)
         return
+    if given["aggregation"] == "lines" and given["separator"]:
+        problem = 'does not go with aggregation = "lines", where a line feed stands between records'
+        given.problem("separator", problem, "remove one of them")
     if given["aggregation"] == "kpl" and kind == "none":
         problem = "does not go with partition_key none: consumers of such a stream do not take aggregates apart"
         given.problem("aggregation", problem, "choose one of them")
+
+
+def _events(given: Given) -> None:
+    """`enrich` and `homes` go with format = "event"."""
+    for key in ("enrich", "homes"):
+        if key in given.raw and given["format"] != "event":
+            given.report.warn(f'{given.place(key)}: not used without format = "event"')
+        elif key == "homes" and key in given.raw and not given["enrich"]:
+            given.report.warn(f"{given.place(key)}: not used without enrich = true")
+    for each in given["homes"]:
+        try:
+            event.home_of(each)
+        except ValueError as error:
+            given.problem("homes", str(error), 'write a device and its home as numbers, "7=12", or "*=12" for all')
+            return
+
+
+def _topic_field(given: Given) -> None:
+    if not given["topic_field"]:
+        for key in ("topic_clash", "topic_others"):
+            if key in given.raw:
+                given.report.warn(f"{given.place(key)}: not used without topic_field")
+    elif given["topic_field"] == "payload" and given["topic_others"] == "wrap":
+        cure = "give the topic another name, or choose another topic_others"
+        given.problem("topic_field", 'is "payload", which is where topic_others = "wrap" puts the record', cure)
 
 
 def _sizes(given: Given) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkin.errors import ConfigError
@@ -143,6 +144,9 @@ def _from_text(row: Row, text: str) -> Any:
             return True if word in _TRUE else False if word in _FALSE else text
         case "list":
             return [item.strip() for item in text.split(",") if item.strip()]
+        case "text" if text in row.shown_choices:
+            # no file of variables can hold a line feed
+            return json.loads(f'"{text}"')
     return text
 
 
@@ -163,9 +167,9 @@ def _told(row: Row, value: Value, said: Any, wrong: Fault) -> tuple[str, str]:
         case Fault.RANGE:
             return f"{said} is out of range", f"{allowed}: {row.why}" if row.why else allowed
         case Fault.CHOICE:
-            near = close(said, row.choices)
+            near = close(said, row.shown_choices)
             return f"{shown} is no value of {row.key}", (
-                f"did you mean {near}?" if near else f"use {', '.join(row.choices)}"
+                f"did you mean {near}?" if near else f"use {', '.join(row.shown_choices)}"
             )
         case Fault.EMPTY:
             return ("has an empty text in it", "remove it") if said else ("is empty", "leave it out or fill it")
