@@ -17,21 +17,24 @@ from fastkin.errors import (
     ClosedError,
     ConfigError,
     DataFormatError,
+    ErrorType,
     FastkinError,
     KinesisError,
     LibraryError,
     RecordDropped,
     RecordError,
     RecordFailed,
+    RequestFailed,
     SpoolError,
     TransportError,
     UnexpectedResponse,
 )
-from fastkin.results import FrameResult, PutResult
+from fastkin.results import EncryptionType, FrameResult, PutRecordsResult, PutResult
 
 if TYPE_CHECKING:
     from fastkin.config import Settings
     from fastkin.producer import Producer
+    from fastkin.record import Record
     from fastkin.service.engine import Engine
     from fastkin.service.reload import Changes
     from fastkin.settings import load_settings
@@ -43,16 +46,21 @@ __all__ = [
     "ClosedError",
     "ConfigError",
     "DataFormatError",
+    "EncryptionType",
     "Engine",
+    "ErrorType",
     "FastkinError",
     "FrameResult",
     "KinesisError",
     "LibraryError",
     "Producer",
+    "PutRecordsResult",
     "PutResult",
+    "Record",
     "RecordDropped",
     "RecordError",
     "RecordFailed",
+    "RequestFailed",
     "Settings",
     "SpoolError",
     "TransportError",
@@ -67,6 +75,7 @@ _LAZY = {
     "Changes": "fastkin.service.reload",
     "Engine": "fastkin.service.engine",
     "Producer": "fastkin.producer",
+    "Record": "fastkin.record",
     "Settings": "fastkin.config",
     "load_settings": "fastkin.settings",
 }

@@ -1,8 +1,8 @@
 """Every exception of fastkin. `retriable` is a class attribute: callers ask the class, never a list of names.
 
-Four roots are kept apart: the caller misused us (`LibraryError`, `ConfigError`), a payload is bad
-(`DataFormatError`, `RecordError`), the broker spoke nonsense or refused us (`MqttError`), Kinesis or the
-way to it failed (`KinesisError`).
+Four roots are kept apart: a setting is wrong (`ConfigError`), a payload is bad (`DataFormatError`, `RecordError`), the
+broker spoke nonsense or refused us (`MqttError`), Kinesis, the way to it or the call of its Python face failed
+(`KinesisError`: who puts or reads records catches this one, and asks its `type`).
 """
 
 from __future__ import annotations
@@ -72,10 +72,6 @@ class ConfigError(FastkinError):
         text = f"{place}: {problem}" + (f"; {cure}" if cure else "")
         # the names of files, keys and variables may hold anything: one line each, and nothing a terminal obeys
         super().__init__(printable(text, 4000))
-
-
-class LibraryError(FastkinError, ValueError):
-    """An argument of the Python face is wrong; nothing was sent."""
 
 
 class ClosedError(FastkinError):
@@ -149,13 +145,27 @@ class Action(enum.Enum):
     STRANGE = "strange"  # one record failed with a code that nobody documented: again, ever slower, for minutes
 
 
+class ErrorType(enum.StrEnum):
+    """Whose fault a `KinesisError` is, for who asks before anything else."""
+
+    LIBRARY_ERROR = "LIBRARY_ERROR"  # the caller's: nothing was sent
+    REQUEST_FAILED = "REQUEST_FAILED"  # Kinesis said no, or nobody answered
+    UNEXPECTED_RESPONSE = "UNEXPECTED_RESPONSE"  # it answered, and not as the API promises
+
+
 class KinesisError(FastkinError):
     """A call failed. `code` is Kinesis's error type or one of fastkin's own for a broken connection.
+
+    type: an ErrorType. http_status: None when nobody answered. request_id: the service's own, or None.
+    http_response: the answer's body, parsed when it is JSON, else as text, {} when it is empty, None when nobody
+    answered or it was not kept; secrets of ours are cut out of it. failed_record_count: how many records the call had,
+    of `put_record` and `put_records`, for none of them is known to be stored.
 
     What the other side said is made fit for a log line here, once for all who quote it.
     """
 
     retriable = True
+    type = ErrorType.REQUEST_FAILED
 
     def __init__(
         self,
@@ -166,7 +176,10 @@ class KinesisError(FastkinError):
         http_status: int | None = None,
         request_id: str | None = None,
         retry_after: float | None = None,
+        http_response: object = None,
     ) -> None:
+        self.http_response = http_response
+        self.failed_record_count: int | None = None
         self.code = code = printable(code, 128)
         self.message = message = printable(message)
         self.action = action
@@ -177,8 +190,36 @@ class KinesisError(FastkinError):
         parts += [f"request {request_id}"] if request_id else []
         super().__init__(f"{code}: {message or 'no message'}" + (f" ({', '.join(parts)})" if parts else ""))
 
+    @property
+    def details(self) -> str:
+        """What went wrong, in words."""
+        return self.message
 
-class TransportError(KinesisError):
+
+class LibraryError(KinesisError, ValueError):
+    """An argument of the Python face is wrong; nothing was sent."""
+
+    retriable = False
+    type = ErrorType.LIBRARY_ERROR
+
+    def __init__(self, message: str, *, failed_record_count: int | None = None) -> None:
+        super().__init__("LibraryError", message)
+        self.args = (message,)  # its text is what is wrong, and no code
+        self.failed_record_count = failed_record_count
+
+
+class RequestFailed(KinesisError):  # noqa: N818 - it reads better in `except`
+    """Kinesis answered with an error, or nobody answered."""
+
+    @property
+    def details(self) -> str:
+        """The status, where there is one; `code` and `message` say what Kinesis says."""
+        if self.http_status is None:
+            return self.message
+        return f"AWS Kinesis request failed with status code: {self.http_status}"
+
+
+class TransportError(RequestFailed):
     """No answer, or half of one: whether the records were stored is unknown, unless it is NotSent.
 
     `unsent_bytes`: of a call that timed out, what of its body had not reached the other machine; 0 when all of it had,
@@ -194,6 +235,8 @@ class NotSent(TransportError):  # noqa: N818
 
 class UnexpectedResponse(KinesisError):  # noqa: N818 - it reads better in `except`
     """The answer is not what the API promises: not JSON, wrong record count, missing fields."""
+
+    type = ErrorType.UNEXPECTED_RESPONSE
 
 
 class RecordFailed(KinesisError):  # noqa: N818

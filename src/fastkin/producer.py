@@ -20,17 +20,20 @@ from fastkin.delivery.turns import Turns
 from fastkin.errors import ClosedError, ConfigError, LibraryError
 from fastkin.formats.partition_key import KeySpecError, key_plan
 from fastkin.limits import CALL_RECORDS, DEFAULT_CALL_BYTES, MIB, RECORD_BYTES
+from fastkin.one_call import OneCall
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive, quiet
 from fastkin.settings.arguments import check_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from typing_extensions import Buffer
 
     from fastkin._codec import Receipt
+    from fastkin.record import Record
+    from fastkin.results import PutRecordsResult, PutResult
 
 _LOG = logging.getLogger("fastkin.producer")
 
@@ -133,6 +136,7 @@ class Producer:
         except (ConfigError, KeySpecError) as error:
             raise LibraryError(str(error)) from None
         self._batcher = self._delivery.batcher
+        self._calls = OneCall(self._client, max_record_bytes)
         self._watch = StreamWatch(
             self._delivery, shards=shard_map, limits=False, cure="leave aggregate_bytes 0",
             misfit=lambda problem: LibraryError(f"aggregate_bytes: {problem}; leave it 0"),
@@ -263,6 +267,28 @@ class Producer:
         if self._batcher.dirty:
             attend()
         return receipt
+
+    async def put_record(self, record: Record) -> PutResult:
+        """Store one record now: exactly one PutRecord request, no batching, no pacing, no retry. Not in stats().
+
+        LibraryError: the argument is wrong, nothing was sent. RequestFailed: Kinesis said no, or nobody answered;
+        whether the record is stored is unknown for a TransportError that is not NotSent, and for a status of 500 or
+        more. UnexpectedResponse: the answer cannot be read. ClosedError: the producer is not open.
+        """
+        if self._attend is None:
+            raise self._not_open()
+        return await self._calls.put_record(record, auto_keys=self._watch.auto_keys)
+
+    async def put_records(self, records: Sequence[Record]) -> PutRecordsResult:
+        """Store up to 500 records now: exactly one PutRecords request, no pacing, no retry. Not in stats().
+
+        Results are in the order of the records; what failed alone has an `error_code` and is for the caller to send
+        again. `prev_sequence_number` of a record is not sent, for PutRecords knows none. Errors as of `put_record`,
+        when the call failed as a whole; `failed_record_count` is the number of records then.
+        """
+        if self._attend is None:
+            raise self._not_open()
+        return await self._calls.put_records(records)
 
     async def flush(self) -> None:
         """Send what is open now; return when every receipt given so far has ended, well or not, or is spooled."""

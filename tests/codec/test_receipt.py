@@ -12,7 +12,7 @@ import pytest
 from fastkin import encode_frame
 from fastkin._codec import DEAD, DROPPED, FAILED, FILTERED, Budget, Receipt
 from fastkin.errors import RecordError, RecordFailed
-from fastkin.results import FrameResult, PutResult
+from fastkin.results import EncryptionType, FrameResult, PutResult
 from support.codec_rig import SHARD, Rig, answer, entry, failure, stored
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def test_the_place_is_read_whatever_stands_around_it() -> None:
         b'{"Records":[ { "x":[{"ShardId":"no"}], "SequenceNumber" : "7\\u0031" ,"ErrorCode":null,"ShardId":"a\\"b"} ],'
         b'"FailedRecordCount":0}'
     )
-    assert receipt.result() == PutResult('a"b', "71", None)
+    assert receipt.result() == PutResult('a"b', "71", EncryptionType.NONE)
     rig.settled()
 
 
@@ -109,7 +109,7 @@ async def test_awaited_by_several() -> None:
     [batch] = rig.drain()
     batch.settle(stored(1))
     results = await asyncio.gather(*tasks, return_exceptions=True)
-    assert results[0] == results[1] == PutResult(SHARD, "0")
+    assert results[0] == results[1] == PutResult(SHARD, "0", EncryptionType.NONE)
     assert isinstance(results[2], asyncio.CancelledError)
     assert await receipt == results[0]
     assert await asyncio.wait_for(receipt, 1) == results[0]
@@ -143,7 +143,7 @@ def test_callbacks() -> None:
         receipt.add_done_callback(None)  # type: ignore[arg-type]
     assert seen == []
     rig.drain()[0].settle(stored(1))
-    assert seen == [receipt, PutResult(SHARD, "0")]
+    assert seen == [receipt, PutResult(SHARD, "0", EncryptionType.NONE)]
     receipt.add_done_callback(seen.append)
     assert seen[-1] is receipt
     assert len(seen) == 3

@@ -103,8 +103,12 @@ class Client(ABC):
         return await self.call(self.destination.put, body)
 
     @abstractmethod
-    async def call(self, target: str, body: Buffer) -> bytes:
-        """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome."""
+    async def call(self, target: str, body: Buffer, *, once: bool = False) -> bytes:
+        """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome.
+
+        `once`: one request and no other, not even for a signature that the service found too old or a connection that
+        had ended; what was learned from the refusal serves the next call.
+        """
 
     def abort(self) -> None:  # noqa: B027 - not every client holds some
         """Drop connections at once: the event loop is about to end, and nobody called close()."""

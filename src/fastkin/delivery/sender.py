@@ -350,17 +350,18 @@ class Sender:
             finally:
                 counters.call_seconds.observe(self._loop.time() - began)
             failures = batch.settle(answer)
-        except KinesisError as error:
-            self._failed_calls.failed(batch, error, self._loop.time())
         # The call may have arrived. Its batch is taken care of where its task ends: see OpenCalls.
         except asyncio.CancelledError:
             counters.duplicates_possible += batch.user_records
             raise
-        # Raised again, so that the loop hears of the bug; but first the batch is put where it waits.
         except Exception as error:
-            self._broke(batch, count, error)
-            self._on_settled()
-            raise
+            if isinstance(error, KinesisError) and not isinstance(error, LibraryError):
+                self._failed_calls.failed(batch, error, self._loop.time())
+            else:
+                # Raised again, so that the loop hears of the bug; but first the batch is put where it waits.
+                self._broke(batch, count, error)
+                self._on_settled()
+                raise
         else:
             self._waits.sizes.taken(nbytes)
             self._answers.answered(batch, count, load, failures, self._loop.time())
