@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 try:
-    from fastkin._codec import decode_frame, encode_frame
+    from fastkin._codec import Receipt, decode_frame, encode_frame
 except ImportError as error:
     raise ImportError(
         f"fastkin's compiled part cannot be loaded ({error}): install the package (pip install fastkin),"
@@ -56,6 +56,7 @@ __all__ = [
     "Producer",
     "PutRecordsResult",
     "PutResult",
+    "Receipt",
     "Record",
     "RecordDropped",
     "RecordError",

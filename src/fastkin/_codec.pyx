@@ -50,6 +50,7 @@ import asyncio
 import base64
 import json
 from collections import deque
+from types import GenericAlias
 
 from fastkin import limits
 from fastkin.errors import DataFormatError, LibraryError, RecordError, UnexpectedResponse
@@ -61,7 +62,6 @@ cdef object NO_ENCRYPTION = EncryptionType.NONE  # what an answer that names non
 cdef object encryption_type(str told):
     """A member of EncryptionType, or the text as it stands when nobody documented it."""
     return EncryptionType.__members__.get(told, told)
-
 
 
 cdef extern from "Python.h":

@@ -85,7 +85,7 @@ class OneCall:
         results = [_outcome(receipt) for receipt in receipts]
         return PutRecordsResult(sum(result.error_code is not None for result in results), results)
 
-    def _batch(self, records: Sequence[Record]) -> tuple[Batch, list[Receipt]]:
+    def _batch(self, records: Sequence[Record]) -> tuple[Batch, list[Receipt[PutResult]]]:
         """All of them, as the body of one call. LibraryError: they are none, or none that one call can take."""
         if not isinstance(records, list | tuple):
             raise LibraryError(_wrong("records", "a list of Record", records))
@@ -99,7 +99,7 @@ class OneCall:
             if not isinstance(record, Record):
                 raise LibraryError(_wrong(f"records[{number}]", "a Record", record), failed_record_count=count)
         batcher = self._batcher
-        receipts: list[Receipt] = []
+        receipts: list[Receipt[PutResult]] = []
         try:
             for record in records:
                 receipts.append(batcher.put(record.payload, record.partition_key, record.explicit_hash_key))  # noqa: PERF401 - on an error their number tells which
@@ -129,13 +129,11 @@ def _wrong(argument: str, wanted: str, given: object) -> str:
     return f"Wrong type of argument: {argument} is {wanted}, not {type(given).__name__}"
 
 
-def _outcome(receipt: Receipt) -> PutResult:
+def _outcome(receipt: Receipt[PutResult]) -> PutResult:
     error = receipt.exception()
     if isinstance(error, KinesisError):
         return PutResult(None, None, error_code=error.code, error_message=error.message)
-    result = receipt.result()
-    assert isinstance(result, PutResult)
-    return result
+    return receipt.result()
 
 
 def _result(answer: bytes) -> PutResult:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from fastkin._codec import DRAIN, KeyPlan
 from fastkin.aws.transports import make_client
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
     from fastkin._codec import Receipt
     from fastkin.record import Record
-    from fastkin.results import PutRecordsResult, PutResult
+    from fastkin.results import FrameResult, PutRecordsResult, PutResult
 
 _LOG = logging.getLogger("fastkin.producer")
+T = TypeVar("T")
 
 _FIRST_LOOK_S = 3.0  # for the stream's mode and shards before the first put
 _SPOOL_S = 5.0  # of the time that close() has, or a quarter of it: for what the spool has to take
@@ -237,7 +238,7 @@ class Producer:
         data: Buffer,
         partition_key: str | None = None,
         explicit_hash_key: str | None = None,
-    ) -> Receipt:
+    ) -> Receipt[PutResult]:
         """Take one record; wait only while the budget is full.
 
         data: bytes, bytearray or memoryview, 0 bytes up to max_record_bytes less the key.
@@ -256,7 +257,7 @@ class Producer:
         # not a lambda: its closure would make cells of the arguments on every call
         return await self._in_turn(attend, partial(self._batcher.put, data, partition_key, explicit_hash_key))
 
-    async def put_frame(self, payload: Buffer) -> Receipt:
+    async def put_frame(self, payload: Buffer) -> Receipt[FrameResult]:
         """Take every record of a bulk frame under one receipt (FrameResult). DataFormatError: none was taken."""
         attend = self._attend
         if attend is None:
@@ -358,7 +359,7 @@ class Producer:
             return ClosedError("this producer is closed: make a new one")
         return ClosedError("this producer is not started: use `async with Producer(...)` or await start()")
 
-    async def _in_turn(self, attend: Callable[[], None], put: Callable[[], Receipt]) -> Receipt:
+    async def _in_turn(self, attend: Callable[[], None], put: Callable[[], Receipt[T]]) -> Receipt[T]:
         """The same when the budget is full, or somebody waits already."""
 
         def make_room() -> None:

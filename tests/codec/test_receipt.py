@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args, get_origin
 
 import pytest
 
@@ -322,3 +322,109 @@ def test_put_if_room_asks_for_attention_and_takes_nothing_without_room() -> None
     assert [(data, hash_key) for data, _, hash_key in entries] == [(b"a", None), (b"b", "7"), (b"c", None)]
     assert first.result().sequence_number
     rig.settled()
+
+
+# -- with the tools of asyncio ---------------------------------------------------------------------
+
+
+def test_a_receipt_is_generic_and_says_what_it_knows() -> None:
+    assert get_args(Receipt[PutResult]) == (PutResult,)
+    assert get_origin(Receipt[PutResult]) is Receipt
+    rig = Rig()
+    good, bad, frame = rig.batcher.put(b"x"), rig.batcher.put(b"y"), rig.batcher.put_frame(encode_frame([b"a", b"b"]))
+    assert (repr(good), repr(frame)) == ("<Receipt pending>", "<Receipt pending: 2 of 2 records>")
+    [batch] = rig.drain()
+    [failed] = batch.settle(answer([entry(number="5"), failure("Odd", "m"), entry(), entry()]))
+    failed.batch.finish(FAILED, RecordFailed("Odd", "m"))
+    assert repr(good) == f"<Receipt {good.result()!r}>"
+    assert "sequence_number='5'" in repr(good)
+    assert repr(bad) == "<Receipt failed: RecordFailed: Odd: m>"
+    assert repr(frame) == "<Receipt FrameResult(records=2, spooled=False)>"
+
+
+def settled_soon(rig: Rig) -> None:
+    """The first record is stored, the second one refused, in the next turn of the loop."""
+
+    def settle() -> None:
+        [batch] = rig.drain()
+        [failed] = batch.settle(answer([entry(number="1"), failure("Odd", "m")]))
+        failed.batch.finish(FAILED, RecordFailed("Odd", "m"))
+
+    asyncio.get_running_loop().call_soon(settle)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_wait_takes_receipts(when: str) -> None:
+    rig = Rig()
+    good, bad = rig.batcher.put(b"x"), rig.batcher.put(b"y")
+    settled_soon(rig)
+    if when == "after":
+        await asyncio.sleep(0)
+        assert good.done()
+    done, pending = await asyncio.wait({good, bad})  # type: ignore[type-var]  # typeshed wants a Future
+    assert (done, pending) == ({good, bad}, set())
+    assert [good.cancelled(), good.result().sequence_number] == [False, "1"]
+    assert isinstance(bad.exception(), RecordFailed)
+
+
+async def test_wait_with_a_timeout_leaves_no_callback() -> None:
+    rig = Rig()
+    one = rig.batcher.put(b"x")
+    assert await asyncio.wait({one}, timeout=0) == (set(), {one})  # type: ignore[type-var]
+    done: list[Any] = []
+    one.add_done_callback(done.append)
+    one.add_done_callback(done.append)
+    assert one.remove_done_callback(done.append) == 2
+    assert one.remove_done_callback(done.append) == 0
+    rig.store()
+    assert done == []
+    assert one.remove_done_callback(done.append) == 0
+
+
+async def test_wait_for_gives_up_and_asks_again() -> None:
+    rig = Rig()
+    good, bad = rig.batcher.put(b"x"), rig.batcher.put(b"y")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(good, 0)
+    settled_soon(rig)
+    assert (await asyncio.wait_for(good, 60)).sequence_number == "1"
+    with pytest.raises(RecordFailed):
+        await asyncio.wait_for(bad, 60)
+
+
+async def test_gather_and_as_completed_take_receipts() -> None:
+    rig = Rig()
+    good, bad = rig.batcher.put(b"x"), rig.batcher.put(b"y")
+    settled_soon(rig)
+    first, second = await asyncio.gather(good, bad, return_exceptions=True)
+    assert first == good.result()
+    assert isinstance(second, RecordFailed)
+    assert [await each for each in asyncio.as_completed([good])] == [first]
+
+
+async def test_a_task_group_takes_the_wait_of_a_receipt() -> None:
+    rig = Rig()
+    good, bad = rig.batcher.put(b"x"), rig.batcher.put(b"y")
+    settled_soon(rig)
+    tasks = []
+    with pytest.raises(ExceptionGroup) as caught:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(good.wait()), group.create_task(bad.wait())]
+    assert tasks[0].result() == good.result()
+    assert [type(each) for each in caught.value.exceptions] == [RecordFailed]
+
+
+async def test_who_is_cancelled_leaves_nothing_behind() -> None:
+    rig = Rig()
+    one = rig.batcher.put(b"x")
+    for _ in range(100):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(one, 0)
+        task = asyncio.ensure_future(one.wait())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    gc.collect()
+    assert sum(isinstance(each, asyncio.Future) for each in gc.get_objects()) < 50
+    rig.store()
+    assert one.done()
