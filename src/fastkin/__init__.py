@@ -14,9 +14,11 @@ except ImportError as error:
     ) from error
 
 from fastkin.errors import (
+    BudgetFull,
     ClosedError,
     ConfigError,
     DataFormatError,
+    DeliveryTimeout,
     ErrorType,
     FastkinError,
     KinesisError,
@@ -24,6 +26,7 @@ from fastkin.errors import (
     RecordDropped,
     RecordError,
     RecordFailed,
+    RecordsLost,
     RequestFailed,
     SpoolError,
     TransportError,
@@ -42,10 +45,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetFull",
     "Changes",
     "ClosedError",
     "ConfigError",
     "DataFormatError",
+    "DeliveryTimeout",
     "EncryptionType",
     "Engine",
     "ErrorType",
@@ -61,6 +66,7 @@ __all__ = [
     "RecordDropped",
     "RecordError",
     "RecordFailed",
+    "RecordsLost",
     "RequestFailed",
     "Settings",
     "SpoolError",

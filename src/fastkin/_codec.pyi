@@ -121,6 +121,7 @@ class Batch:
     def restored(self) -> bool: ...  # some of its entries came back from the disk
     def rows(self) -> dict[int, int]: ...  # of those: row -> user records of it in this batch
     attempts: int  # free for the sender
+    uncertain: int  # for the sender: calls with it whose outcome nobody knows
     taken_at: float  # free for the sender
     flush_generation: int  # free for the sender
     overhead: int  # charged to the budget besides the entries
@@ -138,6 +139,7 @@ class Batch:
     # scans the answer, settles what is stored; self is spent; UnexpectedResponse leaves it whole
     def settle(self, answer: bytes) -> list[Failure]: ...
     def finish(self, outcome: int, error: BaseException | None = None) -> None: ...  # every entry alike
+    def expire(self, error: BaseException) -> None: ...  # its receipts raise it; the entries go on
     # (data, partition key, explicit hash key), decoded back
     def entries(self) -> list[tuple[bytes, str | None, str | None]]: ...
 

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from fastkin._codec import Receipt
+    from fastkin.results import PutResult
+
 
 def escaped(text: str) -> str:
     """The whole text, fit for a terminal whoever chose it: what does not print is written as an escape, also what ends
@@ -90,11 +93,53 @@ class DataFormatError(FastkinError, ValueError):
 
 
 class RecordError(FastkinError, ValueError):
-    """One record can never be stored as it is: too large, or its key is not allowed."""
+    """One record can never be stored as it is: too large, or its key is not allowed.
+
+    receipts: of `put_many`, those of the records before it.
+    """
+
+    receipts: tuple[Receipt[PutResult], ...] = ()
 
 
 class RecordDropped(FastkinError):  # noqa: N818
     """One record was given up because memory was full and `on_full` said so."""
+
+
+class DeliveryTimeout(FastkinError):  # noqa: N818
+    """`delivery_timeout_s` passed before the record had an outcome.
+
+    may_be_stored: a call with it was made whose outcome nobody knows, so it may be in the stream, or come there yet.
+    False: it was given up, and is not in the stream.
+    """
+
+    def __init__(self, timeout_s: float, *, may_be_stored: bool, last_error: str | None = None) -> None:
+        self.timeout_s = timeout_s
+        self.may_be_stored = may_be_stored
+        self.last_error = last_error
+        told = "the record may have been stored" if may_be_stored else "the record was given up and is not stored"
+        why = f"; last error: {last_error}" if last_error else ""
+        super().__init__(f"no outcome within delivery_timeout_s = {timeout_s:g} s: {told}{why}")
+
+
+class RecordsLost(FastkinError):  # noqa: N818
+    """A producer was closed with records that had no outcome yet: their receipts raise ClosedError.
+
+    records: how many. last_error: what kept them from being stored, None when nothing is known.
+    """
+
+    def __init__(self, records: int, last_error: str | None) -> None:
+        self.records = records
+        self.last_error = last_error
+        super().__init__(
+            f"{records} records had no outcome when the producer was closed (last error: {last_error or 'none'}): raise"
+            ' close_timeout_s, or give on_full="spool"'
+        )
+
+
+class BudgetFull(FastkinError):  # noqa: N818
+    """`put_nowait` finds no room in the budget: nothing was taken. `await put()` waits for it."""
+
+    retriable = True
 
 
 class SpoolError(FastkinError):

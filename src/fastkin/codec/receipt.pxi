@@ -46,6 +46,7 @@ cdef class Receipt:
     cdef uint32_t records  # of a frame
     cdef uint8_t state
     cdef bint frame
+    cdef bint expired  # it was told that it is too late; its records have not ended yet
     cdef bint spooled  # some of it is on the disk and not in the stream yet
 
     @staticmethod
@@ -59,6 +60,10 @@ cdef class Receipt:
                     Py_ssize_t encryption) noexcept:
         """`count` of its records have ended. The batch's reference goes with the last."""
         self.pending -= count
+        if self.expired:
+            if not self.pending:
+                Py_DECREF(self)
+            return
         if outcome == OUT_STORED:
             if not self.frame:
                 self.value = answer
@@ -82,6 +87,16 @@ cdef class Receipt:
             self._wake()
         Py_DECREF(self)
 
+    cdef void expire(self, object error) noexcept:
+        """Tell who waits that it is too late, whatever becomes of its records."""
+        if self.expired or not self.pending:
+            return
+        self.expired = True
+        self.value = error
+        self.state = RECEIPT_ERROR
+        if self.waiters is not None:
+            self._wake()
+
     cdef void _wake(self) noexcept:
         waiters = self.waiters
         self.waiters = None
@@ -96,7 +111,7 @@ cdef class Receipt:
                 unraisable(error, "a receipt's callback")
 
     cdef inline bint _done(self) noexcept:
-        return self.pending == 0
+        return self.pending == 0 or self.expired
 
     @classmethod
     def __class_getitem__(cls, item, /):

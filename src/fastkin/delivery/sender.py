@@ -300,6 +300,10 @@ class Sender:
             out.append(fresh)
         return out
 
+    def called(self) -> list[Batch]:
+        """The batches of the calls that are open."""
+        return list(self._calls.batches())
+
     def requeue_front(self, batches: list[Batch]) -> None:
         """What was withdrawn shall be sent after all, before everything else; also what waits for withdraw()."""
         # By age, for what was cut short comes later than it was taken.
@@ -353,6 +357,7 @@ class Sender:
         # The call may have arrived. Its batch is taken care of where its task ends: see OpenCalls.
         except asyncio.CancelledError:
             counters.duplicates_possible += batch.user_records
+            batch.uncertain += 1
             raise
         except Exception as error:
             if isinstance(error, KinesisError) and not isinstance(error, LibraryError):
@@ -391,6 +396,7 @@ class Sender:
         """The transport sent a call again at once: its connection died without an answer."""
         if isinstance(body, Batch):
             self.counters.duplicates_possible += body.user_records
+            body.uncertain += 1
 
     def _give_up(self, batch: Batch, reason: str) -> None:
         """It can never be stored."""
