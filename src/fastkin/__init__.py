@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fastkin.service.engine import Engine
     from fastkin.service.reload import Changes
     from fastkin.settings import load_settings
+    from fastkin.sync_producer import SyncProducer
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ __all__ = [
     "RequestFailed",
     "Settings",
     "SpoolError",
+    "SyncProducer",
     "TransportError",
     "UnexpectedResponse",
     "decode_frame",
@@ -84,6 +86,7 @@ _LAZY = {
     "Producer": "fastkin.producer",
     "Record": "fastkin.record",
     "Settings": "fastkin.config",
+    "SyncProducer": "fastkin.sync_producer",
     "load_settings": "fastkin.settings",
 }
 

@@ -442,6 +442,13 @@ class Producer:
             task.cancel()
         await asyncio.gather(flushed, hurried, return_exceptions=True)
 
+    @property
+    def last_error(self) -> str | None:
+        """What kept records from being stored lately, in words; None when nothing did."""
+        if self._opened and not self._closed:
+            return self._delivery.sender.last_error
+        return self._last_error
+
     def stats(self) -> dict[str, Any]:
         """Counters, in records: received == stored + dead_lettered + dropped + in_flight + spooled.
 

@@ -20,6 +20,7 @@ FLOORS = [
     {"config"},
     {"settings"},
     {"producer", "service"},
+    {"sync_producer"},
     {"emulator", "bench"},
     {"commands"},
 ]
