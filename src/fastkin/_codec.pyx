@@ -67,6 +67,7 @@ cdef object encryption_type(str told):
 cdef extern from "Python.h":
     int PyGC_Disable()
     int PyGC_Enable()
+    unsigned long PyThread_get_thread_ident() noexcept
 
 cdef extern from "codec/base64.h" nogil:
     enum:

@@ -205,6 +205,7 @@ class Producer:
     async def _start(self) -> None:
         delivery = self._delivery
         self._loop = asyncio.get_running_loop()
+        self._batcher.belong(self._loop.is_running)
         _LIVE.add(self)
         await self._client.start()
         delivery.open(on_settled=self._turns.call, stuck=self.stuck)
@@ -277,8 +278,8 @@ class Producer:
         RecordError: the record can never be stored. ClosedError: the producer is not open.
         """
         attend = self._attend
-        if attend is None or _running_loop() is not self._loop:
-            raise self._not_usable()
+        if attend is None:
+            raise self._not_open()
         if not self._turns.waiting:
             receipt = self._batcher.put_if_room(data, partition_key, explicit_hash_key, attend)
             if receipt is not None:
@@ -302,12 +303,14 @@ class Producer:
         BudgetFull: there is no room; nothing was taken. Else as put().
         """
         attend = self._attend
-        if attend is None or _running_loop() is not self._loop:
-            raise self._not_usable()
+        if attend is None:
+            raise self._not_open()
         receipt = None
         if not self._turns.waiting:
             receipt = self._batcher.put_if_room(data, partition_key, explicit_hash_key, attend)
         if receipt is None:
+            if _running_loop() is not self._loop:
+                raise self._not_usable()
             raise BudgetFull("no room in the budget: await put(), which waits for it, or raise budget_bytes")
         if callback is not None:
             receipt.add_done_callback(partial(_tell, callback))
@@ -478,7 +481,9 @@ class Producer:
         return ClosedError("this producer is not started: use `async with Producer(...)` or await start()")
 
     async def _in_turn(self, attend: Callable[[], None], put: Callable[[], Receipt[T]]) -> Receipt[T]:
-        """The same when the budget is full, or somebody waits already."""
+        """The same when the budget is full, or somebody waits already, or whoever calls must not."""
+        if _running_loop() is not self._loop:
+            raise self._not_usable()
 
         def make_room() -> None:
             self._delivery.flusher.close(DRAIN)
