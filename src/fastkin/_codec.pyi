@@ -249,7 +249,8 @@ class Batcher(Sink):
     def put(self, data: Buffer, key: str | None = None, hash_key: str | None = None) -> Receipt[PutResult]: ...
     # put_if_room() is for this thread alone, while its loop is running
     def belong(self, is_running: Callable[[], bool]) -> None: ...
-    # None while the budget is full, and for who does not own the batcher; attend() is called when the batcher needs attention
+    # None while the budget is full, and for who does not own the batcher; attend() is called when the batcher needs
+    # attention
     def put_if_room(
         self, data: Buffer, key: str | None, hash_key: str | None, attend: Callable[[], None]
     ) -> Receipt[PutResult] | None: ...

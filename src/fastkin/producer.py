@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from fastkin._codec import Receipt
     from fastkin.results import FrameResult, PutRecordsResult, PutResult
+    from fastkin.status.metrics import ProducerCollector
 
 _LOG = logging.getLogger("fastkin.producer")
 T = TypeVar("T")
@@ -458,6 +459,17 @@ class Producer:
         dropped: refused, given up by `on_full`, or closed too early; dead_lettered: damaged in the spool.
         """
         return self._delivery.stats()
+
+    def metrics(self) -> ProducerCollector:
+        """For a prometheus_client registry: `registry.register(producer.metrics())`, in this loop, after start().
+
+        ClosedError, LibraryError: as put().
+        """
+        if self._attend is None or _running_loop() is not self._loop:
+            raise self._not_usable()
+        from fastkin.status.metrics import ProducerCollector  # prometheus_client is for who asks
+
+        return ProducerCollector(self._name, self._delivery)
 
     def _not_usable(self) -> ClosedError | LibraryError:
         if self._attend is None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastkin.delivery.backlog import Policy
     from fastkin.record import Record
     from fastkin.results import PutRecordsResult, PutResult
+    from fastkin.status.metrics import ProducerCollector
 
 _LOG = logging.getLogger("fastkin.producer")
 T = TypeVar("T")
@@ -206,6 +207,14 @@ class SyncProducer:
         if self._state != "open" or threading.current_thread() is self._thread:
             return self._producer.stats()
         return self._ask("stats", read)
+
+    def metrics(self) -> ProducerCollector:
+        """For a prometheus_client registry; it may be scraped in any thread, until the producer is closed."""
+
+        async def make() -> ProducerCollector:
+            return self._producer.metrics()
+
+        return self._ask("metrics", make)
 
     def close(self, timeout_s: float | None = None) -> int:
         """Flush, then close, within `timeout_s` (None: `close_timeout_s`). Returns how many records have no outcome:
