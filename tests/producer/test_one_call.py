@@ -297,3 +297,21 @@ def test_an_argument_error_of_the_constructor_is_a_library_error() -> None:
     assert caught.value.type is ErrorType.LIBRARY_ERROR
     with pytest.raises(LibraryError, match="region: is empty"):
         Producer("welders", region="")
+
+
+async def test_the_wire_is_logged_when_it_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    """EI-21: off by default; no header, no key, long bodies cut."""
+    said = json.dumps({"__type": "Odd", "message": f"{SECRET_KEY} {ACCESS_KEY}"}).encode()
+    script = Script(400, said)
+    async with FakeServer(script) as server, producer(server.url) as one:
+        with pytest.raises(RequestFailed):
+            await one.put_record(Record(1, "k"))
+        assert [record for record in caplog.records if record.name == "fastkin.wire"] == []
+        with caplog.at_level("DEBUG", "fastkin.wire"), pytest.raises(RequestFailed):
+            await one.put_record(Record(b"x" * 1000, "k"))
+    asked, answered = [record.getMessage() for record in caplog.records if record.name == "fastkin.wire"]
+    assert asked.startswith("> PutRecord, 1")
+    assert asked.endswith("eHh...")
+    assert len(asked) < 600
+    assert answered == f'< PutRecord, status 400, {len(said)} bytes: {{"__type": "Odd", "message": "*** {ACCESS_KEY}"}}'
+    assert not any(word in asked + answered for word in ("Authorization", "Signature", SECRET_KEY))

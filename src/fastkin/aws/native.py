@@ -14,7 +14,7 @@ from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from fastkin.aws.client import RESIGNS, Client, bundle_path, is_aws, tls_context
+from fastkin.aws.client import RESIGNS, Client, bundle_path, is_aws, tls_context, wire, wire_answered, wire_asked
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.destinations import KINESIS
 from fastkin.aws.endpoint import Endpoint, resolve_endpoint
@@ -124,6 +124,9 @@ class KinesisClient(Client):
             pool = self._pools.get(url.base) or self._new_pool(url.base)
             offset = self.clock_offset
             began = time.monotonic()
+            said = wire.isEnabledFor(logging.DEBUG)
+            if said:
+                wire_asked(target, body)
             most = PUT_ANSWER if target == self.destination.put else MAX_ANSWER
             reply = await pool.request(head, body, most, once=once)
             if log.isEnabledFor(logging.DEBUG):
@@ -131,6 +134,8 @@ class KinesisClient(Client):
                     "%s with %d bytes to %s: status %d, %d bytes, %.1f ms", target, length, url.host, reply.status,
                     len(reply.body), (time.monotonic() - began) * 1000,
                 )  # fmt: skip
+            if said:
+                wire_answered(target, reply.status, reply.body, (credentials.token, credentials.secret_key))
             if reply.status == 200:
                 return reply.body
             await self._mend(reply, credentials, offset, resigned)
