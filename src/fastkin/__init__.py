@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 try:
-    from fastkin._codec import decode_frame, encode_frame
+    from fastkin._codec import Receipt, decode_frame, encode_frame
 except ImportError as error:
     raise ImportError(
         f"fastkin's compiled part cannot be loaded ({error}): install the package (pip install fastkin),"
@@ -14,35 +14,43 @@ except ImportError as error:
     ) from error
 
 from fastkin.errors import (
+    BudgetFull,
     CheckpointError,
     ClosedError,
     ConfigError,
     DataFormatError,
+    DeliveryTimeout,
+    ErrorType,
     FastkinError,
     KinesisError,
     LibraryError,
     RecordDropped,
     RecordError,
     RecordFailed,
+    RecordsLost,
+    RequestFailed,
     SpoolError,
     TransportError,
     UnexpectedResponse,
 )
-from fastkin.results import FrameResult, PutResult
+from fastkin.results import EncryptionType, FrameResult, PutRecordsResult, PutResult
 
 if TYPE_CHECKING:
     from fastkin._codec import ConsumerRecord, decode_json
     from fastkin.config import Settings
     from fastkin.consumer import Batch, Consumer, FileCheckpoints, MemoryCheckpoints, Position, ShardIteratorType
     from fastkin.producer import Producer
+    from fastkin.record import Record
     from fastkin.service.engine import Engine
     from fastkin.service.reload import Changes
     from fastkin.settings import load_settings
+    from fastkin.sync_producer import SyncProducer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "BudgetFull",
     "Changes",
     "CheckpointError",
     "ClosedError",
@@ -50,7 +58,10 @@ __all__ = [
     "Consumer",
     "ConsumerRecord",
     "DataFormatError",
+    "DeliveryTimeout",
+    "EncryptionType",
     "Engine",
+    "ErrorType",
     "FastkinError",
     "FileCheckpoints",
     "FrameResult",
@@ -59,13 +70,19 @@ __all__ = [
     "MemoryCheckpoints",
     "Position",
     "Producer",
+    "PutRecordsResult",
     "PutResult",
+    "Receipt",
+    "Record",
     "RecordDropped",
     "RecordError",
     "RecordFailed",
+    "RecordsLost",
+    "RequestFailed",
     "Settings",
     "ShardIteratorType",
     "SpoolError",
+    "SyncProducer",
     "TransportError",
     "UnexpectedResponse",
     "decode_frame",
@@ -85,7 +102,9 @@ _LAZY = {
     "MemoryCheckpoints": "fastkin.consumer",
     "Position": "fastkin.consumer",
     "Producer": "fastkin.producer",
+    "Record": "fastkin.record",
     "Settings": "fastkin.config",
+    "SyncProducer": "fastkin.sync_producer",
     "ShardIteratorType": "fastkin.consumer",
     "decode_json": "fastkin._codec",
     "load_settings": "fastkin.settings",

@@ -2,12 +2,14 @@
 # The docstrings are in the compiled module.
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, Literal, Self, final, overload
+from typing import Any, Generic, Literal, Self, TypeVar, final, overload
 
 from typing_extensions import Buffer, disjoint_base
 
 from fastkin.errors import DataFormatError
 from fastkin.results import FrameResult, PutResult
+
+_T_co = TypeVar("_T_co", covariant=True)
 
 STORED: int
 DEAD: int
@@ -125,6 +127,7 @@ class Batch:
     def restored(self) -> bool: ...  # some of its entries came back from the disk
     def rows(self) -> dict[int, int]: ...  # of those: row -> user records of it in this batch
     attempts: int  # free for the sender
+    uncertain: int  # for the sender: calls with it whose outcome nobody knows
     taken_at: float  # free for the sender
     flush_generation: int  # free for the sender
     overhead: int  # charged to the budget besides the entries
@@ -142,6 +145,7 @@ class Batch:
     # scans the answer, settles what is stored; self is spent; UnexpectedResponse leaves it whole
     def settle(self, answer: bytes) -> list[Failure]: ...
     def finish(self, outcome: int, error: BaseException | None = None) -> None: ...  # every entry alike
+    def expire(self, error: BaseException) -> None: ...  # its receipts raise it; the entries go on
     # (data, partition key, explicit hash key), decoded back
     def entries(self) -> list[tuple[bytes, str | None, str | None]]: ...
 
@@ -155,12 +159,15 @@ PUT_RECORDS_ANSWER: AnswerNames
 
 # Resolves to PutResult (or FrameResult for a frame), or raises. Costs next to nothing until awaited.
 @final
-class Receipt:
+class Receipt(Generic[_T_co]):
     def done(self) -> bool: ...
-    def result(self) -> PutResult | FrameResult: ...  # asyncio.InvalidStateError before it is known
+    def cancelled(self) -> Literal[False]: ...
+    def result(self) -> _T_co: ...  # asyncio.InvalidStateError before it is known
     def exception(self) -> BaseException | None: ...
-    def add_done_callback(self, fn: Callable[[Receipt], object], /) -> None: ...
-    def __await__(self) -> Generator[Any, None, PutResult | FrameResult]: ...
+    def add_done_callback(self, fn: Callable[[Receipt[_T_co]], object], /) -> None: ...
+    def remove_done_callback(self, fn: Callable[[Receipt[_T_co]], object], /) -> int: ...
+    async def wait(self) -> _T_co: ...
+    def __await__(self) -> Generator[Any, None, _T_co]: ...
 
 # A row of the table of payload formats. What is made by a call is a format in Python: `records(payload)` gives the
 # records, or raises DataFormatError with the offset of what is wrong.
@@ -281,12 +288,15 @@ class Batcher(Sink):
     def offer(self, topic: bytes, payload: Buffer, token: int) -> int: ...  # as the C sink: -1 when stalled
     # raises RecordError
     def add(self, data: Buffer, token: int = 0, key: str | None = None, hash_key: str | None = None) -> None: ...
-    def put(self, data: Buffer, key: str | None = None, hash_key: str | None = None) -> Receipt: ...
-    # None while the budget is full; attend() is called when the batcher needs attention
+    def put(self, data: Buffer, key: str | None = None, hash_key: str | None = None) -> Receipt[PutResult]: ...
+    # put_if_room() is for this thread alone, while its loop is running
+    def belong(self, is_running: Callable[[], bool]) -> None: ...
+    # None while the budget is full, and for who does not own the batcher; attend() is called when the batcher needs
+    # attention
     def put_if_room(
         self, data: Buffer, key: str | None, hash_key: str | None, attend: Callable[[], None]
-    ) -> Receipt | None: ...
-    def put_frame(self, payload: Buffer) -> Receipt: ...
+    ) -> Receipt[PutResult] | None: ...
+    def put_frame(self, payload: Buffer) -> Receipt[FrameResult]: ...
     def close_batch(self, reason: int) -> bool: ...  # True: something waits to be taken
     # who can send may take the open batch as it is; until then it grows. False: there is none
     def offer_open(self, reason: int) -> bool: ...

@@ -54,14 +54,24 @@ import base64
 import json
 from binascii import a2b_base64
 from collections import deque
+from types import GenericAlias
 
 from fastkin import limits
 from fastkin.errors import DataFormatError, LibraryError, RecordError, UnexpectedResponse
-from fastkin.results import FrameResult, PutResult
+from fastkin.results import EncryptionType, FrameResult, PutResult
+
+cdef object NO_ENCRYPTION = EncryptionType.NONE  # what an answer that names none says
+
+
+cdef object encryption_type(str told):
+    """A member of EncryptionType, or the text as it stands when nobody documented it."""
+    return EncryptionType.__members__.get(told, told)
+
 
 cdef extern from "Python.h":
     int PyGC_Disable()
     int PyGC_Enable()
+    unsigned long PyThread_get_thread_ident() noexcept
 
 cdef extern from "codec/base64.h" nogil:
     enum:

@@ -402,6 +402,13 @@ class ProducerOnly:
         0, "size of a KPL aggregate; 0: records go one by one", least=0, most=10 * MIB, argument=True
     )
     shard_map: bool = row(True, "read the stream's shards, to pace by shard", argument=True)
+    delivery_timeout_s: float | None = row(
+        None, "a receipt without an outcome raises DeliveryTimeout after so long; None: it waits for ever",
+        least=0.1, most=86_400, argument=True,
+    )  # fmt: skip
+    close_timeout_s: float = row(
+        30.0, "how long close(), and leaving the block, waits for outcomes", least=0, most=3_600, argument=True
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

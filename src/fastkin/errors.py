@@ -1,8 +1,8 @@
 """Every exception of fastkin. `retriable` is a class attribute: callers ask the class, never a list of names.
 
-Four roots are kept apart: the caller misused us (`LibraryError`, `ConfigError`), a payload is bad
-(`DataFormatError`, `RecordError`), the broker spoke nonsense or refused us (`MqttError`), Kinesis or the
-way to it failed (`KinesisError`).
+Four roots are kept apart: a setting is wrong (`ConfigError`), a payload is bad (`DataFormatError`, `RecordError`), the
+broker spoke nonsense or refused us (`MqttError`), Kinesis, the way to it or the call of its Python face failed
+(`KinesisError`: who puts or reads records catches this one, and asks its `type`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from fastkin._codec import Receipt
+    from fastkin.results import PutResult
 
 
 def escaped(text: str) -> str:
@@ -74,10 +77,6 @@ class ConfigError(FastkinError):
         super().__init__(printable(text, 4000))
 
 
-class LibraryError(FastkinError, ValueError):
-    """An argument of the Python face is wrong; nothing was sent."""
-
-
 class ClosedError(FastkinError):
     """The producer or engine is closed, or was closed before the record could be stored."""
 
@@ -94,11 +93,53 @@ class DataFormatError(FastkinError, ValueError):
 
 
 class RecordError(FastkinError, ValueError):
-    """One record can never be stored as it is: too large, or its key is not allowed."""
+    """One record can never be stored as it is: too large, or its key is not allowed.
+
+    receipts: of `put_many`, those of the records before it.
+    """
+
+    receipts: tuple[Receipt[PutResult], ...] = ()
 
 
 class RecordDropped(FastkinError):  # noqa: N818
     """One record was given up because memory was full and `on_full` said so."""
+
+
+class DeliveryTimeout(FastkinError):  # noqa: N818
+    """`delivery_timeout_s` passed before the record had an outcome.
+
+    may_be_stored: a call with it was made whose outcome nobody knows, so it may be in the stream, or come there yet.
+    False: it was given up, and is not in the stream.
+    """
+
+    def __init__(self, timeout_s: float, *, may_be_stored: bool, last_error: str | None = None) -> None:
+        self.timeout_s = timeout_s
+        self.may_be_stored = may_be_stored
+        self.last_error = last_error
+        told = "the record may have been stored" if may_be_stored else "the record was given up and is not stored"
+        why = f"; last error: {last_error}" if last_error else ""
+        super().__init__(f"no outcome within delivery_timeout_s = {timeout_s:g} s: {told}{why}")
+
+
+class RecordsLost(FastkinError):  # noqa: N818
+    """A producer was closed with records that had no outcome yet: their receipts raise ClosedError.
+
+    records: how many. last_error: what kept them from being stored, None when nothing is known.
+    """
+
+    def __init__(self, records: int, last_error: str | None) -> None:
+        self.records = records
+        self.last_error = last_error
+        super().__init__(
+            f"{records} records had no outcome when the producer was closed (last error: {last_error or 'none'}): raise"
+            ' close_timeout_s, or give on_full="spool"'
+        )
+
+
+class BudgetFull(FastkinError):  # noqa: N818
+    """`put_nowait` finds no room in the budget: nothing was taken. `await put()` waits for it."""
+
+    retriable = True
 
 
 class SpoolError(FastkinError):
@@ -153,13 +194,27 @@ class Action(enum.Enum):
     STRANGE = "strange"  # one record failed with a code that nobody documented: again, ever slower, for minutes
 
 
+class ErrorType(enum.StrEnum):
+    """Whose fault a `KinesisError` is, for who asks before anything else."""
+
+    LIBRARY_ERROR = "LIBRARY_ERROR"  # the caller's: nothing was sent
+    REQUEST_FAILED = "REQUEST_FAILED"  # Kinesis said no, or nobody answered
+    UNEXPECTED_RESPONSE = "UNEXPECTED_RESPONSE"  # it answered, and not as the API promises
+
+
 class KinesisError(FastkinError):
     """A call failed. `code` is Kinesis's error type or one of fastkin's own for a broken connection.
+
+    type: an ErrorType. http_status: None when nobody answered. request_id: the service's own, or None.
+    http_response: the answer's body, parsed when it is JSON, else as text, {} when it is empty, None when nobody
+    answered or it was not kept; secrets of ours are cut out of it. failed_record_count: how many records the call had,
+    of `put_record` and `put_records`, for none of them is known to be stored.
 
     What the other side said is made fit for a log line here, once for all who quote it.
     """
 
     retriable = True
+    type = ErrorType.REQUEST_FAILED
 
     def __init__(
         self,
@@ -170,7 +225,10 @@ class KinesisError(FastkinError):
         http_status: int | None = None,
         request_id: str | None = None,
         retry_after: float | None = None,
+        http_response: object = None,
     ) -> None:
+        self.http_response = http_response
+        self.failed_record_count: int | None = None
         self.code = code = printable(code, 128)
         self.message = message = printable(message)
         self.action = action
@@ -181,8 +239,36 @@ class KinesisError(FastkinError):
         parts += [f"request {request_id}"] if request_id else []
         super().__init__(f"{code}: {message or 'no message'}" + (f" ({', '.join(parts)})" if parts else ""))
 
+    @property
+    def details(self) -> str:
+        """What went wrong, in words."""
+        return self.message
 
-class TransportError(KinesisError):
+
+class LibraryError(KinesisError, ValueError):
+    """An argument of the Python face is wrong; nothing was sent."""
+
+    retriable = False
+    type = ErrorType.LIBRARY_ERROR
+
+    def __init__(self, message: str, *, failed_record_count: int | None = None) -> None:
+        super().__init__("LibraryError", message)
+        self.args = (message,)  # its text is what is wrong, and no code
+        self.failed_record_count = failed_record_count
+
+
+class RequestFailed(KinesisError):  # noqa: N818 - it reads better in `except`
+    """Kinesis answered with an error, or nobody answered."""
+
+    @property
+    def details(self) -> str:
+        """The status, where there is one; `code` and `message` say what Kinesis says."""
+        if self.http_status is None:
+            return self.message
+        return f"AWS Kinesis request failed with status code: {self.http_status}"
+
+
+class TransportError(RequestFailed):
     """No answer, or half of one: whether the records were stored is unknown, unless it is NotSent.
 
     `unsent_bytes`: of a call that timed out, what of its body had not reached the other machine; 0 when all of it had,
@@ -198,6 +284,8 @@ class NotSent(TransportError):  # noqa: N818
 
 class UnexpectedResponse(KinesisError):  # noqa: N818 - it reads better in `except`
     """The answer is not what the API promises: not JSON, wrong record count, missing fields."""
+
+    type = ErrorType.UNEXPECTED_RESPONSE
 
 
 class RecordFailed(KinesisError):  # noqa: N818

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from fastkin._codec import DRAIN, KeyPlan
 from fastkin.aws.transports import make_client
@@ -17,28 +19,37 @@ from fastkin.delivery.backlog import Policy  # noqa: TC001 - who reads our annot
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.delivery.stream_watch import StreamWatch
 from fastkin.delivery.turns import Turns
-from fastkin.errors import ClosedError, ConfigError, LibraryError
+from fastkin.errors import BudgetFull, ClosedError, ConfigError, LibraryError, RecordError, RecordsLost
 from fastkin.formats.partition_key import KeySpecError, key_plan
 from fastkin.limits import CALL_RECORDS, DEFAULT_CALL_BYTES, MIB, RECORD_BYTES
+from fastkin.one_call import OneCall
+from fastkin.record import Record
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive, quiet
 from fastkin.settings.arguments import check_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from typing_extensions import Buffer
 
     from fastkin._codec import Receipt
+    from fastkin.results import FrameResult, PutRecordsResult, PutResult
+    from fastkin.status.metrics import ProducerCollector
 
 _LOG = logging.getLogger("fastkin.producer")
+T = TypeVar("T")
 
 _FIRST_LOOK_S = 3.0  # for the stream's mode and shards before the first put
 _SPOOL_S = 5.0  # of the time that close() has, or a quarter of it: for what the spool has to take
 _CLOSE_S = 1.0  # after that time: for what close() does besides
 
+_running_loop = asyncio._get_running_loop  # None outside of a loop, where get_running_loop() raises
+_LIVE: weakref.WeakSet[Producer] = weakref.WeakSet()  # started, by this process
 
+
+# Large because it is the public face: each way to put is a method of its own, and half of it is what they promise.
 class Producer:
     """Puts records into one stream; batching, pacing, retries and memory bounds included.
 
@@ -82,6 +93,8 @@ class Producer:
         spool: str | Path | None = None,
         spool_max_bytes: int = 1024 * MIB,
         spool_after_s: float = 5.0,
+        delivery_timeout_s: float | None = None,
+        close_timeout_s: float = 30.0,
     ) -> None:
         """One of `stream` and `stream_arn` is needed; credentials come from the SDK's chain unless given.
 
@@ -99,6 +112,14 @@ class Producer:
             their receipts resolve to a PutResult with `spooled` set and no place, for the record is sent later, perhaps
             by the next producer that opens the file; "drop_oldest" and "drop_newest", whole batches are given up, and
             their receipts raise RecordDropped.
+        delivery_timeout_s: a receipt without an outcome raises DeliveryTimeout so long after its `put` (and up to an
+            eighth more), which says whether the record may have been stored; None: it waits as long as Kinesis fails.
+            Not with a spool: what is there has its outcome.
+        close_timeout_s: how long close() waits for outcomes, and leaving the block, which raises RecordsLost when some
+            are missing then.
+
+        A producer belongs to the event loop that started it: use from another thread, loop or forked process raises
+        LibraryError or ClosedError; SyncProducer is for these.
 
         LibraryError: an argument is wrong. Nothing is sent and no file or socket is opened here.
         """
@@ -107,6 +128,8 @@ class Producer:
             raise LibraryError("Non empty argument required: stream or stream_arn")
         if (on_full == "spool") != (spool is not None):
             raise LibraryError('on_full="spool" and spool="FILE" go together')
+        if on_full == "spool" and delivery_timeout_s is not None:
+            raise LibraryError("delivery_timeout_s: a spool gives every record its outcome; leave out one of them")
         try:
             kind, parts = key_plan(partition_key)
             if any(part[0] in {"topic", "level"} for part in parts):
@@ -123,7 +146,7 @@ class Producer:
                 budget_bytes=budget_bytes, budget_records=budget_records, max_records=max_records,
                 max_batch_bytes=max_batch_bytes, max_record_bytes=max_record_bytes, max_calls=max_connections,
                 aggregate_bytes=aggregate_bytes, linger_s=linger_ms / 1000, on_full=on_full, spool=spool,
-                spool_max_bytes=spool_max_bytes, spool_after_s=spool_after_s,
+                spool_max_bytes=spool_max_bytes, spool_after_s=spool_after_s, delivery_timeout_s=delivery_timeout_s,
             )  # fmt: skip
             # An eighth is left for what is not charged record by record: answers, buffers, the allocator.
             self._delivery = Delivery(
@@ -133,6 +156,7 @@ class Producer:
         except (ConfigError, KeySpecError) as error:
             raise LibraryError(str(error)) from None
         self._batcher = self._delivery.batcher
+        self._calls = OneCall(self._client, max_record_bytes)
         self._watch = StreamWatch(
             self._delivery, shards=shard_map, limits=False, cure="leave aggregate_bytes 0",
             misfit=lambda problem: LibraryError(f"aggregate_bytes: {problem}; leave it 0"),
@@ -141,8 +165,12 @@ class Producer:
         self._spools = on_full == "spool"
         self._attend: Callable[[], None] | None = None  # from start() until close() is called
         self._turns = Turns(self._delivery.budget)
+        self._close_timeout_s = close_timeout_s
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one that started it
         self._opened = False  # what sends was made
         self._closed = False
+        self._forked = False
+        self._last_error: str | None = None  # once it is closed
         self._closing: asyncio.Task[int] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._guard: asyncio.Task[None] | None = None
@@ -154,7 +182,10 @@ class Producer:
         return self
 
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
-        await self.close()
+        lost = await self.close()
+        # Another error is on its way and must not be hidden by this one, which was logged.
+        if lost and error is None:
+            raise RecordsLost(lost, self._last_error)
 
     async def start(self) -> None:
         """Find credentials and endpoint, look at the stream for a moment.
@@ -174,6 +205,9 @@ class Producer:
 
     async def _start(self) -> None:
         delivery = self._delivery
+        self._loop = asyncio.get_running_loop()
+        self._batcher.belong(self._loop.is_running)
+        _LIVE.add(self)
         await self._client.start()
         delivery.open(on_settled=self._turns.call, stuck=self.stuck)
         if self._looks:
@@ -186,6 +220,8 @@ class Producer:
         self._opened = True
         self._attend = delivery.flusher.attend
         delivery.watchdog.start()
+        if delivery.expiry is not None:
+            delivery.expiry.start()
         guard = asyncio.get_running_loop().create_task(outlive(self._loop_ended), name=f"fastkin[{self._name}].guard")
         self._guard = quiet(guard)
 
@@ -233,7 +269,7 @@ class Producer:
         data: Buffer,
         partition_key: str | None = None,
         explicit_hash_key: str | None = None,
-    ) -> Receipt:
+    ) -> Receipt[PutResult]:
         """Take one record; wait only while the budget is full.
 
         data: bytes, bytearray or memoryview, 0 bytes up to max_record_bytes less the key.
@@ -252,11 +288,65 @@ class Producer:
         # not a lambda: its closure would make cells of the arguments on every call
         return await self._in_turn(attend, partial(self._batcher.put, data, partition_key, explicit_hash_key))
 
-    async def put_frame(self, payload: Buffer) -> Receipt:
-        """Take every record of a bulk frame under one receipt (FrameResult). DataFormatError: none was taken."""
+    def put_nowait(
+        self,
+        data: Buffer,
+        partition_key: str | None = None,
+        explicit_hash_key: str | None = None,
+        *,
+        callback: Callable[[BaseException | None, PutResult | None], object] | None = None,
+    ) -> Receipt[PutResult]:
+        """Take one record now, without waiting: from a callback, or where nobody awaits.
+
+        callback(error, result): called once when the outcome is known, with one of the two and None for the other. It
+        runs where answers are settled, so it should be short; what it raises goes to sys.unraisablehook.
+
+        BudgetFull: there is no room; nothing was taken. Else as put().
+        """
         attend = self._attend
         if attend is None:
             raise self._not_open()
+        receipt = None
+        if not self._turns.waiting:
+            receipt = self._batcher.put_if_room(data, partition_key, explicit_hash_key, attend)
+        if receipt is None:
+            if _running_loop() is not self._loop:
+                raise self._not_usable()
+            raise BudgetFull("no room in the budget: await put(), which waits for it, or raise budget_bytes")
+        if callback is not None:
+            receipt.add_done_callback(partial(_tell, callback))
+        return receipt
+
+    async def put_and_wait(
+        self, data: Buffer, partition_key: str | None = None, explicit_hash_key: str | None = None
+    ) -> PutResult:
+        """put() and its outcome in one: where the record is stored, or what its receipt raises."""
+        return await (await self.put(data, partition_key, explicit_hash_key))
+
+    async def put_many(self, records: Iterable[Buffer | Record]) -> list[Receipt[PutResult]]:
+        """put() for each, in their order; a Record has its own key, the others the producer's.
+
+        RecordError says which one can never be stored, and has the receipts of those before it, which were taken, in
+        `receipts`. `prev_sequence_number` of a Record is not sent.
+        """
+        receipts: list[Receipt[PutResult]] = []
+        try:
+            for each in records:
+                if isinstance(each, Record):
+                    receipts.append(await self.put(each.payload, each.partition_key, each.explicit_hash_key))
+                else:
+                    receipts.append(await self.put(each))
+        except RecordError as error:
+            told = RecordError(f"records[{len(receipts)}]: {error}")
+            told.receipts = tuple(receipts)
+            raise told from None
+        return receipts
+
+    async def put_frame(self, payload: Buffer) -> Receipt[FrameResult]:
+        """Take every record of a bulk frame under one receipt (FrameResult). DataFormatError: none was taken."""
+        attend = self._attend
+        if attend is None or _running_loop() is not self._loop:
+            raise self._not_usable()
         if self._delivery.budget.full or self._turns.waiting:
             return await self._in_turn(attend, partial(self._batcher.put_frame, payload))
         receipt = self._batcher.put_frame(payload)
@@ -264,21 +354,48 @@ class Producer:
             attend()
         return receipt
 
+    async def put_record(self, record: Record) -> PutResult:
+        """Store one record now: exactly one PutRecord request, no batching, no pacing, no retry. Not in stats().
+
+        LibraryError: the argument is wrong, nothing was sent. RequestFailed: Kinesis said no, or nobody answered;
+        whether the record is stored is unknown for a TransportError that is not NotSent, and for a status of 500 or
+        more. UnexpectedResponse: the answer cannot be read. ClosedError: the producer is not open.
+        """
+        if self._attend is None or _running_loop() is not self._loop:
+            raise self._not_usable()
+        return await self._calls.put_record(record, auto_keys=self._watch.auto_keys)
+
+    async def put_records(self, records: Sequence[Record]) -> PutRecordsResult:
+        """Store up to 500 records now: exactly one PutRecords request, no pacing, no retry. Not in stats().
+
+        Results are in the order of the records; what failed alone has an `error_code` and is for the caller to send
+        again. `prev_sequence_number` of a record is not sent, for PutRecords knows none. Errors as of `put_record`,
+        when the call failed as a whole; `failed_record_count` is the number of records then.
+        """
+        if self._attend is None or _running_loop() is not self._loop:
+            raise self._not_usable()
+        return await self._calls.put_records(records)
+
     async def flush(self) -> None:
         """Send what is open now; return when every receipt given so far has ended, well or not, or is spooled."""
-        if self._attend is None:
-            raise self._not_open()
+        if self._attend is None or _running_loop() is not self._loop:
+            raise self._not_usable()
         await self._delivery.flush()
 
-    async def close(self, timeout_s: float = 30.0) -> int:
-        """Flush, then close. Returns how many records did not end in time: their receipts raise ClosedError.
+    async def close(self, timeout_s: float | None = None) -> int:
+        """Flush, then close. Returns how many records did not end in time: their receipts raise ClosedError, and one
+        ERROR says how many and why. timeout_s: None for `close_timeout_s`.
 
         With a spool they go there instead, and do not count; the next producer that opens the file sends them.
 
         May be called again, and while another call is closing: all return the same. A `put` that waits for room
         raises ClosedError. When the caller is cancelled the flush is cut short, the rest is done all the same.
         """
+        if self._loop is not None and _running_loop() is not self._loop and self._closing is None and not self._closed:
+            raise self._not_usable()
         if self._closing is None:
+            if timeout_s is None:
+                timeout_s = self._close_timeout_s
             self._closed, self._attend = True, None
             self._closing = asyncio.create_task(self._close(timeout_s), name=f"fastkin[{self._name}].close")
         closing = self._closing
@@ -293,6 +410,8 @@ class Producer:
     async def _close(self, timeout_s: float) -> int:
         error = ClosedError("the producer was closed before Kinesis stored the record")
         self._turns.close(error)
+        if self._delivery.expiry is not None:
+            self._delivery.expiry.stop()
         if self._guard is not None:
             self._guard.cancel()
         unsettled = 0
@@ -303,8 +422,15 @@ class Producer:
                 await self._drain(timeout_s)
         finally:
             if self._opened:
+                self._last_error = self._delivery.sender.last_error
                 await self._delivery.close(limit, spool_limit=limit.until(before=_CLOSE_S / 2))
                 unsettled = self._delivery.give_up(error)
+                if unsettled:
+                    _LOG.error(
+                        "pipeline=%s stage=engine closed with %d records without an outcome, which may be lost (last"
+                        " error: %s); raise close_timeout_s, or give on_full=\"spool\"",
+                        self._name, unsettled, self._last_error or "none",
+                    )  # fmt: skip
             await limit.wait(self._client.close(), "closing the connections")
         return unsettled
 
@@ -320,6 +446,13 @@ class Producer:
             task.cancel()
         await asyncio.gather(flushed, hurried, return_exceptions=True)
 
+    @property
+    def last_error(self) -> str | None:
+        """What kept records from being stored lately, in words; None when nothing did."""
+        if self._opened and not self._closed:
+            return self._delivery.sender.last_error
+        return self._last_error
+
     def stats(self) -> dict[str, Any]:
         """Counters, in records: received == stored + dead_lettered + dropped + in_flight + spooled.
 
@@ -327,13 +460,42 @@ class Producer:
         """
         return self._delivery.stats()
 
+    def metrics(self) -> ProducerCollector:
+        """For a prometheus_client registry: `registry.register(producer.metrics())`, in this loop, after start().
+
+        ClosedError, LibraryError: as put().
+        """
+        if self._attend is None or _running_loop() is not self._loop:
+            raise self._not_usable()
+        from fastkin.status.metrics import ProducerCollector  # prometheus_client is for who asks
+
+        return ProducerCollector(self._name, self._delivery)
+
+    def _not_usable(self) -> ClosedError | LibraryError:
+        if self._attend is None:
+            return self._not_open()
+        return LibraryError(
+            "this producer belongs to another event loop or thread, the one that started it: make one in each loop, or"
+            " use SyncProducer, which every thread may use"
+        )
+
+    def _leave_behind(self) -> None:
+        """In a forked process: its loop and its connections are the parent's."""
+        self._attend, self._closed, self._forked = None, True, True
+
     def _not_open(self) -> ClosedError:
+        if self._forked:
+            return ClosedError(
+                "this producer was made before the fork and belongs to the parent process: make a new one here"
+            )
         if self._closed:
             return ClosedError("this producer is closed: make a new one")
         return ClosedError("this producer is not started: use `async with Producer(...)` or await start()")
 
-    async def _in_turn(self, attend: Callable[[], None], put: Callable[[], Receipt]) -> Receipt:
-        """The same when the budget is full, or somebody waits already."""
+    async def _in_turn(self, attend: Callable[[], None], put: Callable[[], Receipt[T]]) -> Receipt[T]:
+        """The same when the budget is full, or somebody waits already, or whoever calls must not."""
+        if _running_loop() is not self._loop:
+            raise self._not_usable()
 
         def make_room() -> None:
             self._delivery.flusher.close(DRAIN)
@@ -352,3 +514,19 @@ class Producer:
         if self._attend is None:
             return None
         return self._delivery.stuck() or self._turns.stuck(self._batcher.in_flight)
+
+
+def _tell(callback: Callable[[BaseException | None, PutResult | None], object], receipt: Receipt[PutResult]) -> None:
+    error = receipt.exception()
+    callback(error, None if error is not None else receipt.result())
+
+
+def _forked() -> None:
+    # A child has the parent's sockets too. What it would send on them would be nonsense in the middle of a call.
+    for producer in list(_LIVE):
+        producer._leave_behind()
+    _LIVE.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

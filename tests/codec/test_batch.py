@@ -129,7 +129,7 @@ def test_split(count: int, shards: set[int]) -> None:
     rig = Rig()
     entries = fill(rig, count)
     batch = one(rig)
-    batch.attempts, batch.taken_at, batch.flush_generation = 3, 1.5, 7
+    batch.attempts, batch.uncertain, batch.taken_at, batch.flush_generation = 3, 2, 1.5, 7
     table = ShardTable(ENDS)
     mine = [table.find(str(key), hash_key) in shards for _, key, hash_key in entries]
     before = rig.budget.bytes - batch.overhead
@@ -142,6 +142,7 @@ def test_split(count: int, shards: set[int]) -> None:
         assert piece is not None
         check(piece, expected)
         assert (piece.attempts, piece.taken_at, piece.flush_generation, piece.batcher) == (3, 1.5, 7, rig.batcher)
+        assert piece.uncertain == 2
         assert set(piece.shard_load()) <= ({*shards} if wanted else {0, 1, 2} - shards)
     assert rig.budget.bytes == before + sum(piece.overhead for piece in (part, others) if piece is not None)
     for piece in (part, others):

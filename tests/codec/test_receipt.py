@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args, get_origin
 
 import pytest
 
 from fastkin import encode_frame
 from fastkin._codec import DEAD, DROPPED, FAILED, FILTERED, Budget, Receipt
 from fastkin.errors import RecordError, RecordFailed
-from fastkin.results import FrameResult, PutResult
+from fastkin.results import EncryptionType, FrameResult, PutResult
 from support.codec_rig import SHARD, Rig, answer, entry, failure, stored
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def test_the_place_is_read_whatever_stands_around_it() -> None:
         b'{"Records":[ { "x":[{"ShardId":"no"}], "SequenceNumber" : "7\\u0031" ,"ErrorCode":null,"ShardId":"a\\"b"} ],'
         b'"FailedRecordCount":0}'
     )
-    assert receipt.result() == PutResult('a"b', "71", None)
+    assert receipt.result() == PutResult('a"b', "71", EncryptionType.NONE)
     rig.settled()
 
 
@@ -109,7 +109,7 @@ async def test_awaited_by_several() -> None:
     [batch] = rig.drain()
     batch.settle(stored(1))
     results = await asyncio.gather(*tasks, return_exceptions=True)
-    assert results[0] == results[1] == PutResult(SHARD, "0")
+    assert results[0] == results[1] == PutResult(SHARD, "0", EncryptionType.NONE)
     assert isinstance(results[2], asyncio.CancelledError)
     assert await receipt == results[0]
     assert await asyncio.wait_for(receipt, 1) == results[0]
@@ -143,7 +143,7 @@ def test_callbacks() -> None:
         receipt.add_done_callback(None)  # type: ignore[arg-type]
     assert seen == []
     rig.drain()[0].settle(stored(1))
-    assert seen == [receipt, PutResult(SHARD, "0")]
+    assert seen == [receipt, PutResult(SHARD, "0", EncryptionType.NONE)]
     receipt.add_done_callback(seen.append)
     assert seen[-1] is receipt
     assert len(seen) == 3
@@ -322,3 +322,109 @@ def test_put_if_room_asks_for_attention_and_takes_nothing_without_room() -> None
     assert [(data, hash_key) for data, _, hash_key in entries] == [(b"a", None), (b"b", "7"), (b"c", None)]
     assert first.result().sequence_number
     rig.settled()
+
+
+# -- with the tools of asyncio ---------------------------------------------------------------------
+
+
+def test_a_receipt_is_generic_and_says_what_it_knows() -> None:
+    assert get_args(Receipt[PutResult]) == (PutResult,)
+    assert get_origin(Receipt[PutResult]) is Receipt
+    rig = Rig()
+    good, bad, frame = rig.batcher.put(b"x"), rig.batcher.put(b"y"), rig.batcher.put_frame(encode_frame([b"a", b"b"]))
+    assert (repr(good), repr(frame)) == ("<Receipt pending>", "<Receipt pending: 2 of 2 records>")
+    [batch] = rig.drain()
+    [failed] = batch.settle(answer([entry(number="5"), failure("Odd", "m"), entry(), entry()]))
+    failed.batch.finish(FAILED, RecordFailed("Odd", "m"))
+    assert repr(good) == f"<Receipt {good.result()!r}>"
+    assert "sequence_number='5'" in repr(good)
+    assert repr(bad) == "<Receipt failed: RecordFailed: Odd: m>"
+    assert repr(frame) == "<Receipt FrameResult(records=2, spooled=False)>"
+
+
+def settled_soon(rig: Rig) -> None:
+    """The first record is stored, the second one refused, in the next turn of the loop."""
+
+    def settle() -> None:
+        [batch] = rig.drain()
+        [failed] = batch.settle(answer([entry(number="1"), failure("Odd", "m")]))
+        failed.batch.finish(FAILED, RecordFailed("Odd", "m"))
+
+    asyncio.get_running_loop().call_soon(settle)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_wait_takes_receipts(when: str) -> None:
+    rig = Rig()
+    good, bad = rig.batcher.put(b"x"), rig.batcher.put(b"y")
+    settled_soon(rig)
+    if when == "after":
+        await asyncio.sleep(0)
+        assert good.done()
+    done, pending = await asyncio.wait({good, bad})  # type: ignore[type-var]  # typeshed wants a Future
+    assert (done, pending) == ({good, bad}, set())
+    assert [good.cancelled(), good.result().sequence_number] == [False, "1"]
+    assert isinstance(bad.exception(), RecordFailed)
+
+
+async def test_wait_with_a_timeout_leaves_no_callback() -> None:
+    rig = Rig()
+    one = rig.batcher.put(b"x")
+    assert await asyncio.wait({one}, timeout=0) == (set(), {one})  # type: ignore[type-var]
+    done: list[Any] = []
+    one.add_done_callback(done.append)
+    one.add_done_callback(done.append)
+    assert one.remove_done_callback(done.append) == 2
+    assert one.remove_done_callback(done.append) == 0
+    rig.store()
+    assert done == []
+    assert one.remove_done_callback(done.append) == 0
+
+
+async def test_wait_for_gives_up_and_asks_again() -> None:
+    rig = Rig()
+    good, bad = rig.batcher.put(b"x"), rig.batcher.put(b"y")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(good, 0)
+    settled_soon(rig)
+    assert (await asyncio.wait_for(good, 60)).sequence_number == "1"
+    with pytest.raises(RecordFailed):
+        await asyncio.wait_for(bad, 60)
+
+
+async def test_gather_and_as_completed_take_receipts() -> None:
+    rig = Rig()
+    good, bad = rig.batcher.put(b"x"), rig.batcher.put(b"y")
+    settled_soon(rig)
+    first, second = await asyncio.gather(good, bad, return_exceptions=True)
+    assert first == good.result()
+    assert isinstance(second, RecordFailed)
+    assert [await each for each in asyncio.as_completed([good])] == [first]
+
+
+async def test_a_task_group_takes_the_wait_of_a_receipt() -> None:
+    rig = Rig()
+    good, bad = rig.batcher.put(b"x"), rig.batcher.put(b"y")
+    settled_soon(rig)
+    tasks = []
+    with pytest.raises(ExceptionGroup) as caught:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(good.wait()), group.create_task(bad.wait())]
+    assert tasks[0].result() == good.result()
+    assert [type(each) for each in caught.value.exceptions] == [RecordFailed]
+
+
+async def test_who_is_cancelled_leaves_nothing_behind() -> None:
+    rig = Rig()
+    one = rig.batcher.put(b"x")
+    for _ in range(100):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(one, 0)
+        task = asyncio.ensure_future(one.wait())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    gc.collect()
+    assert sum(isinstance(each, asyncio.Future) for each in gc.get_objects()) < 50
+    rig.store()
+    assert one.done()

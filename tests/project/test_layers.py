@@ -13,19 +13,20 @@ PACKAGE = Path(__file__).resolve().parent.parent.parent / "src" / "fastkin"
 # Modules and packages of the top level from the ground up: the floors of DESIGN.md section 6.
 FLOORS = [
     {"errors", "results", "arn", "limits", "_codec", "lambdas", "setting_row"},
-    {"formats", "net", "runtime", "status"},
+    {"formats", "net", "record", "runtime", "status"},
     {"aws", "mqtt"},
-    {"delivery"},
+    {"delivery", "one_call"},
     {"deadletter"},
     {"config"},
     {"settings"},
     {"producer", "consumer", "service"},
+    {"sync_producer"},
     {"emulator", "bench"},
     {"commands"},
 ]
 # They know no event loop: what they do can be tried by a call.
 PURE = {
-    "errors", "results", "arn", "limits", "lambdas", "setting_row", "config", "formats", "settings",
+    "errors", "results", "arn", "limits", "lambdas", "record", "setting_row", "config", "formats", "settings",
     "consumer.positions", "aws.http_answer", "aws.shards", "aws.signing",
     "deadletter.destination", "deadletter.file", "deadletter.reader",
     "delivery.call_errors", "delivery.gate", "delivery.pacing", "delivery.send_counters", "delivery.spool_errors",

@@ -21,7 +21,7 @@ from fastkin.aws.destinations import KINESIS
 from fastkin.aws.endpoint import parse_arn
 from fastkin.aws.error_table import SIGN_AGAIN, error_from, http_date
 from fastkin.aws.shards import HASH_SPACE, Shard
-from fastkin.errors import Action, ConfigError, FastkinError, KinesisError, UnexpectedResponse, printable
+from fastkin.errors import Action, ConfigError, FastkinError, KinesisError, UnexpectedResponse, masked, printable
 from fastkin.limits import KIB, RECORD_BYTES
 from fastkin.net.tls import client_context
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastkin.kinesis")
 
+# Requests and answers at DEBUG, for who wants to see what is said. Never a header, so no signature and no key.
+wire = logging.getLogger("fastkin.wire")
+WIRE_BYTES = 500  # of a body
 RESIGNS = 2  # how often one call is signed again for fresh keys or a corrected clock
 SKEW_S = 60.0  # a clock this far off explains a refused signature (the service allows 300 s)
 # What an answer may make us keep or ask. A stream has at most some ten thousand shards, a page of DescribeStream 100.
@@ -107,8 +110,12 @@ class Client(ABC):
         return await self.call(self.destination.put, body)
 
     @abstractmethod
-    async def call(self, target: str, body: Buffer) -> bytes:
-        """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome."""
+    async def call(self, target: str, body: Buffer, *, once: bool = False) -> bytes:
+        """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome.
+
+        `once`: one request and no other, not even for a signature that the service found too old or a connection that
+        had ended; what was learned from the refusal serves the next call.
+        """
 
     def abort(self) -> None:  # noqa: B027 - not every client holds some
         """Drop connections at once: the event loop is about to end, and nobody called close()."""
@@ -283,6 +290,23 @@ class Client(ABC):
         except KinesisError:
             return False
         return True
+
+
+def wire_asked(target: str, body: Buffer) -> None:
+    """Say what is about to be sent. Ask wire.isEnabledFor() first: this copies the head of the body."""
+    view = memoryview(body)
+    wire.debug("> %s, %d bytes: %s", target, view.nbytes, _head_of(view, ()))
+
+
+def wire_answered(target: str, status: int, body: bytes, secrets: tuple[str | None, ...]) -> None:
+    """Say what was answered."""
+    wire.debug("< %s, status %d, %d bytes: %s", target, status, len(body), _head_of(memoryview(body), secrets))
+
+
+def _head_of(view: memoryview, secrets: tuple[str | None, ...]) -> str:
+    # Cut after the secrets are out of it: half a secret is one too. An answer is bounded, and this is for debugging.
+    text = masked(bytes(view[: None if secrets else WIRE_BYTES]).decode("utf-8", "replace"), secrets)
+    return printable(text[:WIRE_BYTES]) + ("..." if len(text) > WIRE_BYTES or view.nbytes > WIRE_BYTES else "")
 
 
 _NO_SUCH_CALL = frozenset({"UnknownOperationException", "InvalidAction", "NotImplemented"})

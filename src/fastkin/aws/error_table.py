@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from fastkin.errors import Action, KinesisError, masked
+from fastkin.errors import Action, RequestFailed, masked
 
 if TYPE_CHECKING:
     from fastkin.aws.http_answer import Reply
 
 MESSAGE_CHARS = 500
 CODE_CHARS = 80
+KEPT_BYTES = 64 * 1024  # of an answer that an error keeps: an error of AWS is below 1 KiB
 
 # -- What to do about an error, of a call or of one record in an answer. The codes are those of the service model, of
 # -- the common errors of AWS and of the throttling list of the SDKs; every row is held by a test.
@@ -131,7 +132,7 @@ def http_date(text: str | None) -> float | None:
     return at if _DATES[0] <= at <= _DATES[1] else None
 
 
-def error_from(reply: Reply, now: float, secrets: tuple[str | None, ...] = ()) -> KinesisError:
+def error_from(reply: Reply, now: float, secrets: tuple[str | None, ...] = ()) -> RequestFailed:
     """The error an answer tells. Secrets are cut out of its text, should the server repeat them."""
     code: object = None
     message: object = ""
@@ -154,11 +155,43 @@ def error_from(reply: Reply, now: float, secrets: tuple[str | None, ...] = ()) -
         name = masked(name, secrets)[:CODE_CHARS]
     # A refused signature comes with the canonical request, session token and all: first line only.
     words = message.strip().partition("\n")[0] if isinstance(message, str) else ""
-    return KinesisError(
+    return RequestFailed(
         name,
         masked(words, secrets)[:MESSAGE_CHARS],  # cut when they are out of it: half a secret is one too
         action=action,
         http_status=reply.status,
         request_id=(reply.headers.get("x-amzn-requestid") or reply.headers.get("x-amz-request-id") or "")[:80] or None,
         retry_after=retry_after(reply.headers, now),
+        http_response=response_of(reply.body, secrets),
     )
+
+
+def response_of(body: bytes, secrets: tuple[str | None, ...] = ()) -> object:
+    """An answer's body for people: parsed when it is JSON, {} when it is empty, else text. Secrets are cut out of it.
+
+    None when it is longer than KEPT_BYTES: an error may be kept for long.
+    """
+    if not body.strip():
+        return {}
+    if len(body) > KEPT_BYTES:
+        return None
+    try:
+        told = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        told = body.decode("utf-8", "replace")
+    return _without(told, secrets)
+
+
+def _without(told: object, secrets: tuple[str | None, ...]) -> object:
+    # In what was parsed, and not in the text of the JSON: there a secret may be written with escapes. orjson reads no
+    # deeper than 1,024 levels, which is beyond what Python would let us walk.
+    if isinstance(told, str):
+        return masked(told, secrets)
+    try:
+        if isinstance(told, dict):
+            return {masked(name, secrets): _without(value, secrets) for name, value in told.items()}
+        if isinstance(told, list):
+            return [_without(value, secrets) for value in told]
+    except RecursionError:
+        return None
+    return told

@@ -83,8 +83,17 @@ class HttpPool:
         """Calls that hold a place now."""
         return self._busy
 
-    async def request(self, head: bytes | Callable[[], bytes], body: Buffer, max_answer: int = MAX_ANSWER) -> Reply:
+    async def request(
+        self,
+        head: bytes | Callable[[], bytes],
+        body: Buffer,
+        max_answer: int = MAX_ANSWER,
+        *,
+        once: bool = False,
+    ) -> Reply:
         """One call. `head` as a function is called when a connection is there, again for a retry.
+
+        `once`: there is none. A kept connection that ended meanwhile is TransportError then, like any other.
 
         `body` must not change until this returns; nothing of it is used after that. An answer whose body is longer
         than `max_answer` bytes is TransportError AnswerTooLarge.
@@ -101,6 +110,8 @@ class HttpPool:
                 try:
                     return await self._exchange(connection, head, body, max_answer)
                 except StaleConnectionError:
+                    if once:
+                        raise TransportError("ConnectionLost", "the connection ended before an answer came") from None
                     # The other side had closed it, or did so before it read us. It happens to every
                     # keep-alive client; storing twice is allowed, losing is not.
                     self.retries += 1

@@ -18,7 +18,7 @@ from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from fastkin.aws.client import Client, bundle_path, is_aws, tls_context
+from fastkin.aws.client import RESIGNS, Client, bundle_path, is_aws, tls_context, wire, wire_answered, wire_asked
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.endpoint import Endpoint, resolve_endpoint
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, HttpPool
@@ -90,8 +90,8 @@ class KinesisClient(Client):
             self._threads = None
         self._endpoint = None
 
-    async def call(self, target: str, body: Buffer) -> bytes:
-        """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome."""
+    async def call(self, target: str, body: Buffer, *, once: bool = False) -> bytes:
+        """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome. `once`: see Client."""
         assert self._provider is not None
         self.calls += 1
         view = memoryview(body)
@@ -99,7 +99,7 @@ class KinesisClient(Client):
         view.release()
         # Once per body, not once per attempt: it costs more than the rest of the signature.
         digest = await self._digest(body, length)
-        resigned = 0
+        resigned = RESIGNS if once else 0
         while True:
             credentials = await self._provider.get()
             endpoint = self._endpoint
@@ -115,12 +115,18 @@ class KinesisClient(Client):
             pool = self._pools.get(url.base) or self._new_pool(url.base)
             offset = self.clock_offset
             began = time.monotonic()
-            reply = await pool.request(head, body, PUT_ANSWER if target == self.destination.put else MAX_ANSWER)
+            said = wire.isEnabledFor(logging.DEBUG)
+            if said:
+                wire_asked(target, body)
+            most = PUT_ANSWER if target == self.destination.put else MAX_ANSWER
+            reply = await pool.request(head, body, most, once=once)
             if log.isEnabledFor(logging.DEBUG):
                 log.debug(
                     "%s with %d bytes to %s: status %d, %d bytes, %.1f ms", target, length, url.host, reply.status,
                     len(reply.body), (time.monotonic() - began) * 1000,
                 )  # fmt: skip
+            if said:
+                wire_answered(target, reply.status, reply.body, (credentials.token, credentials.secret_key))
             if reply.status == 200:
                 return reply.body
             await self._mend(reply, credentials, offset, resigned)

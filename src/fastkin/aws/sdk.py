@@ -9,6 +9,7 @@ proxy; tests and benches compare the native way with it. Importing this module l
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import os
 from datetime import UTC, datetime
@@ -32,7 +33,7 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as SdkConnectionError
 
-from fastkin.aws.client import Client, is_aws, tls_context
+from fastkin.aws.client import RESIGNS, Client, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.endpoint import session_region, split_url
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S
@@ -170,11 +171,11 @@ class SdkClient(Client):
         if self._provider is not None:
             await self._provider.close()
 
-    async def call(self, target: str, body: Buffer) -> bytes:
-        """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome."""
+    async def call(self, target: str, body: Buffer, *, once: bool = False) -> bytes:
+        """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome. `once`: see Client."""
         self.calls += 1
         assert self._provider is not None
-        resigned = 0
+        resigned = RESIGNS if once else 0
         while True:
             credentials = await self._provider.get()
             if self._client is None:
@@ -197,6 +198,8 @@ class SdkClient(Client):
             arguments = {"Records": records, **self._target()}
         else:
             arguments = orjson.loads(bytes(body))
+            if "Data" in arguments:  # of PutRecord: the SDK wants bytes, and writes them as base64 again
+                arguments["Data"] = base64.b64decode(arguments["Data"])
         method = getattr(self._client, xform_name(target))
         # The SDK's read timeout begins when the body is written: a peer that stops reading would hold the call for
         # ever. Only the SDK's connection knows how much has left: this way has one deadline, wide enough for a slow

@@ -313,4 +313,4 @@ cdef object answer_result(bytes data, Py_ssize_t at, Py_ssize_t encryption):
         c.p = start + encryption
         json_string(&c, &kind)
     return PutResult(json_text(&shard) if shard.p != NULL else None, json_text(&sequence),
-                     json_text(&kind) if kind.p != NULL else None)
+                     encryption_type(json_text(&kind)) if kind.p != NULL else NO_ENCRYPTION)

@@ -282,6 +282,7 @@ cdef class Batch:
     cdef Budget payer
     cdef Py_ssize_t exports
     cdef public Py_ssize_t attempts
+    cdef public Py_ssize_t uncertain  # calls with it whose outcome nobody knows
     cdef public double taken_at
     cdef public Py_ssize_t flush_generation
     cdef public object digest  # free for the client: the body's SHA-256, so that sending again costs no second one
@@ -403,6 +404,7 @@ cdef class Batch:
         """A batch to copy entries of this one into."""
         cdef Batch other = Batch.new(self.accounting, body, count)
         other.attempts = self.attempts
+        other.uncertain = self.uncertain
         other.taken_at = self.taken_at
         other.flush_generation = self.flush_generation
         # until its owner is spent, freeing it must end nothing
@@ -775,6 +777,7 @@ cdef class Batch:
                     outs.append(out)
                 elif i == 0:
                     out.attempts = max(out.attempts, batch.attempts)
+                    out.uncertain = max(out.uncertain, batch.uncertain)
                     out.taken_at = min(out.taken_at, batch.taken_at)
                     out.flush_generation = min(out.flush_generation, batch.flush_generation)
                 out.copy(batch, i)
@@ -850,6 +853,29 @@ cdef class Batch:
         if outcome == OUT_STORED:
             raise LibraryError("only an answer says that records are stored: use settle")
         self.end(NULL, outcome, error, -1)
+
+    def expire(self, error) -> None:
+        """Receipts of its entries raise `error` from now on. The entries go on, and end as they would have."""
+        cdef size_t i
+        cdef size_t k
+        cdef size_t count
+        cdef Entry* entry
+        cdef Run* run
+        self.whole()
+        # Who is told may call us, and may end this batch: so what is told is collected first.
+        receipts = []
+        for i in range(self.count):
+            entry = &self.items[i]
+            if entry_has_runs(entry):
+                count = entry.token & UINT32_MAX
+                for k in range(count):
+                    run = &self.runs[(entry.token >> 32) + k]
+                    if run.kind != ENTRY_TOKEN:
+                        receipts.append(<Receipt> <PyObject*> <size_t> run.token)
+            elif entry.kind != ENTRY_TOKEN and entry.kind != ENTRY_ROW:
+                receipts.append(<Receipt> <PyObject*> <size_t> entry.token)
+        for receipt in receipts:
+            (<Receipt> receipt).expire(error)
 
     def entries(self) -> list[tuple[bytes, str | None, str | None]]:
         """(data, partition key, explicit hash key) of each record, decoded back."""

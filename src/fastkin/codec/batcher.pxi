@@ -34,6 +34,8 @@ cdef class Batcher(Sink):
     cdef object closed
     cdef list rejects
     cdef public bint dirty
+    cdef unsigned long owner  # the thread that may put if there is room; 0: any
+    cdef object is_running  # of that thread's loop
     cdef int wanted  # why the open batch may be taken as it is; -1: not yet
     cdef readonly unsigned long long opened  # open batches there were: tells one from the next
     cdef PayloadFormat format  # of what is offered to the batcher itself
@@ -632,13 +634,23 @@ cdef class Batcher(Sink):
         """One record for whoever holds the receipt. RecordError: it can never be sent."""
         return self.put_one(data, key, hash_key)
 
-    def put_if_room(self, data, key, hash_key, attend):
-        """The same, or None while the budget is full; `attend()` is called when the batcher needs attention.
+    def belong(self, is_running) -> None:
+        """To this thread, and to a loop in it: put_if_room() gives nothing to others."""
+        self.owner = PyThread_get_thread_ident()
+        self.is_running = is_running
 
-        For who puts one by one: two questions of their own would add a twentieth to the put.
+    def put_if_room(self, data, key, hash_key, attend):
+        """The same, or None while the budget is full, and for who does not own the batcher: the caller finds out which.
+        `attend()` is called when the batcher needs attention.
+
+        For who puts one by one: two questions of their own would add a twentieth to the put, and to ask asyncio for
+        the running loop would double it, for that asks the system for the process id.
         """
         cdef Receipt receipt
         if self.budget.stalled:
+            return None
+        # Two loops in one thread: the one that does not run is not the one we are called from.
+        if self.owner and (PyThread_get_thread_ident() != self.owner or not self.is_running()):
             return None
         receipt = self.put_one(data, key, hash_key)
         if self.dirty:

@@ -31,7 +31,11 @@ cdef object fresh_error(object error):
 @cython.no_gc
 @cython.freelist(1024)
 cdef class Receipt:
-    """Resolves to PutResult (or FrameResult for a frame), or raises. Costs next to nothing until awaited."""
+    """Resolves to PutResult (or FrameResult for a frame), or raises. Costs next to nothing until awaited.
+
+    `await receipt`, asyncio.wait, wait_for, gather and as_completed take it as it is; a TaskGroup takes receipt.wait().
+    It cannot be cancelled: the record is on its way.
+    """
 
     cdef object value
     cdef object waiters  # None, or a list of futures and callables
@@ -42,6 +46,7 @@ cdef class Receipt:
     cdef uint32_t records  # of a frame
     cdef uint8_t state
     cdef bint frame
+    cdef bint expired  # it was told that it is too late; its records have not ended yet
     cdef bint spooled  # some of it is on the disk and not in the stream yet
 
     @staticmethod
@@ -55,6 +60,10 @@ cdef class Receipt:
                     Py_ssize_t encryption) noexcept:
         """`count` of its records have ended. The batch's reference goes with the last."""
         self.pending -= count
+        if self.expired:
+            if not self.pending:
+                Py_DECREF(self)
+            return
         if outcome == OUT_STORED:
             if not self.frame:
                 self.value = answer
@@ -78,6 +87,16 @@ cdef class Receipt:
             self._wake()
         Py_DECREF(self)
 
+    cdef void expire(self, object error) noexcept:
+        """Tell who waits that it is too late, whatever becomes of its records."""
+        if self.expired or not self.pending:
+            return
+        self.expired = True
+        self.value = error
+        self.state = RECEIPT_ERROR
+        if self.waiters is not None:
+            self._wake()
+
     cdef void _wake(self) noexcept:
         waiters = self.waiters
         self.waiters = None
@@ -92,10 +111,28 @@ cdef class Receipt:
                 unraisable(error, "a receipt's callback")
 
     cdef inline bint _done(self) noexcept:
-        return self.pending == 0
+        return self.pending == 0 or self.expired
+
+    @classmethod
+    def __class_getitem__(cls, item, /):
+        return GenericAlias(cls, item)
+
+    def __repr__(self) -> str:
+        if not self._done():
+            if not self.frame:
+                return "<Receipt pending>"
+            return f"<Receipt pending: {self.pending} of {self.records} records>"
+        if self.state == RECEIPT_ERROR:
+            return f"<Receipt failed: {type(self.value).__name__}: {self.value}>"
+        return f"<Receipt {self._read()!r}>"
 
     def done(self) -> bool:
+        """The outcome is known."""
         return self._done()
+
+    def cancelled(self) -> bool:
+        """Never. asyncio.wait asks this of what it is given."""
+        return False
 
     cdef object _read(self):
         """The result, once it is there."""
@@ -130,6 +167,20 @@ cdef class Receipt:
         else:
             self.waiters.append(fn)
 
+    def remove_done_callback(self, fn, /) -> int:
+        """Forget fn; returns how often it was there."""
+        cdef object kept
+        if self.waiters is None:
+            return 0
+        kept = [waiter for waiter in self.waiters if waiter != fn]
+        count = len(self.waiters) - len(kept)
+        self.waiters = kept
+        return count
+
+    async def wait(self):
+        """The same as `await receipt`, as a coroutine: for asyncio.TaskGroup.create_task, which takes nothing else."""
+        return await self
+
     def __await__(self):
         if not self._done():
             future = asyncio.get_running_loop().create_future()
@@ -137,7 +188,12 @@ cdef class Receipt:
                 self.waiters = [future]
             else:
                 self.waiters.append(future)
-            yield from future
+            try:
+                yield from future
+            except BaseException:
+                # Cancelled, by a timeout perhaps. Who asks again and again would else leave a future each time.
+                self.remove_done_callback(future)
+                raise
         return self._read()
 
 

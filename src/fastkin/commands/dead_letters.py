@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from fastkin._codec import PayloadFormat, Receipt
     from fastkin.config import Pipeline, Settings
     from fastkin.deadletter.reader import LetterFile
+    from fastkin.results import PutResult
+
+    Part = Letter | tuple[Letter, Receipt[PutResult]]  # what is left of a letter, or what was sent of it
 
 # Sent and not yet marked as replayed: what a crash may send twice.
 GROUP_LETTERS = 500
@@ -350,7 +353,7 @@ async def _replay_group(
     letters: list[Letter], again_for: Callable[[str], Awaitable[Again | None]], tally: Tally
 ) -> None:
     file: LetterFile = letters[0].file
-    sent: list[tuple[Letter, list[Letter | tuple[Letter, Receipt]]]] = []
+    sent: list[tuple[Letter, list[Part]]] = []
     used: dict[int, Again] = {}
     try:
         for letter in letters:
@@ -367,7 +370,7 @@ async def _replay_group(
         _settle(file, sent, tally)
 
 
-def _settle(file: LetterFile, sent: list[tuple[Letter, list[Letter | tuple[Letter, Receipt]]]], tally: Tally) -> None:
+def _settle(file: LetterFile, sent: list[tuple[Letter, list[Part]]], tally: Tally) -> None:
     """Mark what ended. It blocks, so that nothing comes between a letter and what takes its place."""
     done: list[Letter] = []
     instead: list[Letter] = []
@@ -390,7 +393,7 @@ def _settle(file: LetterFile, sent: list[tuple[Letter, list[Letter | tuple[Lette
     file.mark(done)
 
 
-def _left(part: Letter | tuple[Letter, Receipt]) -> Letter | None:
+def _left(part: Part) -> Letter | None:
     """What stays of one record: the letter with its new reason, or nothing."""
     if isinstance(part, Letter):
         return part
@@ -415,7 +418,7 @@ class Again:
         self.post = post
         self.largest = largest  # record
 
-    async def put(self, letter: Letter) -> list[Letter | tuple[Letter, Receipt]]:
+    async def put(self, letter: Letter) -> list[Part]:
         """Its records, each with its receipt, or as the letter that stays when it cannot even be put.
 
         Of a frame larger than a group, those that are stored when this returns are left out. Broken off before that,
@@ -439,7 +442,7 @@ class Again:
                 return [letter]
             return [letter.again(error.reason, offset=error.offset)]
         # each alone: when some fail again, the others must not be sent once more
-        parts: list[Letter | tuple[Letter, Receipt]] = []
+        parts: list[Part] = []
         nbytes = 0
         for n, data in enumerate(records):
             parts.append(self._put(letter.again("", index=n, payload=data)))
@@ -452,7 +455,7 @@ class Again:
                 parts = [part for part in parts if _left(part) is not None]
         return parts
 
-    def _put(self, letter: Letter) -> Letter | tuple[Letter, Receipt]:
+    def _put(self, letter: Letter) -> Part:
         # Told from its length: to read hundreds of MiB only to be refused would fill memory for nothing.
         if isinstance(letter.payload, Stored) and len(letter.payload) > self.largest:
             _say_kept(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fastkin._codec import Receipt
     from fastkin.config import Kinesis
     from fastkin.deadletter.file import Spill
+    from fastkin.results import PutResult
 
 _LOG = logging.getLogger("fastkin.pipeline")
 
@@ -85,7 +86,7 @@ class Post:
             delivery.watchdog.start()
             self._delivery = delivery
 
-    def put(self, data: bytes, key: str | None) -> Receipt:
+    def put(self, data: bytes, key: str | None) -> Receipt[PutResult]:
         """RecordError: it can never be stored as it is."""
         assert self._delivery is not None, "start() first"
         return self._delivery.batcher.put(data, key)

@@ -6,7 +6,7 @@ besides that. Nothing here keeps a state.
 
 from __future__ import annotations
 
-from fastkin.errors import Action, KinesisError, NotSent, TransportError, UnexpectedResponse
+from fastkin.errors import Action, KinesisError, NotSent, RequestFailed, TransportError, UnexpectedResponse
 
 # Nothing but a person, or new keys, helps. It is tried for ever, slowly; it is an ERROR, and shows as not ready.
 HOPELESS = frozenset({Action.OPERATOR, Action.CREDENTIALS, Action.CLOCK})
@@ -44,13 +44,14 @@ def as_operator(error: KinesisError, *, untold: bool) -> KinesisError:
     `untold`: it cannot be known either whether a harmless record would be taken.
     """
     hint = ', or set startup_check = "put": then a test record tells whose fault it is' if untold else ""
-    return KinesisError(
+    return RequestFailed(
         error.code,
         f"{error.message}; even single records are refused and none is stored: check the destination and its"
         f" limits{hint}",
         action=Action.OPERATOR,
         http_status=error.http_status,
         request_id=error.request_id,
+        http_response=error.http_response,
     )
 
 

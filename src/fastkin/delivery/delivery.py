@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import DRAIN, FAILED, Batcher, Budget, KeyPlan
 from fastkin.delivery.backlog import Backlog, DropBacklog, Policy, batch_limit
+from fastkin.delivery.expiry import Expiry
 from fastkin.delivery.flusher import Flusher
 from fastkin.delivery.sender import Sender
 from fastkin.delivery.spool_backlog import SpoolBacklog, split_budget
@@ -64,6 +65,7 @@ class Options:
     spool_max_bytes: int = 0
     spool_after_s: float = 5.0
     throttle_error_after_s: float = 60.0
+    delivery_timeout_s: float | None = None  # given up when it has no outcome by then; None: never
     trusted: bool = False  # a single record that is refused is at fault itself, also when all are
 
 
@@ -113,6 +115,7 @@ class Delivery:
         self.backlog: Backlog
         self.flusher: Flusher
         self.watchdog: Watchdog
+        self.expiry: Expiry | None = None  # with a delivery_timeout_s; its owner starts and stops it
         self.opened = False
         self._on_settled: Callable[[], None] = _nothing
         self._rejected: Callable[[Reject], None] | None = None
@@ -142,6 +145,8 @@ class Delivery:
         self.backlog = self._make_backlog(options)
         self.flusher = Flusher(self.batcher, self.backlog, options.linger_s, loop)
         self.watchdog = Watchdog(self.name, loop, stuck or self.stuck, wake or self.wake)
+        if options.delivery_timeout_s is not None:
+            self.expiry = Expiry(self.batcher, self.sender, loop, options.delivery_timeout_s, self.settled)
         self.opened = True
 
     def _make_backlog(self, options: Options) -> Backlog:

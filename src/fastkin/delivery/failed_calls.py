@@ -53,6 +53,7 @@ class FailedCalls(Judge):
         # An upper bound for the user. What is stored twice can only be found by who reads the stream.
         if maybe_stored(error):
             self.counters.duplicates_possible += batch.user_records
+            batch.uncertain += 1
         self.counters.goes_again(error.code, batch)
         if doubted:
             # It must not share its next call. A sound record in it would be refused with it.

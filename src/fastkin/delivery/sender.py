@@ -298,6 +298,10 @@ class Sender:
             out.append(fresh)
         return out
 
+    def called(self) -> list[Batch]:
+        """The batches of the calls that are open."""
+        return list(self._calls.batches())
+
     def requeue_front(self, batches: list[Batch]) -> None:
         """What was withdrawn shall be sent after all, before everything else; also what waits for withdraw()."""
         # By age, for what was cut short comes later than it was taken.
@@ -348,17 +352,19 @@ class Sender:
             finally:
                 counters.call_seconds.observe(self._loop.time() - began)
             failures = batch.settle(answer)
-        except KinesisError as error:
-            self._failed_calls.failed(batch, error, self._loop.time())
         # The call may have arrived. Its batch is taken care of where its task ends: see OpenCalls.
         except asyncio.CancelledError:
             counters.duplicates_possible += batch.user_records
+            batch.uncertain += 1
             raise
-        # Raised again, so that the loop hears of the bug; but first the batch is put where it waits.
         except Exception as error:
-            self._broke(batch, count, error)
-            self._on_settled()
-            raise
+            if isinstance(error, KinesisError) and not isinstance(error, LibraryError):
+                self._failed_calls.failed(batch, error, self._loop.time())
+            else:
+                # Raised again, so that the loop hears of the bug; but first the batch is put where it waits.
+                self._broke(batch, count, error)
+                self._on_settled()
+                raise
         else:
             self._waits.sizes.taken(nbytes)
             self._answers.answered(batch, count, load, failures, self._loop.time())
@@ -388,6 +394,7 @@ class Sender:
         """The transport sent a call again at once: its connection died without an answer."""
         if isinstance(body, Batch):
             self.counters.duplicates_possible += body.user_records
+            body.uncertain += 1
 
     def _give_up(self, batch: Batch, reason: str) -> None:
         """It can never be stored."""

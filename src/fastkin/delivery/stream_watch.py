@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fastkin._codec import ShardTable
 from fastkin.aws.shards import ShardMap
-from fastkin.errors import Action, KinesisError
+from fastkin.errors import Action, KinesisError, LibraryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -67,6 +67,7 @@ class StreamWatch:
         delivery.batcher.aggregate_bytes = 0
         self.settled_in = False  # records flow: what does not fit is said, and no longer an error
         self.described = False
+        self.auto_keys = False  # the stream is known to choose shards itself
         self._describe_failed = False
         self._shards_failed = False
 
@@ -80,6 +81,7 @@ class StreamWatch:
                 raise
             self._say_undescribed(error)
             return
+        self.auto_keys = summary.auto_keys
         self._aggregate(summary)
         # The owner checks its settings once. Later its stream may change, and the run goes on.
         if self.described:
@@ -93,6 +95,8 @@ class StreamWatch:
         if (self.aggregate_bytes or self._wants_limits) and not (self.described or self._describe_failed):
             try:
                 await self.look_at_stream()
+            except LibraryError:
+                raise  # what does not fit, and no answer
             except KinesisError as error:
                 self._say_undescribed(error)
         if self._wants_shards or self.described:

@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
-from fastkin.status.registry import OF_ENGINE, OF_RUN
+from fastkin.status.registry import OF_ENGINE, OF_PRODUCER, OF_RUN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from fastkin.delivery.delivery import Delivery
     from fastkin.status.registry import Engine, Metric
 
 _THREAD_WAITS_S = 5.0  # a scrape in another thread, for the loop
 
 
-class EngineCollector(Collector):
-    """The metrics of an engine's pipelines. Make it in the engine's loop; it may be scraped in any thread."""
+class _InLoop(Collector):
+    """Reads its figures in the loop in which they change. Make it there; it may be scraped in any thread."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
 
     def describe(self) -> Iterable[Family]:
@@ -56,6 +57,17 @@ class EngineCollector(Collector):
             told.set_exception(error)
 
     def _collect(self) -> list[Family]:
+        raise NotImplementedError
+
+
+class EngineCollector(_InLoop):
+    """The metrics of an engine's pipelines."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self._engine = engine
+
+    def _collect(self) -> list[Family]:
         families = [_family(row.metric, row.read(self._engine)) for row in OF_ENGINE]
         stats = self._engine.stats()
         for row in OF_RUN:
@@ -67,6 +79,19 @@ class EngineCollector(Collector):
                 told = {name: figures[row.key] for name, figures in stats.items()}
             families.append(_family(row.metric, told))
         return families
+
+
+class ProducerCollector(_InLoop):
+    """The metrics of one producer, whose name is the label `pipeline`."""
+
+    def __init__(self, name: str, delivery: Delivery) -> None:
+        super().__init__()
+        self._name = name
+        # What OF_PRODUCER reads of a run is its delivery, and nothing else.
+        self._run: Any = SimpleNamespace(delivery=delivery)
+
+    def _collect(self) -> list[Family]:
+        return [_family(row.metric, {self._name: row.read(self._run)}) for row in OF_PRODUCER if row.metric is not None]
 
 
 def _family(metric: Metric, told: Mapping[str, Any]) -> Family:

@@ -296,7 +296,25 @@ OF_RUN: tuple[Row, ...] = (
              " fastkin", lambda run: run.delivery.watchdog.stalls),
 )  # fmt: skip
 
+# What a producer tells of itself: the rows that read nothing but its delivery. Its name stands in the label `pipeline`,
+# so that one query sums up all that goes into a stream.
+_OF_DELIVERY = (
+    "received", "batched", "flushed_by_reason", "batch_fill", "in_flight", "buffered_bytes", "spooled", "spooled_ever",
+    "spool_bytes", "spool_bytes_limit", "calls", "calls_open", "call_seconds", "calls_failed_by_code", "sent",
+    "retried_by_code", "throttled_by_shard", "stored", "stalls",
+)  # fmt: skip
+
 BY_KEY = {row.key: row for row in OF_RUN if row.key is not None}  # the keys of stats()
+
+OF_PRODUCER: tuple[Row, ...] = (
+    *(BY_KEY[key] for key in _OF_DELIVERY),
+    _counter("dropped", "fastkin_producer_records_dropped_total", "records",
+             "Records that a producer gave up: refused for good, dropped by on_full, timed out, or closed too early",
+             lambda run: run.delivery.batcher.dropped),
+    _counter("duplicates_possible", "fastkin_producer_duplicates_possible_total", "records",
+             "Records of a producer that may be stored twice, an upper bound",
+             lambda run: run.delivery.sender.counters.duplicates_possible),
+)  # fmt: skip
 
 
 def figures(run: Run) -> dict[str, Any]:
