@@ -80,7 +80,7 @@ cdef bint aggregate_inside(const uint8_t* p, size_t length, uint64_t* index, con
     return have_index and have_data
 
 
-cdef list aggregate_open(const uint8_t* data, size_t length):
+cdef list aggregate_records_of(const uint8_t* data, size_t length):
     """[(key, data), ...] of an aggregate as KCL knows one: magic, message, MD5. None for anything else."""
     cdef const uint8_t* p
     cdef const uint8_t* end
@@ -120,7 +120,7 @@ cdef list aggregate_open(const uint8_t* data, size_t length):
 
 def deaggregate(bytes data not None) -> list:
     """Keys and data of a KPL aggregate; what is none stays one record, whose key is None."""
-    cdef list found = aggregate_open(<const uint8_t*> PyBytes_AS_STRING(data), <size_t> PyBytes_GET_SIZE(data))
+    cdef list found = aggregate_records_of(<const uint8_t*> PyBytes_AS_STRING(data), <size_t> PyBytes_GET_SIZE(data))
     return [(None, data)] if found is None else found
 
 
@@ -212,7 +212,7 @@ def read_records(list told not None, shard_id, bint raw, bint as_stored) -> list
             ) from None
         inner = None
         if not as_stored:
-            inner = aggregate_open(<const uint8_t*> PyBytes_AS_STRING(data), <size_t> PyBytes_GET_SIZE(data))
+            inner = aggregate_records_of(<const uint8_t*> PyBytes_AS_STRING(data), <size_t> PyBytes_GET_SIZE(data))
         if inner is None:
             records.append(consumer_record(data, key, None, one, shard_id, raw))
             continue
