@@ -206,7 +206,8 @@ def end(rig: Rig, number: signal.Signals) -> None:
 @fault("reload")
 def _reload(rig: Rig, case: Case) -> Made:
     def take_up(linger_ms: float) -> None:
-        if rig.service.running and "running:" in rig.service.log():
+        # A process that has only just begun has no handler for SIGHUP yet, and would end of it.
+        if rig.service.running and "running:" in rig.service.log_of_process():
             rig.reload(linger_ms=linger_ms)
 
     return [(0.0, lambda: take_up(11)), (case.rng.uniform(0.0, 0.5), lambda: take_up(12))]

@@ -202,7 +202,8 @@ def soak(args: argparse.Namespace) -> int:
             f"{name}: {each['acked']:,} acknowledged, {each['order_errors']} out of order, {each['connects']} connects",
         )
     report.claim(status == 0, f"exit status {status}")
-    warm = points[0][0] + args.warmup * seconds
+    # Not from the first point: on a busy machine the service takes longer to start than a short run lasts.
+    warm = began + args.warmup * seconds
     kept = [point for point in points if point[0] >= warm] or points[-1:]
     rate, half = slope(kept, max(1.0, min(15.0, (kept[-1][0] - kept[0][0]) / 12)))
     low = min(rss for _, rss in kept) / MIB

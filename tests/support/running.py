@@ -86,26 +86,37 @@ class Service:
         self.log_path = directory / "fastkin.log"
         (directory / "fastkin.toml").write_text(toml)
         self.process: subprocess.Popen[bytes] | None = None
+        self._before = 0  # length of the log when this process was started
 
     def start(self) -> None:
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FASTKIN_", "KIN_"))}
-        env |= {
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "PYTHONPATH": str(ROOT / "src"),
-        }
+        self._before = len(self.log()) if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fastkin.commands.cli", "run", str(self.directory / "fastkin.toml")],
+                [*self.command(), "run", str(self.directory / "fastkin.toml")],
                 cwd=self.directory,
-                env=env,
+                env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
 
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "fastkin.commands.cli"]
+
+    def environment(self) -> dict[str, str]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FASTKIN_", "KIN_"))}
+        return env | {
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "PYTHONPATH": str(ROOT / "src"),
+        }
+
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
+
+    def log_of_process(self) -> str:
+        """What the present process has said: the file has the former ones too."""
+        return self.log()[self._before :]
 
     def kill(self) -> None:
         assert self.process is not None
