@@ -18,6 +18,7 @@ from fastkin.config import Broker, Kinesis, Pipeline, Settings, Status, Tls
 from fastkin.emulator import Emulator
 from fastkin.errors import ConfigError
 from fastkin.mqtt.publisher import Publisher
+from fastkin.mqtt.subscriber import Subscriber
 from fastkin.service.pipeline import PipelineRun
 from support.fake_broker import until
 from support.servers import free_port, mosquitto
@@ -302,3 +303,31 @@ async def test_a_probe_gets_in_beside_any_number_of_silent_connections(server: S
                 writer.transport.abort()
                 with contextlib.suppress(ConnectionError):
                     await writer.wait_closed()
+
+
+async def test_a_stop_is_not_held_up_by_a_run_that_still_says_goodbye(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run that a reload replaces leaves the broker first, which may be deaf; stop() has less time than that."""
+    async with Emulator({"s": 1}) as emulator:
+        settings = changed(made(server, emulator, broker={"clean_session": True}), shutdown_timeout_s=0.5)
+        async with fastkin.Engine(settings) as engine:
+            await until(lambda: engine.pipelines["p"].subscriber.connected.is_set())
+            close = Subscriber.close
+            asked = 0
+
+            async def deaf_at_first(subscriber: Subscriber) -> None:
+                nonlocal asked
+                asked += 1
+                await (asyncio.get_running_loop().create_future() if asked == 1 else close(subscriber))
+
+            monkeypatch.setattr(Subscriber, "close", deaf_at_first)
+            reload = asyncio.create_task(engine.reload(changed(settings, linger_ms=2.0)))
+            await until(lambda: asked == 1)
+            began = asyncio.get_running_loop().time()
+            assert await engine.stop() == 0
+            assert asyncio.get_running_loop().time() - began < 0.5 + 1.2
+            assert not engine.leaving
+            await asyncio.wait([reload])
+            reload.exception()
+    assert not any("did not stop in time" in record.getMessage() for record in caplog.records)

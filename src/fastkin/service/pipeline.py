@@ -115,6 +115,7 @@ class PipelineRun:
         )  # fmt: skip
         self._progress = asyncio.Event()  # something was settled: stop() looks again
         self._hurried = False
+        self._leave: asyncio.Task[None] | None = None  # saying goodbye to the broker, of a stop() that lingers
         self._stopping = False
         self._first_failed = False
         self.left = asyncio.Event()  # the broker was left, by a run that lingers
@@ -171,6 +172,10 @@ class PipelineRun:
     def hurry(self) -> None:
         """A stop() that lingers has a deadline from now on."""
         self._hurried = True
+        # A broker that is deaf may hold up the goodbye for longer than whoever hurries us has time for. The drain
+        # begins at once then, and close() says goodbye again, within its own limit.
+        if self._leave is not None:
+            self._leave.cancel()
         if self._drain is not None and self._drain.when() is None:
             self._drain.reschedule(self._loop.time() + self._drain_s)
 
@@ -188,9 +193,12 @@ class PipelineRun:
         """
         self._stopping = True
         await self.subscriber.stop()
-        if linger:
-            await Deadline(_LEAVE_S, self.name).wait(self.subscriber.close(), "leaving the broker")
-            self.left.set()
+        if linger and not self._hurried:
+            leave = Deadline(_LEAVE_S, self.name).wait(self.subscriber.close(), "leaving the broker")
+            self._leave = asyncio.create_task(leave)
+            # Not awaited itself: hurry() cancels it, and that is no cancellation of this stop().
+            await asyncio.wait([self._leave])
+        self.left.set()
         self.delivery.drain()
         try:
             self._drain = asyncio.timeout(None if linger and not self._hurried else self._drain_s)
