@@ -8,6 +8,7 @@ import json
 import random
 import time
 
+import msgpack
 import pytest
 
 from fastkin.bench.plant import (
@@ -25,7 +26,6 @@ EDGES = [0, 1, 999, 1000, 899_999, 900_000, 1000 * 900**2 - 1, 1000 * 900**2, NU
 
 
 def frame_records(frame: bytes) -> list[bytes]:
-    msgpack = pytest.importorskip("msgpack")
     unpacker = msgpack.Unpacker()
     unpacker.feed(frame)
     version, *records = list(unpacker)

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from delivery.test_backlog import broker, pipeline, until
-from fastkin import Producer
 from fastkin.delivery.watchdog import unattended
 from fastkin.emulator import Emulator
 from fastkin.service.pipeline import PipelineRun
 from support import stalls
-from support.servers import ACCESS_KEY, SECRET_KEY
+from support.producers import producer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -24,13 +23,6 @@ if TYPE_CHECKING:
 async def emulator() -> AsyncIterator[Emulator]:
     async with Emulator({"welders": 4}) as emulator:
         yield emulator
-
-
-def producer(emulator: Emulator, **options: Any) -> Producer:
-    return Producer(
-        "welders", region="us-east-1", endpoint_url=emulator.url, access_key=ACCESS_KEY, secret_key=SECRET_KEY,
-        **options,
-    )  # fmt: skip
 
 
 async def test_who_came_first_for_room_is_served_first(emulator: Emulator) -> None:

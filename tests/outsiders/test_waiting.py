@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from delivery.test_backlog import broker, pipeline, until
-from fastkin import Producer
 from fastkin._codec import DRAIN
 from fastkin.emulator import Emulator
 from fastkin.service.pipeline import PipelineRun
 from support import stalls
-from support.servers import ACCESS_KEY, SECRET_KEY
+from support.producers import producer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -23,13 +22,6 @@ if TYPE_CHECKING:
 async def emulator() -> AsyncIterator[Emulator]:
     async with Emulator({"welders": 4}) as emulator:
         yield emulator
-
-
-def producer(emulator: Emulator, **options: Any) -> Producer:
-    return Producer(
-        "welders", region="us-east-1", endpoint_url=emulator.url, access_key=ACCESS_KEY, secret_key=SECRET_KEY,
-        **options,
-    )  # fmt: skip
 
 
 async def test_who_waits_for_room_is_not_passed_by_who_never_waits(emulator: Emulator) -> None:

@@ -404,14 +404,14 @@ class PipelineScenario(Scenario):
         run = self.run
         assert run is not None
         delivery = run.delivery
-        batcher, sender, budget, overflow = delivery.batcher, delivery.sender, delivery.budget, delivery.backlog
+        batcher, sender, budget, backlog = delivery.batcher, delivery.sender, delivery.budget, delivery.backlog
         return (
             f"broker queue {self.broker.busy()}, unacked {run.acks.unacked}, in_flight {batcher.in_flight}, spooled"
             f" {batcher.spooled}, open {batcher.open_records}, ready {batcher.ready}, {run.subscriber.state}, paused"
             f" {run.subscriber.paused}, budget {budget.bytes}/{budget.max_bytes}"
             f" {budget.records}/{budget.max_records} full {budget.full}, calls {sender.in_flight}, sender"
-            f" idle {sender.idle}, aside {run.dead_letters.waiting}, last error {run.last_error}, overflow"
-            f" {overflow and (overflow.spooling, overflow.broken, overflow.full)}, kpl"
+            f" idle {sender.idle}, aside {run.dead_letters.waiting}, last error {run.last_error}, backlog"
+            f" {backlog and (backlog.spooling, backlog.broken, backlog.full)}, kpl"
             f" {self.pipeline.aggregation}, {self.pipeline.on_full}"
         )
 

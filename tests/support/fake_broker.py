@@ -1,4 +1,4 @@
-"""A scripted broker, and a rig around an Subscriber: what the tests of the MQTT side share."""
+"""A scripted broker, and a rig around a Subscriber: what the tests of the MQTT side share."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class FakeBroker:
 
 
 class Rig:
-    """An Subscriber whose messages land in a list; `room` False makes the sink refuse them."""
+    """A Subscriber whose messages land in a list; `room` False makes the sink refuse them."""
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ is not installed fails the test with one line that names ci/setup; nothing is ev
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -26,13 +27,14 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import signal
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
 HOST = "127.0.0.1"
+PORTS = range(15_000, 32_000)
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_TIMEOUT_S = 30.0
 
@@ -44,17 +46,47 @@ class ServerError(Exception):
     """A server is missing, did not start, or ended too early."""
 
 
+class _Ports:
+    """Gives every port once: not twice in a process, and not to two processes that run at once.
+
+    A port that was only looked at is free for the next one who looks, until its server listens. So each
+    is locked: one byte of one file stands for one port, and the lock ends with the process.
+    """
+
+    def __init__(self) -> None:
+        self._taken: set[int] = set()
+        self._random = random.SystemRandom()  # a test that seeds `random` draws the same ports again
+        self._file: IO[bytes] | None = None
+        self._owner = 0
+
+    def take(self) -> int:
+        if self._owner != os.getpid():  # these locks do not pass to a child
+            self._file = (Path(tempfile.gettempdir()) / f"fastkin-test-ports.{os.getuid()}").open("ab")
+            self._owner = os.getpid()
+        assert self._file is not None
+        for port in self._random.sample(PORTS, 400):
+            if port in self._taken:
+                continue
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+            except OSError:
+                continue  # another process has it
+            self._taken.add(port)
+            with socket.socket() as probe:
+                try:
+                    probe.bind((HOST, port))
+                except OSError:
+                    continue
+            return port
+        raise ServerError(f"no free loopback port between {PORTS.start} and {PORTS.stop}")
+
+
+_ports = _Ports()
+
+
 def free_port() -> int:
     """A free loopback port, below the ephemeral range so that no client takes it meanwhile."""
-    for _ in range(200):
-        port = random.randrange(15_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
-            return port
-    raise ServerError("no free loopback port between 15000 and 32000")
+    return _ports.take()
 
 
 class Server:
