@@ -10,6 +10,7 @@ import base64
 import contextlib
 import math
 import os
+import socket
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -560,6 +561,20 @@ async def test_the_journal_says_which_calls_were_answered() -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             await put(emulator, entries(2))
         assert not emulator.puts[-1].answered
+
+
+async def test_an_answer_to_one_who_has_left_is_no_answer() -> None:
+    """What is written to a closing connection is dropped without a word; the journal must not say "answered"."""
+    async with Emulator({"s": 1}, latency_ms=20) as emulator:
+        with socket.create_connection(("127.0.0.1", emulator.port)) as caller:
+            caller.sendall(encode({"StreamName": "s", "Records": entries(2)}))
+            while not emulator.puts:
+                await asyncio.sleep(0)
+            caller.shutdown(socket.SHUT_WR)
+            time.sleep(0.05)  # the loop learns in one turn that the caller has left and that the answer is due
+            await asyncio.sleep(0.01)
+            assert caller.recv(100) == b""
+        assert [(put.stored, put.answered) for put in emulator.puts] == [(2, False)]
 
 
 async def test_an_expired_token() -> None:

@@ -70,8 +70,6 @@ SCRAPE_EVERY_S = 0.1
 FRAME_RECORDS = 10
 # What a process takes once, whatever its budget: TLS, the first calls and lookups, the threads' stacks and arenas.
 _FIRST_CALLS_BYTES = 8 * 2**20
-# A WebSocket loads aiohttp, which alone takes 9.7 MiB, behind the first look at the memory.
-_WEBSOCKET_BYTES = 2 * 2**20
 _USUAL = re.compile("PUBLISH|PUBACK|PINGREQ|PINGRESP")
 
 # What a test cannot wait for, made short. The values are the code's own, only smaller.
@@ -300,6 +298,8 @@ class Rig:
         self._patch = {"set": QUICK | (patch or {}).get("set", {})} | {
             k: v for k, v in (patch or {}).items() if k != "set"
         }
+        if websocket:  # the first WebSocket loads it, which alone takes 9.7 MiB and is no growth by traffic
+            self._patch["load"] = ["aiohttp"]
         self._env = env or {}
         self._start = start
         self._ready = ready
@@ -742,8 +742,7 @@ class Rig:
         pipeline = self._settings["pipeline"]
         record = pipeline.get("max_record_bytes", 2**20)
         budget = pipeline["budget_bytes"]
-        once = _FIRST_CALLS_BYTES + (_WEBSOCKET_BYTES if self._websocket else 0)
-        return len(self._pipelines) * max(1.1 * budget, budget + 2**20 + 4 * record) + once
+        return len(self._pipelines) * max(1.1 * budget, budget + 2**20 + 4 * record) + _FIRST_CALLS_BYTES
 
     def _contents(self) -> None:
         """What is stored is, byte for byte, what was published."""

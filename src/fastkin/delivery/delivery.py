@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import DRAIN, FAILED, Batcher, Budget, KeyPlan
-from fastkin.delivery.backlog import Backlog, DropBacklog, Policy, batch_limit
+from fastkin.delivery.backlog import Backlog, DropBacklog, Parts, Policy, batch_limit
 from fastkin.delivery.expiry import Expiry
 from fastkin.delivery.flusher import Flusher
 from fastkin.delivery.sender import Sender
@@ -150,17 +150,16 @@ class Delivery:
         self.opened = True
 
     def _make_backlog(self, options: Options) -> Backlog:
-        batcher, sender, budget, name = self.batcher, self.sender, self.budget, self.name
+        parts = Parts(self.batcher, self.sender, self.budget, self.name, self.settled)
         if options.on_full == "pause":
-            return Backlog(batcher, sender, budget, name=name, on_settled=self.settled)
+            return Backlog(parts)
         if options.on_full != "spool":
-            return DropBacklog(batcher, sender, budget, name=name, on_settled=self.settled, policy=options.on_full)
+            return DropBacklog(parts, options.on_full)
         if options.spool is None or self._window is None:
             raise LibraryError("on_full 'spool' needs a path")
         return SpoolBacklog(
-            batcher, sender, budget, name=name, on_settled=self.settled, window=self._window, path=options.spool,
-            max_bytes=options.spool_max_bytes, after_s=options.spool_after_s, max_records=options.max_records,
-            max_batch_bytes=options.max_batch_bytes,
+            parts, window=self._window, path=options.spool, max_bytes=options.spool_max_bytes,
+            after_s=options.spool_after_s, max_records=options.max_records, max_batch_bytes=options.max_batch_bytes,
         )  # fmt: skip
 
     # -- while it runs -------------------------------------------------------------------------

@@ -33,11 +33,10 @@ from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-    from fastkin._codec import Batch, Batcher
-    from fastkin.delivery.sender import Sender
+    from fastkin._codec import Batch
+    from fastkin.delivery.backlog import Parts
     from fastkin.delivery.spool_file import Spool
 
 _LOG = logging.getLogger("fastkin.spool")
@@ -62,12 +61,8 @@ class SpoolBacklog(Backlog):
 
     def __init__(
         self,
-        batcher: Batcher,
-        sender: Sender,
-        budget: Budget,
+        parts: Parts,
         *,
-        name: str,
-        on_settled: Callable[[], None],
         window: ReplayWindow,
         path: str | Path,
         max_bytes: int,
@@ -75,14 +70,15 @@ class SpoolBacklog(Backlog):
         max_records: int,
         max_batch_bytes: int,
     ) -> None:
-        super().__init__(batcher, sender, budget, name=name, on_settled=on_settled)
+        super().__init__(parts)
+        sender, name = parts.sender, parts.name
         self.window = window
         self._disk = SpoolDisk(path, max_bytes=max_bytes, name=name)
         self._replay = Replay(
-            batcher, sender, window, self._disk,
+            parts.batcher, sender, window, self._disk,
             name=name, most_records=max_records, most_bytes=max_batch_bytes, news=self._news,
         )  # fmt: skip
-        self._writer = SpoolWriter(sender, self._disk, window, self._replay, name=name, on_settled=on_settled)
+        self._writer = SpoolWriter(sender, self._disk, window, self._replay, name=name, on_settled=parts.on_settled)
         self._after_s = after_s
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()

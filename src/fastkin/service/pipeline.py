@@ -200,6 +200,8 @@ class PipelineRun:
             self._leave = asyncio.create_task(leave)
             # Not awaited itself: hurry() cancels it, and that is no cancellation of this stop().
             await asyncio.wait([self._leave])
+            if not self._leave.cancelled():
+                self._leave.result()
         self.left.set()
         self.delivery.drain()
         try:
