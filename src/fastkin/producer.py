@@ -98,8 +98,8 @@ class Producer:
     ) -> None:
         """One of `stream` and `stream_arn` is needed; credentials come from the SDK's chain unless given.
 
-        partition_key: the default for `put`: "uuid", "static:X", "field:a.b", "none" (only on streams that
-            choose shards themselves).
+        partition_key: the default for `put`: "uuid", "content" (made from the data by `content_key`: what is put
+            again has the same key), "static:X", "field:a.b", "none" (only on streams that choose shards themselves).
         max_records, max_batch_bytes, max_record_bytes: limits of one call and one record; data before base64
             plus the UTF-8 bytes of the partition key (the API's PutRecords page).
         budget_bytes, budget_records: what may be held, buffered and in flight together.
