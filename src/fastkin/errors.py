@@ -287,6 +287,12 @@ class UnexpectedResponse(KinesisError):  # noqa: N818 - it reads better in `exce
 
     type = ErrorType.UNEXPECTED_RESPONSE
 
+    def of_request(self, request_id: str | None) -> None:
+        """Name the request whose answer it was, when nobody has yet: who reads an answer does not see its headers."""
+        if request_id and not self.request_id:
+            self.request_id = printable(request_id, 128)
+            self.args = (f"{self.args[0]} (request {self.request_id})",)
+
 
 class RecordFailed(KinesisError):  # noqa: N818
     """One record was refused for good, by its own entry in the answer."""

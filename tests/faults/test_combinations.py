@@ -108,7 +108,7 @@ class Case:
             self.options["lossy_broker"] = True
         self.names = chosen
         self._form()
-        # Not drawn: a seed stays what it was. Aggregates are left out, for what goes unaggregated before the stream's mode
+        # Not drawn: a seed stays what it was. No aggregates, for what goes unaggregated before the mode of the stream
         # is known goes under another key.
         if seed % 2 and "KPL" not in self.names:
             self.options["pipeline"]["partition_key"] = "content"

@@ -24,6 +24,7 @@ from fastkin.settings.arguments import check_arguments
 if TYPE_CHECKING:
     from fastkin.aws.client import Client
     from fastkin.consumer.all_shards import Portion
+    from fastkin.status.metrics import ConsumerCollector
 
 _LOG = logging.getLogger("fastkin.consumer")
 
@@ -214,6 +215,15 @@ class Consumer:
             "iterator_age_ms": self.iterator_age_ms,
             "iterator_age_ms_by_shard": {reader.shard_id: reader.behind_ms for reader in reading},
         }  # fmt: skip
+
+    def metrics(self) -> ConsumerCollector:
+        """For a prometheus_client registry: `registry.register(consumer.metrics())`, in the loop that reads.
+
+        It may be scraped in any thread. The figures of stats(), by stream; `fastkin_consumer_iterator_age_ms` by shard.
+        """
+        from fastkin.status.metrics import ConsumerCollector  # prometheus_client is for who asks
+
+        return ConsumerCollector(self._name, self.stats)
 
     async def _stream(self, begin: Position) -> AsyncGenerator[ConsumerRecord, None]:
         ours = not self._started  # nobody else will close what is opened here
