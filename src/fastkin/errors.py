@@ -63,6 +63,7 @@ class FastkinError(Exception):
     """The root of everything fastkin raises on purpose."""
 
     retriable = False
+    receipts: tuple[Receipt[PutResult], ...] = ()  # of `put_many`: those of the records before, which were taken
 
 
 class ConfigError(FastkinError):
@@ -93,12 +94,7 @@ class DataFormatError(FastkinError, ValueError):
 
 
 class RecordError(FastkinError, ValueError):
-    """One record can never be stored as it is: too large, or its key is not allowed.
-
-    receipts: of `put_many`, those of the records before it.
-    """
-
-    receipts: tuple[Receipt[PutResult], ...] = ()
+    """One record can never be stored as it is: too large, or its key is not allowed."""
 
 
 class RecordDropped(FastkinError):  # noqa: N818

@@ -326,8 +326,9 @@ class Producer:
     async def put_many(self, records: Iterable[Buffer | Record]) -> list[Receipt[PutResult]]:
         """put() for each, in their order; a Record has its own key, the others the producer's.
 
-        RecordError says which one can never be stored, and has the receipts of those before it, which were taken, in
-        `receipts`. `prev_sequence_number` of a Record is not sent.
+        RecordError says which one can never be stored, LibraryError which one is none, ClosedError at which one the
+        producer was closed; each has the receipts of those before it, which were taken, in `receipts`.
+        `prev_sequence_number` of a Record is not sent.
         """
         receipts: list[Receipt[PutResult]] = []
         try:
@@ -336,8 +337,8 @@ class Producer:
                     receipts.append(await self.put(each.payload, each.partition_key, each.explicit_hash_key))
                 else:
                     receipts.append(await self.put(each))
-        except RecordError as error:
-            told = RecordError(f"records[{len(receipts)}]: {error}")
+        except (RecordError, LibraryError, ClosedError) as error:
+            told = type(error)(f"records[{len(receipts)}]: {error}")
             told.receipts = tuple(receipts)
             raise told from None
         return receipts

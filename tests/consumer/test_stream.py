@@ -310,3 +310,29 @@ async def test_kinesis_mock_is_split_and_merged_under_load(count: int) -> None:
         for parent in {shard.parent, shard.adjacent_parent} & last.keys():
             assert name not in first or last[parent] < first[name], f"{name} began before {parent} ended"
     assert len(shards) == 5
+
+
+async def test_a_stream_that_ends_leaves_another_one_its_connections() -> None:
+    """Of a consumer that nobody started, the last stream() closes what the first has opened."""
+    async with Emulator({"s": 1}) as emulator:
+        await put(emulator.url, [b"1", b"2", b"3"], key="k")
+        one = consumer(emulator.url, limit=1)
+        records = one.stream("trim_horizon")
+        assert (await anext(records)).data == 1
+        assert values(await take(one, 2)) == [1, 2]
+        assert one._started
+        assert [(await anext(records)).data for _ in range(2)] == [2, 3]
+        await records.aclose()
+        assert not one._started
+
+
+async def test_a_wait_that_is_cancelled_ends_the_stream_and_another_one_goes_on() -> None:
+    marks = MemoryCheckpoints()
+    async with Emulator({"s": 1}) as emulator, consumer(emulator.url, checkpoints=marks) as one:
+        await put(emulator.url, [b"1"], key="k")
+        records = one.stream("trim_horizon")
+        assert (await anext(records)).data == 1
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(records), 0.3)
+        await put(emulator.url, [b"2"], key="k")
+        assert values(await take(one, 1)) == [2]

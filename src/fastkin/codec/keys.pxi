@@ -167,7 +167,7 @@ def content_key(data, topic="", index=0) -> str:
     if not isinstance(topic, str):
         raise LibraryError(f"a topic is text, not {type(topic).__name__}")
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 1 << 64:
-        raise LibraryError(f"the index of a record is 0 to 2^64-1, not {index!a:.60}")
+        raise LibraryError("the index of a record is a whole number from 0 to 2^64-1")
     try:
         name = topic.encode()
     except UnicodeEncodeError:
