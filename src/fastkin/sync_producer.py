@@ -260,7 +260,8 @@ class SyncProducer:
             coroutine.close()
             raise self._not_open() from None
         # Also the other one: a loop that is just being closed takes work, and never does it.
-        concurrent.futures.wait([future, self._ended], timeout_s, concurrent.futures.FIRST_COMPLETED)
+        either: list[concurrent.futures.Future[Any]] = [future, self._ended]
+        concurrent.futures.wait(either, timeout_s, concurrent.futures.FIRST_COMPLETED)
         if future.cancelled() or (self._ended.done() and not future.done()):
             raise self._not_open()
         return future.result(0 if timeout_s is not None else None)
