@@ -36,7 +36,7 @@ from fastkin.errors import (
 from fastkin.results import EncryptionType, FrameResult, PutRecordsResult, PutResult
 
 if TYPE_CHECKING:
-    from fastkin._codec import ConsumerRecord, decode_json
+    from fastkin._codec import ConsumerRecord, content_key, decode_json
     from fastkin.config import Settings
     from fastkin.consumer import Batch, Consumer, FileCheckpoints, MemoryCheckpoints, Position, ShardIteratorType
     from fastkin.producer import Producer
@@ -85,6 +85,7 @@ __all__ = [
     "SyncProducer",
     "TransportError",
     "UnexpectedResponse",
+    "content_key",
     "decode_frame",
     "decode_json",
     "encode_frame",
@@ -106,6 +107,7 @@ _LAZY = {
     "Settings": "fastkin.config",
     "SyncProducer": "fastkin.sync_producer",
     "ShardIteratorType": "fastkin.consumer",
+    "content_key": "fastkin._codec",
     "decode_json": "fastkin._codec",
     "load_settings": "fastkin.settings",
 }

@@ -90,6 +90,12 @@ cdef extern from "codec/random.h" nogil:
     void fk_random_forget() noexcept
     void fk_uuid4(char* out) noexcept
 
+cdef extern from "codec/content.h" nogil:
+    void fk_content_init() noexcept
+    void fk_content(const uint8_t* topic, size_t topic_length, const uint8_t* payload, size_t payload_length,
+                    uint64_t* out) noexcept
+    void fk_uuid8(const uint64_t* digest, uint64_t index, char* out) noexcept
+
 cdef extern from "codec/md5.h" nogil:
     void fk_md5(const uint8_t* data, size_t n, uint8_t* out) noexcept
 
@@ -244,6 +250,7 @@ cdef inline void bytes_close(Bytes* out) noexcept:
 
 
 check_memory(-fk_random_init())  # a positive errno
+fk_content_init()
 
 include "codec/payload.pxi"
 include "codec/formats.pxi"

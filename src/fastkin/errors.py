@@ -63,6 +63,7 @@ class FastkinError(Exception):
     """The root of everything fastkin raises on purpose."""
 
     retriable = False
+    receipts: tuple[Receipt[PutResult], ...] = ()  # of `put_many`: those of the records before, which were taken
 
 
 class ConfigError(FastkinError):
@@ -93,12 +94,7 @@ class DataFormatError(FastkinError, ValueError):
 
 
 class RecordError(FastkinError, ValueError):
-    """One record can never be stored as it is: too large, or its key is not allowed.
-
-    receipts: of `put_many`, those of the records before it.
-    """
-
-    receipts: tuple[Receipt[PutResult], ...] = ()
+    """One record can never be stored as it is: too large, or its key is not allowed."""
 
 
 class RecordDropped(FastkinError):  # noqa: N818
@@ -286,6 +282,12 @@ class UnexpectedResponse(KinesisError):  # noqa: N818 - it reads better in `exce
     """The answer is not what the API promises: not JSON, wrong record count, missing fields."""
 
     type = ErrorType.UNEXPECTED_RESPONSE
+
+    def of_request(self, request_id: str | None) -> None:
+        """Name the request whose answer it was, when nobody has yet: who reads an answer does not see its headers."""
+        if request_id and not self.request_id:
+            self.request_id = printable(request_id, 128)
+            self.args = (f"{self.args[0]} (request {self.request_id})",)
 
 
 class RecordFailed(KinesisError):  # noqa: N818

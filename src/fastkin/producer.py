@@ -98,8 +98,8 @@ class Producer:
     ) -> None:
         """One of `stream` and `stream_arn` is needed; credentials come from the SDK's chain unless given.
 
-        partition_key: the default for `put`: "uuid", "static:X", "field:a.b", "none" (only on streams that
-            choose shards themselves).
+        partition_key: the default for `put`: "uuid", "content" (made from the data by `content_key`: what is put
+            again has the same key), "static:X", "field:a.b", "none" (only on streams that choose shards themselves).
         max_records, max_batch_bytes, max_record_bytes: limits of one call and one record; data before base64
             plus the UTF-8 bytes of the partition key (the API's PutRecords page).
         budget_bytes, budget_records: what may be held, buffered and in flight together.
@@ -326,8 +326,9 @@ class Producer:
     async def put_many(self, records: Iterable[Buffer | Record]) -> list[Receipt[PutResult]]:
         """put() for each, in their order; a Record has its own key, the others the producer's.
 
-        RecordError says which one can never be stored, and has the receipts of those before it, which were taken, in
-        `receipts`. `prev_sequence_number` of a Record is not sent.
+        RecordError says which one can never be stored, LibraryError which one is none, ClosedError at which one the
+        producer was closed; each has the receipts of those before it, which were taken, in `receipts`.
+        `prev_sequence_number` of a Record is not sent.
         """
         receipts: list[Receipt[PutResult]] = []
         try:
@@ -336,8 +337,8 @@ class Producer:
                     receipts.append(await self.put(each.payload, each.partition_key, each.explicit_hash_key))
                 else:
                     receipts.append(await self.put(each))
-        except RecordError as error:
-            told = RecordError(f"records[{len(receipts)}]: {error}")
+        except (RecordError, LibraryError, ClosedError) as error:
+            told = type(error)(f"records[{len(receipts)}]: {error}")
             told.receipts = tuple(receipts)
             raise told from None
         return receipts

@@ -253,7 +253,18 @@ class SyncProducer:
         self._not_in_the_loop(method)
         if self._state != "open" or self._loop is None:
             raise self._not_open()
-        return asyncio.run_coroutine_threadsafe(work(), self._loop).result(timeout_s)
+        coroutine = work()
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:  # the loop was closed meanwhile
+            coroutine.close()
+            raise self._not_open() from None
+        # Also the other one: a loop that is just being closed takes work, and never does it.
+        either: list[concurrent.futures.Future[Any]] = [future, self._ended]
+        concurrent.futures.wait(either, timeout_s, concurrent.futures.FIRST_COMPLETED)
+        if future.cancelled() or (self._ended.done() and not future.done()):
+            raise self._not_open()
+        return future.result(0 if timeout_s is not None else None)
 
     def _not_in_the_loop(self, method: str) -> None:
         if threading.current_thread() is self._thread:

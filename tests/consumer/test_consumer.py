@@ -219,6 +219,19 @@ async def test_an_answer_that_makes_no_sense_is_told(body: bytes, monkeypatch: p
     await one.close()
 
 
+async def test_an_answer_that_makes_no_sense_is_told_with_its_request() -> None:
+    async with Emulator({"s": 1}) as emulator, consumer(emulator.url) as one:
+        iterator = await one.get_shard_iterator(FIRST, "LATEST")
+        for operation in ("GetRecords", "GetShardIterator", "ListShards"):
+            emulator.faults.garbage(b"[]", operation=operation)
+        for asking in (
+            one.get_records(iterator), one.get_shard_iterator(FIRST, "LATEST"), one.list_shards(),
+        ):  # fmt: skip
+            with pytest.raises(UnexpectedResponse, match=r"request [0-9a-f-]{36}") as caught:
+                await asking
+            assert caught.value.request_id
+
+
 async def test_a_closed_consumer_says_so() -> None:
     async with Emulator({"s": 1}) as emulator:
         one = consumer(emulator.url)

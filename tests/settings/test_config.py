@@ -327,7 +327,7 @@ def test_what_is_not_built_is_not_accepted(read: Any, key: str) -> None:
         ("topics", '["$share/g"]', "not a topic filter"),
         ("bulk_label", '"a/b"', "not one level"),
         ("bulk_label", '"+"', "not one level"),
-        ("partition_key", '"md5"', "use uuid, topic"),
+        ("partition_key", '"md5"', "use uuid, content, topic"),
         ("partition_key", '"static:"', "1 to 256"),
         ("partition_key", '"topic:x"', "levels count from 0"),
         ("region", '"EU West"', "not a region"),
@@ -520,6 +520,16 @@ def test_a_client_id_that_looks_drawn_is_a_client_id(read: Any) -> None:
     assert not made.broker.clean_session
     (line,) = problems(read, SMALL + 'partition_key = "client"\n')
     assert "set client_id" in line
+
+
+@pytest.mark.parametrize("how", ["kpl", "lines"])
+def test_keys_made_from_content_leave_nothing_to_aggregate(read: Any, how: str) -> None:
+    """Unless a message is a frame of records."""
+    text = CLIENT + SMALL + f'partition_key = "content"\naggregation = "{how}"\n'
+    (line,) = read(text).warnings
+    assert "nothing is aggregated: with partition_key content only records of one message" in line
+    assert not read(text + 'format = "bulk"\n').warnings
+    assert not read(text + 'bulk_label = "a"\n').warnings
 
 
 def test_passwords_in_the_clear_are_warned_of(read: Any) -> None:
@@ -972,6 +982,7 @@ def test_the_real_environment_wins_over_the_file(tmp_path: Path) -> None:
         ("none", "none", ()),
         ("topic", "parts", (("topic", None),)),
         ("topic:2", "parts", (("level", 2),)),
+        ("content", "content", ()),
         ("topic_level:0", "parts", (("level", 0),)),
         ("field:a", "parts", (("field", ("a",)),)),
         ("field:a.b", "parts", (("field", ("a", "b")),)),
@@ -996,6 +1007,7 @@ def test_partition_keys(spec: str, kind: str, parts: tuple[Any, ...]) -> None:
         "",
         "UUID",
         "uuid:1",
+        "content:1",
         "none:",
         "client:x",
         "topic:",

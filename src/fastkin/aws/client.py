@@ -19,7 +19,7 @@ import orjson
 
 from fastkin.aws.destinations import KINESIS
 from fastkin.aws.endpoint import parse_arn
-from fastkin.aws.error_table import SIGN_AGAIN, error_from, http_date
+from fastkin.aws.error_table import SIGN_AGAIN, error_from, http_date, telling_requests
 from fastkin.aws.shards import HASH_SPACE, Shard
 from fastkin.errors import Action, ConfigError, FastkinError, KinesisError, UnexpectedResponse, masked, printable
 from fastkin.limits import KIB, RECORD_BYTES
@@ -189,7 +189,8 @@ class Client(ABC):
         except orjson.JSONDecodeError:
             answer = None
         if not isinstance(answer, dict):
-            raise UnexpectedResponse("UnexpectedResponse", f"the answer to {target} is not JSON")
+            with telling_requests():
+                raise UnexpectedResponse("UnexpectedResponse", f"the answer to {target} is not JSON")
         return answer
 
     async def describe(self) -> StreamSummary:
@@ -319,12 +320,13 @@ def _no_such_call(error: KinesisError) -> bool:
 @contextlib.contextmanager
 def _expecting(what: str) -> Iterator[None]:
     """Whatever goes wrong in reading an answer ends the call that it belongs to, and nothing else."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - the text is a peer's: what it can bring about is not for us to list
-        raise UnexpectedResponse(
-            "UnexpectedResponse", f"expected {what}: {type(error).__name__} {str(error)[:200]}"
-        ) from None
+    with telling_requests():
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - the text is a peer's: what it can bring about is not for us to list
+            raise UnexpectedResponse(
+                "UnexpectedResponse", f"expected {what}: {type(error).__name__} {str(error)[:200]}"
+            ) from None
 
 
 # Readers of an answer's members: they raise, inside _expecting(), for what the API does not promise.

@@ -6,16 +6,20 @@ gives it up at once: what is given up by mistake cannot be had back.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import re
+from contextvars import ContextVar
 from datetime import UTC
 from typing import TYPE_CHECKING
 
 import orjson
 
-from fastkin.errors import Action, RequestFailed, masked
+from fastkin.errors import Action, RequestFailed, UnexpectedResponse, masked
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from fastkin.aws.http_answer import Reply
 
 MESSAGE_CHARS = 500
@@ -160,10 +164,34 @@ def error_from(reply: Reply, now: float, secrets: tuple[str | None, ...] = ()) -
         masked(words, secrets)[:MESSAGE_CHARS],  # cut when they are out of it: half a secret is one too
         action=action,
         http_status=reply.status,
-        request_id=(reply.headers.get("x-amzn-requestid") or reply.headers.get("x-amz-request-id") or "")[:80] or None,
+        request_id=_request_id(reply.headers),
         retry_after=retry_after(reply.headers, now),
         http_response=response_of(reply.body, secrets),
     )
+
+
+# The id of the request whose answer this task has got last. Who reads an answer has its body alone: a reader of headers
+# through every call would be carried along for the one answer in millions that is not as the API promises.
+_ANSWERED: ContextVar[str | None] = ContextVar("fastkin_answered", default=None)
+
+
+def _request_id(headers: Mapping[str, str]) -> str | None:
+    return (headers.get("x-amzn-requestid") or headers.get("x-amz-request-id") or "")[:80] or None
+
+
+def note_answer(headers: Mapping[str, str]) -> None:
+    """Of a 200: what cannot be read in it may be told of its request."""
+    _ANSWERED.set(_request_id(headers))
+
+
+@contextlib.contextmanager
+def telling_requests() -> Iterator[None]:
+    """UnexpectedResponse names the request whose answer it could not read."""
+    try:
+        yield
+    except UnexpectedResponse as error:
+        error.of_request(_ANSWERED.get())
+        raise
 
 
 def response_of(body: bytes, secrets: tuple[str | None, ...] = ()) -> object:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fastkin.aws.client import RESIGNS, Client, bundle_path, is_aws, tls_context, wire, wire_answered, wire_asked
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.endpoint import Endpoint, resolve_endpoint
+from fastkin.aws.error_table import note_answer
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, HttpPool
 from fastkin.aws.http_answer import MAX_ANSWER, PUT_ANSWER
 from fastkin.aws.signing import Signer
@@ -128,6 +129,7 @@ class KinesisClient(Client):
             if said:
                 wire_answered(target, reply.status, reply.body, (credentials.token, credentials.secret_key))
             if reply.status == 200:
+                note_answer(reply.headers)
                 return reply.body
             await self._mend(reply, credentials, offset, resigned)
             resigned += 1

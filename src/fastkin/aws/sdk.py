@@ -36,6 +36,7 @@ from botocore.exceptions import ConnectionError as SdkConnectionError
 from fastkin.aws.client import RESIGNS, Client, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.endpoint import session_region, split_url
+from fastkin.aws.error_table import note_answer
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S
 from fastkin.aws.http_answer import Reply
 from fastkin.aws.http_progress import PATIENCE
@@ -230,6 +231,7 @@ class SdkClient(Client):
             raise TransportError("ConnectionLost", str(error)) from None
         except BotoCoreError as error:
             raise KinesisError("SdkError", str(error), action=Action.OPERATOR) from None
+        note_answer(answer["ResponseMetadata"]["HTTPHeaders"])
         found: bytes = answer["Body"]
         return found
 

@@ -77,7 +77,7 @@ cdef inline size_t entry_most(size_t length, const Key* key, size_t hash_length)
 
 cdef inline char* entry_write(char* p, const uint8_t* data, size_t length, const Key* key, const char* hash_key,
                               size_t hash_length) noexcept nogil:
-    """One entry at `p`; a key that is to be drawn is drawn here. Returns where it ends."""
+    """One entry at `p`; a key that is to be drawn, or made, is made here. Returns where it ends."""
     memcpy(p, b'{"Data":"', ENTRY_OPEN)
     p += ENTRY_OPEN
     fk_b64_encode(data, length, p)
@@ -89,7 +89,10 @@ cdef inline char* entry_write(char* p, const uint8_t* data, size_t length, const
         p += key.body_length
     elif key.verdict != KEY_NONE:
         memcpy(p, b'","PartitionKey":"', ENTRY_KEY)
-        fk_uuid4(p + ENTRY_KEY)
+        if key.verdict == KEY_CONTENT:
+            fk_uuid8(key.digest, key.index, p + ENTRY_KEY)
+        else:
+            fk_uuid4(p + ENTRY_KEY)
         p += ENTRY_KEY + FK_UUID_LENGTH
     if hash_length:
         memcpy(p, b'","ExplicitHashKey":"', ENTRY_HASH)

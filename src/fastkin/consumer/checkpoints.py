@@ -60,7 +60,7 @@ class FileCheckpoints:
         self._stream = ""
         self._marks: dict[str, str] = {}
         self._lock: int | None = None
-        self._writing = threading.Lock()
+        self._writing = threading.Lock()  # held by whoever is at the files
 
     async def load(self, stream: str) -> dict[str, str]:
         self._marks = await asyncio.to_thread(self._open, stream)
@@ -76,6 +76,11 @@ class FileCheckpoints:
         await asyncio.to_thread(self._close)
 
     def _open(self, stream: str) -> dict[str, str]:
+        # A caller that is cancelled does not end this thread: close() waits for it, and finds what it has opened.
+        with self._writing:
+            return self._take(stream)
+
+    def _take(self, stream: str) -> dict[str, str]:
         if self._lock is not None:
             raise self._problem("is in use", "give each stream() a file of its own")
         try:

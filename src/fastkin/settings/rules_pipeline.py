@@ -113,6 +113,12 @@ def _partition_key(given: Given, broker: Broker | None) -> None:
     if given["aggregation"] == "lines" and given["separator"]:
         problem = 'does not go with aggregation = "lines", where a line feed stands between records'
         given.problem("separator", problem, "remove one of them")
+    bulk = given["bulk_label"] or given["format"] == FRAME
+    if given["aggregation"] != "none" and kind == "content" and not bulk:
+        given.report.warn(
+            f"{given.place('aggregation', 'partition_key')}: nothing is aggregated: with partition_key content only"
+            f" records of one message share a Kinesis record, and a message of format {given['format']} is one record"
+        )
     if given["aggregation"] == "kpl" and kind == "none":
         problem = "does not go with partition_key none: consumers of such a stream do not take aggregates apart"
         given.problem("aggregation", problem, "choose one of them")

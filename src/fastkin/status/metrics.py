@@ -17,10 +17,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
-from fastkin.status.registry import OF_ENGINE, OF_PRODUCER, OF_RUN
+from fastkin.status.registry import OF_CONSUMER, OF_ENGINE, OF_PRODUCER, OF_RUN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from fastkin.delivery.delivery import Delivery
     from fastkin.status.registry import Engine, Metric
@@ -35,8 +35,9 @@ class _InLoop(Collector):
         self._loop = asyncio.get_running_loop()
 
     def describe(self) -> Iterable[Family]:
-        # Without this a registry would collect once just to learn the names.
-        return [GaugeMetricFamily("fastkin_info", "")]
+        # Without this a registry would collect once just to learn the names. It lets no two in that describe one name,
+        # and a program may have several producers and consumers: their labels tell them apart.
+        return []
 
     def collect(self) -> list[Family]:
         try:
@@ -67,6 +68,9 @@ class EngineCollector(_InLoop):
         super().__init__()
         self._engine = engine
 
+    def describe(self) -> Iterable[Family]:
+        return [GaugeMetricFamily("fastkin_info", "")]  # one engine a registry
+
     def _collect(self) -> list[Family]:
         families = [_family(row.metric, row.read(self._engine)) for row in OF_ENGINE]
         stats = self._engine.stats()
@@ -92,6 +96,19 @@ class ProducerCollector(_InLoop):
 
     def _collect(self) -> list[Family]:
         return [_family(row.metric, {self._name: row.read(self._run)}) for row in OF_PRODUCER if row.metric is not None]
+
+
+class ConsumerCollector(_InLoop):
+    """The metrics of one consumer, by its stream."""
+
+    def __init__(self, stream: str, stats: Callable[[], Mapping[str, Any]]) -> None:
+        super().__init__()
+        self._stream = stream
+        self._stats = stats
+
+    def _collect(self) -> list[Family]:
+        stats = self._stats()
+        return [_family(metric, {self._stream: stats[key]}) for key, metric in OF_CONSUMER]
 
 
 def _family(metric: Metric, told: Mapping[str, Any]) -> Family:

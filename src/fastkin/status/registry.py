@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Unit = Literal[
     "messages", "records", "batches", "calls", "connections", "dead letters", "wake-ups", "bytes", "seconds", "share",
-    "0 or 1",
+    "0 or 1", "iterators", "ms",
 ]  # fmt: skip
 
 _SHARDS_SHOWN = 256  # the busiest ones
@@ -314,6 +314,25 @@ OF_PRODUCER: tuple[Row, ...] = (
     _counter("duplicates_possible", "fastkin_producer_duplicates_possible_total", "records",
              "Records of a producer that may be stored twice, an upper bound",
              lambda run: run.delivery.sender.counters.duplicates_possible),
+)  # fmt: skip
+
+# What a consumer tells: a key of its stats() each. Its stream stands in the label of that name.
+_READ = ("stream",)
+OF_CONSUMER: tuple[tuple[str, Metric], ...] = (
+    ("records", Metric("fastkin_consumer_records_total", "counter", "records", "Records handed out", _READ)),
+    ("bytes", Metric("fastkin_consumer_bytes_total", "counter", "bytes", "Bytes of their data", _READ)),
+    ("batches", Metric("fastkin_consumer_batches_total", "counter", "batches", "Batches of a shard taken up", _READ)),
+    ("duplicates", Metric("fastkin_consumer_duplicates_total", "counter", "records",
+                          "Records left out by dedupe, for they had been seen", _READ)),
+    ("decode_errors", Metric("fastkin_consumer_decode_errors_total", "counter", "records",
+                             "Records that were no JSON", _READ)),
+    ("throttled", Metric("fastkin_consumer_throttled_total", "counter", "calls",
+                         "Calls that were refused because a rate was exceeded, and made again", _READ)),
+    ("reseeks", Metric("fastkin_consumer_reseeks_total", "counter", "iterators",
+                       "Iterators that had expired and were replaced", _READ)),
+    ("iterator_age_ms_by_shard", Metric("fastkin_consumer_iterator_age_ms", "gauge", "ms",
+                                        "How far reading is behind the newest record of a shard; 0: caught up",
+                                        (*_READ, "shard"))),
 )  # fmt: skip
 
 
