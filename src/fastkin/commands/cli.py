@@ -439,6 +439,12 @@ def replay_dead_letters(
 
 def main(args: Sequence[str] | None = None) -> None:
     """The entry point: turns every ending into an exit code."""
+    if args is None and sys.argv[1:2] == ["run"]:
+        from fastkin.commands.watch import hold_hangup
+
+        # First of all: reading the settings and loading the engine take a third of a second, and whoever changes a
+        # file and says so by SIGHUP does not know that we have only just begun.
+        hold_hangup()
     code = _main(args)
     if args is None:
         _leave(code)
