@@ -31,7 +31,7 @@ from fastkin.mqtt.publisher import Publisher
 from fastkin.status.instruments import Histogram, LabelledCounter
 from fastkin.status.metrics import EngineCollector
 from fastkin.status.registry import OF_ENGINE, OF_RUN
-from fastkin.status.server import StatusServer
+from fastkin.status.server import EnginePage, StatusServer
 from support.servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
@@ -500,7 +500,7 @@ def from_the_registry() -> dict[str, set[str]]:
 
 async def test_the_page_has_what_the_registry_says_and_nothing_else(server: Server, tmp_path: Path) -> None:
     async with everything(server, tmp_path) as (engine, _):
-        page = StatusServer(engine)._answer("/metrics", "")
+        page = await StatusServer(EnginePage(engine))._answer("/metrics", "")
     families: list[Metric] = list(parse(page.body.decode()))
     assert [family.name for family in families if not family.samples or not family.documentation] == []
     told: dict[str, set[str]] = {}

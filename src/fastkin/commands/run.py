@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from fastkin.commands.printing import Printer
     from fastkin.config import Settings
+    from fastkin.service.member import Post
     from fastkin.service.members import Member
     from fastkin.service.reload import Changes
     from fastkin.status.registry import Engine as Seen
@@ -214,6 +215,7 @@ class _Service:
                 )  # fmt: skip
             notify("READY=1")
             post = self._post()
+            serving = None if post is None else asyncio.create_task(post.serve(), name="fastkin worker")
             ended = asyncio.create_task(work.wait(), name="fastkin engine")
             while True:
                 over, asked = await self._signal_before(ended)
@@ -227,21 +229,22 @@ class _Service:
                 ended.cancel()
                 return await self._stop(asked)
             finally:
-                if post is not None:
-                    await asyncio.sleep(0)  # its answer to the wish to stop leaves
-                    post.cancel()
+                if not self._stopped.done():
+                    self._stopped.set_result(0)  # it failed: nobody will say more
+                if post is not None and serving is not None:
+                    await post.finish()  # whoever asked us to stop hears what became of the records
+                    serving.cancel()
 
-    def _post(self) -> asyncio.Task[None] | None:
-        """Answers the process that has the workers, when this is one of them."""
+    def _post(self) -> Post | None:
+        """Who answers the process that has the workers, when this is one of them."""
         if self._role.channel is None or self._seen is None:
             return None
         from fastkin.service.member import Post
 
-        post = Post(
+        return Post(
             self._role.channel, self._seen, stop=self._asked_to_stop, reload=self._asked_to_reload,
             alone=lambda: self._signals.put_nowait(None),
         )  # fmt: skip
-        return asyncio.create_task(post.serve(), name="fastkin worker")
 
     async def _asked_to_stop(self) -> int:
         self._signals.put_nowait(None)

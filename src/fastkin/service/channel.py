@@ -7,6 +7,7 @@ has gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from typing import TYPE_CHECKING, Any
@@ -74,26 +75,39 @@ class Asker:
             self._writer.close()
 
 
-async def answer(end: socket.socket, answers: Mapping[str, Callable[[], Awaitable[Any]]]) -> None:
-    """The end that answers, until the other one has gone. Questions are answered side by side."""
-    reader, writer = await asyncio.open_unix_connection(sock=end, limit=_LINE_BYTES)
-    tasks: set[asyncio.Task[None]] = set()
+class Answerer:
+    """The end that answers. Questions are answered side by side."""
 
-    async def one(number: int, what: str) -> None:
+    def __init__(self, end: socket.socket, answers: Mapping[str, Callable[[], Awaitable[Any]]]) -> None:
+        self._end = end
+        self._answers = answers
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """Until the other end has gone."""
+        reader, writer = await asyncio.open_unix_connection(sock=self._end, limit=_LINE_BYTES)
         try:
-            said = await answers[what]()
+            while line := await reader.readline():
+                number, what = json.loads(line)
+                task = asyncio.create_task(self._one(writer, number, what), name=f"fastkin channel {what}")
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    async def finish(self) -> None:
+        """Wait until what was asked is answered."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _one(self, writer: asyncio.StreamWriter, number: int, what: str) -> None:
+        try:
+            said = await self._answers[what]()
         except Exception:  # noqa: BLE001 - whatever it is, the next question may be answered
             _LOG.exception("stage=workers cannot answer %s", what)
             said = None
         writer.write(json.dumps([number, said]).encode() + b"\n")
-
-    try:
-        while line := await reader.readline():
-            number, what = json.loads(line)
-            task = asyncio.create_task(one(number, what), name=f"fastkin channel {what}")
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-    except OSError:
-        pass
-    finally:
-        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.drain()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING, Any
 
-from fastkin.service.channel import answer
+from fastkin.service.channel import Answerer
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -29,25 +29,29 @@ class Post:
     ) -> None:
         """`end`: the descriptor of the channel. `stop()` stores what is held and says how many records are left.
         `alone()` is called when the process that has the workers has gone."""
-        self._end = socket.socket(fileno=end)
         self._engine = engine
         self._stop = stop
         self._reload = reload
         self._alone = alone
         self._registry: CollectorRegistry | None = None
+        self._answerer = Answerer(
+            socket.socket(fileno=end),
+            {
+                "started": self._started,
+                "health": self._health,
+                "figures": self._figures,
+                "reload": self._reload,
+                "stop": self._stopped,
+            },
+        )
+
+    async def finish(self) -> None:
+        """The work is done: what was asked about it is answered."""
+        await self._answerer.finish()
 
     async def serve(self) -> None:
         try:
-            await answer(
-                self._end,
-                {
-                    "started": self._started,
-                    "health": self._health,
-                    "figures": self._figures,
-                    "reload": self._reloaded,
-                    "stop": self._stopped,
-                },
-            )
+            await self._answerer.serve()
         finally:
             # Its processes must not go on without it: nobody would stop them, and the next one starts its own.
             self._alone()
@@ -78,9 +82,6 @@ class Post:
             [family.name, family.documentation, family.type, [list(sample[:3]) for sample in family.samples]]
             for family in self._registry.collect()
         ]
-
-    async def _reloaded(self) -> None:
-        await self._reload()
 
     async def _stopped(self) -> dict[str, Any]:
         unsettled = await self._stop()

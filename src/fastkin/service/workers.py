@@ -45,6 +45,7 @@ _AGAIN_S = 1.0  # before a worker that died is started again; doubles
 _AGAIN_MOST_S = 30.0
 _STEADY_S = 60.0  # one that lived so long did not die of what it died of before
 _ASK_BROKER_S = 5.0  # between questions to a broker that is away
+_ANSWER_S = 20.0  # for one of them
 _LOOK_S = 0.5
 _STOP_S = 1.6  # after the shutdown timeout: a worker ends 1.4 s after it in any case
 _AT_ONCE_S = 0.8
@@ -221,19 +222,21 @@ class Workers:
             wanted = {member_name(member): member for member in members(self._count)}
             gone = [name for name in self._places if name not in wanted and name != LEFT_OVER]
             stay = [name for name in self._places if name in wanted]
-            if before.workers != settings.workers:
-                await self._end_leftovers()  # it knows who is nobody's now
+            others = before.workers != settings.workers
+            if others:
+                await self._end_leftovers()  # it does not know who is nobody's now
             if self._count and not (before.workers.count or 0):
                 await self._ask_broker()
             new = [self._add(member) for name, member in wanted.items() if name not in self._places]
             # First those that come: what is published meanwhile must have somebody to go to.
             await asyncio.gather(*(self._begun(place) for place in new), *(self._reloaded(name) for name in stay))
             unsettled = sum(await asyncio.gather(*(self._remove(name) for name in gone)))
-            if gone or new:
+            if others:
                 self._look_for_leftovers()
             _LOG.info("stage=workers settings taken up by %d workers", len(wanted))
-            fixed = ("status",) if before.status != settings.status else ()
-            return Changes(unsettled=unsettled, needs_restart=fixed)
+            if before.status != settings.status:
+                _LOG.warning("stage=workers [status] has changed: that needs a restart of the process")
+            return Changes(unsettled=unsettled)
 
     async def stop(self) -> int:
         """Have every worker store what it holds and end. Returns how many records did not end in time."""
@@ -356,14 +359,17 @@ class Workers:
 
     # -- the broker ------------------------------------------------------------------------------------
 
-    async def _ask_broker(self) -> bool:
+    async def _ask_broker(self, *, first: bool = True) -> bool:
         """Whether the question is settled. ConfigError: the broker has no shared subscriptions."""
         broker = self.settings.broker
         try:
-            knows = await knows_shared(broker)
-        except MqttError as error:
-            _LOG.warning(
-                "stage=workers broker=%s cannot be asked for shared subscriptions now: %s", broker.url, error
+            async with asyncio.timeout(_ANSWER_S):
+                knows = await knows_shared(broker)
+        except (MqttError, TimeoutError) as error:
+            why = str(error) or f"no answer within {_ANSWER_S:g} s"
+            _LOG.log(
+                logging.WARNING if first else logging.DEBUG,
+                "stage=workers broker=%s cannot be asked for shared subscriptions now: %s", broker.url, why,
             )  # fmt: skip
             return False
         if knows is False:
@@ -376,15 +382,10 @@ class Workers:
         return True
 
     async def _ask_again(self) -> None:
-        while not await self._ask_broker_later():
-            pass
-
-    async def _ask_broker_later(self) -> bool:
-        await asyncio.sleep(_ASK_BROKER_S)
-        try:
-            return await knows_shared(self.settings.broker) is not False or await self._ask_broker()
-        except MqttError:
-            return False
+        settled = False
+        while not settled:
+            await asyncio.sleep(_ASK_BROKER_S)
+            settled = await self._ask_broker(first=False)
 
     # -- what others left ------------------------------------------------------------------------------
 

@@ -54,6 +54,8 @@ class WorkersPage:
     async def health(self) -> Health:
         told = await self._asked("health")
         found = Health({}, {}, {}, {"workers": {}})
+        if not told:
+            _note(found.unready, self._workers.pipelines, "no worker answers: they are being started or stopped")
         for name, pid in self._workers.places():
             answer, trouble = told.get(name), self._workers.trouble(name)
             if answer is None and trouble is None:
