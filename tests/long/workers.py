@@ -100,8 +100,9 @@ def round_of(count: int, messages: int, *, kill: bool, report: Report) -> tuple[
             run.terminate()
             each = [float(line.rpartition(" ")[2]) for line in lines]
             us = spent / messages * 1e6
-            report.note(f"{count} workers{', one killed' if kill else ''}: {us:.2f} us a message, {account['missing']}"
-                        f" missing, {account['repeated']} twice, taken by each: {[int(one) for one in each]}")  # fmt: skip
+            what = f"{count} workers{', one killed' if kill else ''}: {us:.2f} us a message"
+            found = f"{account['missing']} missing, {account['repeated']} twice"
+            report.note(f"{what}, {found}, taken by each: {[int(one) for one in each]}")
             return us, account, each
 
 
