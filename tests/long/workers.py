@@ -81,8 +81,8 @@ def round_of(count: int, messages: int, *, kill: bool, report: Report) -> tuple[
         status = free_port()
         toml = SETTINGS.format(port=broker.port, url=kinesis.url, status=status, count=count)
         with service(directory, toml) as run:
-            wait_for(lambda: run.log().count(" subscribed ") == count, 120, "subscribed")
-            wait_for(lambda: "running: " in run.log(), 120, "all of them run")
+            wait_for(lambda: run.log().count(" subscribed ") == count, 600, "subscribed")
+            wait_for(lambda: "running: " in run.log(), 600, "all of them run")
             before = cpu_s(run)
             if kill:
                 asyncio.run(publish(broker.port, 0, messages // 2))

@@ -107,17 +107,7 @@ async def visit(
         answered = asyncio.create_task(visitor.answered.wait())
         try:
             async with asyncio.timeout(broker.connect_timeout_s * 2):
-                for attempt in range(_ATTEMPTS):
-                    failure = asyncio.create_task(failed.get())
-                    await asyncio.wait({answered, failure, work}, return_when=asyncio.FIRST_COMPLETED)
-                    if answered.done():
-                        failure.cancel()
-                        break
-                    if work.done():
-                        failure.cancel()
-                        work.result()
-                    if attempt == _ATTEMPTS - 1:
-                        raise MqttError(failure.result())
+                await _until_answered(answered, work, failed)
                 if meanwhile is not None:
                     await meanwhile(found)
         except TimeoutError:
@@ -131,6 +121,21 @@ async def visit(
             work.cancel()
             await asyncio.gather(work, answered, return_exceptions=True)
         return found
+
+
+async def _until_answered(answered: asyncio.Task[bool], work: asyncio.Task[None], failed: asyncio.Queue[str]) -> None:
+    """MqttError: no attempt came to an answer."""
+    for attempt in range(_ATTEMPTS):
+        failure = asyncio.create_task(failed.get())
+        await asyncio.wait({answered, failure, work}, return_when=asyncio.FIRST_COMPLETED)
+        if answered.done():
+            failure.cancel()
+            return
+        if work.done():
+            failure.cancel()
+            work.result()
+        if attempt == _ATTEMPTS - 1:
+            raise MqttError(failure.result())
 
 
 async def has_session(broker: Broker) -> bool:
