@@ -150,7 +150,7 @@ class Run:
 
     async def ended(self) -> int:
         assert self.service.process is not None
-        return await asyncio.to_thread(self.service.process.wait, 60)
+        return await asyncio.to_thread(self.service.process.wait, 200)
 
     @property
     def last(self) -> str:
@@ -334,10 +334,14 @@ async def test_which_brokers_know_shared_subscriptions(server: Server) -> None:
 
 
 async def test_a_worker_that_cannot_start_ends_the_service(server: Server, tmp_path: Path) -> None:
-    more = 'endpoint_url = "http://127.0.0.1:1"\ntransport = "native"\nprofile = "of-nobody"'
+    bundle = tmp_path / "ca.pem"  # looks like one, and only who loads it sees that it is none
+    bundle.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    more = f'endpoint_url = "https://127.0.0.1:1"\nca_bundle = "{bundle}"'
     async with rig(tmp_path, server, "wrong", "count = 2", more=more) as run:
         assert await run.ended() == 2
-        assert "of-nobody" in run.service.log()
+        told = [line for line in run.service.log().splitlines() if line.startswith("fastkin: ")]
+        assert len(told) == 1, "once, though two could say it"
+        assert str(bundle) in told[0]
 
 
 def replaced(broker: Broker, client_id: str) -> Broker:
