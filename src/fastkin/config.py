@@ -66,7 +66,10 @@ _EXTERNAL_ID = Shape(
 _SESSION = Shape(r"[\w+=,.@-]{2,64}", "is not a session name", "2 to 64 letters, digits and _ + = , . @ -")
 _ID = Shape(r"[A-Za-z0-9_.:/-]{1,64}", "is not fit for a log line", "use 1 to 64 letters, digits and _ . : / -")
 _FIELD = Shape(lambda text: len(text.encode()) <= 1024, "is longer than 1,024 bytes", "use a shorter name")
+_GROUP = Shape(r"[^+#/]+", "is not a group of a shared subscription", "a name without + # /")
 _LABEL = Shape(r"[^+#/]+", "is not one level of a topic", "without + # /")
+
+_SHARED = ("$share/", "$queue/")  # shared already: brokers know the second as a short form
 
 # Not stored: it is taken apart into the fields of Broker.
 URL = Row(
@@ -360,6 +363,16 @@ class Pipeline:
     )
     shutdown_timeout_s: float = row(30.0, "for storing what is held after SIGTERM", least=0, most=3600)
     stdout: bool = row(False, "true: `fastkin run` prints every message", microservice="STDOUT")
+    # Not rows: service/members.py fills them, for a worker of several.
+    share: str = ""  # the group by which `topics` are shared with the other workers; "": they are not
+    left_over: bool = False  # nothing is subscribed: what a session from before still holds is taken, and no more
+
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """`topics` as the broker is asked for them."""
+        if not self.share:
+            return self.topics
+        return tuple(t if t.startswith(_SHARED) else f"$share/{self.share}/{t}" for t in self.topics)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -384,6 +397,25 @@ class Status:
     host: str = row("127.0.0.1", "address to listen on", shape=_HOST)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """How many processes do the work of `fastkin run`, and how they share it."""
+
+    count: int | None = row(
+        None,
+        "processes that share the work, by shared subscriptions; `--workers` wins. 0: one process, its filters as they"
+        " stand, which also takes what an earlier start with workers left at the broker. Left out: one process",
+        least=0,
+        most=64,
+    )
+    group: str | None = row(
+        None,
+        "the filters of a pipeline are subscribed as `$share/GROUP-ID/FILTER`, ID being the pipeline's; left out: the"
+        " `client_id`",
+        shape=_GROUP,
+    )
+
+
 # Each table of a settings file, by its name there.
 SECTIONS: dict[str, type[Any]] = {
     "broker": Broker,
@@ -391,6 +423,7 @@ SECTIONS: dict[str, type[Any]] = {
     "kinesis": Kinesis,
     "pipeline": Pipeline,
     "status": Status,
+    "workers": Workers,
 }
 
 
@@ -417,6 +450,7 @@ class Settings:
     pipelines: tuple[Pipeline, ...]
     warnings: tuple[str, ...] = ()
     status: Status = field(default_factory=Status)
+    workers: Workers = field(default_factory=Workers)
 
 
 def client_id_of(settings: Settings, pipeline_id: str, owner: str | None = None) -> str:

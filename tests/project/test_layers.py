@@ -33,7 +33,7 @@ PURE = {
     "delivery.spool_file", "delivery.spool_reserve", "delivery.spool_schema",
     "mqtt.dialect", "mqtt.frames", "mqtt.reasons", "mqtt.subscriptions",
     "net.names", "net.tcp",
-    "service.counters", "service.plan", "service.systemd",
+    "service.counters", "service.members", "service.plan", "service.systemd",
     "status.instruments", "status.logs", "status.registry",
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from fastkin import settings
 from fastkin.emulator import Emulator
 from fastkin.emulator.faults import KINDS
 from fastkin.settings import tables as keys
-from fastkin.status.registry import OF_ENGINE, OF_RUN
+from fastkin.status.registry import OF_ENGINE, OF_RUN, WORKER_RESTARTS, WORKER_UP
 
 if TYPE_CHECKING:
     from fastkin.setting_row import Row
@@ -50,8 +50,8 @@ def allowed(row: Row) -> str:
 
 def metrics_table() -> str:
     lines = ["", "| metric, its label | kind | unit | what it says |", "| --- | --- | --- | --- |"]
-    for row in (*OF_ENGINE, *OF_RUN):
-        if (metric := row.metric) is not None:
+    for metric in (WORKER_UP, WORKER_RESTARTS, *(row.metric for row in (*OF_ENGINE, *OF_RUN))):
+        if metric is not None:
             (label,) = set(metric.labels) - {"pipeline"} or {""}
             name = f"`{metric.name}`" + (f" by `{label}`" if label else "")
             lines.append(f"| {name} | {metric.kind} | {metric.unit} | {metric.doc} |")

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from fastkin import settings
-from fastkin.config import MIB, Broker, Kinesis, Pipeline, Settings
+from fastkin.config import MIB, Broker, Kinesis, Pipeline, Settings, Workers
 from fastkin.errors import ConfigError
 from fastkin.formats import partition_key as keys
 from fastkin.settings import SettingsError, envfile, load_settings, tables
+from fastkin.settings.reload import Reader
 from fastkin.settings.show import effective
 
 ARN = "arn:aws:kinesis:eu-west-1:123456789012:stream/welders"
@@ -1121,3 +1122,24 @@ def test_spool_settings_without_a_spool_are_pointed_out(read: Any) -> None:
     assert any("not used without on_full" in warning for warning in made.warnings)
     made = read(CLIENT + SMALL + "spool_after_s = 1\n")
     assert any("not used without on_full" in warning for warning in made.warnings)
+
+
+# --- [workers] ---
+
+
+def test_workers_are_read_from_file_and_environment(read: Any) -> None:
+    made = read(CLIENT + '[workers]\ncount = 3\ngroup = "line"\n' + SMALL)
+    assert made.workers == Workers(count=3, group="line")
+    assert '[workers]\ncount = 3\ngroup = "line"\n' in effective(made)
+    assert read(CLIENT + SMALL, {"FASTKIN_WORKERS_COUNT": "2"}).workers == Workers(count=2)
+    assert read(CLIENT + SMALL).workers == Workers()
+    assert "[workers]" not in effective(read(CLIENT + SMALL))
+
+
+@pytest.mark.parametrize(("said", "count"), [(None, 3), (0, 0), (5, 5)])
+def test_the_command_line_wins_with_the_number_of_workers(tmp_path: Path, said: int | None, count: int) -> None:
+    path = tmp_path / "fastkin.toml"
+    path.write_text(CLIENT + "[workers]\ncount = 3\n" + SMALL)
+    reader = Reader(str(path), None, {"FASTKIN_WORKERS_COUNT": "4"} if said is not None else {}, workers=said)
+    assert reader.read().workers.count == count
+    assert reader.read_again()[0].workers.count == count, "also at a reload"

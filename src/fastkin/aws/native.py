@@ -56,9 +56,14 @@ class KinesisClient(Client):
         self._threads: ThreadPoolExecutor | None = None
 
     def read_files(self) -> None:
-        bundle = bundle_path(self.kinesis)
-        if self._tls is None and bundle and not (self.kinesis.endpoint_url or "").startswith("http:"):
-            self._tls = Renewed(partial(tls_context, self.kinesis), (bundle,), log)
+        if bundle_path(self.kinesis) and not (self.kinesis.endpoint_url or "").startswith("http:"):
+            self._read_authorities()
+
+    def _read_authorities(self) -> None:
+        if self._tls is None:
+            bundle = bundle_path(self.kinesis)
+            files = (bundle,) if bundle else system_files()
+            self._tls = Renewed(partial(tls_context, self.kinesis), files, log, ("kinesis", bundle))
 
     async def start(self) -> None:
         """Find keys and endpoint. No call to Kinesis is made. Raises ConfigError, KinesisError."""
@@ -69,9 +74,8 @@ class KinesisClient(Client):
         # A region with another key: the signer keeps the signing key of one region only.
         if self._signer is None or self._signer.region != endpoint.region:
             self._signer = Signer(endpoint.region, self.destination.service)
-        if self._tls is None and "https:" in endpoint.data.base + endpoint.control.base:
-            bundle = bundle_path(self.kinesis)
-            self._tls = Renewed(partial(tls_context, self.kinesis), (bundle,) if bundle else system_files(), log)
+        if "https:" in endpoint.data.base + endpoint.control.base:
+            self._read_authorities()
         self._endpoint = endpoint
         self.at_aws = is_aws(endpoint.data.base)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from fastkin.config import Kinesis, Pipeline, Settings
+    from fastkin.mqtt.visit import Visit
 
 
 def check(settings: Settings, *, connect: bool, quiet: bool, own_id: bool = False) -> int:
@@ -116,7 +117,7 @@ async def _filters(settings: Settings, pipeline: Pipeline, *, own_id: bool) -> b
             " what the broker hands out meanwhile comes again, but for QoS 0",
             err=True,
         )
-    tried: trial.Tried | None = None
+    tried: Visit | None = None
 
     async def connect() -> str:
         nonlocal tried

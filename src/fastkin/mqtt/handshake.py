@@ -117,7 +117,11 @@ class Handshake:
         # connection.
         self.subscriptions.learn(connack.properties)
         self._subscribe(asker.subscriptions)
-        self._write(self.subscriptions.unsubscribe(asker.unsubscribe))
+        self.unsubscribe(asker.unsubscribe)
+
+    def unsubscribe(self, filters: Sequence[str]) -> None:
+        """Ask the broker to queue nothing more for them."""
+        self._write(self.subscriptions.unsubscribe(filters))
 
     def fail(self, error: BaseException) -> None:
         """There will be no CONNACK: whoever waits for it raises `error`."""

@@ -22,6 +22,7 @@ class Traffic:
 
     connects: int = 0
     disconnects: int = 0
+    resumed: bool = False  # the broker had a session for the latest connection
     messages: int = 0
     reads: int = 0
     paused_s: float = 0.0  # for want of room, without the pause that is on

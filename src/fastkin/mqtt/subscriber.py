@@ -144,6 +144,12 @@ class Subscriber:
                 self.router.remove(topic_filter)
         self._unwanted = tuple(filters)
 
+    def let_go(self, filters: Sequence[str]) -> None:
+        """Unsubscribe, now and at each new connection; what came by these filters before is taken all the same."""
+        self._unwanted = tuple(filters)
+        if self._link is not None and self._link.up:
+            self._link.handshake.unsubscribe(filters)
+
     @property
     def coalescing(self) -> bool:
         """Small reads are followed by a pause just now."""
@@ -253,7 +259,7 @@ class Subscriber:
                 return self._not_connected(link, error)
             finally:
                 self._opening = None
-            if self._stopping.is_set():
+            if self._stopping.is_set() and link.up:  # not when close() is leaving it: the broker's end would go unread
                 link.reading.pause(STOPPED)
                 self._set_state("draining")
             # not the future itself: cancelled with us it would pass for an end, and the connection would stay
@@ -319,6 +325,7 @@ class Subscriber:
     def opened(self, handshake: Handshake, connack: Connack) -> None:
         """The broker takes us."""
         self.traffic.connects += 1
+        self.traffic.resumed = connack.session_present
         self._attempts.dialect.worked(handshake.version)
         self._reports.connected(handshake.version, connack, asks_qos=any(qos for _, qos in self.subscriptions))
 

@@ -84,9 +84,9 @@ class Engine:
                 runs.place(runs.build(pipeline, made_of.broker), made_of, partial(self._failed, reloaded=False))
         if self.settings.status.port:
             # imported here: prometheus_client is only for who wants it
-            from fastkin.status.server import StatusServer
+            from fastkin.status.server import EnginePage, StatusServer
 
-            self.status = StatusServer(self)
+            self.status = StatusServer(EnginePage(self))
             await self.status.start(self.settings.status)
         for run in self.pipelines.values():
             run.start()

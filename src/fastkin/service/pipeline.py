@@ -110,8 +110,9 @@ class PipelineRun:
         self._preflight = Preflight(
             pipeline, self.client, self.delivery, static_key=static_key, spawn=self._tasks.spawn
         )
+        asked = [] if pipeline.left_over else [(each, pipeline.qos) for each in pipeline.filters]
         self.subscriber = Subscriber(
-            broker, [(topic, pipeline.qos) for topic in pipeline.topics], router=self._routes.router,
+            broker, asked, router=self._routes.router,
             acks=self.acks, on_read=self._read, set_apart=self.dead_letters.carrier, name=self.name,
             identifiers=self._routes.identifiers, linger_s=pipeline.linger_ms / 1000,
         )  # fmt: skip

@@ -53,7 +53,9 @@ class Routes:
         for topic, way in filters:
             router.add(topic, sinks[way], way.identifier if identified else 0)
         # The Subscription Identifier of each filter: a 5.0 broker says with a message which filter it came by.
-        self.identifiers = {topic: way.identifier for topic, way in filters} if several and identified else {}
+        # `filters` of the pipeline are as long as its topics, and in their order.
+        asked = dict(zip(pipeline.topics, pipeline.filters, strict=True))
+        self.identifiers = {asked[topic]: way.identifier for topic, way in filters} if several and identified else {}
         self.seen = 0  # the router's count of unrouted messages, when it was last looked at
         self._said_at = -_UNROUTED_EVERY_S
 

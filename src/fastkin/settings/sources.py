@@ -60,6 +60,11 @@ class Sources:
         self.tls: Raw = {}
         self.kinesis: Raw = {}
         self.status: Raw = {}
+        self.workers: Raw = {}
+        # those that a file begins with [NAME]
+        self._tables = {
+            "broker": self.broker, "kinesis": self.kinesis, "status": self.status, "workers": self.workers,
+        }  # fmt: skip
         self.lines: dict[toml_lines.Path, int] = {}
         self.pipelines: list[Raw] = []
         self.vars: dict[str, Value] = {}
@@ -106,22 +111,22 @@ class Sources:
         document, text = _read_toml(path)
         self.lines = toml_lines.lines(text)
         for name, value in document.items():
-            if name in {"broker", "kinesis", "status"} and isinstance(value, dict):
-                into = {"broker": self.broker, "kinesis": self.kinesis, "status": self.status}[name]
+            if name in self._tables and isinstance(value, dict):
+                into = self._tables[name]
                 self._names(f"[{name}]", name, value, into, (name,))
             elif name == "pipeline" and isinstance(value, list) and _all_tables(value):
                 for number, each in enumerate(value, 1):
                     raw: Raw = {}
                     self._names(pipeline_name(number, each.get("id")), name, each, raw, (name, number))
                     self.pipelines.append(raw)
-            elif name in {"broker", "kinesis", "status", "pipeline"}:
+            elif name in {*self._tables, "pipeline"}:
                 form = "[[pipeline]]" if name == "pipeline" else f"[{name}]"
                 self.report.problem(f"{self.place(name)} {name}", "is not a table", f"write {form}")
             else:
                 self.report.problem(
                     f"{self.place(name)} {name!r}",
                     "is not a table fastkin knows",
-                    nearest(name, ("broker", "kinesis", "status", "pipeline")),
+                    nearest(name, (*self._tables, "pipeline")),
                 )
         if "pipeline" not in document:
             self.report.problem(str(path), "has no [[pipeline]]", "add one with topics and stream")
@@ -157,7 +162,7 @@ class Sources:
     # --- the environment ---
 
     def _fastkin_names(self) -> None:
-        tables = {"broker": self.broker, "broker.tls": self.tls, "kinesis": self.kinesis, "status": self.status}
+        tables = {**self._tables, "broker.tls": self.tls}
         for name, value in self.vars.items():
             if not name.startswith("FASTKIN_") or name in NOT_SETTINGS or _is_service_link(name, str(value.raw)):
                 continue

@@ -72,7 +72,7 @@ class EngineCollector(_InLoop):
         return [GaugeMetricFamily("fastkin_info", "")]  # one engine a registry
 
     def _collect(self) -> list[Family]:
-        families = [_family(row.metric, row.read(self._engine)) for row in OF_ENGINE]
+        families = [family(row.metric, row.read(self._engine)) for row in OF_ENGINE]
         stats = self._engine.stats()
         for row in OF_RUN:
             if row.metric is None:
@@ -81,7 +81,7 @@ class EngineCollector(_InLoop):
                 told = {name: row.read(run) for name, run in self._engine.pipelines.items()}
             else:
                 told = {name: figures[row.key] for name, figures in stats.items()}
-            families.append(_family(row.metric, told))
+            families.append(family(row.metric, told))
         return families
 
 
@@ -95,7 +95,7 @@ class ProducerCollector(_InLoop):
         self._run: Any = SimpleNamespace(delivery=delivery)
 
     def _collect(self) -> list[Family]:
-        return [_family(row.metric, {self._name: row.read(self._run)}) for row in OF_PRODUCER if row.metric is not None]
+        return [family(row.metric, {self._name: row.read(self._run)}) for row in OF_PRODUCER if row.metric is not None]
 
 
 class ConsumerCollector(_InLoop):
@@ -108,10 +108,10 @@ class ConsumerCollector(_InLoop):
 
     def _collect(self) -> list[Family]:
         stats = self._stats()
-        return [_family(metric, {self._stream: stats[key]}) for key, metric in OF_CONSUMER]
+        return [family(metric, {self._stream: stats[key]}) for key, metric in OF_CONSUMER]
 
 
-def _family(metric: Metric, told: Mapping[str, Any]) -> Family:
+def family(metric: Metric, told: Mapping[str, Any]) -> Family:
     """`told`: the value of the first label to the figure, or to figures by the second label."""
     doc = f"{metric.doc}."
     if metric.kind == "histogram":
@@ -120,14 +120,14 @@ def _family(metric: Metric, told: Mapping[str, Any]) -> Family:
             histogram.add_metric((first,), *_cumulated(counts))
         return histogram
     kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-    family = kind(metric.name, doc, labels=metric.labels)
+    made = kind(metric.name, doc, labels=metric.labels)
     for first, value in told.items():
         if len(metric.labels) == 1:
-            family.add_metric((first,), value)
+            made.add_metric((first,), value)
             continue
         for second, count in (dict.fromkeys(metric.always, 0) | value).items():
-            family.add_metric((first, second or "unknown"), count)
-    return family
+            made.add_metric((first, second or "unknown"), count)
+    return made
 
 
 def _cumulated(told: Mapping[str, float]) -> tuple[list[tuple[str, float]], float]:

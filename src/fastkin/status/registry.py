@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from fastkin.mqtt.subscriber import Subscriber
 
 Unit = Literal[
-    "messages", "records", "batches", "calls", "connections", "dead letters", "wake-ups", "bytes", "seconds", "share",
-    "0 or 1", "iterators", "ms",
+    "messages", "records", "batches", "calls", "connections", "dead letters", "wake-ups", "restarts", "bytes",
+    "seconds", "share", "0 or 1", "iterators", "ms",
 ]  # fmt: skip
 
 _SHARDS_SHOWN = 256  # the busiest ones
@@ -180,6 +180,13 @@ OF_ENGINE: tuple[EngineRow, ...] = (
         Metric("fastkin_pipeline_ready", "gauge", "0 or 1", "1: connected, subscribed, and the stream was reached"),
     ),
 )
+
+# of `fastkin run --workers N`, whose other figures have the label `worker` too
+WORKER_UP = Metric("fastkin_worker_up", "gauge", "0 or 1", "1: the worker's process runs", ("worker",))
+WORKER_RESTARTS = Metric(
+    "fastkin_worker_restarts_total", "counter", "restarts", "Times that a worker's process ended and was started again",
+    ("worker",),
+)  # fmt: skip
 
 OF_RUN: tuple[Row, ...] = (
     # intake
