@@ -146,9 +146,9 @@ def test_tables_have_other_names_on_request(dynamodb: Any, monkeypatch: pytest.M
 
 
 async def test_from_the_producer_to_the_table(dynamodb: Any) -> None:
-    """All of the way: an aggregate that fastkin stored, as the event that Lambda makes of it, in the table."""
+    """All of the way: what fastkin stored, as the event that Lambda makes of it, in the table."""
     async with AsyncEmulator({"machines": 1}, region=REGION) as stream:
-        async with fastkin.Producer("machines", aggregation="kpl", linger_ms=200) as producer:
+        async with fastkin.Producer("machines") as producer:
             for n in range(20):
                 await producer.put(measured(f"m{n}", value=n))
         await stream.until_stored(20)
