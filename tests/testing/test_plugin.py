@@ -34,7 +34,9 @@ def runner(pytester: pytest.Pytester, start: Callable[..., pytest.RunResult]) ->
         pytester.makepyfile(text)
         if "no:asyncio" not in arguments:  # which asks for this, to be sure
             ini += "\nasyncio_default_fixture_loop_scope = function"
-        pytester.makeini(f"[pytest]\naddopts = --strict-markers -p no:cacheprovider\nfilterwarnings = error\n{ini}")
+        # The others cost a start more than all that is tested here, and one of them asks git.
+        others = " ".join(f"-p no:{name}" for name in ("benchmark", "xdist", "hypothesispytest", "cacheprovider"))
+        pytester.makeini(f"[pytest]\naddopts = --strict-markers {others}\nfilterwarnings = error\n{ini}")
         return start(*arguments)
 
     return run
