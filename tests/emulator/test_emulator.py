@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, ReadTimeoutError
 
 from fastkin.emulator import Emulator, StreamSpec, serve
 from fastkin.emulator.server import parse_streams
@@ -582,6 +582,19 @@ async def test_an_expired_token() -> None:
         emulator.faults.expired_token(times=1)
         reply = await put(emulator, entries(1))
         assert (reply.status, reply.json["__type"]) == (400, "ExpiredTokenException")
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_silent_call_is_never_answered(stored: bool) -> None:
+    async with Emulator({"s": 1}) as emulator:
+        fault = emulator.faults.silent(stored=stored, times=1)
+        async with kinesis_client(emulator.url, read_timeout=0.3) as client:
+            with pytest.raises(ReadTimeoutError):
+                await client.put_record(StreamName="s", Data=b"x", PartitionKey="k")
+            assert fault.hits == 1
+            assert emulator.stored_count("s") == stored
+            await client.put_record(StreamName="s", Data=b"y", PartitionKey="k")
+        assert emulator.stored("s")[-1].data == b"y"
 
 
 @pytest.mark.parametrize(("where", "stored"), [("before", 0), ("after", 3), ("inside", 3)])

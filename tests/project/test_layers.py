@@ -22,7 +22,7 @@ FLOORS = [
     {"producer", "consumer", "service"},
     {"sync_producer"},
     {"emulator", "bench"},
-    {"commands"},
+    {"commands", "testing"},
 ]
 # They know no event loop: what they do can be tried by a call.
 PURE = {

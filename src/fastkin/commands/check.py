@@ -64,7 +64,7 @@ async def _connect(settings: Settings, *, own_id: bool) -> int:
             if pipeline.enabled and kinesis is not None and kinesis not in seen:
                 seen.add(kinesis)
                 name = f"stream {kinesis.stream_arn or kinesis.stream}"
-                good &= await _try(name, functools.partial(_stream, kinesis))
+                good &= await _try(name, functools.partial(stream_says, kinesis))
     for pipeline in settings.pipelines:
         letters = pipeline.dead_letter
         if pipeline.enabled and letters is not None and letters != "none" and not letters.startswith(PREFIX):
@@ -136,7 +136,8 @@ async def _filters(settings: Settings, pipeline: Pipeline, *, own_id: bool) -> b
     return good
 
 
-async def _stream(kinesis: Kinesis) -> str:
+async def stream_says(kinesis: Kinesis) -> str:
+    """What the stream says of itself, or that it may be written to. KinesisError, ConfigError."""
     from fastkin.aws.transports import make_client
     from fastkin.errors import Action, KinesisError
 

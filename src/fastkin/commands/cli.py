@@ -184,6 +184,54 @@ def check(config: str | None, env_file: str | None, connect: bool, own_id: bool,
 
 
 @cli.command()
+@settings_from
+@click.option("--from-environment", is_flag=True, help="Take the settings from the environment alone, as `run` does.")
+@click.option("--pipeline", metavar="ID", help="Only this pipeline; else each one, a stream that several share once.")
+@click.option("--topic", help="Publish to this topic; else to fastkin/selftest/ and something random.")
+@click.option(
+    "--messages", type=click.IntRange(1, 1000), default=10, show_default=True, help="How many messages to publish."
+)
+@click.option(
+    "--timeout", type=click.FloatRange(1, 600), default=30.0, show_default=True, help="Seconds for each step."
+)
+@click.option(
+    "--no-read", is_flag=True, help="Do not read the records back: that takes permissions `run` does not need."
+)
+@common
+def selftest(
+    config: str | None,
+    env_file: str | None,
+    from_environment: bool,
+    pipeline: str | None,
+    topic: str | None,
+    messages: int,
+    timeout: float,
+    no_read: bool,
+    verbose: bool,
+    quiet: bool,
+) -> int:
+    """Publish messages, store them and read them back; one line for each step.
+
+    Without settings all of it happens on this machine, with an emulated stream. With CONFIG.toml it is tried with the
+    broker and the streams of the settings: under client ids and a topic of its own, so nothing is taken away from a
+    service that runs, and each stream gets as many records as there are messages.
+
+    The exit code is 0 when every step went well, 1 when one did not, 2 for wrong settings.
+    """
+    _set_up_logs(verbose, quiet or not verbose)
+    from fastkin.commands.selftest import Wanted, selftest
+
+    given = config is not None or env_file is not None or from_environment
+    if pipeline is not None and not given:
+        raise click.UsageError("--pipeline goes with settings: give CONFIG.toml")
+    return selftest(
+        _load(config, env_file) if given else None,
+        Wanted(messages=messages, timeout_s=timeout, topic=topic, read=not no_read),
+        only=pipeline,
+    )
+
+
+@cli.command()
 @click.option(
     "--port",
     type=click.IntRange(0, 65_535),
