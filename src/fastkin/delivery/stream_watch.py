@@ -139,10 +139,13 @@ class StreamWatch:
     def _say_undescribed(self, error: KinesisError) -> None:
         # It is asked again and again, and said once.
         if not self._describe_failed:
+            to = self._delivery.client.destination
+            allow = f"{to.service}:{to.describe}"
             _LOG.warning(
-                "pipeline=%s stage=send the stream cannot be described (%s): going on without its limits and shard"
-                " map; allow kinesis:DescribeStreamSummary and kinesis:ListShards to pace by shard",
+                "pipeline=%s stage=send the stream cannot be described (%s): going on without%s",
                 self._delivery.name, error.code,
+                f" its limits and shard map; allow {allow} and {to.service}:ListShards to pace by shard" if to.shards
+                else f"; allow {allow} to see at the start whether it is there",
             )  # fmt: skip
         self._describe_failed = True
 
