@@ -48,6 +48,7 @@ _CLIENT_ID = Shape(
     lambda text: len(text.encode()) <= 65_535, "is longer than 65,535 bytes", "MQTT takes no more", shown=False
 )
 _STREAM = Shape(is_stream_name, "is not a stream name", "1 to 128 letters, digits and _ . -")
+_FIREHOSE = Shape(r"[a-zA-Z0-9_.-]{1,64}", "is not the name of a delivery stream", "1 to 64 letters, digits and _ . -")
 _STREAM_ARN = Shape(
     lambda text: stream_arn(text) is not None,
     "is not the ARN of a stream",
@@ -177,6 +178,7 @@ class Kinesis:
     stream_arn: str | None = row(
         None, "stream ARN: preferred over the name, brings its region", shape=_STREAM_ARN, argument=True
     )
+    firehose: str | None = row(None, "delivery stream of Firehose, in the place of a stream", shape=_FIREHOSE)
     region: str | None = row(
         None, "for example `eu-west-1`", shape=_REGION, argument=True, aws=("AWS_REGION", "AWS_DEFAULT_REGION")
     )
@@ -227,6 +229,16 @@ class Kinesis:
     ca_bundle: str | None = row(
         None, "PEM file of authorities to trust instead of the system's", file=True, aws=("AWS_CA_BUNDLE",)
     )
+
+    @property
+    def name(self) -> str | None:
+        """Of the stream, or of the delivery stream."""
+        return self.firehose or self.stream
+
+    @property
+    def target(self) -> str:
+        """The same for a log line; the ARN where there is one, "" when nothing is named."""
+        return self.stream_arn or self.name or ""
 
 
 def label_filter(label: str) -> str:
@@ -289,7 +301,10 @@ class Pipeline:
         '`spark`: each record becomes `{"type":"record","host":...,"data":RECORD}`; what is no JSON is set aside',
     )
     envelope_host: str | None = row(None, "the host in the envelope; left out: the machine's name")
-    separator: Literal["", ",", "\t", "\n", "\r\n"] = row("", "follows each record; counts into its size")
+    separator: Literal["", ",", "\t", "\n", "\r\n"] = row(
+        "",
+        "follows each record; counts into its size. Left out: none, but `\\n` where records stand one behind the other",
+    )
     partition_key: str = row("uuid", "see partition keys", argument=True)
     aggregation: Literal["none", "kpl", "lines"] = row(
         "none", "many records in one Kinesis record: `kpl`, as the KPL does it; `lines`, a line of JSON each"

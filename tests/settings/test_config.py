@@ -162,7 +162,7 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         for name in names
         if name != "url" and getattr(table, name) == getattr(plain, name)
     }
-    assert untouched == {"format", "stream_arn", "profile"}
+    assert untouched == {"format", "stream_arn", "firehose", "profile"}
     assert given  # the tables are what the loop above went through
 
 
@@ -283,10 +283,41 @@ def test_words_about_the_topic_without_a_topic_field_are_told(read: Any) -> None
     assert any("topic_clash" in line and "not used without topic_field" in line for line in made.warnings)
 
 
-@pytest.mark.parametrize(
-    "key",
-    ["firehose", "wire"],
-)
+def test_a_delivery_stream_stands_in_the_place_of_a_stream(read: Any) -> None:
+    """IC-08: the nearer of the two counts; its records end with a line feed when nothing else is said (IC-06)."""
+    shared = CLIENT + '[kinesis]\nregion = "eu-west-1"\nstream = "common"\n'
+    pipeline = '[[pipeline]]\nid = "a"\ntopics = ["a"]\ndead_letter = "none"\n'
+    (made,) = read(shared + pipeline + 'firehose = "f"\n').pipelines
+    assert (made.kinesis.firehose, made.kinesis.stream, made.kinesis.name, made.kinesis.target) == ("f", None, "f", "f")
+    assert made.separator == "\n"
+    (plain,) = read(shared + pipeline).pipelines
+    assert (plain.kinesis.firehose, plain.kinesis.name, plain.separator) == (None, "common", "")
+    (none,) = read(shared + pipeline + 'firehose = "f"\nseparator = ""\n').pipelines
+    assert none.separator == ""
+    again = read(effective(read(shared + pipeline + 'firehose = "f"\n')))
+    assert again.pipelines == (made,)
+    assert not any("Firehose" in line for line in again.warnings)
+
+
+def test_firehose_by_the_environment(read: Any) -> None:
+    env = {
+        "BROKER": "b.example", "CLIENTID": "c", "TOPIC": "a", "FASTKIN_KINESIS_FIREHOSE": "f",
+        "AWS_REGION": "eu-west-1",
+        "AWS_ENDPOINT_URL_KINESIS": "http://localhost:1", "AWS_ENDPOINT_URL_FIREHOSE": "http://localhost:2",
+    }  # fmt: skip
+    (made,) = load_settings(env=env).pipelines
+    assert (made.kinesis.firehose, made.kinesis.endpoint_url) == ("f", "http://localhost:2")
+    del env["AWS_ENDPOINT_URL_FIREHOSE"]
+    (made,) = load_settings(env=env).pipelines
+    assert made.kinesis.endpoint_url is None
+
+
+def test_firehose_takes_no_keys(read: Any) -> None:
+    made = read(CLIENT + SMALL.replace("stream = ", "firehose = ") + 'partition_key = "topic"\n')
+    assert any("partition_key" in line and "Firehose, which takes no keys" in line for line in made.warnings)
+
+
+@pytest.mark.parametrize("key", ["wire"])
 def test_what_is_not_built_is_not_accepted(read: Any, key: str) -> None:
     (line,) = problems(read, CLIENT + SMALL + f'{key} = "x"\n')
     assert repr(key) in line

@@ -515,6 +515,19 @@ def emulator_process(streams: Mapping[str, int], **options: Any) -> Iterator[Kin
             yield server
 
 
+@contextlib.contextmanager
+def moto() -> Iterator[Server]:
+    """moto's stand-ins for AWS (Firehose, S3, STS, ...) in a process of their own, at one URL."""
+    with _directory("moto") as directory:
+
+        def build(port: int) -> Server:
+            command = [sys.executable, "-m", "moto.server", "-H", HOST, "-p", str(port)]
+            return Server("moto", command, port=port, directory=directory)
+
+        with _running(build, None) as server:
+            yield server
+
+
 def run_node(script: str, module: str, told: Any) -> Any:
     """What a script prints as JSON. It finds the path of the installed module in argv[1], `told` as JSON in stdin."""
     command = [_program("node"), "-e", script, str(_node_module(module))]

@@ -74,7 +74,7 @@ class Client(ABC):
         destination: Destination = KINESIS,
     ) -> None:
         """`name` of the pipeline, for log lines."""
-        if not (kinesis.stream or kinesis.stream_arn):
+        if not kinesis.target:
             raise ConfigError("kinesis.stream", "is missing", "name the stream, or give stream_arn")
         if kinesis.stream_arn:
             parse_arn(kinesis.stream_arn)
@@ -129,7 +129,7 @@ class Client(ABC):
         return orjson.dumps(self._target())[1:-1]
 
     def _target(self) -> dict[str, Any]:
-        return self.destination.stream_members(self.kinesis.stream, self.kinesis.stream_arn)
+        return self.destination.stream_members(self.kinesis.name, self.kinesis.stream_arn)
 
     async def _mend(self, reply: Reply, credentials: Credentials, signed_offset: float, resigned: int) -> None:
         """Raise the error that a refused call was answered with. Return when signing it again may help instead.
@@ -137,7 +137,7 @@ class Client(ABC):
         `signed_offset`: the clock's correction when the call was made; `resigned`: how often it was signed again.
         """
         now = self._clock()
-        error = error_from(reply, now, (credentials.token, credentials.secret_key))
+        error = error_from(reply, now, (credentials.token, credentials.secret_key), self.destination.codes)
         # asked in any case: what is wrong may be the clock, and then the error says so
         again = error.action in SIGN_AGAIN and await self._correct(error, reply, credentials, now, signed_offset)
         if not again or resigned >= RESIGNS:
@@ -194,8 +194,10 @@ class Client(ABC):
 
     async def describe(self) -> StreamSummary:
         """The stream as it is now. Falls back to DescribeStream where there is no summary."""
+        if not self.destination.shards:
+            return await self._describe_delivery()
         try:
-            answer = await self._ask("DescribeStreamSummary", self._target())
+            answer = await self._ask(self.destination.describe, self._target())
         except KinesisError as error:
             if not _no_such_call(error):
                 raise
@@ -216,6 +218,21 @@ class Client(ABC):
                 max_record_bytes=_number(told, "MaxRecordSizeInKiB", 1, 2**20, RECORD_BYTES // KIB) * KIB,
                 mode=printable(_text(_table(told, "StreamModeDetails", {}), "StreamMode") or "PROVISIONED", 128),
                 auto_keys=_is_auto(told.get("RecordDistributionStrategy")),
+            )
+
+    async def _describe_delivery(self) -> StreamSummary:
+        """A delivery stream: it has neither shards nor limits of its own, and takes no keys."""
+        answer = await self._ask(self.destination.describe, self._target())
+        with _expecting("a description of the delivery stream"):
+            told = _table(answer, "DeliveryStreamDescription")
+            return StreamSummary(
+                name=printable(_text(told, "DeliveryStreamName") or self.kinesis.name or "", 128),
+                arn=printable(_text(told, "DeliveryStreamARN")),
+                status=printable(_text(told, "DeliveryStreamStatus"), 128),
+                shard_count=0,
+                max_record_bytes=self.destination.record_bytes,
+                mode=printable(_text(told, "DeliveryStreamType") or "DirectPut", 128),
+                auto_keys=True,
             )
 
     async def list_shards(self) -> list[Shard]:

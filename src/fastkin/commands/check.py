@@ -62,7 +62,7 @@ async def _connect(settings: Settings, *, own_id: bool) -> int:
         for kinesis in (pipeline.kinesis, destination(pipeline)):
             if pipeline.enabled and kinesis is not None and kinesis not in seen:
                 seen.add(kinesis)
-                name = f"stream {kinesis.stream_arn or kinesis.stream}"
+                name = f"{'delivery ' if kinesis.firehose else ''}stream {kinesis.target}"
                 good &= await _try(name, functools.partial(_stream, kinesis))
     for pipeline in settings.pipelines:
         letters = pipeline.dead_letter
@@ -147,9 +147,13 @@ async def _stream(kinesis: Kinesis) -> str:
         except KinesisError as error:
             if error.action is not Action.OPERATOR or "AccessDenied" not in error.code:
                 raise
+            to = client.destination
+            if not to.dry_run:
+                return f"not described: {to.service}:{to.describe} is denied; {to.permission} alone is enough to run"
             # PutRecords alone is enough to run: try just that, without writing
             await client.dry_run()
             return "may be written to (not described: kinesis:DescribeStreamSummary is denied)"
-        return f"{summary.status}, {summary.shard_count} shards, {summary.mode}"
+        shards = f"{summary.shard_count} shards, " if client.destination.shards else ""
+        return f"{summary.status}, {shards}{summary.mode}"
     finally:
         await client.close()

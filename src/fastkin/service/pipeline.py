@@ -92,7 +92,7 @@ class PipelineRun:
         # one for WebSocket frames that were read: aiohttp counts their bytes, and an object each is much more.
         self.delivery = Delivery(
             self.client, _options(pipeline), name=self.name,
-            stream=pipeline.kinesis.stream_arn or pipeline.kinesis.stream or "", key=KeyPlan(kind, parts),
+            stream=pipeline.kinesis.target, key=KeyPlan(kind, parts),
             frame=format_of(pipeline, pipeline.format), settler=self.acks,
             keep_bytes=pipeline.budget_bytes // 8 * (2 if broker.websocket else 1),
         )  # fmt: skip

@@ -46,6 +46,9 @@ def check(sources: Sources, number: int, broker: Broker | None, report: Report) 
         _dead_letter(given)
     _spool(given, in_file)
     kinesis = rules_stream.check(sources, raw, where, report)
+    if kinesis is not None and kinesis.firehose:
+        _unkeyed(given, "Firehose")
+        _firehose(given)
     if len(report.problems) > before or kinesis is None:
         return None
     made = Pipeline(kinesis=kinesis, **given.values)
@@ -116,6 +119,23 @@ def _partition_key(given: Given, broker: Broker | None) -> None:
     if given["aggregation"] == "kpl" and kind == "none":
         problem = "does not go with partition_key none: consumers of such a stream do not take aggregates apart"
         given.problem("aggregation", problem, "choose one of them")
+
+
+def _unkeyed(given: Given, where: str) -> None:
+    """A destination without partition keys, which writes records one behind the other."""
+    if given["partition_key"] != given.rows["partition_key"].default:
+        given.report.warn(f"{given.place('partition_key')}: not used with {where}, which takes no keys")
+    if given["aggregation"] != "none":
+        # KPL aggregates are taken apart behind a stream only, and between two records of lines nothing would stand.
+        problem = f"does not go with {where}, which writes records one behind the other"
+        given.problem("aggregation", problem, 'remove it: each record ends with the separator, "\\n" when left out')
+    if "separator" not in given.raw:
+        given.values["separator"] = "\n"  # else nobody could tell where a record ends
+
+
+def _firehose(given: Given) -> None:
+    if given["startup_check"] == "dry_run":
+        given.problem("startup_check", "does not go with Firehose, which knows no DryRun", 'use "describe" or "put"')
 
 
 def _events(given: Given) -> None:
