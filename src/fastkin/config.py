@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from fastkin.arn import is_stream_name, stream_arn
+from fastkin.files import naming
 from fastkin.formats.table import DEFAULT, FORMATS, FRAME, ROWS
 from fastkin.limits import CALL_BYTES, CALL_RECORDS, DEFAULT_CALL_BYTES, LARGE_RECORD_BYTES, RECORD_BYTES
 from fastkin.limits import KIB as KIB  # for who fills tables in code
@@ -67,6 +68,15 @@ _EXTERNAL_ID = Shape(
 _SESSION = Shape(r"[\w+=,.@-]{2,64}", "is not a session name", "2 to 64 letters, digits and _ + = , . @ -")
 _ID = Shape(r"[A-Za-z0-9_.:/-]{1,64}", "is not fit for a log line", "use 1 to 64 letters, digits and _ . : / -")
 _FIELD = Shape(lambda text: len(text.encode()) <= 1024, "is longer than 1,024 bytes", "use a shorter name")
+_BUCKET = Shape(
+    r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", "is not the name of a bucket", "3 to 63 small letters, digits and . -"
+)
+_PREFIX = Shape(
+    lambda text: naming.wrong(text) is None,
+    "is not a prefix",
+    "folders have names that do not begin with a dot; % only in %Y %m %d %H %M %j and %%; 512 bytes at most",
+)
+_EXTENSION = Shape(r"(\.[A-Za-z0-9_-]{1,16}){1,4}", "is not an extension", "for example .jsonl or .csv.gz")
 _LABEL = Shape(r"[^+#/]+", "is not one level of a topic", "without + # /")
 
 # Not stored: it is taken apart into the fields of Broker.
@@ -255,6 +265,40 @@ class Pipeline:
     id: str = field(metadata=meta(Row(doc="names the pipeline in every log line; unique", shape=_ID, own=True)))
     kinesis: Kinesis
     description: str = row("", "a note for people", own=True)
+    # in the place of kinesis.stream; see files/
+    file: str | None = row(
+        None,
+        "directory to write records into, in the place of a stream; with `s3` finished files wait there",
+        file=True,
+        own=True,
+    )
+    s3: str | None = row(None, "bucket that finished files of `file` go to", shape=_BUCKET)
+    file_prefix: str = row(
+        "",
+        "before the name of a file, as `data/%Y/%m/%d/`: `%Y`, `%m`, `%d`, `%H`, `%M` and `%j` are the time in UTC at"
+        " which it began",
+        shape=_PREFIX,
+    )
+    file_error_prefix: str = row(
+        "", "the same for dead letters, which become lines in files of their own, in the place of `dead_letter`",
+        shape=_PREFIX,
+    )  # fmt: skip
+    file_raw_prefix: str = row(
+        "", "the same for messages as they came, whatever becomes of their records; left out: they are not kept",
+        shape=_PREFIX,
+    )  # fmt: skip
+    file_extension: str = row(".jsonl", "behind the name of a file; `.gz` follows", shape=_EXTENSION)
+    file_compression: Literal["gzip", "none"] = row("gzip", "of finished files")
+    file_interval_s: float = row(60.0, "a file is finished so long after its first record", least=0.1, most=86_400)
+    file_max_bytes: int = row(
+        5 * MIB, "or when it holds so many bytes before compression: whatever comes first", least=1024, most=512 * MIB
+    )
+    file_disk_bytes: int = row(
+        4096 * MIB,
+        "bytes in the directory at most. Nothing is deleted at the bound: nothing more is taken, and reading pauses",
+        least=1 * MIB,
+        most=_TIB,
+    )
     enabled: bool = row(True, "false: the pipeline opens nothing")
     # what is subscribed: the filter of bulk_label is among them
     topics: tuple[str, ...] = row(
@@ -375,6 +419,13 @@ class Pipeline:
     )
     shutdown_timeout_s: float = row(30.0, "for storing what is held after SIGTERM", least=0, most=3600)
     stdout: bool = row(False, "true: `fastkin run` prints every message", microservice="STDOUT")
+
+    @property
+    def target(self) -> str:
+        """What records go to, for a log line."""
+        if self.s3:
+            return f"s3://{self.s3}"
+        return self.file or self.kinesis.target
 
     @property
     def wanted(self) -> tuple[str, ...]:

@@ -522,7 +522,8 @@ def moto() -> Iterator[Server]:
 
         def build(port: int) -> Server:
             command = [sys.executable, "-m", "moto.server", "-H", HOST, "-p", str(port)]
-            return Server("moto", command, port=port, directory=directory)
+            # It is 2 s of CPU until it answers.
+            return Server("moto", command, port=port, directory=directory, start_timeout_s=90.0)
 
         with _running(build, None) as server:
             yield server

@@ -24,6 +24,7 @@ from fastkin.aws.shards import HASH_SPACE, Shard
 from fastkin.errors import Action, ConfigError, FastkinError, KinesisError, UnexpectedResponse, masked, printable
 from fastkin.limits import KIB, RECORD_BYTES
 from fastkin.net.tls import client_context
+from fastkin.status.instruments import FileCounters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ log = logging.getLogger("fastkin.kinesis")
 # Requests and answers at DEBUG, for who wants to see what is said. Never a header, so no signature and no key.
 wire = logging.getLogger("fastkin.wire")
 WIRE_BYTES = 500  # of a body
+NO_FILES = FileCounters()
 RESIGNS = 2  # how often one call is signed again for fresh keys or a corrected clock
 SKEW_S = 60.0  # a clock this far off explains a refused signature (the service allows 300 s)
 # What an answer may make us keep or ask. A stream has at most some ten thousand shards, a page of DescribeStream 100.
@@ -74,7 +76,7 @@ class Client(ABC):
         destination: Destination = KINESIS,
     ) -> None:
         """`name` of the pipeline, for log lines."""
-        if not kinesis.target:
+        if destination.names_stream and not kinesis.target:
             raise ConfigError("kinesis.stream", "is missing", "name the stream, or give stream_arn")
         if kinesis.stream_arn:
             parse_arn(kinesis.stream_arn)
@@ -116,6 +118,23 @@ class Client(ABC):
         `once`: one request and no other, not even for a signature that the service found too old or a connection that
         had ended; what was learned from the refusal serves the next call.
         """
+
+    @property
+    def file_counters(self) -> FileCounters:
+        """What it has made of files."""
+        return NO_FILES
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong behind the calls, which are answered all the same; in words."""
+        return None
+
+    def only_the_question(self, error: KinesisError) -> bool:
+        """Was describe() refused to us, which says nothing about records?"""
+        return error.action is Action.OPERATOR and "ResourceNotFound" not in error.code
+
+    async def finish(self) -> None:  # noqa: B027 - most have nothing to do behind their calls
+        """Before close(): return when nothing is left to do behind the calls, however long that takes."""
 
     def abort(self) -> None:  # noqa: B027 - not every client holds some
         """Drop connections at once: the event loop is about to end, and nobody called close()."""

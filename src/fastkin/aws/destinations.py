@@ -50,6 +50,7 @@ class Destination:
     # What a code of its errors means here and nowhere else; all others mean what the error table says.
     codes: Mapping[str, Action] = field(default_factory=dict, hash=False)
     describe: str = "DescribeStreamSummary"  # the operation that tells whether it is there
+    names_stream: bool = True  # the settings of the stream say where it is
 
     @property
     def permission(self) -> str:
@@ -114,4 +115,25 @@ FIREHOSE = Destination(
     record_bytes=1000 * KIB,
     codes=OF_FIREHOSE,
     describe="DescribeDeliveryStream",
+)
+
+# Files on this machine, written by files/client.py, which answers as Firehose does. `service` and operations are those
+# of S3, where the files go then.
+FILES = Destination(
+    service="s3",
+    api="",
+    put="PutObject",
+    name_member="Directory",
+    arn_member=None,
+    answer=FIREHOSE.answer,
+    keyed=False,
+    shards=False,
+    dry_run=False,
+    account_hosts=False,
+    control=frozenset(),
+    call_records=CALL_RECORDS,
+    call_bytes=CALL_BYTES,
+    record_bytes=LARGE_RECORD_BYTES,
+    describe="ListBucket",
+    names_stream=False,
 )

@@ -37,7 +37,11 @@ def check(settings: Settings, *, connect: bool, quiet: bool, own_id: bool = Fals
     # These need no network, so they are part of the plain check; settings/ cannot ask them, for it knows neither TLS
     # nor the SDK's files.
     tests: list[Callable[[], object]] = [functools.partial(tls_context, settings.broker)]
-    tests += [functools.partial(region_of, pipeline.kinesis) for pipeline in settings.pipelines if pipeline.enabled]
+    tests += [
+        functools.partial(region_of, pipeline.kinesis)
+        for pipeline in settings.pipelines
+        if pipeline.enabled and (pipeline.s3 or not pipeline.file)
+    ]
     for test in tests:
         try:
             test()
@@ -60,11 +64,13 @@ async def _connect(settings: Settings, *, own_id: bool) -> int:
     seen: set[Kinesis] = set()
     for pipeline in settings.pipelines:
         for kinesis in (pipeline.kinesis, destination(pipeline)):
-            if pipeline.enabled and kinesis is not None and kinesis not in seen:
+            if pipeline.enabled and kinesis is not None and kinesis.target and kinesis not in seen:
                 seen.add(kinesis)
                 name = f"{'delivery ' if kinesis.firehose else ''}stream {kinesis.target}"
                 good &= await _try(name, functools.partial(_stream, kinesis))
     for pipeline in settings.pipelines:
+        if pipeline.enabled and pipeline.file:
+            good &= await _try(f"files {pipeline.target}", functools.partial(_files, pipeline))
         letters = pipeline.dead_letter
         if pipeline.enabled and letters is not None and letters != "none" and not letters.startswith(PREFIX):
             good &= await _try(f"dead letter file {letters}", functools.partial(_writable, letters, "dead_letter"))
@@ -133,6 +139,25 @@ async def _filters(settings: Settings, pipeline: Pipeline, *, own_id: bool) -> b
         click.echo(f"ok: {line}" if fine else f"failed: {line}", err=not fine)
         good &= fine
     return good
+
+
+async def _files(pipeline: Pipeline) -> str:
+    """Write beside the files what can be thrown away, and ask for the bucket. Nothing is taken over or uploaded."""
+    from fastkin.errors import KinesisError
+    from fastkin.files.client import client_of
+
+    client = client_of(pipeline)
+    try:
+        await client.describe()
+    except KinesisError as error:
+        if not client.only_the_question(error):
+            raise
+        return (
+            f"directory {pipeline.file} can be written (s3:ListBucket is denied; s3:PutObject alone is enough to run)"
+        )
+    finally:
+        await client.close()
+    return f"directory {pipeline.file} can be written{', and the bucket is there' if pipeline.s3 else ''}"
 
 
 async def _stream(kinesis: Kinesis) -> str:

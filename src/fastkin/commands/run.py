@@ -116,7 +116,7 @@ class _Service:
             log.info(
                 "running: %s -> %s",
                 settings.broker.url,
-                ", ".join(f"{p.id} ({p.kinesis.name})" for p in settings.pipelines if p.enabled),
+                ", ".join(f"{p.id} ({p.target})" for p in settings.pipelines if p.enabled),
             )
             notify("READY=1")
             ended = asyncio.create_task(engine.wait(), name="fastkin engine")

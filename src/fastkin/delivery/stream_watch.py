@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fastkin._codec import ShardTable
 from fastkin.aws.shards import ShardMap
-from fastkin.errors import Action, KinesisError, LibraryError
+from fastkin.errors import KinesisError, LibraryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -77,7 +77,7 @@ class StreamWatch:
             summary = await self._delivery.client.describe()
         except KinesisError as error:
             # To describe a stream is a permission of its own. Without it records can be stored all the same.
-            if error.action is not Action.OPERATOR or "ResourceNotFound" in error.code:
+            if not self._delivery.client.only_the_question(error):
                 raise
             self._say_undescribed(error)
             return
