@@ -77,6 +77,13 @@ def broker(process: None) -> Iterator[servers.Server]:
 
 
 @pytest.fixture(scope="session")
+def moto_server(process: None) -> Iterator[servers.Server]:
+    """One moto for the whole run: use names of your own."""
+    with servers.moto() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def kinesalite_server(process: None) -> Iterator[servers.KinesisServer]:
     """One kinesalite for the whole run: use a stream name of your own."""
     with servers.kinesalite() as server:

@@ -51,6 +51,7 @@ class Sink: ...
 class CallbackSettler(Settler):
     def __new__(cls, callback: Callable[[int, int, int, Any, int], object]) -> Self: ...
 
+def joined_data(body: Buffer) -> tuple[int, bytes]: ...  # how many records a call's body has, and their data
 def record_cost(nbytes: int) -> int: ...  # of a record of nbytes (data + key) at most, to a budget
 
 # What may be held, in bytes and records: buffered plus in flight. Several batchers may share one.

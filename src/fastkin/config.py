@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from fastkin.arn import is_stream_name, stream_arn
+from fastkin.files import naming
 from fastkin.formats.table import DEFAULT, FORMATS, FRAME, ROWS
 from fastkin.limits import CALL_BYTES, CALL_RECORDS, DEFAULT_CALL_BYTES, LARGE_RECORD_BYTES, RECORD_BYTES
 from fastkin.limits import KIB as KIB  # for who fills tables in code
@@ -48,6 +49,7 @@ _CLIENT_ID = Shape(
     lambda text: len(text.encode()) <= 65_535, "is longer than 65,535 bytes", "MQTT takes no more", shown=False
 )
 _STREAM = Shape(is_stream_name, "is not a stream name", "1 to 128 letters, digits and _ . -")
+_FIREHOSE = Shape(r"[a-zA-Z0-9_.-]{1,64}", "is not the name of a delivery stream", "1 to 64 letters, digits and _ . -")
 _STREAM_ARN = Shape(
     lambda text: stream_arn(text) is not None,
     "is not the ARN of a stream",
@@ -67,6 +69,15 @@ _SESSION = Shape(r"[\w+=,.@-]{2,64}", "is not a session name", "2 to 64 letters,
 _ID = Shape(r"[A-Za-z0-9_.:/-]{1,64}", "is not fit for a log line", "use 1 to 64 letters, digits and _ . : / -")
 _FIELD = Shape(lambda text: len(text.encode()) <= 1024, "is longer than 1,024 bytes", "use a shorter name")
 _GROUP = Shape(r"[^+#/]+", "is not a group of a shared subscription", "a name without + # /")
+_BUCKET = Shape(
+    r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", "is not the name of a bucket", "3 to 63 small letters, digits and . -"
+)
+_PREFIX = Shape(
+    lambda text: naming.wrong(text) is None,
+    "is not a prefix",
+    "folders have names that do not begin with a dot; % only in %Y %m %d %H %M %j and %%; 512 bytes at most",
+)
+_EXTENSION = Shape(r"(\.[A-Za-z0-9_-]{1,16}){1,4}", "is not an extension", "for example .jsonl or .csv.gz")
 _LABEL = Shape(r"[^+#/]+", "is not one level of a topic", "without + # /")
 
 _SHARED = ("$share/", "$queue/")  # shared already: brokers know the second as a short form
@@ -180,6 +191,7 @@ class Kinesis:
     stream_arn: str | None = row(
         None, "stream ARN: preferred over the name, brings its region", shape=_STREAM_ARN, argument=True
     )
+    firehose: str | None = row(None, "delivery stream of Firehose, in the place of a stream", shape=_FIREHOSE)
     region: str | None = row(
         None, "for example `eu-west-1`", shape=_REGION, argument=True, aws=("AWS_REGION", "AWS_DEFAULT_REGION")
     )
@@ -231,6 +243,16 @@ class Kinesis:
         None, "PEM file of authorities to trust instead of the system's", file=True, aws=("AWS_CA_BUNDLE",)
     )
 
+    @property
+    def name(self) -> str | None:
+        """Of the stream, or of the delivery stream."""
+        return self.firehose or self.stream
+
+    @property
+    def target(self) -> str:
+        """The same for a log line; the ARN where there is one, "" when nothing is named."""
+        return self.stream_arn or self.name or ""
+
 
 def label_filter(label: str) -> str:
     """The topic filter that a bulk_label stands for."""
@@ -246,6 +268,40 @@ class Pipeline:
     id: str = field(metadata=meta(Row(doc="names the pipeline in every log line; unique", shape=_ID, own=True)))
     kinesis: Kinesis
     description: str = row("", "a note for people", own=True)
+    # in the place of kinesis.stream; see files/
+    file: str | None = row(
+        None,
+        "directory to write records into, in the place of a stream; with `s3` finished files wait there",
+        file=True,
+        own=True,
+    )
+    s3: str | None = row(None, "bucket that finished files of `file` go to", shape=_BUCKET)
+    file_prefix: str = row(
+        "",
+        "before the name of a file, as `data/%Y/%m/%d/`: `%Y`, `%m`, `%d`, `%H`, `%M` and `%j` are the time in UTC at"
+        " which it began",
+        shape=_PREFIX,
+    )
+    file_error_prefix: str = row(
+        "", "the same for dead letters, which become lines in files of their own, in the place of `dead_letter`",
+        shape=_PREFIX,
+    )  # fmt: skip
+    file_raw_prefix: str = row(
+        "", "the same for messages as they came, whatever becomes of their records; left out: they are not kept",
+        shape=_PREFIX,
+    )  # fmt: skip
+    file_extension: str = row(".jsonl", "behind the name of a file; `.gz` follows", shape=_EXTENSION)
+    file_compression: Literal["gzip", "none"] = row("gzip", "of finished files")
+    file_interval_s: float = row(60.0, "a file is finished so long after its first record", least=0.1, most=86_400)
+    file_max_bytes: int = row(
+        5 * MIB, "or when it holds so many bytes before compression: whatever comes first", least=1024, most=512 * MIB
+    )
+    file_disk_bytes: int = row(
+        4096 * MIB,
+        "bytes in the directory at most. Nothing is deleted at the bound: nothing more is taken, and reading pauses",
+        least=1 * MIB,
+        most=_TIB,
+    )
     enabled: bool = row(True, "false: the pipeline opens nothing")
     # what is subscribed: the filter of bulk_label is among them
     topics: tuple[str, ...] = row(
@@ -292,7 +348,10 @@ class Pipeline:
         '`spark`: each record becomes `{"type":"record","host":...,"data":RECORD}`; what is no JSON is set aside',
     )
     envelope_host: str | None = row(None, "the host in the envelope; left out: the machine's name")
-    separator: Literal["", ",", "\t", "\n", "\r\n"] = row("", "follows each record; counts into its size")
+    separator: Literal["", ",", "\t", "\n", "\r\n"] = row(
+        "",
+        "follows each record; counts into its size. Left out: none, but `\\n` where records stand one behind the other",
+    )
     partition_key: str = row("uuid", "see partition keys", argument=True)
     aggregation: Literal["none", "kpl", "lines"] = row(
         "none", "many records in one Kinesis record: `kpl`, as the KPL does it; `lines`, a line of JSON each"
@@ -373,6 +432,13 @@ class Pipeline:
         if not self.share:
             return self.topics
         return tuple(t if t.startswith(_SHARED) else f"$share/{self.share}/{t}" for t in self.topics)
+
+    @property
+    def target(self) -> str:
+        """What records go to, for a log line."""
+        if self.s3:
+            return f"s3://{self.s3}"
+        return self.file or self.kinesis.target
 
     @property
     def wanted(self) -> tuple[str, ...]:

@@ -145,6 +145,14 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         startup_check = "none"
         shutdown_timeout_s = 1
         stdout = true
+        file_prefix = "data/%Y/"
+        file_error_prefix = "error/"
+        file_raw_prefix = "raw/"
+        file_extension = ".csv"
+        file_compression = "none"
+        file_interval_s = 300
+        file_max_bytes = 1000000
+        file_disk_bytes = 100000000
         """
     )
     given = set(tables.BROKER_KEYS) | set(tables.KINESIS_KEYS) | set(tables.PIPELINE_KEYS)
@@ -163,7 +171,7 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         for name in names
         if name != "url" and getattr(table, name) == getattr(plain, name)
     }
-    assert untouched == {"format", "stream_arn", "profile"}
+    assert untouched == {"format", "stream_arn", "firehose", "profile", "file", "s3"}
     assert given  # the tables are what the loop above went through
 
 
@@ -284,10 +292,78 @@ def test_words_about_the_topic_without_a_topic_field_are_told(read: Any) -> None
     assert any("topic_clash" in line and "not used without topic_field" in line for line in made.warnings)
 
 
-@pytest.mark.parametrize(
-    "key",
-    ["firehose", "wire"],
-)
+def test_a_delivery_stream_stands_in_the_place_of_a_stream(read: Any) -> None:
+    """IC-08: the nearer of the two counts; its records end with a line feed when nothing else is said (IC-06)."""
+    shared = CLIENT + '[kinesis]\nregion = "eu-west-1"\nstream = "common"\n'
+    pipeline = '[[pipeline]]\nid = "a"\ntopics = ["a"]\ndead_letter = "none"\n'
+    (made,) = read(shared + pipeline + 'firehose = "f"\n').pipelines
+    assert (made.kinesis.firehose, made.kinesis.stream, made.kinesis.name, made.kinesis.target) == ("f", None, "f", "f")
+    assert made.separator == "\n"
+    (plain,) = read(shared + pipeline).pipelines
+    assert (plain.kinesis.firehose, plain.kinesis.name, plain.separator) == (None, "common", "")
+    (none,) = read(shared + pipeline + 'firehose = "f"\nseparator = ""\n').pipelines
+    assert none.separator == ""
+    again = read(effective(read(shared + pipeline + 'firehose = "f"\n')))
+    assert again.pipelines == (made,)
+    assert not any("Firehose" in line for line in again.warnings)
+
+
+def test_firehose_by_the_environment(read: Any) -> None:
+    env = {
+        "BROKER": "b.example", "CLIENTID": "c", "TOPIC": "a", "FASTKIN_KINESIS_FIREHOSE": "f",
+        "AWS_REGION": "eu-west-1",
+        "AWS_ENDPOINT_URL_KINESIS": "http://localhost:1", "AWS_ENDPOINT_URL_FIREHOSE": "http://localhost:2",
+    }  # fmt: skip
+    (made,) = load_settings(env=env).pipelines
+    assert (made.kinesis.firehose, made.kinesis.endpoint_url) == ("f", "http://localhost:2")
+    del env["AWS_ENDPOINT_URL_FIREHOSE"]
+    (made,) = load_settings(env=env).pipelines
+    assert made.kinesis.endpoint_url is None
+
+
+def test_files_stand_in_the_place_of_a_stream(read: Any, tmp_path: Path) -> None:
+    """IC-09, IC-10: a directory, and a bucket for what is finished there."""
+    made = read(
+        CLIENT
+        + f"""
+        [kinesis]
+        region = "eu-west-1"
+        stream = "common"
+        [[pipeline]]
+        id = "a"
+        topics = ["a"]
+        file = "{tmp_path}"
+        s3 = "plant"
+        file_prefix = "prod/data/"
+        file_error_prefix = "prod/error/"
+        file_extension = ".csv.gz"
+        file_interval_s = 60
+        file_max_bytes = 1000000
+        """
+    )
+    (pipeline,) = made.pipelines
+    assert (pipeline.file, pipeline.s3, pipeline.target) == (str(tmp_path), "plant", "s3://plant")
+    assert (pipeline.kinesis.stream, pipeline.kinesis.region, pipeline.separator) == (None, "eu-west-1", "\n")
+    assert not any("dead_letter" in line for line in made.warnings)  # they go to file_error_prefix
+    assert read(effective(made)).pipelines == made.pipelines
+
+
+def test_files_by_the_environment(tmp_path: Path) -> None:
+    env = {
+        "BROKER": "b.example", "CLIENTID": "c", "TOPIC": "a", "FASTKIN_PIPELINE_FILE": str(tmp_path),
+        "FASTKIN_PIPELINE_S3": "plant", "AWS_REGION": "eu-west-1", "AWS_ENDPOINT_URL_KINESIS": "http://localhost:1",
+        "AWS_ENDPOINT_URL_S3": "http://localhost:2",
+    }  # fmt: skip
+    (made,) = load_settings(env=env).pipelines
+    assert (made.file, made.s3, made.kinesis.endpoint_url) == (str(tmp_path), "plant", "http://localhost:2")
+
+
+def test_firehose_takes_no_keys(read: Any) -> None:
+    made = read(CLIENT + SMALL.replace("stream = ", "firehose = ") + 'partition_key = "topic"\n')
+    assert any("partition_key" in line and "Firehose, which takes no keys" in line for line in made.warnings)
+
+
+@pytest.mark.parametrize("key", ["wire"])
 def test_what_is_not_built_is_not_accepted(read: Any, key: str) -> None:
     (line,) = problems(read, CLIENT + SMALL + f'{key} = "x"\n')
     assert repr(key) in line

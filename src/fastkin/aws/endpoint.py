@@ -220,7 +220,7 @@ async def captured_endpoint(kinesis: Kinesis, credentials: Credentials, destinat
             # "before-send" may answer in the place of the network: the SDK takes what the handler returns for the
             # answer.
             client.meta.events.register(f"before-send.{destination.service}", take)
-            name = destination.stream_members(kinesis.stream or "-", kinesis.stream_arn)
+            name = destination.stream_members(kinesis.name or "-", kinesis.stream_arn)
             await getattr(client, xform_name(destination.put))(Records=[], **name)
             if destination.account_hosts:
                 await client.describe_stream_summary(**name)

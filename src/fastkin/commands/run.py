@@ -210,7 +210,7 @@ class _Service:
                 count = settings.workers.count
                 log.info(
                     "running: %s -> %s%s", settings.broker.url,
-                    ", ".join(f"{p.id} ({p.kinesis.stream})" for p in settings.pipelines if p.enabled),
+                    ", ".join(f"{p.id} ({p.target})" for p in settings.pipelines if p.enabled),
                     f", {count} workers" if count else "",
                 )  # fmt: skip
             notify("READY=1")

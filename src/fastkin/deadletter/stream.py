@@ -62,7 +62,7 @@ class Post:
 
     def __init__(self, name: str, kinesis: Kinesis, *, max_calls: int = 1, trusted: bool = False) -> None:
         """`name` is that of the log lines, `trusted` is the delivery's. Nothing is opened here."""
-        self.stream = kinesis.stream_arn or kinesis.stream or ""
+        self.stream = kinesis.target
         self.client = make_client(kinesis, name)
         self._name = name
         self._max_calls = max_calls

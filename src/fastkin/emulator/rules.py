@@ -95,6 +95,7 @@ REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
     "SplitShard": ("ShardToSplit", "NewStartingHashKey"),
     "MergeShards": ("ShardToMerge", "AdjacentShardToMerge"),
     "PutRecordBatch": ("DeliveryStreamName", "Records"),
+    "DescribeDeliveryStream": ("DeliveryStreamName",),
 }
 
 _KIND_NAMES: Final = {

@@ -16,10 +16,10 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import WINDOW, KeyPlan
-from fastkin.aws.transports import make_client
 from fastkin.deadletter.handler import DeadLetterHandler, make_store
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.errors import FastkinError
+from fastkin.files.client import FileClient, client_of
 from fastkin.formats.partition_key import key_plan
 from fastkin.mqtt._core import AckTracker
 from fastkin.mqtt.subscriber import Subscriber
@@ -29,6 +29,7 @@ from fastkin.service.preflight import Preflight
 from fastkin.service.routes import Routes
 from fastkin.service.shapes import format_of
 from fastkin.service.tasks import Tasks
+from fastkin.service.tee import Tee
 from fastkin.status.registry import figures
 
 if TYPE_CHECKING:
@@ -85,22 +86,31 @@ class PipelineRun:
         self._hook = on_settled
         self._tasks = Tasks(self.name)
         self.failure = self._tasks.failure
-        self.client: Client = make_client(pipeline.kinesis, pipeline.id)
+        self.client: Client = client_of(pipeline)
         kind, parts = key_plan(pipeline.partition_key, client_id=broker.client_id, hostname=socket.gethostname())
         self.acks = AckTracker()
+        files = self.client if isinstance(self.client, FileClient) else None
+        raw = None if files is None else files.raw
         # An eighth is left for what is not charged record by record: acks, receive buffer, answers, allocator. And
         # one for WebSocket frames that were read: aiohttp counts their bytes, and an object each is much more.
         self.delivery = Delivery(
             self.client, _options(pipeline), name=self.name,
-            stream=pipeline.kinesis.stream_arn or pipeline.kinesis.stream or "", key=KeyPlan(kind, parts),
+            stream=pipeline.target, key=KeyPlan(kind, parts),
             frame=format_of(pipeline, pipeline.format), settler=self.acks,
-            keep_bytes=pipeline.budget_bytes // 8 * (2 if broker.websocket else 1),
+            keep_bytes=pipeline.budget_bytes // 8 * (1 + broker.websocket + (raw is not None)),
         )  # fmt: skip
         self._batcher = self.delivery.batcher
-        self._routes = Routes(pipeline, self._batcher, on_message)
+        self._tee: Tee | None = None
+        if raw is not None:
+            self._tee = Tee(
+                raw, self.acks, name=self.name, separator=pipeline.separator, most_bytes=pipeline.budget_bytes // 8,
+                spawn=self._tasks.spawn, on_settled=self.delivery.settled,
+            )  # fmt: skip
+        self._routes = Routes(pipeline, self._batcher, on_message, self._tee)
         self.dead_letters = DeadLetterHandler(
-            self.name, self._batcher, make_store(pipeline), topics=pipeline.topics, spawn=self._tasks.spawn,
-            on_settled=self.delivery.settled, max_packet_bytes=broker.max_packet_bytes,
+            self.name, self._batcher, make_store(pipeline, None if files is None else files.letters),
+            topics=pipeline.topics,
+            spawn=self._tasks.spawn, on_settled=self.delivery.settled, max_packet_bytes=broker.max_packet_bytes,
         )  # fmt: skip
         self.delivery.open(
             refused=self.dead_letters.refused, rejected=self.dead_letters.rejected, on_settled=self._settled,
@@ -211,10 +221,11 @@ class PipelineRun:
         try:
             self._drain = asyncio.timeout(None if linger and not self._hurried else self._drain_s)
             async with self._drain:
-                while self.delivery.to_wait_for:
+                while self.delivery.to_wait_for or (self._tee is not None and self._tee.waiting):
                     self._progress.clear()
                     self.delivery.attend()
                     await self._progress.wait()
+                await self.client.finish()
         except TimeoutError:
             pass
         self._drain = None
@@ -311,7 +322,7 @@ class PipelineRun:
     @property
     def last_error(self) -> str | None:
         """What is wrong now, for a person; it clears when the same goes well."""
-        return self.start_error or self.delivery.sender.last_error or self.subscriber.last_error
+        return self.start_error or self.delivery.sender.last_error or self.client.trouble or self.subscriber.last_error
 
     def oldest_s(self) -> float:
         """Age of the oldest message that is not acknowledged; 0.0 when there is none."""
@@ -329,7 +340,7 @@ class PipelineRun:
             return hangs
         if not self.ready:
             return f"the stream was not reached: {self.start_error or 'not tried yet'}"
-        if operator_error := self.delivery.sender.operator_error:
+        if operator_error := self.delivery.sender.operator_error or self.client.trouble:
             return f"the stream: {operator_error}"
         subscriber = self.subscriber
         if not subscriber.connected.is_set():

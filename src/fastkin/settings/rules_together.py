@@ -25,8 +25,9 @@ def check(sources: Sources, made: Sequence[Pipeline], report: Report) -> None:
         _unique(raws, "id", report)
     _unique(raws, "bulk_label", report)
     _spools(raws, report)
+    _directories(raws, report)
     _rotated(raws, report)
-    silent = [repr(pipeline.id) for pipeline in made if pipeline.dead_letter is None]
+    silent = [repr(pipeline.id) for pipeline in made if pipeline.dead_letter is None and not pipeline.file_error_prefix]
     if silent:
         key = "dead_letter" if in_file else "FASTKIN_PIPELINE_DEAD_LETTER"
         report.warn(
@@ -96,6 +97,19 @@ def _spools(raws: Sequence[Raw], report: Report) -> None:
     for raw in raws:
         if (said := _said(raw, "spool")) and os.path.realpath(said[1]) in letters:
             report.problem(said[0].place, f"{said[1]!r} is the dead letter file too", "name another file")
+
+
+def _directories(raws: Sequence[Raw], report: Report) -> None:
+    """A directory of files belongs to one pipeline: each would count and upload what the other one makes."""
+    seen: dict[str, int] = {}
+    for number, raw in enumerate(raws, 1):
+        if (said := _said(raw, "file")) is None:
+            continue
+        value, text = said
+        first = seen.setdefault(os.path.realpath(text), number)
+        if first != number:
+            names = f"{_label(raws, first)} and {_label(raws, number)}"
+            report.problem(value.place, f"two pipelines have the directory {text!r}: {names}", "name one for each")
 
 
 def _rotated(raws: Sequence[Raw], report: Report) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _SECRETS = frozenset({"access_key", "secret_key", "session_token"})
 # a nearer source that says one of these takes the whole group over
-_STREAM = frozenset({"stream", "stream_arn"})
+_STREAM = frozenset({"stream", "stream_arn", "firehose"})
 # names of the microservice that a login or a container sets for reasons of its own
 _EVERYWHERE = frozenset({"USER", "PASS", "PORT", "STDOUT", "WEBSOCKET", "DOCKERLOG"})
 _KEYS = frozenset({"access_key", "secret_key", "profile"})
@@ -211,11 +211,19 @@ class Sources:
             if not name.startswith(("AWS_", "FASTKIN_")) and (near := close(name, known)):
                 self.report.warn(f"{self.vars[name].place}: not used; did you mean {near}?")
 
+    def endpoint_of(self, service: str) -> Value | None:
+        """What the SDK's names say of the endpoint of a service that is not Kinesis: "FIREHOSE", "S3"."""
+        ignore = str(self.vars.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", Value("", "")).raw)
+        names = (f"AWS_ENDPOINT_URL_{service}", *AWS["endpoint_url"][1:])
+        found = [self.vars[name] for name in names if name in self.vars]
+        return found[0] if found and ignore.lower() != "true" else None
+
     def _aws(self) -> Raw:
         found: Raw = {}
-        ignore = str(self.vars.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", Value("", "")).raw)
         for key, names in AWS.items():
-            if key == "endpoint_url" and ignore.lower() == "true":
+            if key == "endpoint_url":
+                if (url := self.endpoint_of("KINESIS")) is not None:
+                    found[key] = url
                 continue
             for name in names:
                 # Keys of the real environment are left to credentials.py, which knows what else is

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fastkin.mqtt.subscriber import Subscriber
 
 Unit = Literal[
-    "messages", "records", "batches", "calls", "connections", "dead letters", "wake-ups", "restarts", "bytes",
+    "messages", "records", "batches", "calls", "connections", "dead letters", "files", "wake-ups", "restarts", "bytes",
     "seconds", "share", "0 or 1", "iterators", "ms",
 ]  # fmt: skip
 
@@ -279,6 +279,17 @@ OF_RUN: tuple[Row, ...] = (
     Row(None, _busiest_shards, Reload.LATEST,
         Metric("fastkin_shard_heat", "gauge", "share", "Share of a shard's limit that this process used lately, 0 to 1",
                ("pipeline", "shard"))),
+    # files
+    _counter("files_finished", "fastkin_files_finished_total", "files", "Files that were finished",
+             lambda run: run.delivery.client.file_counters.finished),
+    _counter("files_uploaded", "fastkin_files_uploaded_total", "files", "Finished files that S3 took",
+             lambda run: run.delivery.client.file_counters.uploaded),
+    _counter("file_upload_failures", "fastkin_file_upload_failures_total", "calls", "Attempts at S3 that failed",
+             lambda run: run.delivery.client.file_counters.upload_failures),
+    _gauge("files_waiting", "fastkin_files_waiting", "files", "Finished files that are not in S3 yet",
+           lambda run: run.delivery.client.file_counters.waiting),
+    _gauge("files_waiting_bytes", "fastkin_files_waiting_bytes", "bytes", "Their size on disk",
+           lambda run: run.delivery.client.file_counters.waiting_bytes),
     # settle
     _counter("stored", "fastkin_records_stored_total", "records", "Records that Kinesis confirmed",
              lambda run: run.delivery.batcher.stored),
