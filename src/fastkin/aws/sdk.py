@@ -133,7 +133,7 @@ class SdkClient(Client):
             session.register_component("credential_provider", _Resolver(bridge))
             session.register_component("response_parser_factory", _RawParserFactory())
             foreign = kinesis.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
-            self.at_aws = not foreign or is_aws(foreign)
+            self.at_aws: bool = not foreign or is_aws(foreign)
             context = session.create_client(
                 self.destination.service,
                 region_name=region,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fastkin.config import Settings
     from fastkin.service.engine import Engine
 
-log = logging.getLogger("fastkin.run")
+log: logging.Logger = logging.getLogger("fastkin.run")
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _LEAVE_S = 10.0  # for what comes after the drain: last acknowledgements, goodbyes
@@ -202,16 +202,13 @@ class _Service:
     async def _reload(self) -> None:
         assert self._read_again is not None
         log.info("SIGHUP: reading the settings again")
-        wrong: ConfigError | None = None
         try:
             # In a thread: the file may lie on a disk that hangs, and the pipelines must not stand still for it.
             settings, everything = await self._reader.run(self._read_again)
             changes = await self._engine.reload(settings, everything=everything)
         except ConfigError as error:
-            wrong = error
-        if wrong is not None:
-            for problem in getattr(wrong, "problems", (wrong,)):
-                log.error("SIGHUP: %s", problem)
+            for problem in getattr(error, "problems", (error,)):
+                log.error("SIGHUP: %s", problem)  # noqa: TRY400 - it names file, line and cure
             log.warning("SIGHUP: the settings were not taken up: going on with the former ones")
             return
         for warning in settings.warnings:

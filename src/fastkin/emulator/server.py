@@ -7,10 +7,12 @@ Its connections are in `connection.py`, the text of heads and pages in `pages.py
 from __future__ import annotations
 
 import asyncio
+import ssl  # noqa: TC003 - who reads our annotations needs it
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from pathlib import Path  # noqa: TC003
+from typing import Any, Self, TypeAlias
 
 from .admin import admin
 from .connection import Connection, Put, Request
@@ -22,10 +24,6 @@ from .signature import SKEW_S, Secret, Verifier
 from .state import StreamSpec
 from .streams import MIB, Keep, StoredRecord
 from .wire import CBOR, JSON, WireError, dumps, loads
-
-if TYPE_CHECKING:
-    import ssl
-    from pathlib import Path
 
 Streams: TypeAlias = Mapping[str, "int | StreamSpec"] | Iterable["str | tuple[str, int]"]
 
@@ -92,10 +90,10 @@ class Emulator:
         wall: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.faults = Faults(clock)
-        self.latency_s = latency_ms / 1000
+        self.faults: Faults = Faults(clock)
+        self.latency_s: float = latency_ms / 1000
         self.count_only = count_only
-        self.service = Service(
+        self.service: Service = Service(
             region=region,
             account=account,
             limits=limits,
@@ -112,7 +110,9 @@ class Emulator:
             self.service.add_stream(name, spec)
         for name in firehose:
             self.service.add_delivery(name)
-        self.verifier = None if credentials is None else Verifier(credentials, region=region, skew_s=skew_s)
+        self.verifier: Verifier | None = (
+            None if credentials is None else Verifier(credentials, region=region, skew_s=skew_s)
+        )
         self.puts: list[Put] = []  # with keep="all": what bounds the duplicates that a caller may make
         self._counters = Counters()
         self._counted = 0

@@ -80,17 +80,17 @@ class PipelineRun:
         on_message: Callable[[str, bytes, bytes], None] | None = None,
     ) -> None:
         self.pipeline = pipeline
-        self.name = pipeline.id
+        self.name: str = pipeline.id
         self._loop = asyncio.get_running_loop()
         self._hook = on_settled
         self._tasks = Tasks(self.name)
-        self.failure = self._tasks.failure
+        self.failure: asyncio.Future[None] = self._tasks.failure
         self.client: Client = make_client(pipeline.kinesis, pipeline.id)
         kind, parts = key_plan(pipeline.partition_key, client_id=broker.client_id, hostname=socket.gethostname())
-        self.acks = AckTracker()
+        self.acks: AckTracker = AckTracker()
         # An eighth is left for what is not charged record by record: acks, receive buffer, answers, allocator. And
         # one for WebSocket frames that were read: aiohttp counts their bytes, and an object each is much more.
-        self.delivery = Delivery(
+        self.delivery: Delivery = Delivery(
             self.client, _options(pipeline), name=self.name,
             stream=pipeline.kinesis.stream_arn or pipeline.kinesis.stream or "", key=KeyPlan(kind, parts),
             frame=format_of(pipeline, pipeline.format), settler=self.acks,
@@ -98,7 +98,7 @@ class PipelineRun:
         )  # fmt: skip
         self._batcher = self.delivery.batcher
         self._routes = Routes(pipeline, self._batcher, on_message)
-        self.dead_letters = DeadLetterHandler(
+        self.dead_letters: DeadLetterHandler = DeadLetterHandler(
             self.name, self._batcher, make_store(pipeline), topics=pipeline.topics, spawn=self._tasks.spawn,
             on_settled=self.delivery.settled, max_packet_bytes=broker.max_packet_bytes,
         )  # fmt: skip
@@ -110,7 +110,7 @@ class PipelineRun:
         self._preflight = Preflight(
             pipeline, self.client, self.delivery, static_key=static_key, spawn=self._tasks.spawn
         )
-        self.subscriber = Subscriber(
+        self.subscriber: Subscriber = Subscriber(
             broker, [(topic, pipeline.qos) for topic in pipeline.topics], router=self._routes.router,
             acks=self.acks, on_read=self._read, set_apart=self.dead_letters.carrier, name=self.name,
             identifiers=self._routes.identifiers, linger_s=pipeline.linger_ms / 1000,
@@ -120,7 +120,7 @@ class PipelineRun:
         self._leave: asyncio.Task[None] | None = None  # saying goodbye to the broker, of a stop() that lingers
         self._stopping = False
         self._first_failed = False
-        self.left = asyncio.Event()  # the broker was left, by a run that lingers
+        self.left: asyncio.Event = asyncio.Event()  # the broker was left, by a run that lingers
         self._drain: asyncio.Timeout | None = None
 
     # -- life ----------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ class Routes:
         self._name = pipeline.id
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
-        self.router = router = Router()
+        router = Router()
+        self.router: Router = router
         filters = ways(pipeline)
         sinks = {way: self._tapped(_sink(pipeline, way, batcher)) for _, way in filters}
         several = len(sinks) > 1
@@ -53,8 +54,10 @@ class Routes:
         for topic, way in filters:
             router.add(topic, sinks[way], way.identifier if identified else 0)
         # The Subscription Identifier of each filter: a 5.0 broker says with a message which filter it came by.
-        self.identifiers = {topic: way.identifier for topic, way in filters} if several and identified else {}
-        self.seen = 0  # the router's count of unrouted messages, when it was last looked at
+        self.identifiers: dict[str, int] = (
+            {topic: way.identifier for topic, way in filters} if several and identified else {}
+        )
+        self.seen: int = 0  # the router's count of unrouted messages, when it was last looked at
         self._said_at = -_UNROUTED_EVERY_S
 
     def _tapped(self, sink: Batcher | FormatSink | StraySink) -> Sink:

@@ -74,7 +74,7 @@ class Sources:
         # names last, for what nobody has said.
         self._fastkin_names()
         self._unused_names()
-        self.aws = self._aws()
+        self.aws: Raw = self._aws()
         if path is None and not (any((self.broker, self.kinesis, *self.pipelines)) or report.problems):
             cure = "give a settings file, or set BROKER, TOPIC and KIN_STREAM_NAME"
             if Path(".env").exists() and not self.from_file:
@@ -317,6 +317,7 @@ _MOST_BYTES = 1 << 20  # a settings file is a few kilobytes
 def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
     import tomllib
 
+    raw = b""
     try:
         with path.open("rb") as file:
             # Bounded before it is parsed: somebody may give the path of a device, or of a log.
