@@ -29,7 +29,7 @@ from fastkin.record import Record
 from fastkin.results import FrameResult, PutRecordsResult, PutResult  # noqa: TC001
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive, quiet
-from fastkin.settings.arguments import check_arguments
+from fastkin.settings.arguments import check_arguments, check_keys
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer as Buffer
@@ -128,6 +128,7 @@ class Producer:
         check_arguments(locals())
         if not (stream or stream_arn):
             raise LibraryError("Non empty argument required: stream or stream_arn")
+        check_keys(access_key, secret_key)
         if (on_full == "spool") != (spool is not None):
             raise LibraryError('on_full="spool" and spool="FILE" go together')
         if on_full == "spool" and delivery_timeout_s is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import typing
 from typing import Any
 
@@ -43,9 +45,11 @@ def test_an_argument_that_is_wrong_is_named(name: str, value: Any) -> None:
         Consumer(**(GOOD | {name: value}))
 
 
-def test_it_needs_no_mqtt() -> None:
+@pytest.mark.process
+def test_producer_and_consumer_load_no_mqtt() -> None:
     """EI-01: usable alone."""
-    assert "fastkin.mqtt" not in (Consumer.__module__, fastkin.ConsumerRecord.__module__)
+    code = "import sys, fastkin; fastkin.Producer, fastkin.Consumer; print([m for m in sys.modules if 'mqtt' in m])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize(

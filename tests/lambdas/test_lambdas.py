@@ -563,6 +563,44 @@ def test_only_whole_readings_are_written_and_machines_do_not_disturb_each_other(
     assert m.value("my-machine2", "count", 5, "t5") == []  # a reading begins anew
 
 
+def test_the_record_of_two_variables_is_written_once_it_is_whole() -> None:
+    """SP-12, SP-13: the values of spark's own test, byte for byte."""
+    m = machines_of(plant(my_machine2=machine("my-machine2", COUNT, HUMIDITY)))
+    assert m.value("my-machine2", "count", 1234, "2018-01-02T03:04:05.678Z") == []
+    assert m.value("my-machine2", "humidity", 5678, "2018-01-02T03:04:05.679Z") == [
+        (
+            "h/my-machine2",
+            (
+                b'{"type":"record","host":"h","data":{"machine":"my-machine2","time":"2018-01-02T03:04:05.678Z",'
+                b'"attributes":{"count":{"name":"count","value":1234},"humidity":{"name":"humidity","value":5678}}}}'
+            ),
+        )
+    ]
+
+
+def test_a_record_that_another_machine_interrupts_is_written_too() -> None:
+    """SP-14 turned round, with the values of spark's own test, which lost the first machine's record."""
+    count = {"name": "count", "srcVariables": [{"srcVariable": "count", "srcMachine": "my-machine2"}]}
+    m = machines_of(
+        plant(
+            my_machine2=machine("my-machine2", COUNT, HUMIDITY),
+            my_machineV=machine("my-machineV", PRESSURE, count, hpl="virtual"),
+        )
+    )
+    time = "2018-01-02T03:04:05.678Z"
+    told = [
+        m.value("my-machine2", "count", 1234, time),
+        m.value("my-machineV", "pressure", 8765, time),
+        m.value("my-machineV", "count", 4321, time),
+        m.value("my-machine2", "humidity", 5678, time),
+    ]
+    values = [
+        [{name: each["value"] for name, each in json.loads(data)["data"]["attributes"].items()} for _, data in puts]
+        for puts in told
+    ]
+    assert values == [[], [], [{"pressure": 8765, "count": 4321}], [{"count": 1234, "humidity": 5678}]]
+
+
 def test_a_machine_that_may_not_publish_writes_nothing() -> None:
     """SP-15: from the start, and as soon as it is told."""
     m = machines_of(plant())
