@@ -57,6 +57,30 @@ async def _watch(url: str) -> None:
     assert "put_record" in line or "no json" in line
 
 
+@pytest.mark.process
+async def test_the_producer_writes_a_counter_both_ways_in_turns() -> None:
+    """EI-31."""
+    async with Emulator({"s": 1}) as emulator:
+        keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_REGION": "us-east-1"}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, str(EXAMPLES / "producer.py"), "s", "0.01",
+            env=keys | {"AWS_ENDPOINT_URL_KINESIS": emulator.url}, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(60):
+                lines = [await process.stdout.readline() for _ in range(4)]
+        finally:
+            process.kill()
+            await process.wait()
+        stored = [each.data for each in emulator.stored("s")[:4]]
+        operations = emulator.counters.operations
+    ways = ["putRecord", "putRecords"] * 2
+    assert stored == [b'{"value":%d,"origin":"%b"}' % (n, way.encode()) for n, way in enumerate(ways, 1)]
+    assert [line.split()[0] for line in lines] == stored
+    assert operations["PutRecord"] >= 2 <= operations["PutRecords"]
+
+
 class Checkpointer:
     def __init__(self, error: Exception | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []

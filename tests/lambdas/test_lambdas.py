@@ -273,7 +273,7 @@ class Tables:
 
     def __init__(self) -> None:
         self.items: dict[tuple[str, str], dict[str, Any]] = {}
-        self.table = ""
+        self.table = self.metadata_table = ""
         self.hosts: dict[str, dict[str, str]] = {}
         self.failing: set[str] = set()  # machine ids
 
@@ -285,6 +285,7 @@ class Tables:
 
     def update_item(self, **request: Any) -> None:
         assert request["UpdateExpression"] == "SET #M = :m"
+        self.metadata_table = request["TableName"]
         name = request["ExpressionAttributeNames"]["#M"]
         host = self.hosts.setdefault(request["Key"]["spark_id"]["S"], {})
         host[name] = request["ExpressionAttributeValues"][":m"]["S"]
@@ -353,9 +354,10 @@ def test_metadata_and_connection_tests(store: Any, tables: Tables, monkeypatch: 
     metadata = json.dumps({"type": "metadata", "host": "edge", "data": data}).encode()
     test = b'{"type":"connection_test","host":"edge","data":"CONNECTION_TEST"}'
     monkeypatch.setenv("DATA_TABLE", "Mine")
+    monkeypatch.setenv("METADATA_TABLE", "Theirs")
     assert store.handler(kinesis(test, metadata, measured(t=1)), None) == {"batchItemFailures": []}
     assert json.loads(tables.hosts["edge"]["Presse S\u00fcd"]) == data
-    assert tables.table == "Mine"
+    assert (tables.table, tables.metadata_table) == ("Mine", "Theirs")  # SP-21
 
 
 @pytest.mark.parametrize("payload", [b"{", b"\xff", b'{"type":"else"}', measured(x={"format": "bool", "value": "?"})])

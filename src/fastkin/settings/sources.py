@@ -277,13 +277,15 @@ class Sources:
                 self.report.problem(websocket.place, "BROKER has a port already", "keep one of them")
         else:
             self.broker["host"] = host
-            if websocket is not None:
+            # The microservice never reads WEBSOCKET, and the file that comes with it has both: such a file must go
+            # where it went.
+            if websocket is not None and port is not None:
+                self.report.warn(
+                    f"WEBSOCKET not used: PORT is set, connecting to {text}:{port.raw} by TCP; for ws:// take PORT out"
+                )
+            elif websocket is not None:
                 self.broker["scheme"] = Value("ws", websocket.place, True)
                 self.broker["port"] = websocket
-                if port is not None:
-                    self.report.warn(
-                        f"WEBSOCKET is set: connecting to ws://{text}:{websocket.raw}/mqtt; PORT is not used"
-                    )
 
     def _either(self, first: str, second: str) -> Value | None:
         return self.vars.get(first) or self.vars.get(second)
