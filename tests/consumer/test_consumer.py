@@ -182,8 +182,11 @@ async def test_a_record_tells_where_it_is_from() -> None:
 async def test_an_encrypted_record_of_a_stream_that_chooses_shards() -> None:
     """EI-19, EI-20: KMS, no key, and the milliseconds that whole seconds would lose."""
     told = {
-        "Data": "MQ==", "SequenceNumber": "7", "ApproximateArrivalTimestamp": 1_764_000_000.123, "EncryptionType": "KMS",
-    }  # fmt: skip
+        "Data": "MQ==",
+        "SequenceNumber": "7",
+        "ApproximateArrivalTimestamp": 1_764_000_000.123,
+        "EncryptionType": "KMS",
+    }
     answer = {"Records": [told], "MillisBehindLatest": 0, "NextShardIterator": "next"}
 
     async def script(link: Link, _: Request) -> None:
