@@ -1,38 +1,32 @@
-"""Puts numbered readings into a stream: every 10 seconds one by PutRecord, or two by PutRecords, in turn.
+"""Writes a counter every 10 seconds, by put_record and put_records in turns.
 
     python examples/producer.py STREAM [SECONDS]
 
-Set AWS_REGION and credentials (for an emulator any, and AWS_ENDPOINT_URL_KINESIS). The single calls are used here, one
-request each and nothing tried again, as a program does that decides itself what to do about an error;
-`producer.put()` does all of it: batches, retries, pacing.
+Set AWS_REGION and credentials (for an emulator any, and AWS_ENDPOINT_URL_KINESIS). examples/consumer.py shows what
+arrives. These calls make one request each and do not try again: `producer.put()` does, and is what most programs want.
 """
 
 import asyncio
+import itertools
 import sys
 
 import fastkin
 
 
 async def main(stream: str, seconds: float) -> None:
-    value = 0
-
-    def reading(origin: str) -> fastkin.Record:
-        nonlocal value
-        value += 1
-        return fastkin.Record({"value": value, "origin": origin}, partition_key=f"key{value}")
-
     async with fastkin.Producer(stream) as producer:
-        while True:
+        for value in itertools.count(1):
+            origin = "putRecord" if value % 2 else "putRecords"
+            record = fastkin.Record({"value": value, "origin": origin}, "testPartitionKey")
             try:
-                one = await producer.put_record(reading("put_record"))
-                print(f"put_record: {one.shard_id} {one.sequence_number}", flush=True)
-                await asyncio.sleep(seconds)
-                failed, results = await producer.put_records([reading("put_records"), reading("put_records")])
-                for result in results:
-                    what = result.error_code or f"{result.shard_id} {result.sequence_number}"
-                    print(f"put_records, {failed} failed: {what}", flush=True)
+                if origin == "putRecord":
+                    result = await producer.put_record(record)
+                else:
+                    _, [result] = await producer.put_records([record])
             except fastkin.KinesisError as error:
-                print(f"{error.type}: {error.details} (HTTP {error.http_status})", file=sys.stderr)
+                print(f"failed: {error}", file=sys.stderr, flush=True)
+            else:
+                print(record.payload.decode(), result.error_code or result.shard_id, flush=True)
             await asyncio.sleep(seconds)
 
 

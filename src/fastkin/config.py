@@ -55,7 +55,8 @@ _STREAM_ARN = Shape(
     "is not the ARN of a stream",
     "arn:aws:kinesis:REGION:123456789012:stream/NAME",
 )
-_REGION = Shape(r"[a-z0-9]+(-[a-z0-9]+)*", "is not a region", "for example eu-west-1")
+# One word is what emulators are told. What has more ends with a number, so that a zone or a slip is not asked for.
+_REGION = Shape(r"[a-z0-9]+|[a-z0-9]+(-[a-z0-9]+)*-[0-9]+", "is not a region", "for example eu-west-1")
 _ENDPOINT = Shape(is_endpoint, "is not an endpoint", "for example http://localhost:4567", shown=False, hidden_with="@")
 _ROLE_ARN = Shape(
     r"arn:aws[a-z-]*:iam::\d{12,}:role/[\w+=,.@/-]{1,512}",

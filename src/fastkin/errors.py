@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import enum
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Iterable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from fastkin._codec import Receipt
     from fastkin.results import PutResult
+else:
+    Receipt, PutResult = Awaitable, Any  # what get_type_hints() shows: both modules import this one
 
 
 def escaped(text: str) -> str:
@@ -225,11 +226,14 @@ class KinesisError(FastkinError):
     ) -> None:
         self.http_response = http_response
         self.failed_record_count: int | None = None
-        self.code = code = printable(code, 128)
-        self.message = message = printable(message)
+        code = printable(code, 128)
+        self.code: str = code
+        message = printable(message)
+        self.message: str = message
         self.action = action
         self.http_status = http_status
-        self.request_id = request_id = printable(request_id, 128) if request_id else None
+        request_id = printable(request_id, 128) if request_id else None
+        self.request_id: str | None = request_id
         self.retry_after = retry_after
         parts = [f"HTTP {http_status}"] if http_status is not None else []
         parts += [f"request {request_id}"] if request_id else []

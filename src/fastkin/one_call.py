@@ -71,6 +71,7 @@ class OneCall:
     async def put_records(self, records: Sequence[Record]) -> PutRecordsResult:
         """One PutRecords request."""
         batch, receipts = self._batch(records)
+        answer = b""
         try:
             answer = await self._client.call(self._client.destination.put, batch, once=True)
             with telling_requests():

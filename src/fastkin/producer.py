@@ -9,13 +9,15 @@ import asyncio
 import logging
 import os
 import weakref
+from collections.abc import Callable, Iterable, Sequence  # noqa: TC003 - who reads our annotations needs it
 from functools import partial
+from pathlib import Path  # noqa: TC003
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from fastkin._codec import DRAIN, KeyPlan
+from fastkin._codec import DRAIN, KeyPlan, Receipt
 from fastkin.aws.transports import make_client
 from fastkin.config import Kinesis
-from fastkin.delivery.backlog import Policy  # noqa: TC001 - who reads our annotations needs it
+from fastkin.delivery.backlog import Policy  # noqa: TC001
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.delivery.stream_watch import StreamWatch
 from fastkin.delivery.turns import Turns
@@ -24,19 +26,19 @@ from fastkin.formats.partition_key import KeySpecError, key_plan
 from fastkin.limits import CALL_RECORDS, DEFAULT_CALL_BYTES, MIB, RECORD_BYTES
 from fastkin.one_call import OneCall
 from fastkin.record import Record
+from fastkin.results import FrameResult, PutRecordsResult, PutResult  # noqa: TC001
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive, quiet
-from fastkin.settings.arguments import check_arguments
+from fastkin.settings.arguments import check_arguments, check_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
+    from typing_extensions import Buffer as Buffer
 
-    from typing_extensions import Buffer
-
-    from fastkin._codec import Receipt
-    from fastkin.results import FrameResult, PutRecordsResult, PutResult
     from fastkin.status.metrics import ProducerCollector
+else:
+    # What get_type_hints() shows. Python has a Buffer from 3.12 on, and the collector would load prometheus_client.
+    Buffer = bytes | bytearray | memoryview
+    ProducerCollector = Any
 
 _LOG = logging.getLogger("fastkin.producer")
 T = TypeVar("T")
@@ -126,6 +128,7 @@ class Producer:
         check_arguments(locals())
         if not (stream or stream_arn):
             raise LibraryError("Non empty argument required: stream or stream_arn")
+        check_keys(access_key, secret_key)
         if (on_full == "spool") != (spool is not None):
             raise LibraryError('on_full="spool" and spool="FILE" go together')
         if on_full == "spool" and delivery_timeout_s is not None:

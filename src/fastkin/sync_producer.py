@@ -15,24 +15,23 @@ import os
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable, Coroutine, Sequence  # noqa: TC003 - who reads our annotations needs it
 from functools import partial
+from pathlib import Path  # noqa: TC003
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack
 
+from fastkin.delivery.backlog import Policy  # noqa: TC001
 from fastkin.errors import ClosedError, LibraryError, RecordsLost
-from fastkin.producer import Producer
+from fastkin.producer import Buffer, Producer
+from fastkin.record import Record  # noqa: TC001
+from fastkin.results import PutRecordsResult, PutResult  # noqa: TC001
 from fastkin.runtime.loops import loop_factory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
-    from pathlib import Path
-
-    from typing_extensions import Buffer
-
     from fastkin._codec import Receipt
-    from fastkin.delivery.backlog import Policy
-    from fastkin.record import Record
-    from fastkin.results import PutRecordsResult, PutResult
     from fastkin.status.metrics import ProducerCollector
+else:
+    ProducerCollector = Any  # as in producer.py
 
 _LOG = logging.getLogger("fastkin.producer")
 T = TypeVar("T")

@@ -754,7 +754,7 @@ def test_the_microservices_env_file_works_unchanged(tmp_path: Path) -> None:
         ({"BROKER": "mqtts://h:1"}, "mqtts://h:1"),
         ({"BROKER": "ws://h:8080/x"}, "ws://h:8080/x"),
         ({"BROKER": "h", "WEBSOCKET": "8080"}, "ws://h:8080/mqtt"),
-        ({"BROKER": "h", "PORT": "1883", "WEBSOCKET": "8080"}, "ws://h:8080/mqtt"),
+        ({"BROKER": "h", "PORT": "1883", "WEBSOCKET": "8080"}, "mqtt://h:1883"),
         ({"BROKER": "tcp://h", "PORT": "1883", "WEBSOCKET": "8080"}, "mqtt://h:1883"),
         ({"BROKER": "::1", "PORT": "1883"}, "mqtt://[::1]:1883"),
         ({"PORT": "1884"}, "mqtt://localhost:1884"),
@@ -765,6 +765,30 @@ def test_the_microservices_env_file_works_unchanged(tmp_path: Path) -> None:
 def test_brokers_of_the_environment(env: dict[str, str], url: str) -> None:
     base = {name: value for name, value in MICRO.items() if name != "BROKER"}
     assert env_only(base | env).broker.url == url
+
+
+def test_a_websocket_port_beside_a_port_is_told() -> None:
+    """MK-04: TCP, as the microservice does, and a line that says so; a port alone is one of WebSocket."""
+    (told,) = [each for each in env_only(MICRO | {"PORT": "1883", "WEBSOCKET": "8080"}).warnings if "WEBSOCKET" in each]
+    assert told.startswith("WEBSOCKET not used: PORT is set, connecting to ")
+    assert not any("WEBSOCKET" in each for each in env_only(MICRO | {"WEBSOCKET": "8080"}).warnings)
+
+
+@pytest.mark.parametrize(
+    ("region", "good"),
+    [
+        ("us-east-1", True), ("us-gov-west-1", True), ("ap-southeast-7", True), ("local", True), ("", False),
+        ("bad-region", False), ("us east (n. virginia)", False), ("eu-west-1a", False), ("US-EAST-1", False),
+    ],
+)  # fmt: skip
+def test_a_region_is_an_id(read: Any, region: str, good: bool) -> None:
+    """SP-03: spark's cases, a zone, and names of the console, refused before anything is opened."""
+    text = CLIENT + f'[[pipeline]]\nid = "a"\ntopics = ["t"]\nstream = "s"\nregion = "{region}"\n'
+    if good:
+        assert read(text).pipelines[0].kinesis.region == region
+    else:
+        (line,) = problems(read, text)
+        assert "key 'region'" in line
 
 
 @pytest.mark.parametrize(

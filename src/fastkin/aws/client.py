@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from fastkin.aws.signing import Credentials
     from fastkin.config import Kinesis
 
-log = logging.getLogger("fastkin.kinesis")
+log: logging.Logger = logging.getLogger("fastkin.kinesis")
 
 # Requests and answers at DEBUG, for who wants to see what is said. Never a header, so no signature and no key.
-wire = logging.getLogger("fastkin.wire")
+wire: logging.Logger = logging.getLogger("fastkin.wire")
 WIRE_BYTES = 500  # of a body
 NO_FILES = FileCounters()
 RESIGNS = 2  # how often one call is signed again for fresh keys or a corrected clock
@@ -89,12 +89,12 @@ class Client(ABC):
         # about.
         self.at_aws = False  # the endpoint is one of AWS's own
         self.dry_runs: bool | None = None  # the server knows DryRun; None: it was not asked
-        self.took = False  # it has stored a record of ours that was only meant to try
+        self.took: bool = False  # it has stored a record of ours that was only meant to try
         self._clock = clock
-        self.clock_offset = 0.0  # seconds to add for the service's time
+        self.clock_offset: float = 0.0  # seconds to add for the service's time
         self._provider: Provider | None = None
         self.calls = 0
-        self.resigned = 0
+        self.resigned: int = 0
         self._begin()
 
     def _begin(self) -> None:  # noqa: B027 - not every client has some

@@ -216,7 +216,8 @@ async def captured_endpoint(kinesis: Kinesis, credentials: Credentials, destinat
             aws_session_token=credentials.token,
             aws_account_id=credentials.account_id,
             config=AioConfig(parameter_validation=False, retries={"total_max_attempts": 1}),
-        ) as client:
+        ) as made:
+            client: Any = made  # its operations are made at run time
             # "before-send" may answer in the place of the network: the SDK takes what the handler returns for the
             # answer.
             client.meta.events.register(f"before-send.{destination.service}", take)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from fastkin.aws.signing import Credentials
 
-log = logging.getLogger("fastkin.kinesis")
+log: logging.Logger = logging.getLogger("fastkin.kinesis")
 
 JSON = "application/x-amz-json-1.1"
 # A larger body is hashed in a thread. 256 KiB are 0.15 ms of the loop; handing over costs 45 us of CPU, so
@@ -77,7 +77,7 @@ class KinesisClient(Client):
         if "https:" in endpoint.data.base + endpoint.control.base:
             self._read_authorities()
         self._endpoint = endpoint
-        self.at_aws = is_aws(endpoint.data.base)
+        self.at_aws: bool = is_aws(endpoint.data.base)
 
     def abort(self) -> None:
         for pool in self._pools.values():

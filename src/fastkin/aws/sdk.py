@@ -180,7 +180,7 @@ class SdkClient(Client):
                 tls_context(kinesis)  # a broken bundle is told now
             session.register_component("response_parser_factory", _RawParserFactory())
             foreign = kinesis.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
-            self.at_aws = not foreign or is_aws(foreign)
+            self.at_aws: bool = not foreign or is_aws(foreign)
             context = session.create_client(
                 self.destination.service,
                 region_name=region,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Load = Callable[[], Settings | None]
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+CONTEXT: dict[str, object] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:

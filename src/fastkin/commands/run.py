@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastkin.service.reload import Changes
     from fastkin.status.registry import Engine as Seen
 
-log = logging.getLogger("fastkin.run")
+log: logging.Logger = logging.getLogger("fastkin.run")
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _LEAVE_S = 10.0  # for what comes after the drain: last acknowledgements, goodbyes
@@ -341,17 +341,14 @@ class _Service:
     async def _reload(self) -> None:
         assert self._read_again is not None
         log.info("SIGHUP: reading the settings again")
-        wrong: ConfigError | None = None
         try:
             # In a thread: the file may lie on a disk that hangs, and the pipelines must not stand still for it.
             settings, everything = await self._reader.run(self._read_again)
             settings = self._role.settings_of(settings)
             changes = await self._work.reload(settings, everything=everything)
         except ConfigError as error:
-            wrong = error
-        if wrong is not None:
-            for problem in getattr(wrong, "problems", (wrong,)):
-                log.error("SIGHUP: %s", problem)
+            for problem in getattr(error, "problems", (error,)):
+                log.error("SIGHUP: %s", problem)  # noqa: TRY400 - it names file, line and cure
             log.warning("SIGHUP: the settings were not taken up: going on with the former ones")
             return
         if self._role.channel is None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-log = logging.getLogger("fastkin.run")
+log: logging.Logger = logging.getLogger("fastkin.run")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # `shutdown_timeout_s` and two seconds are promised: these are for what the engine does after its own deadline,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastkin.aws.shards import Shard
     from fastkin.consumer.positions import Position
 
-log = logging.getLogger("fastkin.consumer")
+log: logging.Logger = logging.getLogger("fastkin.consumer")
 
 MOST_RECORDS = 10_000  # of one GetRecords: the API's page
 BACKOFF_S = (0.1, 10.0)  # first and longest wait of a call that goes again
@@ -53,8 +53,8 @@ class Calls:
         self._strict = strict
         self._as_stored = as_stored
         self._warned = float("-inf")
-        self.throttled = 0
-        self.decode_errors = 0
+        self.throttled: int = 0
+        self.decode_errors: int = 0
 
     def now(self) -> float:
         """The time of the service, as well as it is known."""

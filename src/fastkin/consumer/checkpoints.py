@@ -22,6 +22,7 @@ class Checkpoints(Protocol):
 
     async def load(self, stream: str) -> dict[str, str]:
         """Shard id to sequence number of the last record that was handed out, or SHARD_END."""
+        ...
 
     async def save(self, shard_id: str, sequence_number: str) -> None:
         """Keep it: when this returns, it must survive what is to be survived."""

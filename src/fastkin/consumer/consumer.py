@@ -19,7 +19,7 @@ from fastkin.consumer.checkpoints import SHARD_END, Checkpoints
 from fastkin.consumer.positions import Position, ShardIteratorType
 from fastkin.consumer.shard_reader import Pace
 from fastkin.errors import ClosedError, ConfigError, LibraryError
-from fastkin.settings.arguments import check_arguments
+from fastkin.settings.arguments import check_arguments, check_keys
 
 if TYPE_CHECKING:
     from fastkin.aws.client import Client
@@ -92,9 +92,7 @@ class Consumer:
         check_arguments({name: value for name, value in locals().items() if name != "partition_key"})
         if not (stream or stream_arn):
             raise LibraryError("Non empty argument required: stream or stream_arn")
-        if (access_key is None) != (secret_key is None):
-            missing = "access_key" if access_key is None else "secret_key"
-            raise LibraryError(f"Non empty argument required: {missing}; give both keys, or neither")
+        check_keys(access_key, secret_key)
         check_limit(limit)
         _check_number("dedupe", dedupe, 0, MOST_SEEN, "records", whole=True)
         _check_number("poll_s", poll_s, 0, 60, "s")

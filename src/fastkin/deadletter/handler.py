@@ -190,7 +190,9 @@ class DeadLetterHandler:
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
         # records, by kind of a bad payload or code of Kinesis: sums to batcher.dead_lettered
         self.dead_lettered_by: LabelledCounter = LabelledCounter()
-        self.dropped = LabelledCounter()  # records that ended here without a letter, for there is no `dead_letter`
+        self.dropped: LabelledCounter = (
+            LabelledCounter()
+        )  # records that ended here without a letter, for there is no `dead_letter`
         self._deleted_said = 0
         self._carried_cost = 0  # of messages that can be no record and are not stored yet
         self._waiting: list[_Group] = []

@@ -97,12 +97,12 @@ class Delivery:
             max_batch_bytes=min(limit, to.call_bytes),
             max_record_bytes=min(options.max_record_bytes, to.record_bytes),
         )
-        self.budget = Budget(options.budget_bytes - keep_bytes, options.budget_records)
+        self.budget: Budget = Budget(options.budget_bytes - keep_bytes, options.budget_records)
         self._window: ReplayWindow | None = None
         # Before the batcher is made: both parts are charged by it.
         if options.on_full == "spool":
             self.budget, self._window = split_budget(self.budget)
-        self.batcher = Batcher(
+        self.batcher: Batcher = Batcher(
             settler=settler, budget=self.budget, frame=frame, key=key if to.keyed else KeyPlan("none"),
             target=client.target_json(), answer=to.answer,
             max_records=options.max_records, max_batch_bytes=options.max_batch_bytes,
@@ -116,7 +116,7 @@ class Delivery:
         self.flusher: Flusher
         self.watchdog: Watchdog
         self.expiry: Expiry | None = None  # with a delivery_timeout_s; its owner starts and stops it
-        self.opened = False
+        self.opened: bool = False
         self._on_settled: Callable[[], None] = _nothing
         self._rejected: Callable[[Reject], None] | None = None
 

@@ -68,6 +68,7 @@ class Source(Protocol):
 
     def bypass_spool(self) -> bool:
         """What is new may be sent. False: it must not pass what is kept elsewhere, and waits for withdraw()."""
+        ...
 
 
 class _BatcherItself:
@@ -116,10 +117,14 @@ class Sender:
         self._loop = loop = asyncio.get_running_loop()
         random = random or Random()  # noqa: S311 - jitter, not secrets
         self.source: Source = _BatcherItself(batcher)
-        self.pacer = pacer = Pacer(loop.time())
-        self.refusals = refusals = Refusals(batcher.budget, trusted=believe, harmless=harmless, name=name)
-        self.gate = gate = Gate(max_calls, random)
-        self.counters = counters = SendCounters(max_records, max_batch_bytes)
+        pacer = Pacer(loop.time())
+        self.pacer: Pacer = pacer
+        refusals = Refusals(batcher.budget, trusted=believe, harmless=harmless, name=name)
+        self.refusals: Refusals = refusals
+        gate = Gate(max_calls, random)
+        self.gate: Gate = gate
+        counters = SendCounters(max_records, max_batch_bytes)
+        self.counters: SendCounters = counters
         self._generations = generations = Generations()
         self._waits = waits = RetryQueue(
             pacer, CallSize(), generations, refusals,

@@ -285,7 +285,7 @@ class SpoolBacklog(Backlog):
             self._sender.answered_at < self._began_at or self._loop.time() - oldest > self._after_s
         ):
             return
-        self.spooling = False
+        self.spooling: bool = False
         _LOG.info(
             "pipeline=%s stage=spool all of the spool is on its way after %.1f s: sending directly again",
             self._name, self._loop.time() - self._began_at,

@@ -63,11 +63,11 @@ class StreamWatch:
         self._fits = fits
         self._cure = cure
         # Nothing is aggregated before it is known that the stream does not choose shards itself.
-        self.aggregate_bytes = delivery.batcher.aggregate_bytes
+        self.aggregate_bytes: int = delivery.batcher.aggregate_bytes
         delivery.batcher.aggregate_bytes = 0
         self.settled_in = False  # records flow: what does not fit is said, and no longer an error
-        self.described = False
-        self.auto_keys = False  # the stream is known to choose shards itself
+        self.described: bool = False
+        self.auto_keys: bool = False  # the stream is known to choose shards itself
         self._describe_failed = False
         self._shards_failed = False
 

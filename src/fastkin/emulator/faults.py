@@ -23,19 +23,14 @@ from __future__ import annotations
 import random
 import time
 import tomllib
+from collections.abc import Callable, Iterator, Mapping  # noqa: TC003 - who reads our annotations needs it
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, get_args
+from typing import Any, Final, Literal, TypedDict, Unpack, get_args
 
 import orjson
 
-from .streams import THROTTLED, throttle_message
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from typing import Unpack
-
-    from .streams import Shard
+from .streams import THROTTLED, Shard, throttle_message
 
 Kind = Literal["record", "call", "latency", "cut", "slow", "count", "html", "early", "garbage", "silent"]
 Where = Literal["before", "after", "inside"]
@@ -364,8 +359,9 @@ class Faults:
     def parse(self, entry: Mapping[str, Any], place: str) -> Fault:
         known = {each.name for each in fields(Fault) if not each.name.startswith("_")}
         known -= {"match", "hits"}
-        if not isinstance(entry, dict) or (unknown := sorted(set(entry) - known)):
-            what = f"unknown key {unknown[0]!r}" if isinstance(entry, dict) else "not an object"
+        unknown = sorted(set(entry) - known) if isinstance(entry, dict) else None
+        if unknown is None or unknown:
+            what = f"unknown key {unknown[0]!r}" if unknown else "not an object"
             raise ValueError(f"{place}: {what}; known keys are {', '.join(sorted(known))}")
         values = dict(entry)
         for name in ("contains", "body"):

@@ -7,11 +7,13 @@ Its connections are in `connection.py`, the text of heads and pages in `pages.py
 from __future__ import annotations
 
 import asyncio
+import ssl  # noqa: TC003 - who reads our annotations needs it
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path  # noqa: TC003
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from . import sts
 from .admin import admin
@@ -25,10 +27,6 @@ from .state import StreamSpec
 from .streams import MIB, Keep, StoredRecord
 from .sts import Sts
 from .wire import CBOR, JSON, WireError, dumps, loads
-
-if TYPE_CHECKING:
-    import ssl
-    from pathlib import Path
 
 Streams: TypeAlias = Mapping[str, "int | StreamSpec"] | Iterable["str | tuple[str, int]"]
 
@@ -97,10 +95,10 @@ class Emulator:
         wall: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.faults = Faults(clock)
-        self.latency_s = latency_ms / 1000
+        self.faults: Faults = Faults(clock)
+        self.latency_s: float = latency_ms / 1000
         self.count_only = count_only
-        self.service = Service(
+        self.service: Service = Service(
             region=region,
             account=account,
             limits=limits,
@@ -117,8 +115,10 @@ class Emulator:
             self.service.add_stream(name, spec)
         for name in firehose:
             self.service.add_delivery(name)
-        self.verifier = None if credentials is None else Verifier(credentials, region=region, skew_s=skew_s)
-        self.sts = Sts(account=account, roles=roles, verifier=self.verifier, wall=wall)
+        self.verifier: Verifier | None = (
+            None if credentials is None else Verifier(credentials, region=region, skew_s=skew_s)
+        )
+        self.sts: Sts = Sts(account=account, roles=roles, verifier=self.verifier, wall=wall)
         self.puts: list[Put] = []  # with keep="all": what bounds the duplicates that a caller may make
         self._counters = Counters()
         self._counted = 0

@@ -47,7 +47,9 @@ class Verifier:
     """Judges requests against the known access keys; without any, every request is welcome."""
 
     def __init__(self, secrets: Mapping[str, str | Secret], *, region: str, skew_s: float | None = SKEW_S) -> None:
-        self.secrets = {key: Secret(value) if isinstance(value, str) else value for key, value in secrets.items()}
+        self.secrets: dict[str, Secret] = {
+            key: Secret(value) if isinstance(value, str) else value for key, value in secrets.items()
+        }
         self.region = region
         self.skew_s = skew_s
 

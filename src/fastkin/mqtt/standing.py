@@ -33,8 +33,8 @@ class Standing:
 
     def __init__(self, on_change: Callable[[str], None] | None, who: str) -> None:
         """`who`: how log lines begin."""
-        self.state = "new"
-        self.connected = asyncio.Event()  # and every filter is subscribed
+        self.state: str = "new"
+        self.connected: asyncio.Event = asyncio.Event()  # and every filter is subscribed
         self.last_error: str | None = None
         self._on_change = on_change
         self._who = who

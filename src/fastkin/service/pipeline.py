@@ -81,19 +81,19 @@ class PipelineRun:
         on_message: Callable[[str, bytes, bytes], None] | None = None,
     ) -> None:
         self.pipeline = pipeline
-        self.name = pipeline.id
+        self.name: str = pipeline.id
         self._loop = asyncio.get_running_loop()
         self._hook = on_settled
         self._tasks = Tasks(self.name)
-        self.failure = self._tasks.failure
+        self.failure: asyncio.Future[None] = self._tasks.failure
         self.client: Client = client_of(pipeline)
         kind, parts = key_plan(pipeline.partition_key, client_id=broker.client_id, hostname=socket.gethostname())
-        self.acks = AckTracker()
+        self.acks: AckTracker = AckTracker()
         files = self.client if isinstance(self.client, FileClient) else None
         raw = None if files is None else files.raw
         # An eighth is left for what is not charged record by record: acks, receive buffer, answers, allocator. And
         # one for WebSocket frames that were read: aiohttp counts their bytes, and an object each is much more.
-        self.delivery = Delivery(
+        self.delivery: Delivery = Delivery(
             self.client, _options(pipeline), name=self.name,
             stream=pipeline.target, key=KeyPlan(kind, parts),
             frame=format_of(pipeline, pipeline.format), settler=self.acks,
@@ -107,7 +107,7 @@ class PipelineRun:
                 spawn=self._tasks.spawn, on_settled=self.delivery.settled,
             )  # fmt: skip
         self._routes = Routes(pipeline, self._batcher, on_message, self._tee)
-        self.dead_letters = DeadLetterHandler(
+        self.dead_letters: DeadLetterHandler = DeadLetterHandler(
             self.name, self._batcher, make_store(pipeline, None if files is None else files.letters),
             topics=pipeline.topics,
             spawn=self._tasks.spawn, on_settled=self.delivery.settled, max_packet_bytes=broker.max_packet_bytes,
@@ -121,7 +121,7 @@ class PipelineRun:
             pipeline, self.client, self.delivery, static_key=static_key, spawn=self._tasks.spawn
         )
         asked = [] if pipeline.left_over else [(each, pipeline.qos) for each in pipeline.filters]
-        self.subscriber = Subscriber(
+        self.subscriber: Subscriber = Subscriber(
             broker, asked, router=self._routes.router,
             acks=self.acks, on_read=self._read, set_apart=self.dead_letters.carrier, name=self.name,
             identifiers=self._routes.identifiers, linger_s=pipeline.linger_ms / 1000,
@@ -131,7 +131,7 @@ class PipelineRun:
         self._leave: asyncio.Task[None] | None = None  # saying goodbye to the broker, of a stop() that lingers
         self._stopping = False
         self._first_failed = False
-        self.left = asyncio.Event()  # the broker was left, by a run that lingers
+        self.left: asyncio.Event = asyncio.Event()  # the broker was left, by a run that lingers
         self._drain: asyncio.Timeout | None = None
 
     # -- life ----------------------------------------------------------------------------------

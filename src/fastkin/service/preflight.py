@@ -48,7 +48,7 @@ class Preflight:
         self._static_key = static_key
         self._spawn = spawn
         self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=5, per_s=60.0)
-        self.ready = False  # the stream was reached: it answered, or it stored something
+        self.ready: bool = False  # the stream was reached: it answered, or it stored something
         self.start_error: str | None = None  # why it was not yet
         asks = pipeline.startup_check != "none"
         self._watch = StreamWatch(

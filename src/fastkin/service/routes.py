@@ -42,7 +42,8 @@ class Routes:
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
         self._tee = tee
-        self.router = router = Router()
+        router = Router()
+        self.router: Router = router
         filters = ways(pipeline)
         sinks = {way: self._tapped(_sink(pipeline, way, batcher)) for _, way in filters}
         several = len(sinks) > 1
@@ -62,8 +63,10 @@ class Routes:
         # The Subscription Identifier of each filter: a 5.0 broker says with a message which filter it came by.
         # `filters` of the pipeline are as long as its topics, and in their order.
         asked = dict(zip(pipeline.topics, pipeline.filters, strict=True))
-        self.identifiers = {asked[topic]: way.identifier for topic, way in filters} if several and identified else {}
-        self.seen = 0  # the router's count of unrouted messages, when it was last looked at
+        self.identifiers: dict[str, int] = (
+            {asked[topic]: way.identifier for topic, way in filters} if several and identified else {}
+        )
+        self.seen: int = 0  # the router's count of unrouted messages, when it was last looked at
         self._said_at = -_UNROUTED_EVERY_S
 
     def _tapped(self, sink: Batcher | FormatSink | StraySink) -> Sink:

@@ -49,7 +49,7 @@ class Runs:
         self.former: dict[PipelineRun, Former] = {}  # of a run that replaced another
         self.troubles: dict[str, str] = {}  # pipeline -> why it is not what the settings say
         self.halts: dict[PipelineRun, asyncio.Task[int]] = {}
-        self.stopped = asyncio.Event()  # all are to end
+        self.stopped: asyncio.Event = asyncio.Event()  # all are to end
         self._carried: dict[str, Carry] = {}
         self._filters: dict[tuple[str, str], set[str]] = {}  # session (broker, client id) -> what it subscribed
 

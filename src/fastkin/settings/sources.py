@@ -79,7 +79,7 @@ class Sources:
         # names last, for what nobody has said.
         self._fastkin_names()
         self._unused_names()
-        self.aws = self._aws()
+        self.aws: Raw = self._aws()
         if path is None and not (any((self.broker, self.kinesis, *self.pipelines)) or report.problems):
             cure = "give a settings file, or set BROKER, TOPIC and KIN_STREAM_NAME"
             if Path(".env").exists() and not self.from_file:
@@ -290,13 +290,15 @@ class Sources:
                 self.report.problem(websocket.place, "BROKER has a port already", "keep one of them")
         else:
             self.broker["host"] = host
-            if websocket is not None:
+            # The microservice never reads WEBSOCKET, and the file that comes with it has both: such a file must go
+            # where it went.
+            if websocket is not None and port is not None:
+                self.report.warn(
+                    f"WEBSOCKET not used: PORT is set, connecting to {text}:{port.raw} by TCP; for ws:// take PORT out"
+                )
+            elif websocket is not None:
                 self.broker["scheme"] = Value("ws", websocket.place, True)
                 self.broker["port"] = websocket
-                if port is not None:
-                    self.report.warn(
-                        f"WEBSOCKET is set: connecting to ws://{text}:{websocket.raw}/mqtt; PORT is not used"
-                    )
 
     def _either(self, first: str, second: str) -> Value | None:
         return self.vars.get(first) or self.vars.get(second)
@@ -330,6 +332,7 @@ _MOST_BYTES = 1 << 20  # a settings file is a few kilobytes
 def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
     import tomllib
 
+    raw = b""
     try:
         with path.open("rb") as file:
             # Bounded before it is parsed: somebody may give the path of a device, or of a log.

@@ -128,7 +128,7 @@ class Repeats:
     def __init__(
         self,
         log: logging.Logger,
-        later: Callable[[float, Callable[[str], object], str], _Timer],
+        later: Callable[..., _Timer],
         *,
         most: int,
         per_s: float,

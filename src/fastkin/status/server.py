@@ -97,7 +97,7 @@ class StatusServer:
         self._open: dict[asyncio.Task[None], asyncio.Transport] = {}  # the oldest first
         self._silent: dict[asyncio.Task[None], None] = {}  # those that have asked for nothing yet
         self._binding: asyncio.Task[None] | None = None
-        self.port = 0
+        self.port: int = 0
 
     async def start(self, settings: Status) -> None:
         """Listen. An address that is taken is tried again in the background. ConfigError when it can never be had."""
