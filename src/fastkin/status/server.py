@@ -64,6 +64,7 @@ class Page(Protocol):
 
     async def registry(self) -> CollectorRegistry:
         """What /metrics collects, once."""
+        ...
 
     async def health(self) -> Health: ...
 
