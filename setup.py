@@ -83,7 +83,7 @@ def fuzzing() -> list[Extension]:
 setup(
     ext_modules=cythonize(
         [
-            extension("_codec", "codec/base64.h", "codec/random.h", "codec/md5.h"),
+            extension("_codec", "codec/base64.h", "codec/pattern.h", "codec/random.h", "codec/md5.h"),
             extension("mqtt._core", "mqtt/digest.h", "mqtt/text.h"),
             *(fuzzing() if MODE == "fuzz" else ()),
         ],
