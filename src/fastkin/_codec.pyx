@@ -81,6 +81,13 @@ cdef extern from "codec/base64.h" nogil:
     int fk_b64_init() noexcept
     int fk_b64_use(int kernel) noexcept
 
+cdef extern from "codec/pattern.h" nogil:
+    ctypedef struct fk_pattern:
+        size_t length  # 0: there is none
+    bint fk_pattern_set(fk_pattern* pattern, const uint8_t* text, size_t length) noexcept
+    void fk_pattern_open(fk_pattern* pattern, size_t start, size_t length) noexcept
+    bint fk_pattern_is(const fk_pattern* pattern, const uint8_t* text, size_t left) noexcept
+
 cdef extern from "codec/random.h" nogil:
     enum:
         FK_UUID_LENGTH

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from fastkin.aws.client import Client
     from fastkin.consumer.all_shards import Portion
     from fastkin.status.metrics import ConsumerCollector
+else:
+    ConsumerCollector = Any  # what get_type_hints() shows: the collector would load prometheus_client
 
 _LOG = logging.getLogger("fastkin.consumer")
 

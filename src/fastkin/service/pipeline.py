@@ -94,8 +94,7 @@ class PipelineRun:
         # An eighth is left for what is not charged record by record: acks, receive buffer, answers, allocator. And
         # one for WebSocket frames that were read: aiohttp counts their bytes, and an object each is much more.
         self.delivery: Delivery = Delivery(
-            self.client, _options(pipeline), name=self.name,
-            stream=pipeline.target, key=KeyPlan(kind, parts),
+            self.client, _options(pipeline), name=self.name, stream=pipeline.target, key=KeyPlan(kind, parts),
             frame=format_of(pipeline, pipeline.format), settler=self.acks,
             keep_bytes=pipeline.budget_bytes // 8 * (1 + broker.websocket + (raw is not None)),
         )  # fmt: skip
@@ -109,8 +108,8 @@ class PipelineRun:
         self._routes = Routes(pipeline, self._batcher, on_message, self._tee)
         self.dead_letters: DeadLetterHandler = DeadLetterHandler(
             self.name, self._batcher, make_store(pipeline, None if files is None else files.letters),
-            topics=pipeline.topics,
-            spawn=self._tasks.spawn, on_settled=self.delivery.settled, max_packet_bytes=broker.max_packet_bytes,
+            topics=pipeline.topics, spawn=self._tasks.spawn, on_settled=self.delivery.settled,
+            max_packet_bytes=broker.max_packet_bytes,
         )  # fmt: skip
         self.delivery.open(
             refused=self.dead_letters.refused, rejected=self.dead_letters.rejected, on_settled=self._settled,
