@@ -179,6 +179,10 @@ class PipelineRun:
         if self._drain is not None and self._drain.when() is None:
             self._drain.reschedule(self._loop.time() + self._drain_s)
 
+    async def _say_goodbye(self) -> None:
+        # Made in here: hurry() may cancel the task before its first step, and then there must be nothing to await.
+        await Deadline(_LEAVE_S, self.name).wait(self.subscriber.close(), "leaving the broker")
+
     @property
     def _drain_s(self) -> float:
         """How long Kinesis may take what is held: a part of the time belongs to the spool, which gets the rest."""
@@ -194,8 +198,7 @@ class PipelineRun:
         self._stopping = True
         await self.subscriber.stop()
         if linger and not self._hurried:
-            leave = Deadline(_LEAVE_S, self.name).wait(self.subscriber.close(), "leaving the broker")
-            self._leave = asyncio.create_task(leave)
+            self._leave = asyncio.create_task(self._say_goodbye())
             # Not awaited itself: hurry() cancels it, and that is no cancellation of this stop().
             await asyncio.wait([self._leave])
             if not self._leave.cancelled():
