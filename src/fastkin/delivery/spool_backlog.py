@@ -24,7 +24,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import DRAIN, Budget
-from fastkin.delivery.backlog import Backlog
+from fastkin.delivery.backlog import Backlog, Parts
 from fastkin.delivery.replay import Replay, ReplayWindow
 from fastkin.delivery.spool_disk import SpoolDisk
 from fastkin.delivery.spool_writer import SpoolWriter
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fastkin._codec import Batch
-    from fastkin.delivery.backlog import Parts
     from fastkin.delivery.spool_file import Spool
 
 _LOG = logging.getLogger("fastkin.spool")

@@ -130,7 +130,7 @@ class PipelineRun:
         self._leave: asyncio.Task[None] | None = None  # saying goodbye to the broker, of a stop() that lingers
         self._stopping = False
         self._first_failed = False
-        self.left: asyncio.Event = asyncio.Event()  # the broker was left, by a run that lingers
+        self.left: asyncio.Event = asyncio.Event()  # the broker was left, or nobody has time to wait for that
         self._drain: asyncio.Timeout | None = None
 
     # -- life ----------------------------------------------------------------------------------
@@ -212,7 +212,10 @@ class PipelineRun:
         if linger and not self._hurried:
             self._leave = asyncio.create_task(self._say_goodbye())
             # Not awaited itself: hurry() cancels it, and that is no cancellation of this stop().
-            await asyncio.wait([self._leave])
+            try:
+                await asyncio.wait([self._leave])
+            finally:
+                self._leave.cancel()  # for who cancels this stop(); nothing when it has ended
             if not self._leave.cancelled():
                 self._leave.result()
         self.left.set()
