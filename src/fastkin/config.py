@@ -233,6 +233,9 @@ class Kinesis:
     transport: Literal["auto", "native", "sdk"] = row(
         "auto", "`native`, or `sdk` (aiobotocore); auto: native, sdk behind a proxy", argument=True
     )
+    api: Literal["put_records", "put_record"] = row(
+        "put_records", "`put_record`: a call for each record, where kinesis:PutRecord alone is allowed", argument=True
+    )
     max_connections: int = row(
         16, "calls in flight at most", least=1, most=256, argument=True, microservice="KIN_MAXCONN"
     )

@@ -80,6 +80,7 @@ class Producer:
         external_id: str | None = None,
         session_name: str | None = None,
         transport: Literal["auto", "native", "sdk"] = "auto",
+        api: Literal["put_records", "put_record"] = "put_records",
         partition_key: str = "uuid",
         linger_ms: float = 50.0,
         max_records: int = CALL_RECORDS,
@@ -100,6 +101,8 @@ class Producer:
     ) -> None:
         """One of `stream` and `stream_arn` is needed; credentials come from the SDK's chain unless given.
 
+        api: "put_record": a call for each record, where kinesis:PutRecords is denied; slower and
+            dearer, all else is the same.
         partition_key: the default for `put`: "uuid", "content" (made from the data by `content_key`: what is put
             again has the same key), "static:X", "field:a.b", "none" (only on streams that choose shards themselves).
         max_records, max_batch_bytes, max_record_bytes: limits of one call and one record; data before base64
@@ -141,7 +144,7 @@ class Producer:
                 stream=stream, stream_arn=stream_arn, region=region, endpoint_url=endpoint_url,
                 access_key=access_key, secret_key=secret_key, session_token=session_token,
                 profile=profile, role_arn=role_arn, external_id=external_id, session_name=session_name,
-                transport=transport, max_connections=max_connections, request_timeout_s=request_timeout_s,
+                transport=transport, api=api, max_connections=max_connections, request_timeout_s=request_timeout_s,
             )  # fmt: skip
             self._name = stream or str(stream_arn)
             self._client = make_client(settings, self._name)

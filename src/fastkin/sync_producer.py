@@ -56,6 +56,7 @@ class ProducerOptions(TypedDict, total=False):
     external_id: str | None
     session_name: str | None
     transport: Literal["auto", "native", "sdk"]
+    api: Literal["put_records", "put_record"]
     partition_key: str
     linger_ms: float
     max_records: int

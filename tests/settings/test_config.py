@@ -103,6 +103,7 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         external_id = "ext"
         session_name = "sn"
         transport = "sdk"
+        api = "put_record"
         max_connections = 256
         connect_timeout_s = 2
         request_timeout_s = 3.5

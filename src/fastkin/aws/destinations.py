@@ -7,7 +7,7 @@ written by codec/entry.pxi and the answer read by codec/answer.pxi, whatever the
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fastkin._codec import PUT_RECORDS_ANSWER, AnswerNames
@@ -51,11 +51,12 @@ class Destination:
     codes: Mapping[str, Action] = field(default_factory=dict, hash=False)
     describe: str = "DescribeStreamSummary"  # the operation that tells whether it is there
     names_stream: bool = True  # the settings of the stream say where it is
+    one: str | None = None  # an operation that takes one record, to be called in the place of the other: singly.py
 
     @property
     def permission(self) -> str:
         """What IAM calls the right to put."""
-        return f"{self.service}:{self.put}"
+        return f"{self.service}:{self.one or self.put}"
 
     def stream_members(self, name: str | None, arn: str | None) -> dict[str, str | None]:
         """What names the stream in a request: its ARN, where there is one and it is taken."""
@@ -95,6 +96,9 @@ KINESIS = Destination(
     call_bytes=CALL_BYTES,
     record_bytes=LARGE_RECORD_BYTES,
 )
+
+# The same stream for who may not call PutRecords. DryRun of a list says nothing about this permission.
+KINESIS_SINGLY = replace(KINESIS, one="PutRecord", dry_run=False)
 
 # Limits: https://docs.aws.amazon.com/firehose/latest/APIReference/API_PutRecordBatch.html. Its hosts have one form, and
 # what is asked about a delivery stream goes to the host that takes records.

@@ -25,6 +25,7 @@ from fastkin.aws.error_table import note_answer
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, HttpPool
 from fastkin.aws.http_answer import MAX_ANSWER, PUT_ANSWER
 from fastkin.aws.signing import Signer
+from fastkin.aws.singly import singly, whole
 from fastkin.net.tls import Renewed, system_files
 
 if TYPE_CHECKING:
@@ -97,6 +98,9 @@ class KinesisClient(Client):
 
     async def call(self, target: str, body: Buffer, *, once: bool = False) -> bytes:
         """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome. `once`: see Client."""
+        one = self.destination.one
+        if one is not None and target == self.destination.put and not once:
+            return await singly(self, one, body)
         assert self._provider is not None
         self.calls += 1
         view = memoryview(body)
@@ -178,7 +182,7 @@ class KinesisClient(Client):
 
     def _resent(self, body: Buffer) -> None:
         if self.on_resend is not None:
-            self.on_resend(body)
+            self.on_resend(whole(body))
 
     def _new_pool(self, base: str) -> HttpPool:
         kinesis = self.kinesis

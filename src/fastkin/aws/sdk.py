@@ -41,6 +41,7 @@ from fastkin.aws.error_table import note_answer
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S
 from fastkin.aws.http_answer import Reply
 from fastkin.aws.http_progress import PATIENCE
+from fastkin.aws.singly import singly
 from fastkin.errors import Action, ConfigError, KinesisError, NotSent, TransportError
 
 if TYPE_CHECKING:
@@ -220,6 +221,9 @@ class SdkClient(Client):
 
     async def call(self, target: str, body: Buffer, *, once: bool = False) -> bytes:
         """One call. Returns the body of a 200 answer, raises KinesisError for any other outcome. `once`: see Client."""
+        one = self.destination.one
+        if one is not None and target == self.destination.put and not once:
+            return await singly(self, one, body)
         self.calls += 1
         assert self._provider is not None
         resigned = RESIGNS if once else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import urllib.request
 from typing import TYPE_CHECKING
 
-from fastkin.aws.destinations import FIREHOSE, KINESIS
+from fastkin.aws.destinations import FIREHOSE, KINESIS, KINESIS_SINGLY
 from fastkin.aws.endpoint import light_endpoint
 from fastkin.aws.native import KinesisClient
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fastkin.aws.client import Client
     from fastkin.aws.destinations import Destination
     from fastkin.config import Kinesis
+
+_KINESIS = {"put_records": KINESIS, "put_record": KINESIS_SINGLY}
 
 
 def proxy_applies(kinesis: Kinesis, destination: Destination = KINESIS) -> bool:
@@ -39,7 +41,7 @@ def make_client(kinesis: Kinesis, name: str | None = None, destination: Destinat
     `destination` None: the one that the settings name.
     """
     if destination is None:
-        destination = FIREHOSE if kinesis.firehose else KINESIS
+        destination = FIREHOSE if kinesis.firehose else _KINESIS[kinesis.api]
     if kinesis.transport == "sdk" or (kinesis.transport == "auto" and proxy_applies(kinesis, destination)):
         from fastkin.aws.sdk import SdkClient  # the SDK costs 30 MB
 

@@ -43,6 +43,8 @@ def check(sources: Sources, pipeline: Raw, where: str, report: Report) -> Kinesi
         report.problem(where, "has no stream", cure)
     if "firehose" in given.raw and (other := {"stream", "stream_arn"} & given.raw.keys()):
         given.problem("firehose", f"firehose and {min(other)} are both set", "keep one of them")
+    if "firehose" in given.raw and "api" in own and given.values.get("api") != "put_records":
+        given.problem("api", "is of a stream, and firehose is none", "leave it out")
     if "stream_arn" in given:
         _arn(given)
     _credentials(given)
