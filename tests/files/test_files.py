@@ -15,7 +15,8 @@ from fastkin._codec import KeyPlan
 from fastkin.config import Kinesis, Pipeline
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.errors import Action, KinesisError
-from fastkin.files.client import FileClient, client_of
+from fastkin.files import file_client
+from fastkin.files.client import FileClient
 from fastkin.files.directory import OPEN, UPLOAD, Directory
 from fastkin.limits import KIB, MIB
 from fastkin.runtime.deadline import Deadline
@@ -48,8 +49,8 @@ class Rig:
     """A delivery into files."""
 
     def __init__(self, made: Pipeline) -> None:
-        client = client_of(made)
-        assert isinstance(client, FileClient)
+        client = file_client(made)
+        assert client is not None
         self.client = client
 
     async def __aenter__(self) -> Self:

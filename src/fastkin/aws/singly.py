@@ -60,9 +60,9 @@ async def singly(client: Client, operation: str, body: Buffer) -> bytes:
     told = None
     if failed == len(entries):
         # As a call that failed. What is no record's own fault comes first: the others were perhaps not judged for it.
-        told = next((error for error in errors if error.action is not Action.REJECTED), errors[0])
-    for error in errors:
-        if error is not told and client.on_resend is not None and _maybe_stored(error):
+        told = next((each for each in errors if each.action is not Action.REJECTED), errors[0])
+    for untold in errors:
+        if untold is not told and client.on_resend is not None and _maybe_stored(untold):
             client.on_resend(body)  # an answer has no word for that
     if told is not None:
         raise told

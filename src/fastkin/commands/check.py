@@ -145,9 +145,10 @@ async def _filters(settings: Settings, pipeline: Pipeline, *, own_id: bool) -> b
 async def _files(pipeline: Pipeline) -> str:
     """Write beside the files what can be thrown away, and ask for the bucket. Nothing is taken over or uploaded."""
     from fastkin.errors import KinesisError
-    from fastkin.files.client import client_of
+    from fastkin.files import file_client
 
-    client = client_of(pipeline)
+    client = file_client(pipeline)
+    assert client is not None
     try:
         await client.describe()
     except KinesisError as error:

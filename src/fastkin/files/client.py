@@ -14,7 +14,6 @@ import orjson
 from fastkin._codec import joined_data
 from fastkin.aws.client import Client, StreamSummary
 from fastkin.aws.destinations import FILES
-from fastkin.aws.transports import make_client
 from fastkin.files.directory import Directory
 from fastkin.files.files import Files, Limits
 from fastkin.files.upload import Uploader
@@ -27,11 +26,6 @@ if TYPE_CHECKING:
     from fastkin.config import Pipeline
     from fastkin.errors import KinesisError
     from fastkin.status.instruments import FileCounters
-
-
-def client_of(pipeline: Pipeline) -> Client:
-    """The client of the destination that the pipeline names."""
-    return FileClient(pipeline) if pipeline.file else make_client(pipeline.kinesis, pipeline.id)
 
 
 class FileClient(Client):

@@ -14,12 +14,20 @@ from __future__ import annotations
 
 from fastkin._codec import COMPILED_FORMATS, PayloadFormat
 from fastkin.errors import LibraryError
-from fastkin.formats import event, msgpack
+from fastkin.formats import event
+
+
+def _msgpack(payload: bytes) -> list[bytes]:
+    # Loaded with the first such payload: who has none would have a library in memory for nothing.
+    from fastkin.formats import msgpack
+
+    return msgpack.records(payload)
+
 
 ROWS: tuple[PayloadFormat, ...] = (
     *COMPILED_FORMATS,
     PayloadFormat("event", 3, "an event of MODE, checked", event.records),
-    PayloadFormat("msgpack", 4, "a MessagePack map becomes a JSON record", msgpack.records),
+    PayloadFormat("msgpack", 4, "a MessagePack map becomes a JSON record", _msgpack),
 )
 
 # The number is the format's Subscription Identifier: brokers keep it in sessions and beside queued messages, so it is

@@ -85,7 +85,7 @@ class Subscriber:
         self.broker = broker
         self.subscriptions: list[tuple[str, int]] = list(subscriptions)
         self.identifiers: Mapping[str, int] | dict[str, int] = identifiers or {}
-        self.router = router
+        self.router: Router = router
         self._unwanted: tuple[str, ...] = ()
         self.acks = acks
         self.on_read = on_read

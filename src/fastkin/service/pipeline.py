@@ -16,10 +16,11 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import WINDOW, KeyPlan
+from fastkin.aws.transports import make_client
 from fastkin.deadletter.handler import DeadLetterHandler, make_store
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.errors import FastkinError
-from fastkin.files.client import FileClient, client_of
+from fastkin.files import file_client
 from fastkin.formats.partition_key import key_plan
 from fastkin.mqtt._core import AckTracker
 from fastkin.mqtt.subscriber import Subscriber
@@ -86,10 +87,10 @@ class PipelineRun:
         self._hook = on_settled
         self._tasks = Tasks(self.name)
         self.failure: asyncio.Future[None] = self._tasks.failure
-        self.client: Client = client_of(pipeline)
+        files = file_client(pipeline)
+        self.client: Client = files or make_client(pipeline.kinesis, self.name)
         kind, parts = key_plan(pipeline.partition_key, client_id=broker.client_id, hostname=socket.gethostname())
         self.acks: AckTracker = AckTracker()
-        files = self.client if isinstance(self.client, FileClient) else None
         raw = None if files is None else files.raw
         # An eighth is left for what is not charged record by record: acks, receive buffer, answers, allocator. And
         # one for WebSocket frames that were read: aiohttp counts their bytes, and an object each is much more.
