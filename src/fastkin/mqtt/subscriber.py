@@ -153,6 +153,11 @@ class Subscriber:
             self._link.handshake.unsubscribe(filters)
 
     @property
+    def letting_go(self) -> bool:
+        """An UNSUBSCRIBE has no answer yet: what the broker sent before it may still be on its way."""
+        return self._link is not None and self._link.handshake.subscriptions.letting_go
+
+    @property
     def coalescing(self) -> bool:
         """Small reads are followed by a pause just now."""
         return self._link is not None and self._link.coalescing.on

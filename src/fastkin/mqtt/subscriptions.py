@@ -92,6 +92,11 @@ class Subscriptions:
         """A SUBACK is to come."""
         return bool(self._asked)
 
+    @property
+    def letting_go(self) -> bool:
+        """An UNSUBACK is to come."""
+        return bool(self._dropping)
+
     def subscribe(self, filters: Sequence[tuple[str, int]]) -> bytes:
         """Packets that ask for them; empty when the broker must not be asked for any."""
         askable = []

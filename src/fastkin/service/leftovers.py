@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from fastkin.config import client_id_of
-from fastkin.errors import MqttError
+from fastkin.delivery.spool_file import Spool
+from fastkin.errors import MqttError, SpoolError
 from fastkin.mqtt.visit import end_session, has_session
 from fastkin.service.counters import merged
 from fastkin.service.engine import Engine
@@ -35,6 +36,8 @@ _MISSES = 2  # so many numbers in a row without anything: there are no more. An 
 _LOOK_S = 0.1
 _QUIET_S = 2.0  # nothing came for so long, and all of it is stored: there is no more
 _KEPT_S = 30.0  # traffic may never be quiet: then what was queued has come by now
+_BROKEN_S = 30.0  # a spool that cannot be opened is waited for so long: whoever has it may be about to end
+_SAY_S = 60.0  # an UNSUBSCRIBE without an answer
 _SPOOL_FILES = ("", "-wal", "-shm", "-reserve")
 
 
@@ -141,12 +144,14 @@ class Leftovers:
             return
         for broker in _brokers(settings_of(self.settings, member), None):
             await _ended(broker)
-        for path in _spools(self.settings, member):
-            for suffix in _SPOOL_FILES:
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
+        name = member_name(member)
+        kept = [why for path in _spools(self.settings, member) if (why := await asyncio.to_thread(_forget, path))]
+        for why in kept:
+            _LOG.error("stage=workers a spool of worker %s of an earlier start is left as it is: %s", name, why)
         _LOG.info(
-            "stage=workers what worker %s of an earlier start left is stored: %d records; its sessions are ended",
-            member_name(member), sum(each["received"] for each in stats.values()),
+            "stage=workers what worker %s of an earlier start left %s: %d records; its sessions are ended",
+            name, "is stored but for its spool" if kept else "is stored",
+            sum(each["received"] for each in stats.values()),
         )  # fmt: skip
 
     # -- the face of an engine ---------------------------------------------------------------------
@@ -182,25 +187,65 @@ async def _or_failure(engine: Engine, work: asyncio.Future[Any]) -> None:
         await asyncio.gather(work, failure, return_exceptions=True)
 
 
+def _forget(path: Path) -> str | None:
+    """Delete a spool that holds nothing. Why it stays, when it does: what was acknowledged may be in no other place.
+
+    The file itself is asked, and it alone: figures of whoever had it say nothing of what he could not read.
+    """
+    if not path.exists():
+        return None
+    spool = Spool(path, max_bytes=1)
+    try:
+        found = spool.open()
+    except SpoolError as error:
+        return str(error)
+    try:
+        if found.rows or found.damaged:
+            return (
+                f"{path}: holds {found.rows} batches, and {found.damaged} that are damaged; start again to send what"
+                " can be read, or move the file away"
+            )
+        for suffix in _SPOOL_FILES:  # while it is ours: nobody opens it in between
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+    finally:
+        spool.let_go()
+    return None
+
+
 async def _emptied(run: PipelineRun) -> None:
     subscriber = run.subscriber
     await subscriber.connected.wait()
     await _quiet(run, _KEPT_S)
-    subscriber.let_go(run.pipeline.filters)
-    await _quiet(run, None)
+    # Silence alone proves nothing: a line that stands still looks the same. The answer to an UNSUBSCRIBE does, for it
+    # comes behind all that the broker sent before. It is asked for until nothing came between question and answer.
+    before = None
+    while before != (before := (subscriber.traffic.messages, subscriber.traffic.connects)):
+        subscriber.let_go(run.pipeline.filters)
+        await _quiet(run, None)
 
 
 async def _quiet(run: PipelineRun, most_s: float | None) -> None:
     """Until nothing comes and nothing is held, or for `most_s`."""
-    subscriber, batcher = run.subscriber, run.delivery.batcher
+    subscriber, batcher, backlog = run.subscriber, run.delivery.batcher, run.delivery.backlog
     loop = asyncio.get_running_loop()
     began = since = loop.time()
     seen = -1
+    said = False
     while loop.time() - since < _QUIET_S and (most_s is None or loop.time() - began < most_s):
         await asyncio.sleep(_LOOK_S)
-        open_ = run.acks.unacked or batcher.in_flight or batcher.spooled
-        if open_ or not subscriber.connected.is_set() or subscriber.traffic.messages != seen:
+        waited = loop.time() - began
+        # One that nobody can open is not waited for: others come after it.
+        broken = backlog.broken is not None and waited < _BROKEN_S
+        open_ = run.acks.unacked or batcher.in_flight or (batcher.spooled and backlog.broken is None) or broken
+        waiting = subscriber.letting_go or not subscriber.connected.is_set()
+        if open_ or waiting or subscriber.traffic.messages != seen:
             seen, since = subscriber.traffic.messages, loop.time()
+        if subscriber.letting_go and waited > _SAY_S and not said:
+            said = True
+            _LOG.warning(
+                "stage=workers client=%s the broker does not answer UNSUBSCRIBE: its session is kept until it does",
+                ascii(subscriber.client_id),
+            )  # fmt: skip
 
 
 async def _ended(broker: Broker) -> None:

@@ -65,7 +65,10 @@ class Post:
             "failed": engine.failed(),
             "unready": engine.unready(),
             "last_error": {name: run.last_error for name, run in engine.pipelines.items()},
-            "connected": all(run.subscriber.connected.is_set() for run in engine.pipelines.values()),
+            "connected": all(
+                name in engine.pipelines and engine.pipelines[name].subscriber.connected.is_set()
+                for name in engine.failed()  # every one that there should be
+            ),
         }
 
     async def _figures(self) -> list[Any]:

@@ -85,7 +85,13 @@ class _Place:
         try:
             while not self._stopping.is_set():
                 began = time.monotonic()
-                self.code = code = await self._live()
+                try:
+                    self.code = code = await self._live()
+                    ended = _ending(code)
+                except OSError as error:
+                    # No process, or no socket for it, is to be had now. The others work, and must not end with it.
+                    self.code = code = 1
+                    ended = f"cannot be started ({error.strerror or error})"
                 lived = time.monotonic() - began
                 if self._stopping.is_set() or (self._once and code == 0):
                     return
@@ -93,7 +99,7 @@ class _Place:
                     raise RefusedError(f"worker {self.name} cannot start")
                 delay = _AGAIN_S if lived >= _STEADY_S else delay
                 self.restarts += 1
-                self.trouble = f"{_ending(code)} after {lived:.1f} s: starts again"
+                self.trouble = f"{ended} after {lived:.1f} s: starts again"
                 _LOG.error("stage=workers worker %s %s in %.1f s", self.name, self.trouble, delay)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), delay)
@@ -105,13 +111,15 @@ class _Place:
     async def _live(self) -> int:
         """One process, to its end."""
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
             # a fork takes a moment, and it is our own command
             self.process = subprocess.Popen(  # noqa: ASYNC220, S603
                 [*self._command, "--channel", str(theirs.fileno())],
                 env=self._env, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C at the terminal is for the parent, which tells its workers
             )  # fmt: skip
+            undo.pop_all()
         ended = _ending_of(self.process)
         self.asker = Asker()
         await self.asker.open(ours)
