@@ -121,7 +121,7 @@ async def test_raw_messages_are_kept_whatever_becomes_of_their_records(server: S
 async def test_the_bucket_is_laid_out_as_the_iot_pipelines_template_has_it(
     server: Server, moto_server: Server, tmp_path: Path
 ) -> None:
-    """IC-10, IC-12: GZIP, `<env>/data/`, `<env>/error/`, `.csv.gz`; the raw message is there though its record is not."""
+    """IC-10, IC-12: GZIP, `<env>/data/`, `<env>/error/`, `.csv.gz`; a raw message is there though its record is not."""
     bucket = await create(moto_server.url, f"plant-{uuid.uuid4().hex[:12]}")
     path = tmp_path / "fastkin.toml"
     path.write_text(
