@@ -171,11 +171,13 @@ async def test_the_bucket_is_laid_out_as_the_iot_pipelines_template_has_it(
 
 
 async def test_filtered_messages_are_in_the_raw_files_too(server: Server, tmp_path: Path) -> None:
-    async with rig(server, tmp_path, events=("start",), file_raw_prefix="raw/") as (engine, publisher):
-        for kind in ("start", "stop"):
-            await publisher.publish("plant/a", json.dumps({"eventType": kind}).encode(), 1)
+    """IC-12. Those of excluded topics are not: who names a topic there wants nothing of it."""
+    more = {"events": ("start",), "exclude": ("plant/secret",), "file_raw_prefix": "raw/"}
+    async with rig(server, tmp_path, **more) as (engine, publisher):
+        for topic, kind in (("plant/a", "start"), ("plant/a", "stop"), ("plant/secret", "start")):
+            await publisher.publish(topic, json.dumps({"eventType": kind}).encode(), 1)
         await publisher.drain()
-        assert (await settled(engine, 2))["filtered"] == 1
+        assert (await settled(engine, 3))["filtered"] == 2
     assert [json.loads(line)["eventType"] for line in finished(tmp_path, "raw/").splitlines()] == ["start", "stop"]
 
 
