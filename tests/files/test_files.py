@@ -6,7 +6,9 @@ import asyncio
 import gzip
 import logging
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -117,6 +119,56 @@ async def test_a_file_is_finished_when_its_time_has_come(tmp_path: Path) -> None
         await rig.put(b"b\n")
         await until(lambda: len(finished(tmp_path)) == 2 and not parts(tmp_path))
     assert sorted(finished(tmp_path).values()) == [b"a\n", b"b\n"]
+
+
+async def test_sixty_seconds_or_a_megabyte_whichever_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """IC-09: the buffering hints of the template, on a clock that the test turns."""
+    loop, turned = asyncio.get_running_loop(), 0.0
+    real = loop.time
+    monkeypatch.setattr(loop, "time", lambda: real() + turned)
+    async with Rig(pipeline(tmp_path, file_interval_s=60.0, file_max_bytes=MIB)) as rig:
+        counters = rig.client.file_counters
+        await rig.put(b"a\n")
+        turned += 50
+        await rig.put(b"b\n")
+        await asyncio.sleep(0.1)
+        assert counters.finished == 0
+        turned += 10  # sixty since the first record
+        await until(lambda: counters.finished == 1)
+        assert list(finished(tmp_path).values()) == [b"a\nb\n"]
+
+        await rig.put(b"c" * (MIB - KIB))
+        await asyncio.sleep(0.1)
+        assert counters.finished == 1  # a KiB is missing
+        turned += 50
+        await rig.put(b"c" * KIB)
+        await until(lambda: counters.finished == 2)
+        await rig.put(b"d\n")
+        turned += 50  # a hundred since the file before began, fifty since this one did
+        await asyncio.sleep(0.1)
+        assert counters.finished == 2
+        turned += 10
+        await until(lambda: counters.finished == 3)
+    assert sorted(len(data) for data in finished(tmp_path).values()) == [2, 4, MIB]
+
+
+async def test_the_key_of_a_file_has_the_time_at_which_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """IC-10: strftime keys, in UTC, of the first record and not of the end."""
+    clock = SimpleNamespace(time=lambda: 1_772_600_767.0)  # 2026-03-04 05:06:07 UTC
+    monkeypatch.setattr("fastkin.files.files.time", clock)
+    named = {"file_prefix": "prod/data/%Y/%m/%d/%H/", "file_extension": ".csv.gz", "file_compression": "gzip"}
+    async with Rig(pipeline(tmp_path, **named)) as rig:
+        await rig.put(b"a\n")
+        clock.time = lambda: 1_772_604_367.0  # an hour later
+        await rig.put(b"b\n")
+        await rig.client.finish()
+    ((name, data),) = finished(tmp_path).items()
+    assert re.fullmatch(r"prod/data/2026/03/04/05/p-20260304T050607-[0-9a-f]{32}\.csv\.gz", name)
+    assert data == b"a\nb\n"
 
 
 async def test_prefix_extension_and_gzip(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 import uvloop
 
 from fastkin.bench.source import Source
+from fastkin.config import Broker
 from fastkin.mqtt._core import publish
+from fastkin.mqtt.attempts import Attempts
 from fastkin.mqtt.publisher import Publisher
 from fastkin.mqtt.window import Window
 from support.fake_broker import FakeBroker, Peer, Rig, lines, until
@@ -258,6 +260,23 @@ def test_disconnects_right_after_subscribe_are_explained_once(caplog: Any) -> No
     assert len(errors) == 1
     assert "policy" in errors[0]
     assert "same client id" in errors[0]
+
+
+def test_delays_double_up_to_the_most_and_are_drawn() -> None:
+    """IC-02: no hot loop, and clients that a broker has lost at once do not come back at once."""
+    broker = Broker(reconnect_min_s=1.0, reconnect_max_s=60.0)
+    drawn: list[list[float]] = [[] for _ in range(10)]
+    for _ in range(300):
+        attempts = Attempts(broker, 0.0)
+        for each in drawn:
+            each.append(attempts.backoff())
+    for each, most in zip(drawn, (1, 2, 4, 8, 16, 32, 60, 60, 60, 60), strict=True):
+        assert 0.5 <= min(each) < 0.5 + most / 4
+        assert most * 3 / 4 < max(each) <= most
+    attempts.lost(1.0, 0, 0.0, early=True)
+    assert max(attempts.backoff() for _ in range(50)) > 30  # what died young has not worked
+    attempts.lost(60.0, 0, 0.0, early=False)
+    assert attempts.backoff() <= 1
 
 
 def test_the_brokers_own_reason_is_shown() -> None:

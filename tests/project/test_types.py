@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PUBLIC = ["fastkin", "fastkin.consumer", "fastkin.emulator", "fastkin.lambdas", "fastkin.settings"]
+PUBLIC = ["fastkin", "fastkin.consumer", "fastkin.emulator", "fastkin.lambdas", "fastkin.settings", "fastkin.testing"]
 SPELT = """import fastkin
 from fastkin import Producer, {name}
 

@@ -72,6 +72,7 @@ def test_a_policy_for_each_destination() -> None:
         "iam-recommended.json": ["kinesis:PutRecords", "kinesis:DescribeStreamSummary", "kinesis:ListShards"],
         "iam-tail.json": read,
         "iam-firehose.json": ["firehose:PutRecordBatch", "firehose:DescribeDeliveryStream"],
+        "iam-s3.json": ["s3:PutObject", "s3:ListBucket"],
         "iam-lambda-store.json": [
             "kinesis:DescribeStream", "kinesis:DescribeStreamSummary", "kinesis:GetRecords", "kinesis:GetShardIterator",
             "kinesis:ListShards", "dynamodb:PutItem", "dynamodb:UpdateItem", "sqs:SendMessage", *logs,

@@ -113,6 +113,13 @@ def test_the_pages_settings_mean_what_the_pages_say(tmp_path: Path) -> None:
     assert (spark.kinesis.stream, spark.kinesis.access_key, spark.envelope) == ("TEST", "TEST", "spark")
     (iot,) = made["aws-iot-core-pipeline-1"].pipelines
     assert (iot.topic_field, iot.separator) == ("topic", "\n")
+    (rule,) = made["aws-iot-core-pipeline-2"].pipelines
+    assert (rule.kinesis.firehose, rule.kinesis.stream, rule.separator) == ("iot-firehose", None, "\n")
+    (bucket,) = made["aws-iot-core-pipeline-3"].pipelines
+    assert (bucket.target, bucket.file_interval_s, bucket.file_max_bytes) == ("s3://iot-data", 60.0, 2**20)
+    assert (bucket.file_prefix, bucket.file_error_prefix) == ("dev/data/%Y/%m/%d/", "dev/error/")
+    assert (bucket.file_raw_prefix, bucket.file_compression) == ("dev/raw/", "gzip")
+    assert bucket.separator == "\n"
     (micro,) = made["mqtt-to-kinesis-microservice-1"].pipelines
     assert (micro.budget_records, micro.kinesis.max_connections) == (2000, 10)
     assert (micro.partition_key, micro.kinesis.session_name) == ("static:someMeaningfulValue", "fastkin")

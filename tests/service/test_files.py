@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import gzip
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import fastkin
+from fastkin import settings
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.mqtt.publisher import Publisher
 from support.buckets import create, objects
@@ -115,12 +118,66 @@ async def test_raw_messages_are_kept_whatever_becomes_of_their_records(server: S
     assert (letter["topic"], letter["payload"]) == ("plant/a", "bm8gZnJhbWU=")
 
 
+async def test_the_bucket_is_laid_out_as_the_iot_pipelines_template_has_it(
+    server: Server, moto_server: Server, tmp_path: Path
+) -> None:
+    """IC-10, IC-12: GZIP, `<env>/data/`, `<env>/error/`, `.csv.gz`; a raw message is there though its record is not."""
+    bucket = await create(moto_server.url, f"plant-{uuid.uuid4().hex[:12]}")
+    path = tmp_path / "fastkin.toml"
+    path.write_text(
+        f"""
+        [broker]
+        url = "mqtt://{server.host}:{server.port}"
+        client_id = "files-{next(_RIGS)}"
+        [kinesis]
+        region = "us-east-1"
+        endpoint_url = "{moto_server.url}"
+        access_key = "AKID"
+        secret_key = "secret"
+        [[pipeline]]
+        id = "iot"
+        topics = ["iot-test-topic/+"]
+        topic_field = "topic"
+        topic_others = "reject"
+        separator = "\\n"
+        file = "{tmp_path / "out"}"
+        s3 = "{bucket}"
+        file_interval_s = 60
+        file_max_bytes = 1048576
+        file_prefix = "dev/data/"
+        file_error_prefix = "dev/error/"
+        file_raw_prefix = "dev/raw/"
+        file_extension = ".csv.gz"
+        """
+    )
+    good, bad = b'{"message":"Hello, world!"}', b"no object"
+    async with fastkin.Engine(settings.load(path, env={})) as engine:
+        await until(engine.pipelines["iot"].subscriber.connected.is_set)
+        async with publishing(server) as publisher:
+            for payload in (good, bad):
+                await publisher.publish("iot-test-topic/asdasd", payload, 1)
+            await publisher.drain()
+        await until(lambda: engine.stats()["iot"]["received"] == 2 and not engine.stats()["iot"]["unacked"])
+        assert await objects(moto_server.url, bucket) == {}  # neither 60 s nor 1 MB: a stop finishes what there is
+    found = await objects(moto_server.url, bucket)  # what ends with .gz is compressed, or this fails
+    (data, error, raw) = found
+    assert re.fullmatch(r"dev/data/iot-\d{8}T\d{6}-[0-9a-f]{32}\.csv\.gz", data)
+    assert re.fullmatch(r"dev/error/iot-\d{8}T\d{6}-[0-9a-f]{32}\.jsonl\.gz", error)
+    assert re.fullmatch(r"dev/raw/iot-\d{8}T\d{6}-[0-9a-f]{32}\.csv\.gz", raw)
+    assert found[data] == b'{"topic":"iot-test-topic/asdasd","message":"Hello, world!"}\n'
+    assert found[raw] == good + b"\n" + bad + b"\n"
+    (letter,) = map(json.loads, found[error].splitlines())
+    assert (letter["topic"], base64.b64decode(letter["payload"])) == ("iot-test-topic/asdasd", bad)
+
+
 async def test_filtered_messages_are_in_the_raw_files_too(server: Server, tmp_path: Path) -> None:
-    async with rig(server, tmp_path, events=("start",), file_raw_prefix="raw/") as (engine, publisher):
-        for kind in ("start", "stop"):
-            await publisher.publish("plant/a", json.dumps({"eventType": kind}).encode(), 1)
+    """IC-12. Those of excluded topics are not: who names a topic there wants nothing of it."""
+    more = {"events": ("start",), "exclude": ("plant/secret",), "file_raw_prefix": "raw/"}
+    async with rig(server, tmp_path, **more) as (engine, publisher):
+        for topic, kind in (("plant/a", "start"), ("plant/a", "stop"), ("plant/secret", "start")):
+            await publisher.publish(topic, json.dumps({"eventType": kind}).encode(), 1)
         await publisher.drain()
-        assert (await settled(engine, 2))["filtered"] == 1
+        assert (await settled(engine, 3))["filtered"] == 2
     assert [json.loads(line)["eventType"] for line in finished(tmp_path, "raw/").splitlines()] == ["start", "stop"]
 
 

@@ -25,12 +25,14 @@ from fastkin.errors import ConfigError
 from fastkin.mqtt import _core as _mqtt
 from fastkin.mqtt.publisher import Publisher
 from fastkin.settings import load
+from support.fake_http import FakeServer
 from support.servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
+    from support.fake_http import Link, Request
     from support.servers import Server
 
 
@@ -277,10 +279,7 @@ async def test_a_template_key_keeps_each_machine_on_one_shard(server: Server) ->
         shards: dict[str, set[str]] = {}
         for record in r.stored():
             shards.setdefault(record.partition_key, set()).add(record.shard_id)
-        assert len(shards) == 40
-        assert all(
-            key.endswith(f"/m{n}") for n, key in enumerate(sorted(shards, key=lambda k: int(k[k.rindex("m") + 1 :])))
-        )
+        assert shards.keys() == {f"{socket.gethostname()}/m{machine}" for machine in range(40)}
         assert all(len(found) == 1 for found in shards.values())
         assert len(set.union(*shards.values())) == 4
 
@@ -668,14 +667,30 @@ async def test_stop_gives_up_at_its_deadline_and_counts_what_is_left(server: Ser
 
 
 async def test_a_disabled_pipeline_opens_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """SP-01: listed as disabled, and nobody is dialled: neither the broker nor the stream. The other one works."""
     caplog.set_level(logging.INFO)
-    settings = Settings(
-        broker=Broker(host="127.0.0.1", port=1),
-        pipelines=(Pipeline(id="off", enabled=False, topics=("a",), kinesis=Kinesis(stream="s", region="us-east-1")),),
-    )
-    async with fastkin.Engine(settings) as engine:
-        assert engine.stats() == {}
-    assert any("disabled" in record.getMessage() for record in caplog.records)
+
+    async def answer(link: Link, _request: Request) -> None:
+        link.reply(500, b"{}")
+
+    async with FakeServer(answer) as broker, FakeServer(answer) as stream:
+        kinesis = Kinesis(
+            stream="s", region="us-east-1", endpoint_url=stream.url, access_key=ACCESS_KEY, secret_key=SECRET_KEY
+        )
+        pipelines = [Pipeline(id=name, enabled=on, topics=("a",), kinesis=kinesis) for name, on in
+                     (("off", False), ("on", True))]  # fmt: skip
+        at = Broker(host="127.0.0.1", port=broker.port, client_id="disabled")
+        async with fastkin.Engine(Settings(broker=at, pipelines=tuple(pipelines[:1]))) as engine:
+            assert engine.stats() == {}
+            await asyncio.sleep(0.3)
+        assert (broker.connections, stream.connections) == (0, 0)
+        async with fastkin.Engine(Settings(broker=at, pipelines=tuple(pipelines))) as engine:
+            assert engine.stats().keys() == {"on"}
+            async with asyncio.timeout(20):
+                while not (broker.connections and stream.connections):  # the same two, of one that is not disabled
+                    await asyncio.sleep(0.01)
+    told = [each.getMessage() for each in caplog.records if "disabled" in each.getMessage()]
+    assert ["pipeline=off" in line for line in told] == [True, True]
 
 
 async def test_two_pipelines_do_not_wait_for_each_other(server: Server) -> None:
@@ -722,6 +737,52 @@ async def test_the_put_check_writes_one_connection_test(server: Server) -> None:
         assert record.data == f'{{"type":"connection_test","host":"{host}","data":"CONNECTION_TEST"}}'.encode()
         assert record.partition_key == "key"
         assert r.stats["received"] == 0
+
+
+@pytest.mark.parametrize(
+    ("check", "operation", "code"),
+    [
+        ("put", "PutRecords", "AccessDeniedException"),
+        ("dry_run", "PutRecords", "AccessDeniedException"),
+        ("describe", "DescribeStreamSummary", "ResourceNotFoundException"),  # to describe is no permission one needs
+    ],
+)
+async def test_a_start_check_that_fails_is_an_error_and_not_ready_until_it_passes(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, check: str, operation: str,
+    code: str,
+) -> None:  # fmt: skip
+    """SP-08: the process lives and asks again. A dry run and a description write nothing, `put` one record."""
+    monkeypatch.setattr("fastkin.service.preflight._RETRY_S", 0.1)
+
+    def refuse(emulator: Emulator) -> None:
+        emulator.faults.call(code, operation=operation)
+
+    async with rig(server, prepare=refuse, startup_check=check) as r:
+        assert code in str(r.run.unready())
+        assert r.run.subscriber.connected.is_set()
+        told = [each.getMessage() for each in caplog.records if each.levelno == logging.ERROR]
+        assert told
+        assert all(f"pipeline=p stage=send not ready: {code}" in line for line in told)
+        assert all("trying again" in line for line in told)
+        r.emulator.faults.clear()
+        await r.until(lambda: r.run.unready() is None, "ready")
+        assert [record.partition_key for record in r.stored()] == (["key"] if check == "put" else [])
+        await r.publish(b"1")
+        await r.settled(1)
+
+
+async def test_a_start_check_of_none_asks_nothing(server: Server) -> None:
+    """SP-08: not even a description. Such a pipeline is ready at once."""
+    asked = []
+
+    def listen(emulator: Emulator) -> None:
+        asked.extend(emulator.faults.latency(0, operation=name) for name in ("DescribeStreamSummary", "ListShards"))
+
+    async with rig(server, prepare=listen, startup_check="none") as r:
+        assert r.run.unready() is None
+        await r.publish(b"1")
+        await r.settled(1)
+        assert [fault.hits for fault in asked] == [0, 0]
 
 
 async def test_a_shard_map_that_is_refused_at_first_is_read_later(

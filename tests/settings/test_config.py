@@ -216,7 +216,7 @@ def test_the_aliases_of_the_reference_systems(read: Any) -> None:
     )
     (pipeline,) = made.pipelines
     kinesis = pipeline.kinesis
-    assert (kinesis.access_key, kinesis.secret_key, kinesis.stream) == ("AK", "SK", "s")
+    assert (kinesis.access_key, kinesis.secret_key, kinesis.region, kinesis.stream) == ("AK", "SK", "eu-west-1", "s")
 
 
 def test_an_alias_beside_its_key_is_an_error(read: Any) -> None:
