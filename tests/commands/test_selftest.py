@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -183,6 +184,19 @@ def test_a_stream_of_several_pipelines_is_tried_once(
     assert [len(kinesis.stored(name)) for name in ("welders", "others")] == [1, 2]
     with pytest.raises(ConfigError, match="no enabled pipeline is called 'p3'; use one of p0, p1, p2"):
         selftest(several, wanted(), only="p3")
+
+
+@pytest.mark.parametrize("to", ["file", "firehose"])
+def test_what_cannot_be_read_back_is_said_at_once(to: str, kinesis: ThreadEmulator, tmp_path: Path) -> None:
+    made = settings(1, kinesis)
+    (pipeline,) = made.pipelines
+    other = (
+        dataclasses.replace(pipeline, file=str(tmp_path))
+        if to == "file"
+        else dataclasses.replace(pipeline, kinesis=dataclasses.replace(pipeline.kinesis, stream=None, firehose="plant"))
+    )
+    with pytest.raises(ConfigError, match=r"pipeline 'p0'.*writes to .*, from where nothing can be read back; name a"):
+        selftest(dataclasses.replace(made, pipelines=(other,)), wanted())
 
 
 def test_what_is_asked_is_what_a_person_can_read(kinesis: ThreadEmulator) -> None:

@@ -490,7 +490,10 @@ def test_tls_with_a_client_certificate(run: Any, authority: Authority) -> None:
     ],
     ids=["no CA", "another CA", "no client certificate", "a stranger's client certificate"],
 )
-def test_tls_refusals_are_said_in_words(run: Any, tmp_path: Path, authority: Authority, tls: Any, reason: str) -> None:
+def test_tls_refusals_are_said_in_words(
+    run: Any, tmp_path: Path, authority: Authority, tls: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """IC-01: an ERROR, for it does not get well by itself."""
     (tmp_path / "other").mkdir()
     settings = tls(authority, Authority(tmp_path / "other"))
 
@@ -500,6 +503,8 @@ def test_tls_refusals_are_said_in_words(run: Any, tmp_path: Path, authority: Aut
             rig.start()
             # The alert of TLS 1.3 comes after our handshake, and a reset may overtake it: some attempt hears it.
             await until(lambda: reason in (rig.subscriber.last_error or ""), 30)
+            (level,) = {each.levelno for each in caplog.records if "cannot connect" in each.getMessage()}
+            assert level == logging.ERROR
             assert rig.subscriber._attempts.dialect.next(0.0) == 5  # a TLS refusal says nothing about the MQTT version
             await rig.subscriber.close()
             assert rig.task is not None

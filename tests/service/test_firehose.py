@@ -100,10 +100,22 @@ async def test_the_wrong_delivery_stream_is_not_ready_and_loses_nothing(server: 
 
 
 async def test_a_connection_test_is_put_without_a_key(server: Server) -> None:
-    async with Emulator(firehose=["plant"]) as emulator, rig(server, emulator, startup_check="put") as (engine, _):
+    """It ends as records do, or it would be glued to the first of them. Nobody asks for shards."""
+    async with (
+        Emulator(firehose=["plant"]) as emulator,
+        rig(server, emulator, startup_check="put", separator="\n") as (engine, _),
+    ):
         assert engine.pipelines["p"].unready() is None
         (record,) = emulator.stored("plant")
-        assert b"connection_test" in record.data
+        assert record.data.startswith(b'{"type":"connection_test"')
+        assert record.data.endswith(b"}\n")
+
+
+async def test_a_delivery_stream_is_not_asked_for_shards(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    async with Emulator(firehose=["plant"]) as emulator, rig(server, emulator) as (engine, _):
+        assert engine.pipelines["p"].unready() is None
+        assert set(emulator.counters.operations) <= {"DescribeDeliveryStream", "PutRecordBatch"}
+    assert not [each for each in caplog.records if "shard" in each.getMessage()]
 
 
 # -- the setting, and moto behind it

@@ -93,6 +93,15 @@ async def _selftest(settings: Settings | None, wanted: Wanted, only: str | None)
     if not found:
         ids = ", ".join(each.id for each in settings.pipelines if each.enabled)
         raise ConfigError("--pipeline", f"no enabled pipeline is called {only!r}", f"use one of {ids}")
+    for pipeline in found:
+        if pipeline.file or pipeline.kinesis.firehose:
+            where = (
+                f"Firehose {pipeline.kinesis.firehose}" if pipeline.kinesis.firehose else f"files in {pipeline.file}"
+            )
+            raise ConfigError(
+                f"pipeline {pipeline.id!r}", f"writes to {where}, from where nothing can be read back",
+                "name a pipeline with a stream by --pipeline; `fastkin check --connect` tries the others",
+            )  # fmt: skip
     # Pipelines may share a stream: it is tried once.
     for pipeline in {each.kinesis: each for each in reversed(found)}.values():
         mark = os.urandom(4).hex()

@@ -99,7 +99,7 @@ class StreamWatch:
                 raise  # what does not fit, and no answer
             except KinesisError as error:
                 self._say_undescribed(error)
-        if self._wants_shards or self.described:
+        if self._wants_shards or (self.described and self._delivery.client.destination.shards):
             await self._read_shards()
 
     async def run(self) -> None:

@@ -76,10 +76,10 @@ class Reports:
             self.who, _told(version), _told(9 - version),
         )  # fmt: skip
 
-    def cannot_connect(self, code: int | None, reason: str) -> None:
-        """`code`: the broker's, None when it said nothing."""
+    def cannot_connect(self, code: int | None, reason: str, *, lasting: bool) -> None:
+        """`code`: the broker's, None when it said nothing. `lasting`: it will not get well by itself."""
         self._lines.say(
-            logging.ERROR if code is not None else logging.WARNING, f"cannot connect {code}",
+            logging.ERROR if lasting else logging.WARNING, f"cannot connect {code}",
             "%s client=%s cannot connect: %s", self.who, ascii(self.client_id), reason,
         )  # fmt: skip
 

@@ -30,7 +30,7 @@ from fastkin.mqtt.reports import Reports
 from fastkin.mqtt.standing import Standing, Traffic
 from fastkin.mqtt.subscriptions import SHARED
 from fastkin.mqtt.transport import renewed_tls
-from fastkin.mqtt.words import explain
+from fastkin.mqtt.words import explain, of_tls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -295,6 +295,7 @@ class Subscriber:
             self._reports.version_unanswered(link.version)
             return True
         reason = explain(error)
+        lasting = code is not None or of_tls(error)
         if code in _ID_CODES and not self.client_id:
             self.client_id = self._reports.client_id = _made_up()
             self._reports.given_client_id()
@@ -304,10 +305,11 @@ class Subscriber:
         elif self.tls is not None and link.unanswered(timed_out=False):
             # TLS 1.3: the broker judges our certificate when we are through, and its alert may be lost in the reset.
             reason += "; this soon after the TLS handshake it may want a client certificate, or another one"
+            lasting = True
         if code in _AUTH_CODES:
             reason += "; check user, password and client id, and what the broker's policy allows them"
         self._standing.last_error = reason
-        self._reports.cannot_connect(code, reason)
+        self._reports.cannot_connect(code, reason, lasting=lasting)
         return False
 
     def _disconnected(self, link: Connection) -> None:

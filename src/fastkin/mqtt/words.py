@@ -76,6 +76,12 @@ def _explain(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+def of_tls(error: BaseException) -> bool:
+    """TLS said no: a certificate, a version, an alert. It does not get well by itself, unlike a peer that went away."""
+    why = error.__context__ if isinstance(error, MqttError) else error  # told in words of ours
+    return isinstance(why, ssl.SSLError) and not isinstance(why, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+
+
 def refusal(connack: Connack, secret: str | None = None) -> RefusedError:
     """A CONNACK that says no. `secret` is cut out of what the broker adds, should it repeat it."""
     return RefusedError(

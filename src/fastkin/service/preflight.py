@@ -141,7 +141,7 @@ class Preflight:
             target=self._client.target_json(), answer=self._client.destination.answer,
         )  # fmt: skip
         test = {"type": "connection_test", "host": socket.gethostname(), "data": "CONNECTION_TEST"}
-        batcher.add(orjson.dumps(test))
+        batcher.add(orjson.dumps(test) + self._pipeline.separator.encode())
         batcher.close_batch(DRAIN)
         batch = batcher.take()
         assert batch is not None
