@@ -174,7 +174,7 @@ class Source:
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
-        for source in (self, *self._siblings):
+        for source in self._all():
             # encoding takes longer than a client cares to wait
             source._tapes = {version: source._make_tape(version) for version in (4, 5)}
         self._server = await loop.create_server(lambda: _Player(self), self.host, self.port, ssl=self._tls)
@@ -189,13 +189,17 @@ class Source:
 
     def drop(self) -> None:
         """Cut the connection, as a network does."""
-        for source in (self, *self._siblings):
+        for source in self._all():
             if source._player is not None:
                 source._player.abort()
 
+    def _all(self) -> list[Source]:
+        """This one and its siblings."""
+        return [self, *self._siblings]
+
     def _of(self, client_id: str) -> Source:
         """Who serves this client."""
-        for source in (self, *self._siblings):
+        for source in self._all():
             if source.client_id in ("", client_id):
                 return source
         return self
