@@ -105,7 +105,7 @@ class Endpoint(Emulator):
 
     # -- what the run asks ---------------------------------------------------------------------------
 
-    def stored(self) -> dict[str, Any]:
+    def count(self) -> dict[str, Any]:
         return {"stored": self._ledger.stored}
 
     def report(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class Endpoint(Emulator):
 
 async def main(plan: Plan) -> None:
     async with Endpoint(plan) as endpoint:
-        words = {"stored": endpoint.stored, "report": endpoint.report, "balance": endpoint.balance}
+        words = {"stored": endpoint.count, "report": endpoint.report, "balance": endpoint.balance}
         await serve({"url": endpoint.url}, words)
 
 

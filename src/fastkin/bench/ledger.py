@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fastkin.bench.forms import Forms
 
 Expand = Literal["none", "kpl", "lines"]
-Times = memoryview  # of doubles: when each message was published
 
 
 @dataclass(slots=True)
@@ -86,7 +85,7 @@ class Ledger:
         self._times.append(at)
         return datas
 
-    def balance(self, sent: Sequence[tuple[int, int]], published: Times | None = None) -> Balance:
+    def balance(self, sent: Sequence[tuple[int, int]], published: memoryview[float] | None = None) -> Balance:
         """`sent`: runs of messages, each by its first number and how many. `published`: their times, for latencies."""
         # which call stored a record first: the last one wins in a dict, so it is filled from the end
         first: dict[int, int] = {}

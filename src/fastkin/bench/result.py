@@ -148,8 +148,10 @@ def samples_csv(samples: list[Sample]) -> str:
     """One row a sample; milliseconds of the latencies, empty when there was nothing to measure."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = ("seconds", "published", "stored", "per_s", "in_flight", "throttled", "rss_mb", "cpu_percent")
-    names += ("wakeups_per_s", "calls_per_s")
+    names = (
+        "seconds", "published", "stored", "per_s", "in_flight", "throttled", "rss_mb", "cpu_percent", "wakeups_per_s",
+        "calls_per_s",
+    )  # fmt: skip
     shares = ("p50", "p99", "p99.9")
     writer.writerow([*names, *(f"{share}_ms" for share in shares)])
     for each in samples:

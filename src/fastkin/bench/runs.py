@@ -215,7 +215,8 @@ class _Run:
         assert self._subject is not None
         state: tuple[int, int] | None = None
         moved = sampled = begin
-        before, told_before = first, {"stored": 0, "calls": 0, "throttled": 0}
+        before = first
+        told_before: dict[str, Any] = {"stored": 0, "calls": 0}
         while True:
             await asyncio.sleep(_LOOK_S)
             told, stored = await self._look()
@@ -225,7 +226,9 @@ class _Run:
             over = told["done"] and (stored >= self.plan.records or self._cannot_tell)
             stuck = now - moved > STALL_S or self._subject.ended
             if now - sampled >= self.plan.interval_s or over or stuck:
-                report = {"stored": stored, "calls": 0, "throttled": 0, "latency_ms": {}, "last": 0.0}
+                report: dict[str, Any] = {
+                    "stored": stored, "calls": 0, "throttled": 0, "latency_ms": {}, "last": 0.0
+                }  # fmt: skip
                 if self._endpoint is not None:
                     report |= await self._endpoint.ask("report")
                 cost = meter.cost(self._subject.pid)

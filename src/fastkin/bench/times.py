@@ -19,13 +19,13 @@ def make(plan: Plan, block: int) -> None:
         file.truncate((first + max(count, 1)) * _ITEM)
 
 
-def share(plan: Plan) -> memoryview:
+def share(plan: Plan) -> memoryview[float]:
     """The times, to read and to write; the clock is CLOCK_MONOTONIC, one for the machine."""
     with plan.path("times").open("r+b") as file:
         return memoryview(mmap.mmap(file.fileno(), 0)).cast("d")
 
 
-def mark(times: memoryview, first: int, count: int, now: float) -> None:
+def mark(times: memoryview[float], first: int, count: int, now: float) -> None:
     """Messages were published; the first time counts, for a repetition is not another message."""
     if times[first] and times[first + count - 1]:
         return

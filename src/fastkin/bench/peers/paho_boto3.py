@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import boto3
 import paho.mqtt.client as mqtt
 from botocore.config import Config
+from paho.mqtt.enums import CallbackAPIVersion
 
 from fastkin.bench.plan import KEY, Plan
 
@@ -26,7 +27,7 @@ def main(plan: Plan) -> None:
         aws_secret_access_key=KEY, verify=plan.endpoint_ca, config=Config(retries={"total_max_attempts": 1}),
     )  # fmt: skip
     backlog: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    client: Any = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="bench")
+    client: Any = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="bench")
     client.on_message = lambda _client, _data, message: backlog.put(message.payload)
     client.on_connect = lambda client, *_: client.subscribe(plan.forms().filter, plan.qos)
     if plan.broker_ca:

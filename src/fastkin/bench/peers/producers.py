@@ -79,11 +79,14 @@ class _Waited:
 
     def __init__(self, put: Callable[[bytes], Awaitable[Any]], flush: Callable[[], Awaitable[None]]) -> None:
         self._put = put
-        self.flush = flush
+        self._flush = flush
 
     async def send(self, records: list[bytes]) -> None:
         for record in records:
             await self._put(record)
+
+    async def flush(self) -> None:
+        await self._flush()
 
 
 def _entries(records: list[bytes]) -> list[dict[str, Any]]:
@@ -146,7 +149,8 @@ async def _with_capo(plan: Plan) -> AsyncIterator[Putter]:
     from capo_kinesis import AsyncKinesisClient
 
     keys = {"access_key": KEY, "secret_key": KEY}
-    async with AsyncKinesisClient(region=plan.region, endpoint=plan.endpoint_url, credentials=keys) as client:
+    make: Any = AsyncKinesisClient  # its types want classes where it takes dicts
+    async with make(region=plan.region, endpoint=plan.endpoint_url, credentials=keys) as client:
 
         async def call(records: list[bytes]) -> None:
             entries = [{"data": record, "partition_key": str(uuid.uuid4())} for record in records]
