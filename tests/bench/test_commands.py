@@ -149,7 +149,8 @@ def test_a_plan_goes_through_its_text() -> None:
     plan = Plan(command="pipeline", rate=5.0, settings=("linger_ms=1000",), messages=77, folder="/x")
     assert Plan.of(plan.text()) == plan
     assert "folder" not in plan.told()
-    assert Plan(command="pipeline", broker="mqtt://u:secret@h:1").told()["broker"] == "h:1"
+    told = Plan(command="pipeline", broker="mqtt://u:secret@h:1", settings=("broker.password=secret",)).told()
+    assert (told["broker"], told["settings"]) == ("h:1", ["broker.password=***"])
 
 
 def test_pipelines_share_the_messages_and_begin_with_a_block() -> None:
@@ -321,6 +322,7 @@ def test_compare_checks_outputs_and_tells_medians(capsys: pytest.CaptureFixture[
 # -- pictures --------------------------------------------------------------------------------------
 
 
+@pytest.mark.process  # matplotlib asks the system for its fonts
 @pytest.mark.parametrize("ending", plots.ENDINGS)
 def test_a_run_is_drawn(tmp_path: Path, ending: str) -> None:
     from fastkin.bench.plan import Sample

@@ -71,6 +71,14 @@ def test_the_latency_is_from_publishing_to_the_first_storing() -> None:
     assert waits == {"p50": 1000.0, "p99": 1500.0, "p99.9": 1500.0, "max": 1500.0}
 
 
+def test_what_was_never_published_is_not_lost() -> None:
+    forms = Forms("welder")
+    ledger = Ledger(forms)
+    ledger.take(list(forms.all_records(0, 2)), 11.0)
+    balance = ledger.balance([(0, 4)], memoryview(array("d", [10.0, 10.0, 10.0, 0.0])))
+    assert (balance.published, balance.stored, balance.lost) == (3, 2, 1)
+
+
 @pytest.mark.parametrize("encoded", [False, True])
 def test_aggregates_are_taken_apart(encoded: bool) -> None:
     forms = Forms("welder")

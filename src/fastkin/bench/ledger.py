@@ -86,7 +86,10 @@ class Ledger:
         return datas
 
     def balance(self, sent: Sequence[tuple[int, int]], published: memoryview[float] | None = None) -> Balance:
-        """`sent`: runs of messages, each by its first number and how many. `published`: their times, for latencies."""
+        """`sent`: runs of messages, each by its first number and how many.
+
+        `published`: their times, for latencies; what has none was never published, and cannot be lost.
+        """
         # which call stored a record first: the last one wins in a dict, so it is filled from the end
         first: dict[int, int] = {}
         call = len(self._ends) - 1
@@ -100,13 +103,16 @@ class Ledger:
         found = 0
         for begin, count in sent:
             for at, record in enumerate(self._forms.all_records(begin, count)):
-                made.published += 1
+                when = 0.0 if published is None else published[begin + at // self._forms.samples]
                 stored_by = first.get(hash(self._as_taken(record)))
+                if stored_by is None and published is not None and not when:
+                    continue
+                made.published += 1
                 if stored_by is None:
                     made.lost += 1
                     continue
                 found += 1
-                if published is not None and (when := published[begin + at // self._forms.samples]):
+                if when:
                     waits.append((self._times[stored_by] - when) * 1000)
         made.foreign = there - found
         made.duplicates = made.stored - there

@@ -17,6 +17,7 @@ MOSQUITTO = "mosquitto"  # one that is started for the run
 EMULATOR = "emulator"
 STREAM = "bench"
 REGION = "us-east-1"
+_SECRETS = {"password", "key_password", "access_key", "secret_key", "session_token", "external_id", "url"}
 KEY = "bench"  # access key and secret for the emulator, which checks none
 
 
@@ -67,8 +68,13 @@ class Plan:
 
     def told(self) -> dict[str, Any]:
         """For a report: what a reader needs to repeat the run. No certificates, no folders."""
+        settings = [
+            f"{key}=***" if key.rpartition(".")[2] in _SECRETS else f"{key}={value}"
+            for key, value in self.option.items()
+        ]
         hidden = {"folder", "broker_ca", "endpoint_ca", "canonical", "route", "broker_url", "endpoint_url"}
         return {key: value for key, value in asdict(self).items() if key not in hidden} | {
+            "settings": settings,
             "broker": self.broker.rpartition("@")[2],
             "endpoint": self.endpoint.rpartition("@")[2],
         }

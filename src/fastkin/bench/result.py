@@ -45,8 +45,13 @@ class Result:
 
     @property
     def good(self) -> bool:
-        """Nothing is lost, and nothing was stored that nobody published."""
-        return self.balance.good
+        """All was published, nothing is lost, and nothing was stored that nobody published."""
+        return self.balance.good and not self.unpublished
+
+    @property
+    def unpublished(self) -> int:
+        """Records of the plan that nobody took from the machines: what was measured stood still, or has ended."""
+        return max(0, self.plan.records - self.balance.published)
 
     @property
     def per_s(self) -> float:

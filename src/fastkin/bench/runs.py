@@ -275,7 +275,7 @@ class _Run:
     async def _balance(self, told: dict[str, Any]) -> Balance:
         plan = self.plan
         if plan.command == "mqtt":
-            published = plan.records
+            published = told["published"] * self._per_message
             return Balance(
                 published=published,
                 stored=told["stored"],
