@@ -378,8 +378,8 @@ def _run(plan: Plan, output: Output) -> int:
         balance = result.balance
         left = f", {result.unpublished:,} were not taken from the machines" if result.unpublished else ""
         click.echo(
-            f"fastkin-bench: {balance.lost:,} records are lost, {balance.foreign:,} that are stored nobody published{left};"
-            " run it again with --keep, and read the logs",
+            f"fastkin-bench: {balance.lost:,} records are lost, {balance.foreign:,} that are stored nobody"
+            f" published{left}; run it again with --keep, and read the logs",
             err=True,
         )
         return 1
