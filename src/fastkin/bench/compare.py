@@ -78,6 +78,7 @@ async def _one(plan: Plan, peer: Peer, messages: int, folder: Path, show: Show) 
                 peer=peer.name,
                 messages=messages,
                 canonical=peer.canonical,
+                aggregates=peer.aggregates,
                 route=peer.route,
                 tls_kinesis=plan.tls_kinesis or peer.tls,
             ),

@@ -51,6 +51,7 @@ class Plan:
     # what is measured
     settings: tuple[str, ...] = ()  # KEY=VALUE of the pipeline, or of the producer
     peer: str = "fastkin"
+    aggregates: bool = False  # the peer packs records together, as the KPL does
     canonical: bool = False  # the peer writes the same JSON value in other words
     interval_s: float = 1.0
     # known once the processes run
@@ -72,7 +73,16 @@ class Plan:
             f"{key}=***" if key.rpartition(".")[2] in _SECRETS else f"{key}={value}"
             for key, value in self.option.items()
         ]
-        hidden = {"folder", "broker_ca", "endpoint_ca", "canonical", "route", "broker_url", "endpoint_url"}
+        hidden = {
+            "folder",
+            "broker_ca",
+            "endpoint_ca",
+            "canonical",
+            "aggregates",
+            "route",
+            "broker_url",
+            "endpoint_url",
+        }
         return {key: value for key, value in asdict(self).items() if key not in hidden} | {
             "settings": settings,
             "broker": self.broker.rpartition("@")[2],
@@ -96,6 +106,8 @@ class Plan:
     @property
     def expand(self) -> Expand:
         """What the records of a call are: aggregates must be taken apart to be counted."""
+        if self.aggregates:
+            return "kpl"
         if self.command == "producer":
             return "kpl" if int(self.option.get("aggregate_bytes", "0")) > 0 else "none"
         return cast("Expand", self.option.get("aggregation", "none"))

@@ -30,6 +30,7 @@ class Peer:
     module: str = ""  # of this package, that is run
     weight: int = 1
     canonical: bool = False  # it parses records and writes them anew
+    aggregates: bool = False  # many records in one, as the KPL does it
     route: bool = False  # it wants to be told the true shard of each record
     tls: bool = False  # it speaks nothing else to Kinesis
     listens: bool = False  # machines publish to it: it is a broker itself
@@ -63,7 +64,7 @@ PEERS: Final = (
     Peer("aiobotocore", "producer", ("aiobotocore",), says="full calls, eight at a time"),
     Peer("boto3", "producer", ("boto3",), says="full calls, eight threads"),
     Peer("capo-kinesis", "producer", ("capo_kinesis",), says="full calls, eight at a time"),
-    Peer("aiokpl", "producer", ("aiokpl",), route=True, says="an outcome for each record"),
+    Peer("aiokpl", "producer", ("aiokpl",), aggregates=True, route=True, says="aggregates; an outcome for each record"),
     Peer("async-kinesis", "producer", ("kinesis",), route=True, says="a queue, flushed at the end"),
 )  # fmt: skip
 
