@@ -185,14 +185,14 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.mark.process
 def test_pipeline_tells_what_it_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    told = result_of(capsys, "pipeline", "--count", "3000")
-    all_stored(told, 3000)
+    told = result_of(capsys, "pipeline", "--count", "2000")
+    all_stored(told, 2000)
     assert told["measured"] == "fastkin run"
-    assert (told["messages"], told["order_errors"], told["repeated"]) == (3000, 0, 0)
+    assert (told["messages"], told["order_errors"], told["repeated"]) == (2000, 0, 0)
     assert told["cpu_s"] > 0
     assert told["wakeups"] > 0
     assert told["rss_mb"] > 10
-    assert told["calls"] >= 6
+    assert told["calls"] >= 4
     waits = told["ledger"]["latency_ms"]
     assert 0 < waits["p50"] <= waits["p99"] <= waits["p99.9"] <= waits["max"]
 
@@ -247,9 +247,16 @@ def test_producer_puts_every_record(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.process
 def test_mqtt_takes_every_message(capsys: pytest.CaptureFixture[str]) -> None:
-    told = result_of(capsys, "mqtt", "--count", "20000", "--tls", "broker")
-    all_stored(told, 20_000)
+    told = result_of(capsys, "mqtt", "--count", "4000", "--tls", "broker")
+    all_stored(told, 4000)
     assert told["latency_of"] == "published to acknowledged"
+
+
+@pytest.mark.process
+def test_mqtt_behind_a_broker_of_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+    with mosquitto() as broker:
+        told = result_of(capsys, "mqtt", "--broker", f"mqtt://{broker.host}:{broker.port}", "--count", "500")
+    all_stored(told, 500)
 
 
 @pytest.mark.process

@@ -36,16 +36,18 @@ async def main(plan: Plan) -> None:
         if timer is None:
             timer = loop.call_later(_DELAY_S, acknowledge)
 
-    broker = load(plan.path("bench.toml"), env={}).broker
+    broker = load(plan.path("bench.toml")).broker
     subscriber = Subscriber(broker, [(subscription, plan.qos)], router=router, acks=acks, on_read=on_read)
 
     def report() -> dict[str, Any]:
         return {"received": sink.messages, "bytes": sink.nbytes, "reads": subscriber.traffic.reads}
 
+    async def subscribed() -> None:
+        await subscriber.connected.wait()
+
     task = asyncio.create_task(subscriber.run())
-    connected = asyncio.create_task(subscriber.connected.wait())
     try:
-        await asyncio.gather(connected, serve({}, {"report": report}))
+        await serve({}, {"report": report, "subscribed": subscribed})
     finally:
         await subscriber.close()
         await task

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from fastkin.bench import certificates, meter, peers, service, times
-from fastkin.bench.children import HOST, BenchError, Child, accepts, find_mosquitto, free_port, ours
+from fastkin.bench.children import HOST, START_S, BenchError, Child, accepts, find_mosquitto, free_port, ours
 from fastkin.bench.ledger import Balance
 from fastkin.bench.plan import EMULATOR, MOSQUITTO, SOURCE, Sample
 from fastkin.bench.readback import read_back
@@ -176,11 +176,7 @@ class _Run:
         if plan.command == "mqtt":
             await subject.hello()
         if self._load is None:
-            listens = plan.peer != "fastkin"
-            port = urlsplit(plan.broker_url).port or 0
-            await subject.until(
-                lambda: accepts(port) if listens else subject.log().count("subscribed") >= plan.pipelines
-            )
+            await self._subscribed(subject)
             self._load = await self._enter(ours("machines", "load", plan, self._folder))
             await self._load.hello()
             return
@@ -190,6 +186,16 @@ class _Run:
         except BaseException:
             waited.cancel()
             raise
+
+    async def _subscribed(self, subject: Child) -> None:
+        """Until what is published at the broker will reach it."""
+        plan = self.plan
+        if plan.command == "mqtt":
+            await subject.ask("subscribed", START_S)
+        elif plan.peer == "fastkin":
+            await subject.until(lambda: subject.log().count("subscribed") >= plan.pipelines)
+        else:
+            await subject.until(lambda: accepts(urlsplit(plan.broker_url).port or 0))
 
     # -- watching ------------------------------------------------------------------------------------
 
