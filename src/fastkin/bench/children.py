@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastkin.bench.plan import Plan
 
 HOST = "127.0.0.1"
-START_S = 120.0  # for a process to be ready, on a machine that has other things to do
+START_S = 300.0  # for a process to be ready, on a machine that has other things to do
 END_S = 45.0  # a service has 30 s to store what it holds
 _LINE_BYTES = 1 << 20
 
