@@ -16,7 +16,7 @@ def test_the_cost_of_this_process() -> None:
         time.sleep(0.001)
     after = cost(os.getpid())
     assert after.wakeups - before.wakeups >= 20
-    assert after.cpu_s >= before.cpu_s
+    assert after.cpu_s > before.cpu_s  # less than a tick of 10 ms is seen too
     assert 5 < after.rss_mb < 5000
 
 

@@ -26,18 +26,22 @@ def cost(pid: int) -> Cost:
     try:
         ticks = (proc / "stat").read_text().rpartition(")")[2].split()
         pages = int((proc / "statm").read_text().split()[1])
-        wakeups = sum(_wakeups(task) for task in (proc / "task").iterdir())
+        threads = [_thread(task) for task in (proc / "task").iterdir()]
     except (OSError, IndexError):
         return Cost()
-    return Cost(pages * _PAGE / 1e6, (int(ticks[11]) + int(ticks[12])) * _TICK_S, wakeups)
+    # The process has the time of ended threads too, to 10 ms; its threads have theirs to the nanosecond.
+    cpu = max((int(ticks[11]) + int(ticks[12])) * _TICK_S, sum(on_cpu for on_cpu, _ in threads) / 1e9)
+    return Cost(pages * _PAGE / 1e6, cpu, sum(wakeups for _, wakeups in threads))
 
 
-def _wakeups(task: Path) -> int:
+def _thread(task: Path) -> tuple[int, int]:
+    """Nanoseconds on a CPU, and waits that came to an end."""
     try:
-        text = (task / "status").read_text()
+        status = (task / "status").read_text()
+        on_cpu = (task / "schedstat").read_text()
     except OSError:  # a thread that ended while we looked
-        return 0
-    return int(text.partition("\nvoluntary_ctxt_switches:")[2].split(maxsplit=1)[0])
+        return 0, 0
+    return int(on_cpu.split()[0]), int(status.partition("\nvoluntary_ctxt_switches:")[2].split(maxsplit=1)[0])
 
 
 def slope(points: list[tuple[float, float]]) -> float:
