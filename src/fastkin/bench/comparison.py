@@ -54,11 +54,10 @@ class Group:
     def table(self) -> str:
         rows = self.rows()
         lines = [self.title, f"  {'':<28}{'CPU us':>10}{'records/s':>14}{'RSS MB':>9}{'ratio':>8}"]
-        lines += [
-            f"  {row['name']:<28}{row['cpu_us']:>10.2f}{row['per_s']:>14,.0f}"
-            f"{row['rss_mb'] or '-':>9{'' if not row['rss_mb'] else '.1f'}}{row['ratio']:>8.1f}   {row['says']}".rstrip()
-            for row in rows
-        ]
+        for row in rows:
+            memory = f"{row['rss_mb']:.1f}" if row["rss_mb"] else "-"
+            figures = f"{row['cpu_us']:>10.2f}{row['per_s']:>14,.0f}{memory:>9}{row['ratio']:>8.1f}"
+            lines.append(f"  {row['name']:<28}{figures}   {row['says']}".rstrip())
         lines += [f"  {name}: left out, needs {needs}" for name, needs in self.left_out]
         return "\n".join(lines)
 
