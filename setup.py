@@ -83,7 +83,15 @@ def fuzzing() -> list[Extension]:
 setup(
     ext_modules=cythonize(
         [
-            extension("_codec", "codec/base64.h", "codec/random.h", "codec/md5.h", "mqtt/digest.h"),
+            extension(
+                "_codec",
+                "codec/base64.h",
+                "codec/pattern.h",
+                "codec/random.h",
+                "codec/md5.h",
+                "codec/content.h",
+                "mqtt/digest.h",
+            ),
             extension("mqtt._core", "mqtt/digest.h", "mqtt/text.h"),
             *(fuzzing() if MODE == "fuzz" else ()),
         ],

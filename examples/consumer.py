@@ -29,7 +29,7 @@ async def main(stream: str, seconds: float) -> None:
                     continue  # the shard has ended
                 batch = await consumer.get_records(iterator, LIMIT)
                 for record in batch.records:
-                    shown = record.raw if record.error else record.data
+                    shown = repr(record.raw) if record.error else record.data
                     print(f"{shard_id} {record.timestamp} {shown}", flush=True)
                 iterators[shard_id] = batch.next_iterator
             await asyncio.sleep(seconds)

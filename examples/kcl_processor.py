@@ -12,8 +12,8 @@ import logging
 import time
 from typing import Any
 
-from amazon_kclpy import kcl
-from amazon_kclpy.v3 import processor
+from amazon_kclpy import kcl  # pyright: ignore[reportMissingImports]
+from amazon_kclpy.v3 import processor  # pyright: ignore[reportMissingImports]
 
 import fastkin
 

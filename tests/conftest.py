@@ -38,11 +38,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         whole = any(_HERE / folder in item.path.parents for folder in _WHOLE)
         if whole or "process" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.process)
+    if "long" in config.option.markexpr:
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -68,6 +73,13 @@ def process() -> None:
 def broker(process: None) -> Iterator[servers.Server]:
     """A fresh mosquitto for this test."""
     with servers.mosquitto() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto_server(process: None) -> Iterator[servers.Server]:
+    """One moto for the whole run: use names of your own."""
+    with servers.moto() as server:
         yield server
 
 

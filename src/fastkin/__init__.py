@@ -1,4 +1,8 @@
-"""fastkin: MQTT in, Kinesis out; a message is acknowledged only when Kinesis has its records."""
+"""fastkin: MQTT in, Kinesis out; a message is acknowledged only when Kinesis has its records.
+
+`Engine` is the service, from a broker to a stream; `Producer` writes to a stream, and `SyncProducer` does so without an
+event loop; `Consumer` reads one. `encode_frame` and `decode_frame` are the bulk format of payloads.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 try:
     from fastkin._codec import Receipt, decode_frame, encode_frame
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
-        f"fastkin's compiled part cannot be loaded ({error}): install the package (pip install fastkin),"
+        f"fastkin's compiled part cannot be loaded ({_error}): install the package (pip install fastkin),"
         " or in a checkout run `python setup.py build_ext --inplace`"
-    ) from error
+    ) from _error
 
 from fastkin.errors import (
     BudgetFull,
@@ -36,7 +40,7 @@ from fastkin.errors import (
 from fastkin.results import EncryptionType, FrameResult, PutRecordsResult, PutResult
 
 if TYPE_CHECKING:
-    from fastkin._codec import ConsumerRecord, decode_json
+    from fastkin._codec import ConsumerRecord, content_key, decode_json
     from fastkin.config import Settings
     from fastkin.consumer import Batch, Consumer, FileCheckpoints, MemoryCheckpoints, Position, ShardIteratorType
     from fastkin.producer import Producer
@@ -85,6 +89,7 @@ __all__ = [
     "SyncProducer",
     "TransportError",
     "UnexpectedResponse",
+    "content_key",
     "decode_frame",
     "decode_json",
     "encode_frame",
@@ -106,13 +111,22 @@ _LAZY = {
     "Settings": "fastkin.config",
     "SyncProducer": "fastkin.sync_producer",
     "ShardIteratorType": "fastkin.consumer",
+    "content_key": "fastkin._codec",
     "decode_json": "fastkin._codec",
     "load_settings": "fastkin.settings",
 }
 
 
-def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name)
-    if module is None:
-        raise AttributeError(f"module 'fastkin' has no attribute {name!r}")
-    return getattr(import_module(module), name)
+# Type checkers must not see this: for them a module with a __getattr__ has every name, misspelt ones too.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        module = _LAZY.get(name)
+        if module is None:
+            raise AttributeError(f"module 'fastkin' has no attribute {name!r}")
+        return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    """What help() and completion show: names that were not loaded yet too."""
+    return sorted({*globals(), *__all__})

@@ -34,6 +34,7 @@ def read_records(
     told: list[dict[str, Any]], shard_id: str | None, raw: bool, as_stored: bool
 ) -> list[ConsumerRecord]: ...
 def uuid_key() -> str: ...
+def content_key(data: Buffer, topic: str = "", index: int = 0) -> str: ...
 def _seed_keys(seed: int | None) -> None: ...  # for tests: the same keys for the same seed; None: random again
 def simd() -> str: ...  # the base64 kernel in use: scalar, avx2 or vbmi
 
@@ -50,6 +51,7 @@ class Sink: ...
 class CallbackSettler(Settler):
     def __new__(cls, callback: Callable[[int, int, int, Any, int], object]) -> Self: ...
 
+def joined_data(body: Buffer) -> tuple[int, bytes]: ...  # how many records a call's body has, and their data
 def record_cost(nbytes: int) -> int: ...  # of a record of nbytes (data + key) at most, to a budget
 
 # What may be held, in bytes and records: buffered plus in flight. Several batchers may share one.
@@ -78,7 +80,9 @@ class Budget:
 # parts: ("text", "x"), ("topic", None), ("level", n from 0), ("field", ("a", "b")).
 @final
 class KeyPlan:
-    def __new__(cls, kind: Literal["uuid", "none", "parts"], parts: Sequence[tuple[str, Any]] = ()) -> Self: ...
+    def __new__(
+        cls, kind: Literal["uuid", "content", "none", "parts"], parts: Sequence[tuple[str, Any]] = ()
+    ) -> Self: ...
     def render(self, topic: bytes, data: bytes) -> str: ...
 
 # Hash key to shard index. ends: the inclusive end hash key of each shard, ascending.

@@ -81,6 +81,13 @@ cdef extern from "codec/base64.h" nogil:
     int fk_b64_init() noexcept
     int fk_b64_use(int kernel) noexcept
 
+cdef extern from "codec/pattern.h" nogil:
+    ctypedef struct fk_pattern:
+        size_t length  # 0: there is none
+    bint fk_pattern_set(fk_pattern* pattern, const uint8_t* text, size_t length) noexcept
+    void fk_pattern_open(fk_pattern* pattern, size_t start, size_t length) noexcept
+    bint fk_pattern_is(const fk_pattern* pattern, const uint8_t* text, size_t left) noexcept
+
 cdef extern from "codec/random.h" nogil:
     enum:
         FK_UUID_LENGTH
@@ -89,6 +96,12 @@ cdef extern from "codec/random.h" nogil:
     void fk_random_fix(uint64_t seed) noexcept
     void fk_random_forget() noexcept
     void fk_uuid4(char* out) noexcept
+
+cdef extern from "codec/content.h" nogil:
+    void fk_content_init() noexcept
+    void fk_content(const uint8_t* topic, size_t topic_length, const uint8_t* payload, size_t payload_length,
+                    uint64_t* out) noexcept
+    void fk_uuid8(const uint64_t* digest, uint64_t index, char* out) noexcept
 
 cdef extern from "codec/md5.h" nogil:
     void fk_md5(const uint8_t* data, size_t n, uint8_t* out) noexcept
@@ -244,6 +257,7 @@ cdef inline void bytes_close(Bytes* out) noexcept:
 
 
 check_memory(-fk_random_init())  # a positive errno
+fk_content_init()
 
 include "codec/payload.pxi"
 include "codec/formats.pxi"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from fastkin.arn import is_stream_name, stream_arn
+from fastkin.files import naming
 from fastkin.formats.table import DEFAULT, FORMATS, FRAME, ROWS
 from fastkin.limits import CALL_BYTES, CALL_RECORDS, DEFAULT_CALL_BYTES, LARGE_RECORD_BYTES, RECORD_BYTES
 from fastkin.limits import KIB as KIB  # for who fills tables in code
@@ -48,12 +49,14 @@ _CLIENT_ID = Shape(
     lambda text: len(text.encode()) <= 65_535, "is longer than 65,535 bytes", "MQTT takes no more", shown=False
 )
 _STREAM = Shape(is_stream_name, "is not a stream name", "1 to 128 letters, digits and _ . -")
+_FIREHOSE = Shape(r"[a-zA-Z0-9_.-]{1,64}", "is not the name of a delivery stream", "1 to 64 letters, digits and _ . -")
 _STREAM_ARN = Shape(
     lambda text: stream_arn(text) is not None,
     "is not the ARN of a stream",
     "arn:aws:kinesis:REGION:123456789012:stream/NAME",
 )
-_REGION = Shape(r"[a-z0-9]+(-[a-z0-9]+)*", "is not a region", "for example eu-west-1")
+# One word is what emulators are told. What has more ends with a number, so that a zone or a slip is not asked for.
+_REGION = Shape(r"[a-z0-9]+|[a-z0-9]+(-[a-z0-9]+)*-[0-9]+", "is not a region", "for example eu-west-1")
 _ENDPOINT = Shape(is_endpoint, "is not an endpoint", "for example http://localhost:4567", shown=False, hidden_with="@")
 _ROLE_ARN = Shape(
     r"arn:aws[a-z-]*:iam::\d{12,}:role/[\w+=,.@/-]{1,512}",
@@ -66,7 +69,19 @@ _EXTERNAL_ID = Shape(
 _SESSION = Shape(r"[\w+=,.@-]{2,64}", "is not a session name", "2 to 64 letters, digits and _ + = , . @ -")
 _ID = Shape(r"[A-Za-z0-9_.:/-]{1,64}", "is not fit for a log line", "use 1 to 64 letters, digits and _ . : / -")
 _FIELD = Shape(lambda text: len(text.encode()) <= 1024, "is longer than 1,024 bytes", "use a shorter name")
+_GROUP = Shape(r"[^+#/]+", "is not a group of a shared subscription", "a name without + # /")
+_BUCKET = Shape(
+    r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", "is not the name of a bucket", "3 to 63 small letters, digits and . -"
+)
+_PREFIX = Shape(
+    lambda text: naming.wrong(text) is None,
+    "is not a prefix",
+    "folders have names that do not begin with a dot; % only in %Y %m %d %H %M %j and %%; 512 bytes at most",
+)
+_EXTENSION = Shape(r"(\.[A-Za-z0-9_-]{1,16}){1,4}", "is not an extension", "for example .jsonl or .csv.gz")
 _LABEL = Shape(r"[^+#/]+", "is not one level of a topic", "without + # /")
+
+_SHARED = ("$share/", "$queue/")  # shared already: brokers know the second as a short form
 
 # Not stored: it is taken apart into the fields of Broker.
 URL = Row(
@@ -177,6 +192,7 @@ class Kinesis:
     stream_arn: str | None = row(
         None, "stream ARN: preferred over the name, brings its region", shape=_STREAM_ARN, argument=True
     )
+    firehose: str | None = row(None, "delivery stream of Firehose, in the place of a stream", shape=_FIREHOSE)
     region: str | None = row(
         None, "for example `eu-west-1`", shape=_REGION, argument=True, aws=("AWS_REGION", "AWS_DEFAULT_REGION")
     )
@@ -228,6 +244,16 @@ class Kinesis:
         None, "PEM file of authorities to trust instead of the system's", file=True, aws=("AWS_CA_BUNDLE",)
     )
 
+    @property
+    def name(self) -> str | None:
+        """Of the stream, or of the delivery stream."""
+        return self.firehose or self.stream
+
+    @property
+    def target(self) -> str:
+        """The same for a log line; the ARN where there is one, "" when nothing is named."""
+        return self.stream_arn or self.name or ""
+
 
 def label_filter(label: str) -> str:
     """The topic filter that a bulk_label stands for."""
@@ -243,6 +269,40 @@ class Pipeline:
     id: str = field(metadata=meta(Row(doc="names the pipeline in every log line; unique", shape=_ID, own=True)))
     kinesis: Kinesis
     description: str = row("", "a note for people", own=True)
+    # in the place of kinesis.stream; see files/
+    file: str | None = row(
+        None,
+        "directory to write records into, in the place of a stream; with `s3` finished files wait there",
+        file=True,
+        own=True,
+    )
+    s3: str | None = row(None, "bucket that finished files of `file` go to", shape=_BUCKET)
+    file_prefix: str = row(
+        "",
+        "before the name of a file, as `data/%Y/%m/%d/`: `%Y`, `%m`, `%d`, `%H`, `%M` and `%j` are the time in UTC at"
+        " which it began",
+        shape=_PREFIX,
+    )
+    file_error_prefix: str = row(
+        "", "the same for dead letters, which become lines in files of their own, in the place of `dead_letter`",
+        shape=_PREFIX,
+    )  # fmt: skip
+    file_raw_prefix: str = row(
+        "", "the same for messages as they came, whatever becomes of their records; left out: they are not kept",
+        shape=_PREFIX,
+    )  # fmt: skip
+    file_extension: str = row(".jsonl", "behind the name of a file; `.gz` follows", shape=_EXTENSION)
+    file_compression: Literal["gzip", "none"] = row("gzip", "of finished files")
+    file_interval_s: float = row(60.0, "a file is finished so long after its first record", least=0.1, most=86_400)
+    file_max_bytes: int = row(
+        5 * MIB, "or when it holds so many bytes before compression: whatever comes first", least=1024, most=512 * MIB
+    )
+    file_disk_bytes: int = row(
+        4096 * MIB,
+        "bytes in the directory at most. Nothing is deleted at the bound: nothing more is taken, and reading pauses",
+        least=1 * MIB,
+        most=_TIB,
+    )
     enabled: bool = row(True, "false: the pipeline opens nothing")
     # what is subscribed: the filter of bulk_label is among them
     topics: tuple[str, ...] = row(
@@ -289,7 +349,10 @@ class Pipeline:
         '`spark`: each record becomes `{"type":"record","host":...,"data":RECORD}`; what is no JSON is set aside',
     )
     envelope_host: str | None = row(None, "the host in the envelope; left out: the machine's name")
-    separator: Literal["", ",", "\t", "\n", "\r\n"] = row("", "follows each record; counts into its size")
+    separator: Literal["", ",", "\t", "\n", "\r\n"] = row(
+        "",
+        "follows each record; counts into its size. Left out: none, but `\\n` where records stand one behind the other",
+    )
     partition_key: str = row("uuid", "see partition keys", argument=True)
     aggregation: Literal["none", "kpl", "lines"] = row(
         "none", "many records in one Kinesis record: `kpl`, as the KPL does it; `lines`, a line of JSON each"
@@ -360,6 +423,23 @@ class Pipeline:
     )
     shutdown_timeout_s: float = row(30.0, "for storing what is held after SIGTERM", least=0, most=3600)
     stdout: bool = row(False, "true: `fastkin run` prints every message", microservice="STDOUT")
+    # Not rows: service/members.py fills them, for a worker of several.
+    share: str = ""  # the group by which `topics` are shared with the other workers; "": they are not
+    left_over: bool = False  # nothing is subscribed: what a session from before still holds is taken, and no more
+
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """`topics` as the broker is asked for them."""
+        if not self.share:
+            return self.topics
+        return tuple(t if t.startswith(_SHARED) else f"$share/{self.share}/{t}" for t in self.topics)
+
+    @property
+    def target(self) -> str:
+        """What records go to, for a log line."""
+        if self.s3:
+            return f"s3://{self.s3}"
+        return self.file or self.kinesis.target
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -384,6 +464,25 @@ class Status:
     host: str = row("127.0.0.1", "address to listen on", shape=_HOST)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """How many processes do the work of `fastkin run`, and how they share it."""
+
+    count: int | None = row(
+        None,
+        "processes that share the work, by shared subscriptions; `--workers` wins. 0: one process, its filters as they"
+        " stand, which also takes what an earlier start with workers left at the broker. Left out: one process",
+        least=0,
+        most=64,
+    )
+    group: str | None = row(
+        None,
+        "the filters of a pipeline are subscribed as `$share/GROUP-ID/FILTER`, ID being the pipeline's; left out: the"
+        " `client_id`",
+        shape=_GROUP,
+    )
+
+
 # Each table of a settings file, by its name there.
 SECTIONS: dict[str, type[Any]] = {
     "broker": Broker,
@@ -391,6 +490,7 @@ SECTIONS: dict[str, type[Any]] = {
     "kinesis": Kinesis,
     "pipeline": Pipeline,
     "status": Status,
+    "workers": Workers,
 }
 
 
@@ -417,6 +517,7 @@ class Settings:
     pipelines: tuple[Pipeline, ...]
     warnings: tuple[str, ...] = ()
     status: Status = field(default_factory=Status)
+    workers: Workers = field(default_factory=Workers)
 
 
 def client_id_of(settings: Settings, pipeline_id: str, owner: str | None = None) -> str:

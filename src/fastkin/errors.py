@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import enum
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Iterable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from fastkin._codec import Receipt
     from fastkin.results import PutResult
+else:
+    Receipt, PutResult = Awaitable, Any  # what get_type_hints() shows: both modules import this one
 
 
 def escaped(text: str) -> str:
@@ -63,6 +64,7 @@ class FastkinError(Exception):
     """The root of everything fastkin raises on purpose."""
 
     retriable = False
+    receipts: tuple[Receipt[PutResult], ...] = ()  # of `put_many`: those of the records before, which were taken
 
 
 class ConfigError(FastkinError):
@@ -93,12 +95,7 @@ class DataFormatError(FastkinError, ValueError):
 
 
 class RecordError(FastkinError, ValueError):
-    """One record can never be stored as it is: too large, or its key is not allowed.
-
-    receipts: of `put_many`, those of the records before it.
-    """
-
-    receipts: tuple[Receipt[PutResult], ...] = ()
+    """One record can never be stored as it is: too large, or its key is not allowed."""
 
 
 class RecordDropped(FastkinError):  # noqa: N818
@@ -229,11 +226,14 @@ class KinesisError(FastkinError):
     ) -> None:
         self.http_response = http_response
         self.failed_record_count: int | None = None
-        self.code = code = printable(code, 128)
-        self.message = message = printable(message)
+        code = printable(code, 128)
+        self.code: str = code
+        message = printable(message)
+        self.message: str = message
         self.action = action
         self.http_status = http_status
-        self.request_id = request_id = printable(request_id, 128) if request_id else None
+        request_id = printable(request_id, 128) if request_id else None
+        self.request_id: str | None = request_id
         self.retry_after = retry_after
         parts = [f"HTTP {http_status}"] if http_status is not None else []
         parts += [f"request {request_id}"] if request_id else []
@@ -286,6 +286,12 @@ class UnexpectedResponse(KinesisError):  # noqa: N818 - it reads better in `exce
     """The answer is not what the API promises: not JSON, wrong record count, missing fields."""
 
     type = ErrorType.UNEXPECTED_RESPONSE
+
+    def of_request(self, request_id: str | None) -> None:
+        """Name the request whose answer it was, when nobody has yet: who reads an answer does not see its headers."""
+        if request_id and not self.request_id:
+            self.request_id = printable(request_id, 128)
+            self.args = (f"{self.args[0]} (request {self.request_id})",)
 
 
 class RecordFailed(KinesisError):  # noqa: N818

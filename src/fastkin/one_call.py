@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from fastkin._codec import DRAIN, FAILED, Batcher, Budget, KeyPlan
-from fastkin.aws.error_table import response_of
+from fastkin.aws.error_table import response_of, telling_requests
 from fastkin.errors import ClosedError, KinesisError, LibraryError, RecordError, RecordFailed, UnexpectedResponse
 from fastkin.limits import MIB
 from fastkin.record import Record
@@ -62,7 +62,8 @@ class OneCall:
             body["SequenceNumberForOrdering"] = record.prev_sequence_number
         try:
             answer = await self._client.call("PutRecord", _with_target(self._client, body), once=True)
-            return _result(answer)
+            with telling_requests():
+                return _result(answer)
         except KinesisError as error:
             error.failed_record_count = 1
             raise
@@ -70,9 +71,11 @@ class OneCall:
     async def put_records(self, records: Sequence[Record]) -> PutRecordsResult:
         """One PutRecords request."""
         batch, receipts = self._batch(records)
+        answer = b""
         try:
             answer = await self._client.call(self._client.destination.put, batch, once=True)
-            failures = batch.settle(answer)
+            with telling_requests():
+                failures = batch.settle(answer)
         except BaseException as error:
             if isinstance(error, KinesisError):
                 error.failed_record_count = len(receipts)

@@ -9,13 +9,15 @@ import asyncio
 import logging
 import os
 import weakref
+from collections.abc import Callable, Iterable, Sequence  # noqa: TC003 - who reads our annotations needs it
 from functools import partial
+from pathlib import Path  # noqa: TC003
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from fastkin._codec import DRAIN, KeyPlan
+from fastkin._codec import DRAIN, KeyPlan, Receipt
 from fastkin.aws.transports import make_client
 from fastkin.config import Kinesis
-from fastkin.delivery.backlog import Policy  # noqa: TC001 - who reads our annotations needs it
+from fastkin.delivery.backlog import Policy  # noqa: TC001
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.delivery.stream_watch import StreamWatch
 from fastkin.delivery.turns import Turns
@@ -24,19 +26,19 @@ from fastkin.formats.partition_key import KeySpecError, key_plan
 from fastkin.limits import CALL_RECORDS, DEFAULT_CALL_BYTES, MIB, RECORD_BYTES
 from fastkin.one_call import OneCall
 from fastkin.record import Record
+from fastkin.results import FrameResult, PutRecordsResult, PutResult  # noqa: TC001
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive, quiet
-from fastkin.settings.arguments import check_arguments
+from fastkin.settings.arguments import check_arguments, check_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
+    from typing_extensions import Buffer as Buffer
 
-    from typing_extensions import Buffer
-
-    from fastkin._codec import Receipt
-    from fastkin.results import FrameResult, PutRecordsResult, PutResult
     from fastkin.status.metrics import ProducerCollector
+else:
+    # What get_type_hints() shows. Python has a Buffer from 3.12 on, and the collector would load prometheus_client.
+    Buffer = bytes | bytearray | memoryview
+    ProducerCollector = Any
 
 _LOG = logging.getLogger("fastkin.producer")
 T = TypeVar("T")
@@ -98,8 +100,8 @@ class Producer:
     ) -> None:
         """One of `stream` and `stream_arn` is needed; credentials come from the SDK's chain unless given.
 
-        partition_key: the default for `put`: "uuid", "static:X", "field:a.b", "none" (only on streams that
-            choose shards themselves).
+        partition_key: the default for `put`: "uuid", "content" (made from the data by `content_key`: what is put
+            again has the same key), "static:X", "field:a.b", "none" (only on streams that choose shards themselves).
         max_records, max_batch_bytes, max_record_bytes: limits of one call and one record; data before base64
             plus the UTF-8 bytes of the partition key (the API's PutRecords page).
         budget_bytes, budget_records: what may be held, buffered and in flight together.
@@ -126,6 +128,7 @@ class Producer:
         check_arguments(locals())
         if not (stream or stream_arn):
             raise LibraryError("Non empty argument required: stream or stream_arn")
+        check_keys(access_key, secret_key)
         if (on_full == "spool") != (spool is not None):
             raise LibraryError('on_full="spool" and spool="FILE" go together')
         if on_full == "spool" and delivery_timeout_s is not None:
@@ -326,8 +329,9 @@ class Producer:
     async def put_many(self, records: Iterable[Buffer | Record]) -> list[Receipt[PutResult]]:
         """put() for each, in their order; a Record has its own key, the others the producer's.
 
-        RecordError says which one can never be stored, and has the receipts of those before it, which were taken, in
-        `receipts`. `prev_sequence_number` of a Record is not sent.
+        RecordError says which one can never be stored, LibraryError which one is none, ClosedError at which one the
+        producer was closed; each has the receipts of those before it, which were taken, in `receipts`.
+        `prev_sequence_number` of a Record is not sent.
         """
         receipts: list[Receipt[PutResult]] = []
         try:
@@ -336,8 +340,8 @@ class Producer:
                     receipts.append(await self.put(each.payload, each.partition_key, each.explicit_hash_key))
                 else:
                     receipts.append(await self.put(each))
-        except RecordError as error:
-            told = RecordError(f"records[{len(receipts)}]: {error}")
+        except (RecordError, LibraryError, ClosedError) as error:
+            told = type(error)(f"records[{len(receipts)}]: {error}")
             told.receipts = tuple(receipts)
             raise told from None
         return receipts

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable  # noqa: TC003 - who reads our annotations needs it
+from typing import Any
 
 import orjson
 
 from fastkin.errors import LibraryError, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 KEY_CHARACTERS = 256  # API_PutRecords: "Unicode strings with a maximum length limit of 256 characters"
 HASH_KEYS = 2**128  # the hash keys of a stream
@@ -40,11 +38,13 @@ class Record:
         prev_sequence_number: str | None = None,
         encoder: Callable[[Any], bytes | str] | None = None,
     ) -> None:
-        self.data = data
-        self.partition_key = _key(partition_key)
-        self.explicit_hash_key = None if explicit_hash_key is None else _hash_key(explicit_hash_key)
-        self.prev_sequence_number = None if prev_sequence_number is None else _sequence(prev_sequence_number)
-        self.payload = _encoded(data, encoder)  # the bytes that are sent
+        self.data: Any = data
+        self.partition_key: str = _key(partition_key)
+        self.explicit_hash_key: str | None = None if explicit_hash_key is None else _hash_key(explicit_hash_key)
+        self.prev_sequence_number: str | None = (
+            None if prev_sequence_number is None else _sequence(prev_sequence_number)
+        )
+        self.payload: bytes = _encoded(data, encoder)  # the bytes that are sent
 
     def __repr__(self) -> str:
         return f"<Record of {len(self.payload)} bytes, key {self.partition_key!r}>"

@@ -179,10 +179,10 @@ def fault(row: Row, value: object, least: float | None = None) -> Fault | None:
 def _fault_of_number(row: Row, number: Any, least: float | None) -> Fault | None:
     # numbers of other libraries may be given as arguments; a bool is an int for Python, and here a slip, as NaN is
     wanted = numbers.Integral if row.kind == "int" else numbers.Real
-    is_number = isinstance(number, wanted) and not isinstance(number, bool)
-    if not is_number or number != number:
+    if not isinstance(number, wanted) or isinstance(number, bool) or number != number:
         return Fault.KIND
-    if least is None or row.most is None or least <= number <= row.most:
+    value: Any = number  # the abstract kinds of numbers do not say that they can be compared
+    if least is None or row.most is None or least <= value <= row.most:
         return None
     return Fault.RANGE
 

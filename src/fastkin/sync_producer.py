@@ -15,24 +15,23 @@ import os
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable, Coroutine, Sequence  # noqa: TC003 - who reads our annotations needs it
 from functools import partial
+from pathlib import Path  # noqa: TC003
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypedDict, TypeVar, Unpack
 
+from fastkin.delivery.backlog import Policy  # noqa: TC001
 from fastkin.errors import ClosedError, LibraryError, RecordsLost
-from fastkin.producer import Producer
+from fastkin.producer import Buffer, Producer
+from fastkin.record import Record  # noqa: TC001
+from fastkin.results import PutRecordsResult, PutResult  # noqa: TC001
 from fastkin.runtime.loops import loop_factory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
-    from pathlib import Path
-
-    from typing_extensions import Buffer
-
     from fastkin._codec import Receipt
-    from fastkin.delivery.backlog import Policy
-    from fastkin.record import Record
-    from fastkin.results import PutRecordsResult, PutResult
     from fastkin.status.metrics import ProducerCollector
+else:
+    ProducerCollector = Any  # as in producer.py
 
 _LOG = logging.getLogger("fastkin.producer")
 T = TypeVar("T")
@@ -253,7 +252,18 @@ class SyncProducer:
         self._not_in_the_loop(method)
         if self._state != "open" or self._loop is None:
             raise self._not_open()
-        return asyncio.run_coroutine_threadsafe(work(), self._loop).result(timeout_s)
+        coroutine = work()
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:  # the loop was closed meanwhile
+            coroutine.close()
+            raise self._not_open() from None
+        # Also the other one: a loop that is just being closed takes work, and never does it.
+        either: list[concurrent.futures.Future[Any]] = [future, self._ended]
+        concurrent.futures.wait(either, timeout_s, concurrent.futures.FIRST_COMPLETED)
+        if future.cancelled() or (self._ended.done() and not future.done()):
+            raise self._not_open()
+        return future.result(0 if timeout_s is not None else None)
 
     def _not_in_the_loop(self, method: str) -> None:
         if threading.current_thread() is self._thread:

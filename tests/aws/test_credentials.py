@@ -292,6 +292,74 @@ async def test_a_call_is_signed_with_what_motos_sts_gave_out(moto_sts: Any) -> N
         await client.close()
 
 
+# -- an assumed role, of the emulator's own STS
+
+
+OWN = {"BASE": "base-secret"}  # of assume()
+
+
+async def with_a_role(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, **more: Any) -> KinesisClient:
+    """A client that has keys of the role from the emulator, which checks the signature of every call."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", emulator.url)
+    client = KinesisClient(assume(endpoint_url=emulator.url, **more))
+    try:
+        await client.start()
+    except BaseException:
+        await client.close()
+        raise
+    return client
+
+
+BODY = b'{"Records":[{"Data":"aGVsbG8=","PartitionKey":"k"}],"StreamName":"x"}'
+
+
+async def test_a_call_is_signed_with_what_the_emulators_sts_gave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Emulator({"x": 2}, credentials=OWN, roles={ROLE: "tenant-7"}, region="eu-west-1") as emulator:
+        client = await with_a_role(emulator, monkeypatch, session_name="line-3", external_id="tenant-7")
+        assert json.loads(await client.call("PutRecords", BODY))["FailedRecordCount"] == 0
+        (role,) = emulator.sts.assumed
+        assert (role.role_arn, role.session_name, role.external_id) == (ROLE, "line-3", "tenant-7")
+        # A refused key is not used again: the role is assumed once more, and the call goes on.
+        emulator.faults.expired_token(times=1)
+        assert json.loads(await client.call("PutRecords", BODY))["FailedRecordCount"] == 0
+        assert len(emulator.sts.assumed) == 2
+        assert len(emulator.stored("x")) == 2
+        await client.close()
+
+
+async def test_keys_of_a_role_that_end_are_replaced_by_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = [0.0]
+    async with Emulator(
+        {"x": 1}, credentials=OWN, region="eu-west-1", skew_s=None, wall=lambda: time.time() + away[0]
+    ) as emulator:
+        client = await with_a_role(emulator, monkeypatch)
+        await client.call("PutRecords", BODY)
+        away[0] = 3601.0  # by the service's clock they are over
+        await client.call("PutRecords", BODY)
+        first, second = emulator.sts.assumed
+        assert first.access_key != second.access_key
+        assert len(emulator.stored("x")) == 2
+        await client.close()
+
+
+@pytest.mark.parametrize("more", [{"external_id": "tenant-8"}, {}])
+async def test_a_role_that_the_emulator_refuses(more: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Emulator(credentials=OWN, roles={ROLE: "tenant-7"}, region="eu-west-1") as emulator:
+        with pytest.raises(KinesisError) as caught:
+            await with_a_role(emulator, monkeypatch, **more)
+    assert caught.value.code == "NoCredentials"
+    assert "AccessDenied" in str(caught.value)
+    assert "external_id is the one it asks for" in str(caught.value)
+
+
+async def test_wrong_keys_cannot_ask_the_emulator_for_a_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Emulator(credentials={"BASE": "another-secret"}, region="eu-west-1") as emulator:
+        with pytest.raises(KinesisError, match="the keys that ask are expired or wrong") as caught:
+            await with_a_role(emulator, monkeypatch)
+    assert "SignatureDoesNotMatch" in str(caught.value)
+    assert emulator.sts.assumed == []
+
+
 async def test_a_short_lived_role_is_refreshed_without_pausing_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     sts = Sts(valid_s=6)
     async with FakeServer(sts.answer) as server:

@@ -1,4 +1,4 @@
-"""A destination is a row: what another one would need is tried with Firehose, which is no choice of the settings."""
+"""A destination is a row: Kinesis and Firehose differ in nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fastkin._codec import AnswerNames, KeyPlan
-from fastkin.aws.destinations import KINESIS, Destination
+from fastkin.aws.destinations import FIREHOSE, KINESIS
 from fastkin.aws.endpoint import light_endpoint
 from fastkin.aws.native import KinesisClient
 from fastkin.aws.sdk import SdkClient
@@ -25,23 +25,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fastkin.aws.client import Client
-
-FIREHOSE = Destination(
-    service="firehose",
-    api="Firehose_20150804",
-    put="PutRecordBatch",
-    name_member="DeliveryStreamName",
-    arn_member=None,
-    answer=AnswerNames("RequestResponses", "FailedPutCount", "RecordId"),
-    keyed=False,
-    shards=False,
-    dry_run=False,
-    account_hosts=False,
-    control=frozenset(),
-    call_records=500,
-    call_bytes=4 * MIB,
-    record_bytes=1000 * KIB,
-)
 
 
 @pytest.fixture(autouse=True)

@@ -215,6 +215,61 @@ def test_what_is_wrong_is_said(reply: bytes, why: str) -> None:
     rig.settled()
 
 
+# --- entries that are read by what the one before them was like ---
+
+NUMBER = "49640000000000000000000000000000000000000000000000000042"
+ALIKE = b'{"SequenceNumber":"%s","ShardId":"shardId-00000000000%d"}'
+
+
+def alike(*others: bytes, form: bytes = ALIKE) -> bytes:
+    """Two entries of that form, the others, and one as `ALIKE`."""
+    entries = [form % (NUMBER.encode(), shard) for shard in range(2)]
+    return b'{"FailedRecordCount":0,"Records":[%b]}' % b",".join([*entries, *others, ALIKE % (b"7" * 56, 9)])
+
+
+@pytest.mark.parametrize("byte", [bytes([each]) for each in b'"\\{}[]:, n0Z'] + [b"\xc3", b"\x00"])
+def test_one_byte_in_an_entry_like_the_others(byte: bytes) -> None:
+    """Wherever it stands: the answer says what it says when each entry is read by itself."""
+    entry = ALIKE % (NUMBER[::-1].encode(), 3)
+    assert judge(alike(entry), 4) == [None] * 4
+    for at in range(len(entry)):
+        changed = entry[:at] + byte + entry[at + 1 :]
+        by_itself = judge(alike(changed, form=ALIKE.replace(b"{", b"{ ")), 4)
+        assert judge(alike(changed), 4) == by_itself, changed
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        b'{"SequenceNumber":"%s","ShardId":""}' % (b"1" * 76),  # as long, and stored nowhere
+        b'{"ErrorCode":"InternalFailure","ErrorMessage":"%s"}' % (b"x" * 63),
+        b'{"ErrorCode":"x", "SequenceNumber":"%s","ShardId":"s"}' % (b"1" * 59),
+        b'{"SequenceNumber":"%s","ShardId":"shardId-00000000000\\""}' % (b"1" * 55),
+        b'{"SequenceNumber":"%s\\","ShardId":"shardId-000000000000"}' % (b"1" * 55),
+        b'{"SequenceNumber":"%s","ShardId":null,"x":"1234567890123"}' % (b"1" * 56),
+        b"{}",
+        b"null",
+        b'{"ShardId":"%s","SequenceNumber":"1"}' % (b"s" * 600),
+    ],
+)
+def test_another_entry_among_entries_that_are_alike(other: bytes) -> None:
+    for count, reply in [(4, alike(other)), (5, alike(other, other)), (5, alike(ALIKE % (b"5" * 56, 5), other))]:
+        assert judge(reply, count) == expected(reply, count)
+
+
+def test_an_answer_that_ends_within_an_entry_like_the_others() -> None:
+    reply = alike(ALIKE % (b"3" * 56, 3))
+    for end in range(len(reply)):
+        assert judge(reply[:end], 4) is None
+
+
+def test_entries_of_many_lengths() -> None:
+    """More kinds than are learned, and some longer than what is learned at all."""
+    lengths = [1, 2, 3, 500, 4, 5, 6, 7, 8, 9, 10, 1, 1, 500, 500, 2, 2, 11, 12, 13, 13, 13]
+    entries = [b'{"ShardId":"%s","SequenceNumber":"%d"}' % (b"s" * n, i) for i, n in enumerate(lengths)]
+    assert judge(b'{"FailedRecordCount":0,"Records":[%b]}' % b",".join(entries), len(entries)) == [None] * len(entries)
+
+
 def test_failed_record_count_is_not_believed() -> None:
     reply = json.dumps({"FailedRecordCount": 0, "Records": [entry(), failure("A", "m")]}).encode()
     assert judge(reply, 2) == [None, ("A", "m")]

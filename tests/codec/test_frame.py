@@ -77,6 +77,24 @@ def expected(payload: bytes) -> object:
         return error.offset
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("elements", "records"),
+    [
+        ("", []),
+        ("c40161", [b"a"]),
+        ("c400", [b""]),
+        ("c50001 61", [b"a"]),
+        ("c600000001 61", [b"a"]),
+        ("c40161 c400 c4026263", [b"a", b"", b"bc"]),
+    ],
+)
+def test_the_smallest_frames(version: bytes, elements: str, records: list[bytes]) -> None:
+    """MD-16, MD-18: each width of the version and of a record, no record at all, an empty one among others."""
+    assert decode_frame(version + bytes.fromhex(elements)) == records
+    assert encode_frame([b"a"]).hex() == "a3312e30c40161"
+
+
 @given(frames())
 def test_reads_every_form(frame: tuple[bytes, list[bytes]]) -> None:
     payload, records = frame

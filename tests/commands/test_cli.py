@@ -726,7 +726,7 @@ async def test_check_connect_goes_the_way_that_run_goes(monkeypatch: pytest.Monk
             stream="s", region="us-east-1", endpoint_url=emulator.url, access_key="AK", secret_key="SK", transport="sdk"
         )
         monkeypatch.setattr(KinesisClient, "call", None)
-        assert await check._stream(kinesis) == "ACTIVE, 2 shards, PROVISIONED"
+        assert await check.stream_says(kinesis) == "ACTIVE, 2 shards, PROVISIONED"
 
 
 def test_check_connect_tries_broker_and_stream(broker: servers.Server, tmp_path: Path) -> None:

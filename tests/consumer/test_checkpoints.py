@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -207,3 +208,28 @@ async def test_a_kill_repeats_at_most_one_batch_of_a_shard_and_loses_nothing(tmp
         assert first == expected[: len(first)]
         assert second == expected[len(expected) - len(second) :]
         assert 0 <= len(first) + len(second) - len(expected) <= 50
+
+
+async def test_a_reader_that_is_cancelled_while_the_file_is_opened_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that opens it goes on: whoever closes waits for it."""
+    store = FileCheckpoints(tmp_path / "marks.json")
+    entered, go_on = threading.Event(), threading.Event()
+    read = FileCheckpoints._read
+
+    def slow(self: FileCheckpoints, stream: str) -> dict[str, str]:
+        entered.set()
+        go_on.wait(10)
+        return read(self, stream)
+
+    monkeypatch.setattr(FileCheckpoints, "_read", slow)
+    loading = asyncio.create_task(store.load("s"))
+    assert await asyncio.to_thread(entered.wait, 10)
+    loading.cancel()
+    await asyncio.gather(loading, return_exceptions=True)
+    closing = asyncio.create_task(store.close())
+    await asyncio.sleep(0.05)
+    go_on.set()
+    await closing
+    assert await FileCheckpoints(tmp_path / "marks.json").load("s") == {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import typing
 from typing import Any
 
@@ -12,6 +15,7 @@ from consumer.rig import FIRST, HALF, consumer, put, take
 from fastkin import ClosedError, Consumer, KinesisError, LibraryError, UnexpectedResponse
 from fastkin.emulator import Emulator
 from fastkin.emulator.control import Control
+from support.fake_http import FakeServer, Link, Request
 from support.readback import kinesis_client
 from support.servers import kinesalite, kinesis_mock
 
@@ -43,9 +47,11 @@ def test_an_argument_that_is_wrong_is_named(name: str, value: Any) -> None:
         Consumer(**(GOOD | {name: value}))
 
 
-def test_it_needs_no_mqtt() -> None:
+@pytest.mark.process
+def test_producer_and_consumer_load_no_mqtt() -> None:
     """EI-01: usable alone."""
-    assert "fastkin.mqtt" not in (Consumer.__module__, fastkin.ConsumerRecord.__module__)
+    code = "import sys, fastkin; fastkin.Producer, fastkin.Consumer; print([m for m in sys.modules if 'mqtt' in m])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize(
@@ -173,6 +179,25 @@ async def test_a_record_tells_where_it_is_from() -> None:
     assert record.encryption_type is None
 
 
+async def test_an_encrypted_record_of_a_stream_that_chooses_shards() -> None:
+    """EI-19, EI-20: KMS, no key, and the milliseconds that whole seconds would lose."""
+    told = {
+        "Data": "MQ==",
+        "SequenceNumber": "7",
+        "ApproximateArrivalTimestamp": 1_764_000_000.123,
+        "EncryptionType": "KMS",
+    }
+    answer = {"Records": [told], "MillisBehindLatest": 0, "NextShardIterator": "next"}
+
+    async def script(link: Link, _: Request) -> None:
+        link.reply(200, json.dumps(answer).encode())
+
+    async with FakeServer(script) as server, consumer(server.url) as one:
+        [record] = (await one.get_records("iterator")).records
+    assert (record.data, record.partition_key, record.encryption_type) == (1, None, fastkin.EncryptionType.KMS)
+    assert (record.timestamp, record.timestamp_ms) == (1_764_000_000.123, 1_764_000_000_123)
+
+
 async def test_one_record_that_is_no_json_costs_no_other() -> None:
     """EI-23: `error` is set, the others are delivered."""
     async with Emulator({"s": 1}) as emulator, consumer(emulator.url) as one:
@@ -217,6 +242,19 @@ async def test_an_answer_that_makes_no_sense_is_told(body: bytes, monkeypatch: p
     with pytest.raises(UnexpectedResponse):
         await one.get_records("iterator")
     await one.close()
+
+
+async def test_an_answer_that_makes_no_sense_is_told_with_its_request() -> None:
+    async with Emulator({"s": 1}) as emulator, consumer(emulator.url) as one:
+        iterator = await one.get_shard_iterator(FIRST, "LATEST")
+        for operation in ("GetRecords", "GetShardIterator", "ListShards"):
+            emulator.faults.garbage(b"[]", operation=operation)
+        for asking in (
+            one.get_records(iterator), one.get_shard_iterator(FIRST, "LATEST"), one.list_shards(),
+        ):  # fmt: skip
+            with pytest.raises(UnexpectedResponse, match=r"request [0-9a-f-]{36}") as caught:
+                await asking
+            assert caught.value.request_id
 
 
 async def test_a_closed_consumer_says_so() -> None:

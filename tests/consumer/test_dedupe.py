@@ -39,6 +39,12 @@ def test_the_last_so_many_are_known(sent: list[tuple[int, int]], most: int) -> N
         assert len(seen) == len(model)
 
 
+def test_an_equal_key_alone_makes_no_duplicate() -> None:
+    """Whoever chooses payloads can make two of one key on purpose: the data is compared, too."""
+    seen = Seen(10)
+    assert [seen.is_new(record(data, KEYS[0])) for data in (b"one", b"two", b"one")] == [True, True, False]
+
+
 def test_many_more_than_it_holds() -> None:
     seen = Seen(1000)
     records = [record(b"%d" % n, str(uuid.uuid4())) for n in range(5000)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from consumer.rig import put
+from consumer.rig import consumer, put
 from fastkin.emulator import Emulator
 from support.servers import ACCESS_KEY, SECRET_KEY, kinesis_mock
 
@@ -55,6 +55,43 @@ async def _watch(url: str) -> None:
     assert line.startswith("shardId-")
     assert "old" not in line
     assert "put_record" in line or "no json" in line
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("server", ["emulator", "kinesis-mock"])
+async def test_the_producer_puts_by_both_calls_in_turn(server: str) -> None:
+    """EI-31: a counter as value, and the call as origin."""
+    if server == "emulator":
+        async with Emulator({"s": 2}) as emulator:
+            await _produce(emulator.url)
+    else:
+        with kinesis_mock() as mock:
+            mock.create_stream("s", 2)
+            await _produce(mock.url)
+
+
+async def _produce(url: str) -> None:
+    keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_REGION": "us-east-1"}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(EXAMPLES / "producer.py"), "s", "0.01",
+        env=keys | {"AWS_ENDPOINT_URL_KINESIS": url}, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60):
+            said = [(await process.stdout.readline()).split()[0] for _ in range(6)]
+            origins: dict[int, str] = {}
+            async with consumer(url) as one:
+                async for record in one.stream("trim_horizon"):
+                    origins[record.data["value"]] = record.data["origin"]
+                    if origins.keys() >= set(range(1, 7)):
+                        break
+    finally:
+        process.kill()
+        await process.wait()
+    ways = ["putRecord", "putRecords"] * 3
+    assert said == [b'{"value":%d,"origin":"%b"}' % (n, way.encode()) for n, way in enumerate(ways, 1)]
+    assert [origins[n] for n in range(1, 7)] == ways
 
 
 class Checkpointer:

@@ -267,10 +267,10 @@ async def test_the_sdk_reads_the_same() -> None:
 
 
 @pytest.mark.process
-@pytest.mark.timeout(240)
-async def test_kinesis_mock_is_split_and_merged_under_load() -> None:
+@pytest.mark.parametrize("count", [pytest.param(10_000), pytest.param(100_000, marks=pytest.mark.long)])
+@pytest.mark.timeout(2400)  # the server writes a few hundred records a second on a busy machine
+async def test_kinesis_mock_is_split_and_merged_under_load(count: int) -> None:
     """EI-29: none missing, none twice, parents before children, while somebody writes."""
-    count = 6000
     with kinesis_mock() as server:
         server.create_stream("s", 2)
 
@@ -278,9 +278,9 @@ async def test_kinesis_mock_is_split_and_merged_under_load() -> None:
             for at in range(0, count, 500):
                 # the key says where it may be read: one key, one order
                 await put(server.url, [b"%d" % n for n in range(at, at + 500)])
-                if at == 1500:
+                if at == count // 4:
                     await reshape("split_shard", ShardToSplit=FIRST, NewStartingHashKey=str(1 << 126))
-                if at == 3000:
+                if at == count // 2:
                     await reshape(
                         "merge_shards", ShardToMerge="shardId-000000000002",
                         AdjacentShardToMerge="shardId-000000000003",
@@ -294,7 +294,8 @@ async def test_kinesis_mock_is_split_and_merged_under_load() -> None:
                 ] != "ACTIVE":
                     await asyncio.sleep(0.02)
 
-        async with consumer(server.url, checkpoints=MemoryCheckpoints()) as one:
+        # the server walks a shard from its beginning at each call
+        async with consumer(server.url, checkpoints=MemoryCheckpoints(), poll_s=1.0, limit=10_000) as one:
             writing = asyncio.create_task(write())
             records = await take(one, count)
             await writing
@@ -309,3 +310,29 @@ async def test_kinesis_mock_is_split_and_merged_under_load() -> None:
         for parent in {shard.parent, shard.adjacent_parent} & last.keys():
             assert name not in first or last[parent] < first[name], f"{name} began before {parent} ended"
     assert len(shards) == 5
+
+
+async def test_a_stream_that_ends_leaves_another_one_its_connections() -> None:
+    """Of a consumer that nobody started, the last stream() closes what the first has opened."""
+    async with Emulator({"s": 1}) as emulator:
+        await put(emulator.url, [b"1", b"2", b"3"], key="k")
+        one = consumer(emulator.url, limit=1)
+        records = one.stream("trim_horizon")
+        assert (await anext(records)).data == 1
+        assert values(await take(one, 2)) == [1, 2]
+        assert one._started
+        assert [(await anext(records)).data for _ in range(2)] == [2, 3]
+        await records.aclose()
+        assert not one._started
+
+
+async def test_a_wait_that_is_cancelled_ends_the_stream_and_another_one_goes_on() -> None:
+    marks = MemoryCheckpoints()
+    async with Emulator({"s": 1}) as emulator, consumer(emulator.url, checkpoints=marks) as one:
+        await put(emulator.url, [b"1"], key="k")
+        records = one.stream("trim_horizon")
+        assert (await anext(records)).data == 1
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(records), 0.3)
+        await put(emulator.url, [b"2"], key="k")
+        assert values(await take(one, 1)) == [2]

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import math
 import os
+import socket
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, ReadTimeoutError
 
 from fastkin.emulator import Emulator, StreamSpec, serve
 from fastkin.emulator.server import parse_streams
@@ -562,11 +563,38 @@ async def test_the_journal_says_which_calls_were_answered() -> None:
         assert not emulator.puts[-1].answered
 
 
+async def test_an_answer_to_one_who_has_left_is_no_answer() -> None:
+    """What is written to a closing connection is dropped without a word; the journal must not say "answered"."""
+    async with Emulator({"s": 1}, latency_ms=300) as emulator:  # so late that a busy machine does not come after it
+        with socket.create_connection(("127.0.0.1", emulator.port)) as caller:
+            caller.sendall(encode({"StreamName": "s", "Records": entries(2)}))
+            while not emulator.puts:
+                await asyncio.sleep(0)
+            caller.shutdown(socket.SHUT_WR)
+            time.sleep(0.35)  # the loop learns in one turn that the caller has left and that the answer is due
+            await asyncio.sleep(0.01)
+            assert caller.recv(100) == b""
+        assert [(put.stored, put.answered) for put in emulator.puts] == [(2, False)]
+
+
 async def test_an_expired_token() -> None:
     async with Emulator({"s": 1}) as emulator:
         emulator.faults.expired_token(times=1)
         reply = await put(emulator, entries(1))
         assert (reply.status, reply.json["__type"]) == (400, "ExpiredTokenException")
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_silent_call_is_never_answered(stored: bool) -> None:
+    async with Emulator({"s": 1}) as emulator:
+        fault = emulator.faults.silent(stored=stored, times=1)
+        async with kinesis_client(emulator.url, read_timeout=0.3) as client:
+            with pytest.raises(ReadTimeoutError):
+                await client.put_record(StreamName="s", Data=b"x", PartitionKey="k")
+            assert fault.hits == 1
+            assert emulator.stored_count("s") == stored
+            await client.put_record(StreamName="s", Data=b"y", PartitionKey="k")
+        assert emulator.stored("s")[-1].data == b"y"
 
 
 @pytest.mark.parametrize(("where", "stored"), [("before", 0), ("after", 3), ("inside", 3)])

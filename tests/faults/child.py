@@ -5,6 +5,7 @@ LEDGER_PATCH is a JSON object of what to change before the command starts:
     "fsync_s"  every os.fsync takes that much longer: a slow disk
     "slow"     {"module:Class.method": seconds}: that much longer each time
     "lies"     a failed call ends its records as if they were handled: what the suite must notice
+    "load"     modules: they belong to what the process takes before its memory is looked at
     "unknown"  a file: while it exists no host name resolves but those that are addresses
 """
 
@@ -32,6 +33,8 @@ def main() -> None:
         _slow_disk(float(patch["fsync_s"]))
     if "unknown" in patch:
         _no_names(Path(patch["unknown"]))
+    for module in patch.get("load", ()):
+        importlib.import_module(module)
     for place, value in patch.get("set", {}).items():
         module, _, name = place.partition(":")
         owner = importlib.import_module(module)

@@ -20,6 +20,8 @@ The bound on duplicates. A record may be stored twice for two reasons only:
     ended. The proxy reads every PUBLISH that passes.
 `bound` is the sum of both, in records. `finish()` asserts it, and that the broker did not hand out again more
 than was open at the cuts that were seen.
+
+With `partition_key = "content"` a Consumer with `dedupe` reads the stream at the end, and must see each record once.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import psutil
 
-from fastkin import encode_frame
+from fastkin import Consumer, encode_frame
 from fastkin.config import Broker
 from fastkin.emulator import Emulator, StreamSpec
 from fastkin.errors import FastkinError
@@ -51,7 +53,7 @@ from ledger import Ledger, MqttWatch, dead_letters, numbers, record, spooled, us
 from proxy import FaultProxy
 from support import stalls
 from support.running import Service
-from support.servers import free_port, mosquitto
+from support.servers import ACCESS_KEY, SECRET_KEY, free_port, mosquitto
 from websocket_bridge import WebSocketBridge
 
 if TYPE_CHECKING:
@@ -70,8 +72,6 @@ SCRAPE_EVERY_S = 0.1
 FRAME_RECORDS = 10
 # What a process takes once, whatever its budget: TLS, the first calls and lookups, the threads' stacks and arenas.
 _FIRST_CALLS_BYTES = 8 * 2**20
-# A WebSocket loads aiohttp, which alone takes 9.7 MiB, behind the first look at the memory.
-_WEBSOCKET_BYTES = 2 * 2**20
 _USUAL = re.compile("PUBLISH|PUBACK|PINGREQ|PINGRESP")
 
 # What a test cannot wait for, made short. The values are the code's own, only smaller.
@@ -300,6 +300,8 @@ class Rig:
         self._patch = {"set": QUICK | (patch or {}).get("set", {})} | {
             k: v for k, v in (patch or {}).items() if k != "set"
         }
+        if websocket:  # the first WebSocket loads it, which alone takes 9.7 MiB and is no growth by traffic
+            self._patch["load"] = ["aiohttp"]
         self._env = env or {}
         self._start = start
         self._ready = ready
@@ -729,6 +731,7 @@ class Rig:
         gone = self.missing() if self._lossy_broker else ledger.published - set(self._look()) - self.dead()
         assert gone <= lost, f"{len(gone - lost)} records are lost: {sorted(gone - lost)[:10]} {books}"
         self._contents()
+        self._seen_once()
         assert books["dup"] <= books["bound"], f"more duplicates than can be explained: {books}"
         if not self.broker_restarts and self._scripted is None:
             # else the broker may have lost acknowledgements that it had not read or not written down
@@ -742,8 +745,40 @@ class Rig:
         pipeline = self._settings["pipeline"]
         record = pipeline.get("max_record_bytes", 2**20)
         budget = pipeline["budget_bytes"]
-        once = _FIRST_CALLS_BYTES + (_WEBSOCKET_BYTES if self._websocket else 0)
-        return len(self._pipelines) * max(1.1 * budget, budget + 2**20 + 4 * record) + once
+        return len(self._pipelines) * max(1.1 * budget, budget + 2**20 + 4 * record) + _FIRST_CALLS_BYTES
+
+    def _seen_once(self) -> None:
+        """With keys made from content, who reads with `dedupe` sees each record once, however often it is stored."""
+        if self._settings["pipeline"].get("partition_key") != "content" or self._gone:
+            return
+        if self._emulator_options.get("ssl_context"):  # a Consumer takes no authorities of its own
+            return
+        self.call(self.emulator.faults.clear)
+        seen = self.wait(self._read_with_dedupe(), PATIENCE_S + 10)
+        stored = self.call(lambda: Counter(self._look()))
+        assert set(seen) == set(stored), f"never seen: {sorted(set(stored) - set(seen))[:10]}"
+        twice = [number for number, times in seen.items() if times > 1]
+        assert not twice, f"{len(twice)} records are seen twice: {twice[:10]}"
+
+    async def _read_with_dedupe(self) -> Counter[int]:
+        stream = self.emulator.service.streams[STREAM]
+        total = sum(len(user_records(entry.data)) for entry in stream.stored())
+        seen: Counter[int] = Counter()
+        consumer = Consumer(
+            STREAM, region="us-east-1", endpoint_url=self.emulator.url, access_key=ACCESS_KEY, secret_key=SECRET_KEY,
+            raw=True, dedupe=100_000, partition_key="content", poll_s=0.05,
+        )  # fmt: skip
+
+        async def read() -> None:
+            async for each in consumer.stream("trim_horizon"):
+                seen.update(numbers(each.raw))
+
+        async with consumer, asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as tasks:
+            reading = tasks.create_task(read())
+            while (stats := consumer.stats())["records"] + stats["duplicates"] < total:
+                await asyncio.sleep(0.02)
+            reading.cancel()
+        return seen
 
     def _contents(self) -> None:
         """What is stored is, byte for byte, what was published."""

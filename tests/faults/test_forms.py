@@ -56,6 +56,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "3.1.1-qos-2": {"qos": 2, "broker": {"protocol": "3.1.1"}},
     "websocket": {"websocket": True},
     "websocket-qos-2": {"websocket": True, "qos": 2},
+    "content": {"pipeline": {"partition_key": "content"}},
+    "content-qos-2": {"qos": 2, "pipeline": {"partition_key": "content"}},
+    "content-kpl": {"pipeline": {"partition_key": "content", "aggregation": "kpl"}},
     "window-1": {"broker": {"receive_maximum": 1}},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +20,7 @@ WHOLE: dict[str, Any] = {
     "timestamp": "2021-02-03T04:05:06.789Z",
     "homeId": 12,
 }
+MOST = 1 << 19
 NOW = datetime(2024, 5, 6, 7, 8, 9, 123456, UTC)
 
 
@@ -141,3 +143,21 @@ def test_an_event_is_completed_and_then_checked(said: bytes) -> None:
 def test_a_home_that_is_none_is_refused(said: str) -> None:
     with pytest.raises(ValueError, match="is not DEVICE=HOME"):
         Enricher([said])
+
+
+@pytest.mark.parametrize("one", [b"{},", b"[],", b"0,"])
+def test_an_event_of_very_many_values_is_refused_before_anything_is_made_of_it(one: bytes) -> None:
+    """Half a gigabyte would be made of eight megabytes."""
+    payload = b'{"eventData":{"x":[' + one * MOST + b"0]}}"
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataFormatError, match="at most 524,288 values"):
+            event.records(payload)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_long_text_is_no_many_values() -> None:
+    whole = as_json(eventData={"x": "a" * 2 * MOST})
+    assert event.records(whole) == [whole]

@@ -100,3 +100,16 @@ def test_a_map_cut_at_any_byte_is_refused() -> None:
 def test_a_length_that_is_a_lie_takes_no_memory(payload: bytes) -> None:
     with pytest.raises(DataFormatError):
         ROW.decode(payload)
+
+
+@pytest.mark.parametrize("many", [b"\x80" * (1 << 19), b"\xc0" * (1 << 19)])
+def test_a_payload_of_very_many_values_is_refused(many: bytes) -> None:
+    """Each byte would be an object of 64. Counted over all that is in it, however it is nested."""
+    array = b"\xdd" + len(many).to_bytes(4, "big") + many
+    with pytest.raises(DataFormatError, match=r"at most 524,288 values|max_array_len"):
+        FORMATS["msgpack"].decode(b"\x81\xa1a" + array)
+    part = b"\xdc\xff\xff" + many[:65535]
+    with pytest.raises(DataFormatError, match="at most 524,288 values"):
+        FORMATS["msgpack"].decode(b"\x81\xa1a\x99" + part * 9)
+    (record,) = FORMATS["msgpack"].decode(b"\x81\xa1a\x97" + part * 7)
+    assert len(json.loads(record)["a"]) == 7

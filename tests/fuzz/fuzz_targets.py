@@ -9,11 +9,13 @@ byte behind a bytes object one that must not be read.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import json
 import os
 import re
 import tempfile
+from base64 import b64encode
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +29,16 @@ from fastkin._codec import (
     Batcher,
     Budget,
     CallbackSettler,
+    FormatSink,
     KeyPlan,
+    Seen,
+    Shape,
     ShardTable,
+    deaggregate,
     decode_frame,
+    decode_json,
+    encode_frame,
+    read_records,
 )  # fmt: skip
 from fastkin.aws.http_answer import MAX_ANSWER, MAX_HEADERS, Reply
 from fastkin.aws.http_connection import Connection, StaleConnectionError
@@ -299,6 +308,176 @@ def restore(data: memoryview) -> None:
     assert _spooled.told == records
     assert batcher.in_flight == 0
     assert batcher.spooled == spooled
+
+
+# -- reading: what a stream may hold, for a consumer --------------------------------------------------
+
+_MAGIC = b"\xf3\x89\x9a\xc2"
+_SEEN = Seen(3)
+
+
+def reading(data: memoryview) -> None:
+    """byte 0, bit 0: the rest is the message of an aggregate, with magic and sum; bit 1: decode as JSON; data."""
+    if not data:
+        return
+    rest = bytes(data[1:])
+    stored = _MAGIC + rest + hashlib.md5(rest).digest() if data[0] & 1 else rest
+    close_end(stored)
+    found = deaggregate(stored)
+    open_end(stored)
+    assert sum(len(one) for _, one in found) <= len(stored)
+    whole = len(found) == 1 and found[0] == (None, stored)
+    assert whole or stored.startswith(_MAGIC)
+    assert whole or all(isinstance(key, str) for key, _ in found)
+    told = {"SequenceNumber": "1", "Data": b64encode(stored).decode(), "PartitionKey": "k"}
+    records = read_records([told], "s", not data[0] & 2, False)
+    assert [record.raw for record in records] == [one for _, one in found]
+    for place, record in enumerate(records):
+        assert record.subsequence_number == (None if whole else place)
+        assert record.partition_key == ("k" if whole else found[place][0])
+        if data[0] & 2:
+            _decoded(record)
+        _SEEN.is_new(record)
+        assert _SEEN.is_new(record) is not _told_by_its_key(record)
+    assert len(_SEEN) <= 3
+
+
+def _told_by_its_key(record: Any) -> bool:
+    return re.fullmatch("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", record.partition_key) is not None
+
+
+def _decoded(record: Any) -> None:
+    if record.error is None:
+        assert record.data == decode_json(record.raw) or "NaN" in repr(record.data)
+    else:
+        assert record.data is None
+        assert 0 <= record.error.offset <= len(record.raw) + 2  # what is no UTF-8 counts as it is shown
+
+
+# -- shape: records that become others before they are stored ----------------------------------------
+
+_SHAPES = (
+    Shape(topic_field="topic"),
+    Shape(topic_field="topic", topic_clash="keep", topic_others="wrap", separator="\n"),
+    Shape(topic_field="a", topic_clash="reject", topic_others="reject"),
+    Shape(envelope='a "host"'),
+    Shape(envelope="h", topic_field="t\n", topic_others="wrap", separator="\r\n"),
+    Shape(events=("start", "\u00fc")),
+    Shape(events=("start",), topic_field="topic", envelope="h"),
+    Shape(separator=","),
+)
+
+
+class _Shaped:
+    def __init__(self) -> None:
+        self.told = 0
+        self.budget = Budget(1 << 20, 1 << 16)
+        self.batcher = Batcher(
+            settler=CallbackSettler(self._settled), budget=self.budget, frame="raw", key=KeyPlan("content"),
+            target=b'"StreamName":"s"', max_record_bytes=400,
+        )  # fmt: skip
+        self.sinks = [FormatSink(self.batcher, form, shape) for form in ("raw", "bulk") for shape in _SHAPES]
+
+    def _settled(self, token: int, count: int, outcome: int, answer: object, at: int) -> None:
+        self.told += count
+
+
+_shaped = _Shaped()
+
+
+def shape(data: memoryview) -> None:
+    """byte 0: format and shape; byte 1: length of the topic; topic; payload."""
+    if len(data) < 2:
+        return
+    at = 2 + (data[1] & 31)
+    batcher, which = _shaped.batcher, data[0] & 15
+    filtered, received, _shaped.told = batcher.filtered, batcher.received, 0
+    payload = bytes(data[at:])
+    close_end(payload)
+    taken = _shaped.sinks[which].offer(bytes(data[2:at]), payload, 7)
+    open_end(payload)
+    assert taken >= 0, "an empty budget has no room"
+    assert batcher.received - received == taken + batcher.filtered - filtered
+    rejects = batcher.take_rejects()
+    for reject in rejects:
+        assert reject.reason
+        assert 0 <= reject.offset <= len(payload)
+        batcher.settle_reject(reject, DEAD)
+    batcher.close_batch(DRAIN)
+    stored: list[bytes] = []
+    while (batch := batcher.take()) is not None:
+        stored += [entry for entry, _, _ in batch.entries()]
+        batch.finish(DROPPED)
+    if not rejects:
+        assert len(stored) == taken
+        if which & 7 in {3, 4, 6} and b"\\" not in payload:  # an envelope: JSON, but for escapes in what is skipped
+            for one in stored:
+                assert _object(one)["type"] == "record"
+    assert _shaped.told == taken
+    assert batcher.in_flight == 0
+    assert _shaped.budget.bytes == _shaped.budget.records == 0
+
+
+def _object(text: bytes) -> Any:
+    # laxer than RFC 8259 on purpose, see codec/json.pxi
+    return json.loads(text.decode("utf-8", "replace"), strict=False, parse_int=str, parse_float=str)
+
+
+# -- lines: many records in one ----------------------------------------------------------------------
+
+
+class _Lined:
+    def __init__(self) -> None:
+        self.told = 0
+        self.budget = Budget(1 << 20, 1 << 16)
+        settler = CallbackSettler(self._settled)
+        self.batchers = [
+            Batcher(
+                settler=settler, budget=self.budget, frame="bulk", key=KeyPlan(kind), target=b'"StreamName":"s"',  # type: ignore[arg-type]
+                line_bytes=most, max_record_bytes=each,
+            )
+            for kind in ("uuid", "content", "none")
+            for most, each in ((40, 500), (500, 80), (60, 1000))
+        ]  # fmt: skip
+
+    def _settled(self, token: int, count: int, outcome: int, answer: object, at: int) -> None:
+        self.told += count
+
+
+_lined = _Lined()
+_SPACES = bytes.maketrans(b"\r\n", b"  ")
+
+
+def lines(data: memoryview) -> None:
+    """byte 0: the batcher; records, each behind a byte 255."""
+    if not data:
+        return
+    batcher = _lined.batchers[data[0] % len(_lined.batchers)]
+    given = bytes(data[1:]).split(b"\xff")
+    _lined.told = 0
+    taken = batcher.offer(b"t", encode_frame(given), 7)
+    assert taken == len(given)
+    rejects = batcher.take_rejects()
+    for reject in rejects:
+        batcher.settle_reject(reject, DEAD)
+    gone = {reject.index for reject in rejects}
+    left = deque(one for n, one in enumerate(given) if n not in gone)
+    batcher.close_batch(DRAIN)
+    while (batch := batcher.take()) is not None:
+        counts = batch.counts or b"\1\0\0\0" * len(batch)
+        for n, (entry, _, _) in enumerate(batch.entries()):
+            many = int.from_bytes(counts[4 * n : 4 * n + 4], "little")
+            if many == 1:
+                one = left.popleft()
+                assert entry in {one, one.translate(_SPACES)}
+                continue
+            # as many lines as records, each the record itself but for its line ends
+            assert entry.split(b"\n") == [left.popleft().translate(_SPACES) for _ in range(many)]
+        batch.finish(DROPPED)
+    assert not left
+    assert _lined.told == taken
+    assert batcher.in_flight == 0
+    assert _lined.budget.bytes == _lined.budget.records == 0
 
 
 # -- mqtt: packets of a broker ---------------------------------------------------------------------
@@ -671,6 +850,9 @@ TARGETS: dict[str, Callable[[memoryview], None]] = {
     "frame": frame,
     "answer": answer,
     "restore": restore,
+    "reading": reading,
+    "shape": shape,
+    "lines": lines,
     "mqtt": mqtt,
     "router": router,
     "http": http,

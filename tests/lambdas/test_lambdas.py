@@ -273,7 +273,7 @@ class Tables:
 
     def __init__(self) -> None:
         self.items: dict[tuple[str, str], dict[str, Any]] = {}
-        self.table = ""
+        self.table = self.metadata_table = ""
         self.hosts: dict[str, dict[str, str]] = {}
         self.failing: set[str] = set()  # machine ids
 
@@ -285,6 +285,7 @@ class Tables:
 
     def update_item(self, **request: Any) -> None:
         assert request["UpdateExpression"] == "SET #M = :m"
+        self.metadata_table = request["TableName"]
         name = request["ExpressionAttributeNames"]["#M"]
         host = self.hosts.setdefault(request["Key"]["spark_id"]["S"], {})
         host[name] = request["ExpressionAttributeValues"][":m"]["S"]
@@ -353,9 +354,10 @@ def test_metadata_and_connection_tests(store: Any, tables: Tables, monkeypatch: 
     metadata = json.dumps({"type": "metadata", "host": "edge", "data": data}).encode()
     test = b'{"type":"connection_test","host":"edge","data":"CONNECTION_TEST"}'
     monkeypatch.setenv("DATA_TABLE", "Mine")
+    monkeypatch.setenv("METADATA_TABLE", "Theirs")
     assert store.handler(kinesis(test, metadata, measured(t=1)), None) == {"batchItemFailures": []}
     assert json.loads(tables.hosts["edge"]["Presse S\u00fcd"]) == data
-    assert tables.table == "Mine"
+    assert (tables.table, tables.metadata_table) == ("Mine", "Theirs")  # SP-21
 
 
 @pytest.mark.parametrize("payload", [b"{", b"\xff", b'{"type":"else"}', measured(x={"format": "bool", "value": "?"})])
@@ -561,6 +563,44 @@ def test_only_whole_readings_are_written_and_machines_do_not_disturb_each_other(
     assert (key, read["time"]) == ("h/my-machine2", "t1")
     assert {name: each["value"] for name, each in read["attributes"].items()} == {"count": 3, "humidity": 4}
     assert m.value("my-machine2", "count", 5, "t5") == []  # a reading begins anew
+
+
+def test_the_record_of_two_variables_is_written_once_it_is_whole() -> None:
+    """SP-12, SP-13: the values of spark's own test, byte for byte."""
+    m = machines_of(plant(my_machine2=machine("my-machine2", COUNT, HUMIDITY)))
+    assert m.value("my-machine2", "count", 1234, "2018-01-02T03:04:05.678Z") == []
+    assert m.value("my-machine2", "humidity", 5678, "2018-01-02T03:04:05.679Z") == [
+        (
+            "h/my-machine2",
+            (
+                b'{"type":"record","host":"h","data":{"machine":"my-machine2","time":"2018-01-02T03:04:05.678Z",'
+                b'"attributes":{"count":{"name":"count","value":1234},"humidity":{"name":"humidity","value":5678}}}}'
+            ),
+        )
+    ]
+
+
+def test_a_record_that_another_machine_interrupts_is_written_too() -> None:
+    """SP-14 turned round, with the values of spark's own test, which lost the first machine's record."""
+    count = {"name": "count", "srcVariables": [{"srcVariable": "count", "srcMachine": "my-machine2"}]}
+    m = machines_of(
+        plant(
+            my_machine2=machine("my-machine2", COUNT, HUMIDITY),
+            my_machineV=machine("my-machineV", PRESSURE, count, hpl="virtual"),
+        )
+    )
+    time = "2018-01-02T03:04:05.678Z"
+    told = [
+        m.value("my-machine2", "count", 1234, time),
+        m.value("my-machineV", "pressure", 8765, time),
+        m.value("my-machineV", "count", 4321, time),
+        m.value("my-machine2", "humidity", 5678, time),
+    ]
+    values = [
+        [{name: each["value"] for name, each in json.loads(data)["data"]["attributes"].items()} for _, data in puts]
+        for puts in told
+    ]
+    assert values == [[], [], [{"pressure": 8765, "count": 4321}], [{"count": 1234, "humidity": 5678}]]
 
 
 def test_a_machine_that_may_not_publish_writes_nothing() -> None:

@@ -26,6 +26,13 @@ def test_a_soak_accounts_for_every_record() -> None:
     assert "held   bulk: 0 of 42,855 lost" in said
 
 
+@pytest.mark.timeout(120)
+def test_many_pipelines_in_one_process_take_a_megabyte_each_at_most() -> None:
+    said = run("pipelines.py", "--count", "48", "--messages", "5", "--tls")
+    assert "held   every message of every pipeline was stored, once" in said
+    assert "held   a further pipeline takes" in said
+
+
 def test_the_account_finds_what_is_missing_and_what_came_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(LONG))
     from stand import Tally, imbalance, record, slope, sums

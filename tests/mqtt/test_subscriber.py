@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import paho.mqtt.publish as paho
 import pytest
 import trustme
 import uvloop
+from cryptography.hazmat.primitives import serialization
 
 from fastkin.config import Broker, Tls
 from fastkin.errors import ConfigError
 from fastkin.mqtt._core import CallbackSink
 from fastkin.mqtt.publisher import Publisher
+from fastkin.mqtt.transport import tls_context
 from support.fake_broker import Rig, lines, until
 from support.servers import Server, accepts, free_port, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from fastkin.mqtt.subscriber import Subscriber
 
@@ -419,6 +422,31 @@ class Authority:
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path)
+
+
+def test_an_encrypted_key_is_opened_with_its_password(authority: Authority, tmp_path: Path) -> None:
+    """IC-01: the broker takes the certificate; another password is a settings error that does not show it."""
+    key = serialization.load_pem_private_key(Path(authority.client_key).read_bytes(), None)
+    locked = tmp_path / "locked.key"
+    locked.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"pass-word-1"),
+        )
+    )
+    tls = Tls(ca=authority.ca_file, cert=authority.client_cert, key=str(locked), key_password="pass-word-1")
+
+    async def main() -> None:
+        with mosquitto(authority.listener(client_cert=True)) as server:
+            async with Rig(server, scheme="mqtts", tls=tls) as rig:
+                assert rig.subscriber.last_error is None
+
+    asyncio.run(main())
+    with pytest.raises(ConfigError) as wrong:
+        tls_context(Broker(host="h", scheme="mqtts", tls=dataclasses.replace(tls, key_password="pass-word-2")))
+    assert str(locked) in str(wrong.value)
+    assert "pass-word" not in str(wrong.value)
 
 
 def test_tls_with_a_client_certificate(run: Any, authority: Authority) -> None:

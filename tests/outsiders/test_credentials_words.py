@@ -14,14 +14,16 @@ import pytest
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.error_table import error_from
 from fastkin.aws.http_answer import Reply
+from fastkin.commands.check import check
 from fastkin.config import Kinesis
 from fastkin.errors import ConfigError, KinesisError
 from fastkin.mqtt.words import said
+from fastkin.settings import load
 from fastkin.status.logs import setup
 from service.test_pipeline import rig
 from support.fake_broker import until
 from support.fake_http import FakeServer, Link, Request
-from support.servers import mosquitto
+from support.servers import free_port, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,6 +97,25 @@ async def test_a_refused_role_is_told_in_one_line(
     assert len([line for line in lines if " ERROR " in line]) == len(told)  # nobody says it a second time
     assert "Traceback" not in page.getvalue()
     assert len(lines) < 30
+
+
+async def test_check_fails_for_a_refused_role(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MK-13: exit code 1, and the role with the cure in one line; `run` keeps the data and goes on asking."""
+    async with FakeServer(refusing("AccessDenied", "not you")) as sts:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", sts.url)
+        keys = {"AWS_ACCESS_KEY_ID": "AKEXAMPLE", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+        for name, value in keys.items():
+            monkeypatch.setenv(name, value)
+        named = {"BROKER": f"127.0.0.1:{free_port()}", "TOPIC": "t", "KIN_STREAM_NAME": "s", "CLIENTID": "c"}
+        made = load(env=keys | named | {"AWS_ASSUME_ROLE_ARN": ROLE, "KIN_SESSION_NAME": "line-3"})
+        assert await asyncio.to_thread(check, made, connect=True, quiet=True) == 1
+        assert b"RoleSessionName=line-3" in sts.requests[0].body
+    failed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: stream s")]
+    assert len(failed) == 1
+    for part in (ROLE, "AccessDenied", "not you", "trust policy"):
+        assert part in failed[0]
 
 
 async def test_an_unreachable_sts_is_told_as_that(

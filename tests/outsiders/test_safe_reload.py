@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -331,3 +333,24 @@ async def test_a_stop_is_not_held_up_by_a_run_that_still_says_goodbye(
             await asyncio.wait([reload])
             reload.exception()
     assert not any("did not stop in time" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_goodbye_that_is_cut_short_before_it_began_leaves_nothing(server: Server, turns: int) -> None:
+    """A reload and a stop in one turn of the loop: Python warned of a coroutine that nobody awaited."""
+    async with Emulator({"s": 1}) as emulator:
+        run = PipelineRun((settings := made(server, emulator)).pipelines[0], settings.broker)
+        run.start()
+        await until(run.subscriber.connected.is_set)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            stop = asyncio.create_task(run.stop(linger=True))
+            while run._leave is None:
+                await asyncio.sleep(0)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            run.hurry()
+            assert await stop == 0
+            del run, stop
+            gc.collect()
+    assert [str(each.message) for each in told] == []

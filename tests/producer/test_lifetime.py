@@ -58,6 +58,16 @@ async def test_put_many_says_which_one_is_wrong_and_what_was_taken() -> None:
         assert sorted(record.data for record in emulator.stored("welders")) == [b"a", b"b"]
 
 
+async def test_put_many_says_what_was_taken_before_something_that_is_no_record() -> None:
+    """Nobody could await these, and they are stored all the same."""
+    async with Emulator({"welders": 1}) as emulator, producer(emulator.url) as one:
+        with pytest.raises(LibraryError, match=r"records\[1\]: ") as caught:
+            await one.put_many([b"a", "text"])  # type: ignore[list-item]
+        (receipt,) = caught.value.receipts
+        assert (await receipt).shard_id
+        assert [record.data for record in emulator.stored("welders")] == [b"a"]
+
+
 async def test_put_nowait_tells_a_callback_how_it_ended() -> None:
     """EI-02: callback(error, result)."""
     told: list[tuple[BaseException | None, PutResult | None]] = []

@@ -37,6 +37,21 @@ async def test_the_figures_of_a_producer() -> None:
             assert await asyncio.to_thread(value, registry, name) == wanted, name
 
 
+async def test_two_producers_share_a_registry() -> None:
+    """Which of them a figure is of says the label."""
+    registry = CollectorRegistry()
+    async with (
+        Emulator({"welders": 1, "others": 1}) as emulator,
+        Producer("welders", **options(emulator.url)) as one,
+        Producer("others", **options(emulator.url)) as two,
+    ):
+        registry.register(one.metrics())
+        registry.register(two.metrics())
+        await two.put_and_wait(b"x")
+        assert value(registry, "fastkin_records_stored_total") == 0
+        assert value(registry, "fastkin_records_stored_total", pipeline="others") == 1
+
+
 async def test_what_timed_out_is_counted() -> None:
     registry = CollectorRegistry()
     url = f"http://127.0.0.1:{free_port()}"

@@ -227,6 +227,18 @@ async def test_an_answer_to_put_record_that_cannot_be_read(body: bytes) -> None:
     assert (caught.value.type, caught.value.http_status) == (ErrorType.UNEXPECTED_RESPONSE, 200)
     assert caught.value.http_response == ({} if not body else "not json" if body == b"not json" else json.loads(body))
     assert caught.value.failed_record_count == 1
+    assert caught.value.request_id is None  # the server told none
+
+
+@pytest.mark.parametrize("transport", ["native", "sdk"])
+@pytest.mark.parametrize("many", [False, True])
+async def test_an_answer_that_cannot_be_read_is_told_with_its_request(transport: Any, many: bool) -> None:
+    """EI-04: by the id of the answer's head, as it is of an error."""
+    script = Script(200, b"{}", headers={"x-amzn-RequestId": "id-7"})
+    async with FakeServer(script) as server, producer(server.url, transport=transport) as one:
+        with pytest.raises(UnexpectedResponse, match="request id-7") as caught:
+            await (one.put_records([Record(1, "k")]) if many else one.put_record(Record(1, "k")))
+    assert caught.value.request_id == "id-7"
 
 
 @pytest.mark.parametrize(

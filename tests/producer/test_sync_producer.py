@@ -257,3 +257,23 @@ one.put(b"after")
 
 def test_its_hints_can_be_read() -> None:
     assert "budget_bytes" in get_type_hints(ProducerOptions, localns={"Policy": str, "Path": str})
+
+
+async def test_a_question_that_meets_the_end_of_the_loop_is_refused() -> None:
+    """It had looked whether the producer is open, and another thread closed it then."""
+    async with Emulator({"welders": 1}) as emulator:
+
+        def work() -> None:
+            one = SyncProducer("welders", **options(emulator.url))
+            one.start()
+            one.close()
+            one._state = "open"
+            with pytest.raises(ClosedError):  # the loop is closed
+                one.stats()
+            one._loop = asyncio.new_event_loop()
+            with pytest.raises(ClosedError):  # the loop took it, and never came to it
+                one.stats()
+            one._loop.run_until_complete(asyncio.sleep(0))
+            one._loop.close()
+
+        await asyncio.to_thread(work)

@@ -7,7 +7,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent.parent
 PACKAGE = TESTS.parent / "src" / "fastkin"
 KINDS = {  # CONTRIBUTING.md says what each is
-    "faults", "fuzz", "long", "outsiders", "project", "security", "simulation", "system",
+    "faults", "fuzz", "long", "outsiders", "project", "rows", "security", "simulation", "system",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from fastkin import settings
 from fastkin.emulator import Emulator
 from fastkin.emulator.faults import KINDS
 from fastkin.settings import tables as keys
-from fastkin.status.registry import OF_ENGINE, OF_RUN
+from fastkin.status.registry import OF_ENGINE, OF_RUN, WORKER_RESTARTS, WORKER_UP
 
 if TYPE_CHECKING:
     from fastkin.setting_row import Row
@@ -50,8 +50,8 @@ def allowed(row: Row) -> str:
 
 def metrics_table() -> str:
     lines = ["", "| metric, its label | kind | unit | what it says |", "| --- | --- | --- | --- |"]
-    for row in (*OF_ENGINE, *OF_RUN):
-        if (metric := row.metric) is not None:
+    for metric in (WORKER_UP, WORKER_RESTARTS, *(row.metric for row in (*OF_ENGINE, *OF_RUN))):
+        if metric is not None:
             (label,) = set(metric.labels) - {"pipeline"} or {""}
             name = f"`{metric.name}`" + (f" by `{label}`" if label else "")
             lines.append(f"| {name} | {metric.kind} | {metric.unit} | {metric.doc} |")
@@ -81,7 +81,7 @@ def code(language: str) -> list[str]:
 
 
 def test_the_toml_of_the_readme_is_right(tmp_path: Path) -> None:
-    text, spool = code("toml")
+    text, spool, files = code("toml")
     path = tmp_path / "x.toml"
     path.write_text(text)
     made = settings.load(path, env={})
@@ -92,6 +92,10 @@ def test_the_toml_of_the_readme_is_right(tmp_path: Path) -> None:
     path.write_text('[broker]\nclient_id = "c"\n' + spool + 'dead_letter = "none"\n')
     (pipeline,) = settings.load(path, env={}).pipelines
     assert (pipeline.on_full, pipeline.spool_max_bytes) == ("spool", 10 << 30)
+    path.write_text('[broker]\nclient_id = "c"\n' + files.replace("/var/lib/fastkin", str(tmp_path)))
+    made = settings.load(path, env={})
+    assert made.warnings == ()
+    assert [pipeline.target for pipeline in made.pipelines] == ["s3://plant-data"]
 
 
 def test_the_environment_of_the_readme_is_right(tmp_path: Path) -> None:

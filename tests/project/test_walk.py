@@ -57,7 +57,11 @@ class Toy:
 METRIC = Toy(
     title="Add a metric",
     edits=(
-        Edit("src/fastkin/delivery/delivery.py", "        self.toy_rounds = 0\n", at="        self.opened = False\n"),
+        Edit(
+            "src/fastkin/delivery/delivery.py",
+            "        self.toy_rounds = 0\n",
+            at="        self.opened: bool = False\n",
+        ),
         Edit("src/fastkin/delivery/delivery.py", "        self.toy_rounds += 1\n", at="        self.make_room()\n"),
         Edit(
             "src/fastkin/status/registry.py",

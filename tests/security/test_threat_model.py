@@ -16,7 +16,20 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / "docs/threat-model.md").read_text("utf-8")
 NAMED = sorted(set(re.findall(r"`(tests/[\w/]+(?:\.py)?)(?:::(\w+))?`", PAGE)))
 # between backticks and no setting
-OTHERS = {"port", "host", "frame", "answer", "restore", "mqtt", "router", "http", "settings"}
+OTHERS = {
+    "lines",
+    "reading",
+    "shape",
+    "port",
+    "host",
+    "frame",
+    "answer",
+    "restore",
+    "mqtt",
+    "router",
+    "http",
+    "settings",
+}
 
 
 def test_the_page_names_tests() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from fastkin import settings
-from fastkin.config import MIB, Broker, Kinesis, Pipeline, Settings
+from fastkin.config import MIB, Broker, Kinesis, Pipeline, Settings, Workers
 from fastkin.errors import ConfigError
 from fastkin.formats import partition_key as keys
 from fastkin.settings import SettingsError, envfile, load_settings, tables
+from fastkin.settings.reload import Reader
 from fastkin.settings.show import effective
 
 ARN = "arn:aws:kinesis:eu-west-1:123456789012:stream/welders"
@@ -144,6 +145,14 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         startup_check = "none"
         shutdown_timeout_s = 1
         stdout = true
+        file_prefix = "data/%Y/"
+        file_error_prefix = "error/"
+        file_raw_prefix = "raw/"
+        file_extension = ".csv"
+        file_compression = "none"
+        file_interval_s = 300
+        file_max_bytes = 1000000
+        file_disk_bytes = 100000000
         """
     )
     given = set(tables.BROKER_KEYS) | set(tables.KINESIS_KEYS) | set(tables.PIPELINE_KEYS)
@@ -162,7 +171,7 @@ def test_every_key_of_every_table_is_read(read: Any, tmp_path: Path) -> None:
         for name in names
         if name != "url" and getattr(table, name) == getattr(plain, name)
     }
-    assert untouched == {"format", "stream_arn", "profile"}
+    assert untouched == {"format", "stream_arn", "firehose", "profile", "file", "s3"}
     assert given  # the tables are what the loop above went through
 
 
@@ -283,10 +292,78 @@ def test_words_about_the_topic_without_a_topic_field_are_told(read: Any) -> None
     assert any("topic_clash" in line and "not used without topic_field" in line for line in made.warnings)
 
 
-@pytest.mark.parametrize(
-    "key",
-    ["firehose", "wire"],
-)
+def test_a_delivery_stream_stands_in_the_place_of_a_stream(read: Any) -> None:
+    """IC-08: the nearer of the two counts; its records end with a line feed when nothing else is said (IC-06)."""
+    shared = CLIENT + '[kinesis]\nregion = "eu-west-1"\nstream = "common"\n'
+    pipeline = '[[pipeline]]\nid = "a"\ntopics = ["a"]\ndead_letter = "none"\n'
+    (made,) = read(shared + pipeline + 'firehose = "f"\n').pipelines
+    assert (made.kinesis.firehose, made.kinesis.stream, made.kinesis.name, made.kinesis.target) == ("f", None, "f", "f")
+    assert made.separator == "\n"
+    (plain,) = read(shared + pipeline).pipelines
+    assert (plain.kinesis.firehose, plain.kinesis.name, plain.separator) == (None, "common", "")
+    (none,) = read(shared + pipeline + 'firehose = "f"\nseparator = ""\n').pipelines
+    assert none.separator == ""
+    again = read(effective(read(shared + pipeline + 'firehose = "f"\n')))
+    assert again.pipelines == (made,)
+    assert not any("Firehose" in line for line in again.warnings)
+
+
+def test_firehose_by_the_environment(read: Any) -> None:
+    env = {
+        "BROKER": "b.example", "CLIENTID": "c", "TOPIC": "a", "FASTKIN_KINESIS_FIREHOSE": "f",
+        "AWS_REGION": "eu-west-1",
+        "AWS_ENDPOINT_URL_KINESIS": "http://localhost:1", "AWS_ENDPOINT_URL_FIREHOSE": "http://localhost:2",
+    }  # fmt: skip
+    (made,) = load_settings(env=env).pipelines
+    assert (made.kinesis.firehose, made.kinesis.endpoint_url) == ("f", "http://localhost:2")
+    del env["AWS_ENDPOINT_URL_FIREHOSE"]
+    (made,) = load_settings(env=env).pipelines
+    assert made.kinesis.endpoint_url is None
+
+
+def test_files_stand_in_the_place_of_a_stream(read: Any, tmp_path: Path) -> None:
+    """IC-09, IC-10: a directory, and a bucket for what is finished there."""
+    made = read(
+        CLIENT
+        + f"""
+        [kinesis]
+        region = "eu-west-1"
+        stream = "common"
+        [[pipeline]]
+        id = "a"
+        topics = ["a"]
+        file = "{tmp_path}"
+        s3 = "plant"
+        file_prefix = "prod/data/"
+        file_error_prefix = "prod/error/"
+        file_extension = ".csv.gz"
+        file_interval_s = 60
+        file_max_bytes = 1000000
+        """
+    )
+    (pipeline,) = made.pipelines
+    assert (pipeline.file, pipeline.s3, pipeline.target) == (str(tmp_path), "plant", "s3://plant")
+    assert (pipeline.kinesis.stream, pipeline.kinesis.region, pipeline.separator) == (None, "eu-west-1", "\n")
+    assert not any("dead_letter" in line for line in made.warnings)  # they go to file_error_prefix
+    assert read(effective(made)).pipelines == made.pipelines
+
+
+def test_files_by_the_environment(tmp_path: Path) -> None:
+    env = {
+        "BROKER": "b.example", "CLIENTID": "c", "TOPIC": "a", "FASTKIN_PIPELINE_FILE": str(tmp_path),
+        "FASTKIN_PIPELINE_S3": "plant", "AWS_REGION": "eu-west-1", "AWS_ENDPOINT_URL_KINESIS": "http://localhost:1",
+        "AWS_ENDPOINT_URL_S3": "http://localhost:2",
+    }  # fmt: skip
+    (made,) = load_settings(env=env).pipelines
+    assert (made.file, made.s3, made.kinesis.endpoint_url) == (str(tmp_path), "plant", "http://localhost:2")
+
+
+def test_firehose_takes_no_keys(read: Any) -> None:
+    made = read(CLIENT + SMALL.replace("stream = ", "firehose = ") + 'partition_key = "topic"\n')
+    assert any("partition_key" in line and "Firehose, which takes no keys" in line for line in made.warnings)
+
+
+@pytest.mark.parametrize("key", ["wire"])
 def test_what_is_not_built_is_not_accepted(read: Any, key: str) -> None:
     (line,) = problems(read, CLIENT + SMALL + f'{key} = "x"\n')
     assert repr(key) in line
@@ -327,7 +404,7 @@ def test_what_is_not_built_is_not_accepted(read: Any, key: str) -> None:
         ("topics", '["$share/g"]', "not a topic filter"),
         ("bulk_label", '"a/b"', "not one level"),
         ("bulk_label", '"+"', "not one level"),
-        ("partition_key", '"md5"', "use uuid, topic"),
+        ("partition_key", '"md5"', "use uuid, content, topic"),
         ("partition_key", '"static:"', "1 to 256"),
         ("partition_key", '"topic:x"', "levels count from 0"),
         ("region", '"EU West"', "not a region"),
@@ -522,6 +599,16 @@ def test_a_client_id_that_looks_drawn_is_a_client_id(read: Any) -> None:
     assert "set client_id" in line
 
 
+@pytest.mark.parametrize("how", ["kpl", "lines"])
+def test_keys_made_from_content_leave_nothing_to_aggregate(read: Any, how: str) -> None:
+    """Unless a message is a frame of records."""
+    text = CLIENT + SMALL + f'partition_key = "content"\naggregation = "{how}"\n'
+    (line,) = read(text).warnings
+    assert "nothing is aggregated: with partition_key content only records of one message" in line
+    assert not read(text + 'format = "bulk"\n').warnings
+    assert not read(text + 'bulk_label = "a"\n').warnings
+
+
 def test_passwords_in_the_clear_are_warned_of(read: Any) -> None:
     text = '[broker]\nurl = "mqtt://u:p@{}"\nclient_id = "c"\n' + SMALL
     assert any("unencrypted" in each for each in read(text.format("h.example")).warnings)
@@ -667,7 +754,7 @@ def test_the_microservices_env_file_works_unchanged(tmp_path: Path) -> None:
         ({"BROKER": "mqtts://h:1"}, "mqtts://h:1"),
         ({"BROKER": "ws://h:8080/x"}, "ws://h:8080/x"),
         ({"BROKER": "h", "WEBSOCKET": "8080"}, "ws://h:8080/mqtt"),
-        ({"BROKER": "h", "PORT": "1883", "WEBSOCKET": "8080"}, "ws://h:8080/mqtt"),
+        ({"BROKER": "h", "PORT": "1883", "WEBSOCKET": "8080"}, "mqtt://h:1883"),
         ({"BROKER": "tcp://h", "PORT": "1883", "WEBSOCKET": "8080"}, "mqtt://h:1883"),
         ({"BROKER": "::1", "PORT": "1883"}, "mqtt://[::1]:1883"),
         ({"PORT": "1884"}, "mqtt://localhost:1884"),
@@ -678,6 +765,30 @@ def test_the_microservices_env_file_works_unchanged(tmp_path: Path) -> None:
 def test_brokers_of_the_environment(env: dict[str, str], url: str) -> None:
     base = {name: value for name, value in MICRO.items() if name != "BROKER"}
     assert env_only(base | env).broker.url == url
+
+
+def test_a_websocket_port_beside_a_port_is_told() -> None:
+    """MK-04: TCP, as the microservice does, and a line that says so; a port alone is one of WebSocket."""
+    (told,) = [each for each in env_only(MICRO | {"PORT": "1883", "WEBSOCKET": "8080"}).warnings if "WEBSOCKET" in each]
+    assert told.startswith("WEBSOCKET not used: PORT is set, connecting to ")
+    assert not any("WEBSOCKET" in each for each in env_only(MICRO | {"WEBSOCKET": "8080"}).warnings)
+
+
+@pytest.mark.parametrize(
+    ("region", "good"),
+    [
+        ("us-east-1", True), ("us-gov-west-1", True), ("ap-southeast-7", True), ("local", True), ("", False),
+        ("bad-region", False), ("us east (n. virginia)", False), ("eu-west-1a", False), ("US-EAST-1", False),
+    ],
+)  # fmt: skip
+def test_a_region_is_an_id(read: Any, region: str, good: bool) -> None:
+    """SP-03: spark's cases, a zone, and names of the console, refused before anything is opened."""
+    text = CLIENT + f'[[pipeline]]\nid = "a"\ntopics = ["t"]\nstream = "s"\nregion = "{region}"\n'
+    if good:
+        assert read(text).pipelines[0].kinesis.region == region
+    else:
+        (line,) = problems(read, text)
+        assert "key 'region'" in line
 
 
 @pytest.mark.parametrize(
@@ -972,6 +1083,7 @@ def test_the_real_environment_wins_over_the_file(tmp_path: Path) -> None:
         ("none", "none", ()),
         ("topic", "parts", (("topic", None),)),
         ("topic:2", "parts", (("level", 2),)),
+        ("content", "content", ()),
         ("topic_level:0", "parts", (("level", 0),)),
         ("field:a", "parts", (("field", ("a",)),)),
         ("field:a.b", "parts", (("field", ("a", "b")),)),
@@ -996,6 +1108,7 @@ def test_partition_keys(spec: str, kind: str, parts: tuple[Any, ...]) -> None:
         "",
         "UUID",
         "uuid:1",
+        "content:1",
         "none:",
         "client:x",
         "topic:",
@@ -1109,3 +1222,24 @@ def test_spool_settings_without_a_spool_are_pointed_out(read: Any) -> None:
     assert any("not used without on_full" in warning for warning in made.warnings)
     made = read(CLIENT + SMALL + "spool_after_s = 1\n")
     assert any("not used without on_full" in warning for warning in made.warnings)
+
+
+# --- [workers] ---
+
+
+def test_workers_are_read_from_file_and_environment(read: Any) -> None:
+    made = read(CLIENT + '[workers]\ncount = 3\ngroup = "line"\n' + SMALL)
+    assert made.workers == Workers(count=3, group="line")
+    assert '[workers]\ncount = 3\ngroup = "line"\n' in effective(made)
+    assert read(CLIENT + SMALL, {"FASTKIN_WORKERS_COUNT": "2"}).workers == Workers(count=2)
+    assert read(CLIENT + SMALL).workers == Workers()
+    assert "[workers]" not in effective(read(CLIENT + SMALL))
+
+
+@pytest.mark.parametrize(("said", "count"), [(None, 3), (0, 0), (5, 5)])
+def test_the_command_line_wins_with_the_number_of_workers(tmp_path: Path, said: int | None, count: int) -> None:
+    path = tmp_path / "fastkin.toml"
+    path.write_text(CLIENT + "[workers]\ncount = 3\n" + SMALL)
+    reader = Reader(str(path), None, {"FASTKIN_WORKERS_COUNT": "4"} if said is not None else {}, workers=said)
+    assert reader.read().workers.count == count
+    assert reader.read_again()[0].workers.count == count, "also at a reload"

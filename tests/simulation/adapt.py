@@ -15,9 +15,9 @@ import fastkin.deadletter.handler
 import fastkin.deadletter.stream
 import fastkin.delivery.sender
 import fastkin.delivery.spool_disk
+import fastkin.files.client
 import fastkin.mqtt.connection
 import fastkin.producer
-import fastkin.service.pipeline
 from fastkin import _codec
 from fastkin.delivery.watchdog import on_stall
 from simulation import disks
@@ -47,7 +47,7 @@ def installed(world: World, open_wire: Any, *, real_spool: bool) -> Iterator[Non
             super().__init__(rng.random() if seed is None else seed)
 
     replaced: list[tuple[Any, str, Any]] = [
-        (fastkin.service.pipeline, "make_client", client),
+        (fastkin.files.client, "make_client", client),
         (fastkin.producer, "make_client", client),
         (fastkin.deadletter.stream, "make_client", client),
         (fastkin.mqtt.connection, "open_wire", open_wire),

@@ -30,8 +30,9 @@ from fastkin.emulator import Emulator
 from fastkin.mqtt.publisher import Publisher
 from fastkin.status.instruments import Histogram, LabelledCounter
 from fastkin.status.metrics import EngineCollector
-from fastkin.status.registry import OF_ENGINE, OF_RUN
-from fastkin.status.server import StatusServer
+from fastkin.status.registry import OF_ENGINE, OF_RUN, WORKER_RESTARTS, WORKER_UP
+from fastkin.status.registry import Metric as Metered
+from fastkin.status.server import EnginePage, StatusServer
 from support.servers import ACCESS_KEY, SECRET_KEY, mosquitto
 
 if TYPE_CHECKING:
@@ -483,11 +484,11 @@ def test_the_check_finds_what_is_wrong(expr: str, problems: list[str]) -> None:
     assert wrong(expr, {"m_total": {"pipeline", "code", "le"}}) == problems
 
 
-def from_the_registry() -> dict[str, set[str]]:
+def from_the_registry(*more: Metered) -> dict[str, set[str]]:
     """Names of samples and their labels, as queries have them."""
     known: dict[str, set[str]] = {}
-    for row in (*OF_ENGINE, *OF_RUN):
-        if (metric := row.metric) is None:
+    for metric in (*more, *(row.metric for row in (*OF_ENGINE, *OF_RUN))):
+        if metric is None:
             continue
         labels = set(metric.labels)
         if metric.kind == "histogram":
@@ -500,7 +501,7 @@ def from_the_registry() -> dict[str, set[str]]:
 
 async def test_the_page_has_what_the_registry_says_and_nothing_else(server: Server, tmp_path: Path) -> None:
     async with everything(server, tmp_path) as (engine, _):
-        page = StatusServer(engine)._answer("/metrics", "")
+        page = await StatusServer(EnginePage(engine))._answer("/metrics", "")
     families: list[Metric] = list(parse(page.body.decode()))
     assert [family.name for family in families if not family.samples or not family.documentation] == []
     told: dict[str, set[str]] = {}
@@ -512,7 +513,7 @@ async def test_the_page_has_what_the_registry_says_and_nothing_else(server: Serv
 
 
 def test_dashboard_and_alerts_ask_for_what_is_told() -> None:
-    known = from_the_registry() | {name: set() for name in ("up", *OF_THE_PROCESS)}
+    known = from_the_registry(WORKER_UP, WORKER_RESTARTS) | {name: set() for name in ("up", *OF_THE_PROCESS)}
     dashboard = json.loads((ROOT / "deploy/grafana/fastkin.json").read_text())
     problems = []
     asked = ""

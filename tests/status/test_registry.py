@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from fastkin.status.registry import OF_ENGINE, OF_RUN, Metric, Reload
+from fastkin.status.registry import OF_ENGINE, OF_RUN, WORKER_RESTARTS, WORKER_UP, Metric, Reload
 
-METRICS = [row.metric for row in (*OF_ENGINE, *OF_RUN) if row.metric is not None]
+METRICS = [WORKER_UP, WORKER_RESTARTS, *(row.metric for row in (*OF_ENGINE, *OF_RUN) if row.metric is not None)]
 
 
 def test_no_key_and_no_name_stands_for_two_figures() -> None:

@@ -25,7 +25,7 @@ from fastkin.mqtt.publisher import Publisher
 from fastkin.settings import SettingsError, load
 from fastkin.settings.show import effective
 from fastkin.status import server as status
-from fastkin.status.server import StatusServer
+from fastkin.status.server import EnginePage, StatusServer
 from support.running import service, wait_until
 from support.servers import ACCESS_KEY, SECRET_KEY, free_port, mosquitto
 
@@ -104,7 +104,7 @@ class Nothing:
 
 @pytest.fixture
 async def idle() -> AsyncIterator[StatusServer]:
-    server = StatusServer(Nothing())
+    server = StatusServer(EnginePage(Nothing()))
     await server.start(Status(port=0))
     yield server
     await server.close()

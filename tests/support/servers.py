@@ -1,6 +1,7 @@
-"""Real servers for the tests: brokers and Kinesis servers, each its own process.
+"""Real servers for the tests: brokers and AWS servers, each its own process.
 
-Brokers: mosquitto, nats, aedes, rabbitmq, amqtt. Kinesis: kinesalite, kinesis-mock, fastkin's own emulator.
+Brokers: mosquitto, nats, aedes, rabbitmq, amqtt. Kinesis: kinesalite, kinesis-mock, fastkin's own emulator. Other
+services of AWS: moto.
 
     with mosquitto("max_inflight_messages 100\\n") as broker: ... broker.host, broker.port
     with kinesalite() as kinesis: kinesis.create_stream("welders", 4); ... kinesis.url
@@ -510,6 +511,21 @@ def emulator_process(streams: Mapping[str, int], **options: Any) -> Iterator[Kin
                 directory=directory,
                 env={"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
+
+        with _running(build, None) as server:
+            yield server
+
+
+@contextlib.contextmanager
+def moto() -> Iterator[Server]:
+    """moto's server: DynamoDB, S3 and the other services of AWS, at one URL, everything in memory."""
+    script = "import sys; from moto.server import main; main(['-H', sys.argv[1], '-p', sys.argv[2]])"
+    with _directory("moto") as directory:
+
+        def build(port: int) -> Server:
+            command = [sys.executable, "-c", script, HOST, str(port)]
+            # its imports alone take seconds of a CPU
+            return Server("moto", command, port=port, directory=directory, start_timeout_s=4 * START_TIMEOUT_S)
 
         with _running(build, None) as server:
             yield server

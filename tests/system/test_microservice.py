@@ -28,7 +28,6 @@ PASSWORD = "brokersecret-1"
 SECRETS = ("awssecret-2", "sessionsecret-3", PASSWORD)
 ENV_FILE = """
 BROKER=127.0.0.1
-PORT=1883
 WEBSOCKET={websocket}
 USER=welder
 PASS=brokersecret-1

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,13 @@ from fastkin.emulator import Emulator
 from fastkin.mqtt.publisher import Publisher
 from fastkin.service.systemd import notify
 from support.fake_broker import until
-from support.running import service
+from support.running import Service, service
 from support.servers import free_port, mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from support.running import Service
     from support.servers import Server
 
 SETTINGS = """
@@ -282,7 +282,6 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_terminal_that_is_closed_ends_the_service(server: Server, tmp_path: Path) -> None:
     """SIGHUP of a terminal that goes away is no wish for a reload."""
     import pty
-    import sys
 
     (tmp_path / "fastkin.toml").write_text(
         '[broker]\nurl = "mqtt://127.0.0.1:1"\nclient_id = "tty"\n[[pipeline]]\nid = "a"\ntopics = ["t"]\n'
@@ -306,3 +305,60 @@ def test_a_terminal_that_is_closed_ends_the_service(server: Server, tmp_path: Pa
         os.waitpid(pid, 0)
     assert done[0] == pid
     assert os.waitstatus_to_exitcode(done[1]) == 0
+
+
+# what goes before `fastkin`: a signal comes when something is about to be done for the first time
+EARLY = """
+import os, signal
+from {module} import {name}
+do = {name}.{method}
+def and_be_told(*args):
+    {name}.{method} = do
+    os.kill(os.getpid(), signal.{signal})
+    return do(*args)
+{name}.{method} = and_be_told
+from fastkin.commands.cli import main
+main()
+"""
+
+
+class Early(Service):
+    signal: str
+    at: tuple[str, str, str]
+
+    def command(self) -> list[str]:
+        module, name, method = self.at
+        return [sys.executable, "-c", EARLY.format(signal=self.signal, module=module, name=name, method=method)]
+
+
+READING = ("fastkin.settings.reload", "Reader", "read")
+LOADING = ("fastkin.commands.run", "_Service", "__init__")
+
+
+@pytest.mark.parametrize("at", [READING, LOADING], ids=["reading", "loading"])
+async def test_a_sighup_before_the_loop_runs_is_a_reload(
+    server: Server, tmp_path: Path, at: tuple[str, str, str]
+) -> None:
+    """It would end a process that has no handler yet, and one that only a handler saw would be lost."""
+    async with Emulator({"welders": 1}) as emulator:
+        run = Early(tmp_path, text(server, emulator, f"early-{at[2]}"))
+        run.signal, run.at = "SIGHUP", at
+        run.start()
+        try:
+            await said(run, "settings taken up: unchanged a")
+            send(run, signal.SIGTERM)
+            assert await ended(run) == 0
+        finally:
+            run.kill()
+
+
+async def test_a_sigterm_before_the_loop_runs_stops_in_order(server: Server, tmp_path: Path) -> None:
+    async with Emulator({"welders": 1}) as emulator:
+        run = Early(tmp_path, text(server, emulator, "early-term"))
+        run.signal, run.at = "SIGTERM", LOADING
+        run.start()
+        try:
+            assert await ended(run) == 0
+            assert "nothing is left" in last(run)
+        finally:
+            run.kill()

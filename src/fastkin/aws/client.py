@@ -19,11 +19,12 @@ import orjson
 
 from fastkin.aws.destinations import KINESIS
 from fastkin.aws.endpoint import parse_arn
-from fastkin.aws.error_table import SIGN_AGAIN, error_from, http_date
+from fastkin.aws.error_table import SIGN_AGAIN, error_from, http_date, telling_requests
 from fastkin.aws.shards import HASH_SPACE, Shard
 from fastkin.errors import Action, ConfigError, FastkinError, KinesisError, UnexpectedResponse, masked, printable
 from fastkin.limits import KIB, RECORD_BYTES
 from fastkin.net.tls import client_context
+from fastkin.status.instruments import FileCounters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,11 +37,12 @@ if TYPE_CHECKING:
     from fastkin.aws.signing import Credentials
     from fastkin.config import Kinesis
 
-log = logging.getLogger("fastkin.kinesis")
+log: logging.Logger = logging.getLogger("fastkin.kinesis")
 
 # Requests and answers at DEBUG, for who wants to see what is said. Never a header, so no signature and no key.
-wire = logging.getLogger("fastkin.wire")
+wire: logging.Logger = logging.getLogger("fastkin.wire")
 WIRE_BYTES = 500  # of a body
+NO_FILES = FileCounters()
 RESIGNS = 2  # how often one call is signed again for fresh keys or a corrected clock
 SKEW_S = 60.0  # a clock this far off explains a refused signature (the service allows 300 s)
 # What an answer may make us keep or ask. A stream has at most some ten thousand shards, a page of DescribeStream 100.
@@ -74,7 +76,7 @@ class Client(ABC):
         destination: Destination = KINESIS,
     ) -> None:
         """`name` of the pipeline, for log lines."""
-        if not (kinesis.stream or kinesis.stream_arn):
+        if destination.names_stream and not kinesis.target:
             raise ConfigError("kinesis.stream", "is missing", "name the stream, or give stream_arn")
         if kinesis.stream_arn:
             parse_arn(kinesis.stream_arn)
@@ -87,12 +89,12 @@ class Client(ABC):
         # about.
         self.at_aws = False  # the endpoint is one of AWS's own
         self.dry_runs: bool | None = None  # the server knows DryRun; None: it was not asked
-        self.took = False  # it has stored a record of ours that was only meant to try
+        self.took: bool = False  # it has stored a record of ours that was only meant to try
         self._clock = clock
-        self.clock_offset = 0.0  # seconds to add for the service's time
+        self.clock_offset: float = 0.0  # seconds to add for the service's time
         self._provider: Provider | None = None
         self.calls = 0
-        self.resigned = 0
+        self.resigned: int = 0
         self._begin()
 
     def _begin(self) -> None:  # noqa: B027 - not every client has some
@@ -117,6 +119,23 @@ class Client(ABC):
         had ended; what was learned from the refusal serves the next call.
         """
 
+    @property
+    def file_counters(self) -> FileCounters:
+        """What it has made of files."""
+        return NO_FILES
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong behind the calls, which are answered all the same; in words."""
+        return None
+
+    def only_the_question(self, error: KinesisError) -> bool:
+        """Was describe() refused to us, which says nothing about records?"""
+        return error.action is Action.OPERATOR and "ResourceNotFound" not in error.code
+
+    async def finish(self) -> None:  # noqa: B027 - most have nothing to do behind their calls
+        """Before close(): return when nothing is left to do behind the calls, however long that takes."""
+
     def abort(self) -> None:  # noqa: B027 - not every client holds some
         """Drop connections at once: the event loop is about to end, and nobody called close()."""
 
@@ -129,7 +148,7 @@ class Client(ABC):
         return orjson.dumps(self._target())[1:-1]
 
     def _target(self) -> dict[str, Any]:
-        return self.destination.stream_members(self.kinesis.stream, self.kinesis.stream_arn)
+        return self.destination.stream_members(self.kinesis.name, self.kinesis.stream_arn)
 
     async def _mend(self, reply: Reply, credentials: Credentials, signed_offset: float, resigned: int) -> None:
         """Raise the error that a refused call was answered with. Return when signing it again may help instead.
@@ -137,7 +156,7 @@ class Client(ABC):
         `signed_offset`: the clock's correction when the call was made; `resigned`: how often it was signed again.
         """
         now = self._clock()
-        error = error_from(reply, now, (credentials.token, credentials.secret_key))
+        error = error_from(reply, now, (credentials.token, credentials.secret_key), self.destination.codes)
         # asked in any case: what is wrong may be the clock, and then the error says so
         again = error.action in SIGN_AGAIN and await self._correct(error, reply, credentials, now, signed_offset)
         if not again or resigned >= RESIGNS:
@@ -189,13 +208,16 @@ class Client(ABC):
         except orjson.JSONDecodeError:
             answer = None
         if not isinstance(answer, dict):
-            raise UnexpectedResponse("UnexpectedResponse", f"the answer to {target} is not JSON")
+            with telling_requests():
+                raise UnexpectedResponse("UnexpectedResponse", f"the answer to {target} is not JSON")
         return answer
 
     async def describe(self) -> StreamSummary:
         """The stream as it is now. Falls back to DescribeStream where there is no summary."""
+        if not self.destination.shards:
+            return await self._describe_delivery()
         try:
-            answer = await self._ask("DescribeStreamSummary", self._target())
+            answer = await self._ask(self.destination.describe, self._target())
         except KinesisError as error:
             if not _no_such_call(error):
                 raise
@@ -216,6 +238,21 @@ class Client(ABC):
                 max_record_bytes=_number(told, "MaxRecordSizeInKiB", 1, 2**20, RECORD_BYTES // KIB) * KIB,
                 mode=printable(_text(_table(told, "StreamModeDetails", {}), "StreamMode") or "PROVISIONED", 128),
                 auto_keys=_is_auto(told.get("RecordDistributionStrategy")),
+            )
+
+    async def _describe_delivery(self) -> StreamSummary:
+        """A delivery stream: it has neither shards nor limits of its own, and takes no keys."""
+        answer = await self._ask(self.destination.describe, self._target())
+        with _expecting("a description of the delivery stream"):
+            told = _table(answer, "DeliveryStreamDescription")
+            return StreamSummary(
+                name=printable(_text(told, "DeliveryStreamName") or self.kinesis.name or "", 128),
+                arn=printable(_text(told, "DeliveryStreamARN")),
+                status=printable(_text(told, "DeliveryStreamStatus"), 128),
+                shard_count=0,
+                max_record_bytes=self.destination.record_bytes,
+                mode=printable(_text(told, "DeliveryStreamType") or "DirectPut", 128),
+                auto_keys=True,
             )
 
     async def list_shards(self) -> list[Shard]:
@@ -319,12 +356,13 @@ def _no_such_call(error: KinesisError) -> bool:
 @contextlib.contextmanager
 def _expecting(what: str) -> Iterator[None]:
     """Whatever goes wrong in reading an answer ends the call that it belongs to, and nothing else."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - the text is a peer's: what it can bring about is not for us to list
-        raise UnexpectedResponse(
-            "UnexpectedResponse", f"expected {what}: {type(error).__name__} {str(error)[:200]}"
-        ) from None
+    with telling_requests():
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - the text is a peer's: what it can bring about is not for us to list
+            raise UnexpectedResponse(
+                "UnexpectedResponse", f"expected {what}: {type(error).__name__} {str(error)[:200]}"
+            ) from None
 
 
 # Readers of an answer's members: they raise, inside _expecting(), for what the API does not promise.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from fastkin.config import Kinesis
 
-log = logging.getLogger("fastkin.credentials")
+log: logging.Logger = logging.getLogger("fastkin.credentials")
 
 POLL_S = 60.0  # the longest time between two looks at the SDK's keys; never more than one a second
 ADVISORY_S = 900.0  # the SDK begins to refresh this long before the end
@@ -55,9 +55,11 @@ class Provider(Protocol):
 
     async def get(self) -> Credentials:
         """The keys to sign with now. Cheap when fresh. Raises KinesisError."""
+        ...
 
     def invalidate(self, refused: Credentials | None = None) -> bool:
         """The service refused the keys: fetch others with the next get(). False if there are none."""
+        ...
 
     async def close(self) -> None:
         """Stop refreshing."""

@@ -7,14 +7,17 @@ written by codec/entry.pxi and the answer read by codec/answer.pxi, whatever the
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fastkin._codec import PUT_RECORDS_ANSWER
-from fastkin.limits import CALL_BYTES, CALL_RECORDS, LARGE_RECORD_BYTES
+from fastkin._codec import PUT_RECORDS_ANSWER, AnswerNames
+from fastkin.aws.error_table import OF_FIREHOSE
+from fastkin.limits import CALL_BYTES, CALL_RECORDS, KIB, LARGE_RECORD_BYTES, MIB
 
 if TYPE_CHECKING:
-    from fastkin._codec import AnswerNames
+    from collections.abc import Mapping
+
+    from fastkin.errors import Action
 
 # Partitions of AWS whose hosts have one plain form: their regions, and how the hosts end.
 _PARTITIONS = (
@@ -44,6 +47,10 @@ class Destination:
     call_records: int
     call_bytes: int  # data and keys
     record_bytes: int  # data and key of one record
+    # What a code of its errors means here and nowhere else; all others mean what the error table says.
+    codes: Mapping[str, Action] = field(default_factory=dict, hash=False)
+    describe: str = "DescribeStreamSummary"  # the operation that tells whether it is there
+    names_stream: bool = True  # the settings of the stream say where it is
 
     @property
     def permission(self) -> str:
@@ -87,4 +94,46 @@ KINESIS = Destination(
     call_records=CALL_RECORDS,
     call_bytes=CALL_BYTES,
     record_bytes=LARGE_RECORD_BYTES,
+)
+
+# Limits: https://docs.aws.amazon.com/firehose/latest/APIReference/API_PutRecordBatch.html. Its hosts have one form, and
+# what is asked about a delivery stream goes to the host that takes records.
+FIREHOSE = Destination(
+    service="firehose",
+    api="Firehose_20150804",
+    put="PutRecordBatch",
+    name_member="DeliveryStreamName",
+    arn_member=None,
+    answer=AnswerNames("RequestResponses", "FailedPutCount", "RecordId"),
+    keyed=False,
+    shards=False,
+    dry_run=False,
+    account_hosts=False,
+    control=frozenset(),
+    call_records=500,
+    call_bytes=4 * MIB,
+    record_bytes=1000 * KIB,
+    codes=OF_FIREHOSE,
+    describe="DescribeDeliveryStream",
+)
+
+# Files on this machine, written by files/client.py, which answers as Firehose does. `service` and operations are those
+# of S3, where the files go then.
+FILES = Destination(
+    service="s3",
+    api="",
+    put="PutObject",
+    name_member="Directory",
+    arn_member=None,
+    answer=FIREHOSE.answer,
+    keyed=False,
+    shards=False,
+    dry_run=False,
+    account_hosts=False,
+    control=frozenset(),
+    call_records=CALL_RECORDS,
+    call_bytes=CALL_BYTES,
+    record_bytes=LARGE_RECORD_BYTES,
+    describe="ListBucket",
+    names_stream=False,
 )

@@ -216,11 +216,12 @@ async def captured_endpoint(kinesis: Kinesis, credentials: Credentials, destinat
             aws_session_token=credentials.token,
             aws_account_id=credentials.account_id,
             config=AioConfig(parameter_validation=False, retries={"total_max_attempts": 1}),
-        ) as client:
+        ) as made:
+            client: Any = made  # its operations are made at run time
             # "before-send" may answer in the place of the network: the SDK takes what the handler returns for the
             # answer.
             client.meta.events.register(f"before-send.{destination.service}", take)
-            name = destination.stream_members(kinesis.stream or "-", kinesis.stream_arn)
+            name = destination.stream_members(kinesis.name or "-", kinesis.stream_arn)
             await getattr(client, xform_name(destination.put))(Records=[], **name)
             if destination.account_hosts:
                 await client.describe_stream_summary(**name)

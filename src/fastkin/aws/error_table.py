@@ -6,16 +6,20 @@ gives it up at once: what is given up by mistake cannot be had back.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import re
+from contextvars import ContextVar
 from datetime import UTC
 from typing import TYPE_CHECKING
 
 import orjson
 
-from fastkin.errors import Action, RequestFailed, masked
+from fastkin.errors import Action, RequestFailed, UnexpectedResponse, masked
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from fastkin.aws.http_answer import Reply
 
 MESSAGE_CHARS = 500
@@ -48,6 +52,7 @@ AccessDenied AccessDeniedException NotAuthorized KMSAccessDeniedException KMSAcc
 KMSDisabledException KMSDisabled KMSInvalidStateException KMSInvalidState KMSNotFoundException KMSNotFound
 KMSOptInRequired OptInRequired SubscriptionRequiredException ResourceNotFoundException InvalidAction
 UnknownOperationException NotImplemented
+InvalidKMSResourceException InvalidSourceException
 """
 _REJECTED = """
 InvalidArgumentException ValidationException ValidationError SerializationException
@@ -67,6 +72,9 @@ REQUEST_ACTIONS: dict[str, Action] = {
     )
     for code in codes.split()
 }
+# Firehose knows no code of its own for a throttle: above its limits it answers with this one ("Slow down."), for a
+# record and for a call. https://docs.aws.amazon.com/firehose/latest/APIReference/API_PutRecordBatch.html
+OF_FIREHOSE: dict[str, Action] = {"ServiceUnavailableException": Action.THROTTLE}
 # For answers whose body names no error: code to report, what to do.
 STATUS_ACTIONS: dict[int, tuple[str, Action]] = {
     401: ("MissingAuthenticationToken", Action.CREDENTIALS),
@@ -81,16 +89,20 @@ STATUS_ACTIONS: dict[int, tuple[str, Action]] = {
     503: ("ServiceUnavailable", Action.RETRY),
     504: ("GatewayTimeout", Action.RETRY),
 }
+_NONE: dict[str, Action] = {}
 SIGN_AGAIN = frozenset({Action.CREDENTIALS, Action.CLOCK})
 RETRY_AFTER_S = 3600.0  # no longer, whoever asks
 _SECONDS = re.compile(r"[0-9]{1,30}(\.[0-9]{0,9})?")
 _DATES = (0.0, 4_102_444_800.0)  # 1970 to 2100: what lies outside cannot be written into a signature
 
 
-def classify_request(code: str | None, status: int) -> tuple[str, Action]:
-    """(code, action) for a whole answer that is not 200. An unknown code is judged by its status."""
+def classify_request(code: str | None, status: int, own: Mapping[str, Action] = _NONE) -> tuple[str, Action]:
+    """(code, action) for a whole answer that is not 200. An unknown code is judged by its status.
+
+    `own`: what codes mean at this destination alone (Destination.codes).
+    """
     if code:
-        known = REQUEST_ACTIONS.get(code)
+        known = own.get(code) or REQUEST_ACTIONS.get(code)
         if known is not None:
             return code, known
     name, action = STATUS_ACTIONS.get(status, (f"Http{status}", None))
@@ -100,12 +112,13 @@ def classify_request(code: str | None, status: int) -> tuple[str, Action]:
     return code or name, action
 
 
-def classify_record(code: str) -> Action:
-    """What to do about one record's own ErrorCode in a 200 answer: what a call with that code would get.
+def classify_record(code: str, own: Mapping[str, Action] = _NONE) -> Action:
+    """What to do about one record's own ErrorCode in a 200 answer: what a call with that code would get. `own`: as
+    above.
 
     Only two codes are documented there, and emulators invent others. What says that the record itself is bad is final.
     """
-    known = REQUEST_ACTIONS.get(code)
+    known = own.get(code) or REQUEST_ACTIONS.get(code)
     if known is not None:
         return known
     return Action.REJECTED if "InvalidArgument" in code or "Validation" in code else Action.STRANGE
@@ -132,8 +145,10 @@ def http_date(text: str | None) -> float | None:
     return at if _DATES[0] <= at <= _DATES[1] else None
 
 
-def error_from(reply: Reply, now: float, secrets: tuple[str | None, ...] = ()) -> RequestFailed:
-    """The error an answer tells. Secrets are cut out of its text, should the server repeat them."""
+def error_from(
+    reply: Reply, now: float, secrets: tuple[str | None, ...] = (), own: Mapping[str, Action] = _NONE
+) -> RequestFailed:
+    """The error an answer tells. Secrets are cut out of its text, should the server repeat them. `own`: as above."""
     code: object = None
     message: object = ""
     try:
@@ -150,7 +165,7 @@ def error_from(reply: Reply, now: float, secrets: tuple[str | None, ...] = ()) -
         code = reply.headers.get("x-amzn-errortype")
     name = code if isinstance(code, str) else ""
     # "com.amazonaws.kinesis.v20131202#Name", "Name:http://internal.amazon.com/..."
-    name, action = classify_request(name.rpartition("#")[2].partition(":")[0].strip(), reply.status)
+    name, action = classify_request(name.rpartition("#")[2].partition(":")[0].strip(), reply.status, own)
     if name not in REQUEST_ACTIONS:  # what it is was decided before anything is cut out of it
         name = masked(name, secrets)[:CODE_CHARS]
     # A refused signature comes with the canonical request, session token and all: first line only.
@@ -160,10 +175,34 @@ def error_from(reply: Reply, now: float, secrets: tuple[str | None, ...] = ()) -
         masked(words, secrets)[:MESSAGE_CHARS],  # cut when they are out of it: half a secret is one too
         action=action,
         http_status=reply.status,
-        request_id=(reply.headers.get("x-amzn-requestid") or reply.headers.get("x-amz-request-id") or "")[:80] or None,
+        request_id=_request_id(reply.headers),
         retry_after=retry_after(reply.headers, now),
         http_response=response_of(reply.body, secrets),
     )
+
+
+# The id of the request whose answer this task has got last. Who reads an answer has its body alone: a reader of headers
+# through every call would be carried along for the one answer in millions that is not as the API promises.
+_ANSWERED: ContextVar[str | None] = ContextVar("fastkin_answered", default=None)
+
+
+def _request_id(headers: Mapping[str, str]) -> str | None:
+    return (headers.get("x-amzn-requestid") or headers.get("x-amz-request-id") or "")[:80] or None
+
+
+def note_answer(headers: Mapping[str, str]) -> None:
+    """Of a 200: what cannot be read in it may be told of its request."""
+    _ANSWERED.set(_request_id(headers))
+
+
+@contextlib.contextmanager
+def telling_requests() -> Iterator[None]:
+    """UnexpectedResponse names the request whose answer it could not read."""
+    try:
+        yield
+    except UnexpectedResponse as error:
+        error.of_request(_ANSWERED.get())
+        raise
 
 
 def response_of(body: bytes, secrets: tuple[str | None, ...] = ()) -> object:

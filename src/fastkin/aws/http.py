@@ -54,9 +54,9 @@ class HttpPool:
         `on_resend(body)`: a connection died without an answer, so the call goes again at once, unknown to its
         caller. Whether the other side had acted on it is unknown."""
         parts = urlsplit(url)
-        self.host = parts.hostname or ""
-        self.tls = parts.scheme == "https"
-        self.port = parts.port or (443 if self.tls else 80)
+        self.host: str = parts.hostname or ""
+        self.tls: bool = parts.scheme == "https"
+        self.port: int = parts.port or (443 if self.tls else 80)
         self._ssl = (ssl_context or client_context()) if self.tls else None
         self._ca_bundle = ca_bundle
         self._max = max_connections
@@ -70,8 +70,8 @@ class HttpPool:
         self._busy = 0
         self._reaper: asyncio.TimerHandle | None = None
         self._closed = False
-        self.connects = 0
-        self.retries = 0
+        self.connects: int = 0
+        self.retries: int = 0
 
     @property
     def open(self) -> int:

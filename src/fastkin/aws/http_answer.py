@@ -53,9 +53,9 @@ class Answer:
     def __init__(self) -> None:
         self._parser: Any = None  # HttpResponseParser, while connected
         self.reply: Reply | None = None  # once it is whole
-        self.last = False  # whole, and it ends its connection all the same
-        self.begun = False  # a byte of it has come
-        self.wire_bytes = 0  # of this answer, early hints and framing included
+        self.last: bool = False  # whole, and it ends its connection all the same
+        self.begun: bool = False  # a byte of it has come
+        self.wire_bytes: int = 0  # of this answer, early hints and framing included
         self._excess = False  # a second answer came behind the first
         self._max_body = MAX_ANSWER
         self._status = 0
@@ -65,7 +65,7 @@ class Answer:
         # The body: one piece is handed on as it came, more are joined as they come.
         self._piece = b""
         self._joined: bytearray | None = None
-        self.received = 0
+        self.received: int = 0
         self._expected = -1  # bytes of the body, where the head says so
         self._until_close = False
         self._last_of_all = False

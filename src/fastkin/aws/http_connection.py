@@ -52,10 +52,10 @@ class Connection(asyncio.Protocol):
         self.lost: asyncio.Future[None] = loop.create_future()
         self._waiter: asyncio.Future[Reply] | None = None
         self._error: BaseException | None = None
-        self.answer = Answer()
+        self.answer: Answer = Answer()
         self._paused = False
         self._calls = 0
-        self.idle_since = 0.0
+        self.idle_since: float = 0.0
         # what is being written, when it is more than one slice
         self._body: memoryview | None = None
         self._sent = 0

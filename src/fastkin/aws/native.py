@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fastkin.aws.client import RESIGNS, Client, bundle_path, is_aws, tls_context, wire, wire_answered, wire_asked
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.endpoint import Endpoint, resolve_endpoint
+from fastkin.aws.error_table import note_answer
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S, HttpPool
 from fastkin.aws.http_answer import MAX_ANSWER, PUT_ANSWER
 from fastkin.aws.signing import Signer
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from fastkin.aws.signing import Credentials
 
-log = logging.getLogger("fastkin.kinesis")
+log: logging.Logger = logging.getLogger("fastkin.kinesis")
 
 JSON = "application/x-amz-json-1.1"
 # A larger body is hashed in a thread. 256 KiB are 0.15 ms of the loop; handing over costs 45 us of CPU, so
@@ -55,9 +56,14 @@ class KinesisClient(Client):
         self._threads: ThreadPoolExecutor | None = None
 
     def read_files(self) -> None:
-        bundle = bundle_path(self.kinesis)
-        if self._tls is None and bundle and not (self.kinesis.endpoint_url or "").startswith("http:"):
-            self._tls = Renewed(partial(tls_context, self.kinesis), (bundle,), log)
+        if bundle_path(self.kinesis) and not (self.kinesis.endpoint_url or "").startswith("http:"):
+            self._read_authorities()
+
+    def _read_authorities(self) -> None:
+        if self._tls is None:
+            bundle = bundle_path(self.kinesis)
+            files = (bundle,) if bundle else system_files()
+            self._tls = Renewed(partial(tls_context, self.kinesis), files, log, ("kinesis", bundle))
 
     async def start(self) -> None:
         """Find keys and endpoint. No call to Kinesis is made. Raises ConfigError, KinesisError."""
@@ -68,11 +74,10 @@ class KinesisClient(Client):
         # A region with another key: the signer keeps the signing key of one region only.
         if self._signer is None or self._signer.region != endpoint.region:
             self._signer = Signer(endpoint.region, self.destination.service)
-        if self._tls is None and "https:" in endpoint.data.base + endpoint.control.base:
-            bundle = bundle_path(self.kinesis)
-            self._tls = Renewed(partial(tls_context, self.kinesis), (bundle,) if bundle else system_files(), log)
+        if "https:" in endpoint.data.base + endpoint.control.base:
+            self._read_authorities()
         self._endpoint = endpoint
-        self.at_aws = is_aws(endpoint.data.base)
+        self.at_aws: bool = is_aws(endpoint.data.base)
 
     def abort(self) -> None:
         for pool in self._pools.values():
@@ -128,6 +133,7 @@ class KinesisClient(Client):
             if said:
                 wire_answered(target, reply.status, reply.body, (credentials.token, credentials.secret_key))
             if reply.status == 200:
+                note_answer(reply.headers)
                 return reply.body
             await self._mend(reply, credentials, offset, resigned)
             resigned += 1

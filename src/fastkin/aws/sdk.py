@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import os
 from datetime import UTC, datetime
@@ -36,17 +37,20 @@ from botocore.exceptions import ConnectionError as SdkConnectionError
 from fastkin.aws.client import RESIGNS, Client, is_aws, tls_context
 from fastkin.aws.credentials import make_provider
 from fastkin.aws.endpoint import session_region, split_url
+from fastkin.aws.error_table import note_answer
 from fastkin.aws.http import IDLE_AWS_S, IDLE_FOREIGN_S
 from fastkin.aws.http_answer import Reply
 from fastkin.aws.http_progress import PATIENCE
 from fastkin.errors import Action, ConfigError, KinesisError, NotSent, TransportError
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from contextlib import AbstractAsyncContextManager
 
     from typing_extensions import Buffer
 
     from fastkin.aws.credentials import Provider
+    from fastkin.config import Kinesis
 
 _SLOW_RATE = 16 * 1024  # bytes a second that any line carries
 
@@ -110,6 +114,52 @@ class _SignAt(SigV4Auth):  # type: ignore[misc]  # the SDK has no types
         super()._modify_request_before_signing(request)
 
 
+async def _session(kinesis: Kinesis, provider: Provider) -> AioSession:
+    """A session of the SDK that asks our provider for keys. KinesisError: there are none."""
+    credentials = await provider.get()
+    session = AioSession(profile=kinesis.profile)
+    session.register_component("credential_provider", _Resolver(_Bridge(provider, credentials.account_id)))
+    return session
+
+
+@contextlib.asynccontextmanager
+async def s3_client(kinesis: Kinesis, provider: Provider) -> AsyncIterator[Any]:
+    """A client for S3 with this destination's keys, region and endpoint. ConfigError, KinesisError."""
+    try:
+        session = await _session(kinesis, provider)
+        foreign = kinesis.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        at_aws = not foreign or is_aws(foreign)
+        context = session.create_client(
+            "s3",
+            region_name=session_region(kinesis, session),
+            endpoint_url=kinesis.endpoint_url or None,
+            verify=kinesis.ca_bundle or None,
+            config=AioConfig(
+                retries={"total_max_attempts": 1},  # the uploader tries again
+                connect_timeout=kinesis.connect_timeout_s,
+                read_timeout=kinesis.request_timeout_s,
+                # Others than AWS have neither a host for each bucket nor the SDK's newest checksums.
+                s3=None if at_aws else {"addressing_style": "path"},
+                request_checksum_calculation="when_supported" if at_aws else "when_required",
+            ),
+        )
+    except BotoCoreError as error:
+        raise ConfigError("s3", f"the SDK refuses the settings: {error}") from None
+    async with context as client:
+        client.meta.events.register("before-send.s3.PutObject", _at_once)
+        yield client
+
+
+def _at_once(request: Any, **_: object) -> None:
+    # The SDK would wait for "100 Continue" before a file. A server that does not know it would hold the file for ever.
+    request.headers.pop("Expect", None)
+
+
+def slow_line_s(request_timeout_s: float, nbytes: int) -> float:
+    """How long a call of the SDK with such a body may take: wide enough for a slow line."""
+    return PATIENCE * request_timeout_s + nbytes / _SLOW_RATE
+
+
 class SdkClient(Client):
     """Calls through aiobotocore, with the native client's errors and answers."""
 
@@ -121,19 +171,16 @@ class SdkClient(Client):
         """Find keys and make the SDK's client. No call to Kinesis is made."""
         kinesis = self.kinesis
         self._provider = self._provider or await make_provider(kinesis, self.name)
-        credentials = await self._provider.get()
         try:
-            session = AioSession(profile=kinesis.profile)
+            session = await _session(kinesis, self._provider)
             region = session_region(kinesis, session)
             if kinesis.endpoint_url:
                 split_url(kinesis.endpoint_url)
             if kinesis.ca_bundle or os.environ.get("AWS_CA_BUNDLE"):
                 tls_context(kinesis)  # a broken bundle is told now
-            bridge = _Bridge(self._provider, credentials.account_id)
-            session.register_component("credential_provider", _Resolver(bridge))
             session.register_component("response_parser_factory", _RawParserFactory())
             foreign = kinesis.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
-            self.at_aws = not foreign or is_aws(foreign)
+            self.at_aws: bool = not foreign or is_aws(foreign)
             context = session.create_client(
                 self.destination.service,
                 region_name=region,
@@ -204,7 +251,7 @@ class SdkClient(Client):
         # The SDK's read timeout begins when the body is written: a peer that stops reading would hold the call for
         # ever. Only the SDK's connection knows how much has left: this way has one deadline, wide enough for a slow
         # line.
-        most = PATIENCE * self.kinesis.request_timeout_s + memoryview(body).nbytes / _SLOW_RATE
+        most = slow_line_s(self.kinesis.request_timeout_s, memoryview(body).nbytes)
         try:
             async with asyncio.timeout(self.kinesis.connect_timeout_s + most):
                 answer = await method(**arguments)
@@ -230,6 +277,7 @@ class SdkClient(Client):
             raise TransportError("ConnectionLost", str(error)) from None
         except BotoCoreError as error:
             raise KinesisError("SdkError", str(error), action=Action.OPERATOR) from None
+        note_answer(answer["ResponseMetadata"]["HTTPHeaders"])
         found: bytes = answer["Body"]
         return found
 

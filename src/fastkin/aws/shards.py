@@ -44,7 +44,7 @@ class ShardMap:
 
     def __init__(self, shards: Iterable[Shard]) -> None:
         """Closed shards are left out. ValueError when the open ones leave a gap or overlap."""
-        self.shards = tuple(sorted((s for s in shards if not s.closed), key=lambda s: s.start))
+        self.shards: tuple[Shard, ...] = tuple(sorted((s for s in shards if not s.closed), key=lambda s: s.start))
         expected = 0
         for shard in self.shards:
             # A map with a hole or an overlap is no map: a split or merge was read half-way. It is refused as a whole,

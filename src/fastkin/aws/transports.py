@@ -9,7 +9,7 @@ from __future__ import annotations
 import urllib.request
 from typing import TYPE_CHECKING
 
-from fastkin.aws.destinations import KINESIS
+from fastkin.aws.destinations import FIREHOSE, KINESIS
 from fastkin.aws.endpoint import light_endpoint
 from fastkin.aws.native import KinesisClient
 
@@ -33,8 +33,13 @@ def proxy_applies(kinesis: Kinesis, destination: Destination = KINESIS) -> bool:
     return not urllib.request.proxy_bypass(endpoint.data.host)
 
 
-def make_client(kinesis: Kinesis, name: str | None = None, destination: Destination = KINESIS) -> Client:
-    """The client that the settings and the environment ask for. `name` of the pipeline, for log lines."""
+def make_client(kinesis: Kinesis, name: str | None = None, destination: Destination | None = None) -> Client:
+    """The client that the settings and the environment ask for. `name` of the pipeline, for log lines.
+
+    `destination` None: the one that the settings name.
+    """
+    if destination is None:
+        destination = FIREHOSE if kinesis.firehose else KINESIS
     if kinesis.transport == "sdk" or (kinesis.transport == "auto" and proxy_applies(kinesis, destination)):
         from fastkin.aws.sdk import SdkClient  # the SDK costs 30 MB
 

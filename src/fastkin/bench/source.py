@@ -143,14 +143,14 @@ class Source:
             raise ValueError(f"QoS {qos}: a source plays QoS 0 or 1")
         self.messages = messages
         self.qos = qos
-        self.window = min(window, CYCLE)
+        self.window: int = min(window, CYCLE)
         self.rate = rate
         self.batch = batch
         self.host = host
-        self.port = port
-        self.done = asyncio.Event()
-        self.left = asyncio.Event()  # the subscriber has gone
-        self.subscribed = asyncio.Event()
+        self.port: int = port
+        self.done: asyncio.Event = asyncio.Event()
+        self.left: asyncio.Event = asyncio.Event()  # the subscriber has gone
+        self.subscribed: asyncio.Event = asyncio.Event()
         self.sent = 0  # with repetitions
         self.acked = 0
         self.order_errors = 0

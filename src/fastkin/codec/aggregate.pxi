@@ -3,7 +3,9 @@
 #
 # Every record of an aggregate has the same key, the aggregate's own: consumers drop a whole aggregate when one record
 # in it hashes outside the shard they read it from. So a record with another key closes the open aggregate. Keys that
-# are drawn are no other key: one is drawn for the whole aggregate.
+# are drawn are no other key: one is drawn for the whole aggregate. Keys made from content are those of one message: its
+# first record in the aggregate gives the key, and the places in it tell the others. With other messages beside it, one
+# that came again would stand among others, and nobody could know it again.
 #
 # A record that does not fit into an aggregate, because it is larger than `aggregate_bytes` or than Kinesis takes with
 # what goes around it, goes out plain. So does a record that stayed alone. To wrap one record saves nothing: it makes
@@ -59,7 +61,11 @@ cdef bint aggregate_fits(const Aggregate* group, size_t length, size_t most, siz
     return whole <= most and whole + group.key.raw_length <= most_record
 
 
-cdef bint aggregate_key_is(const Aggregate* group, const Key* key) noexcept nogil:
+cdef bint aggregate_key_is(const Aggregate* group, const Key* key, uint64_t token) noexcept nogil:
+    """Is it the aggregate's key? The aggregate has records."""
+    if key.verdict == KEY_CONTENT:
+        return (group.key.digest[0] == key.digest[0] and group.key.digest[1] == key.digest[1]
+                and (<const Run*> group.runs.p)[group.run_count - 1].token == token)
     if key.verdict != KEY_TEXT:
         return group.drawn
     return (not group.drawn and key.raw_length == group.key.raw_length
@@ -77,14 +83,19 @@ cdef int aggregate_open(Aggregate* group, const Key* key) noexcept nogil:
     group.run_count = 0
     group.runs.length = group.bytes.length = 0
     group.held = False
-    group.drawn = key.verdict != KEY_TEXT
+    group.drawn = key.verdict != KEY_TEXT and key.verdict != KEY_CONTENT
     group.key.verdict = KEY_TEXT
     group.key.shard = key.shard
     if key.verdict == KEY_NONE:  # of lines only: consumers drop a KPL aggregate without a key
         group.key = key[0]
         group.key.raw_length = group.key.body_length = 0
-    elif group.drawn:
-        fk_uuid4(uuid)
+    elif key.verdict != KEY_TEXT:
+        if key.verdict == KEY_CONTENT:
+            group.key.digest[0] = key.digest[0]
+            group.key.digest[1] = key.digest[1]
+            fk_uuid8(key.digest, key.index, uuid)
+        else:
+            fk_uuid4(uuid)
         if key_store(&group.text, <uint8_t*> uuid, FK_UUID_LENGTH, &group.key) < 0:
             return -1
     elif key_store(&group.text, <const uint8_t*> key.raw, key.raw_length, &group.key) < 0:

@@ -77,6 +77,16 @@ cdef enum AnswerStatus:
     ANSWER_TWICE
 
 
+cdef enum:
+    PATTERNS = 8  # at most that many in one answer
+
+
+cdef inline void outcome_clear(Outcome* out) noexcept nogil:
+    out.code.p = NULL
+    out.message.p = NULL
+    out.message.length = 0
+
+
 cdef inline bint text_is(const Text* text, const char* word, size_t length) noexcept nogil:
     return text.length == length and memcmp(text.p, word, length) == 0
 
@@ -115,17 +125,15 @@ cdef inline bint word_is(const Text* text, const Word* word) noexcept nogil:
     return head == word.head and tail == word.tail
 
 
-cdef AnswerStatus answer_entry(Cursor* c, const Word* place_names, Outcome* out) noexcept nogil:
-    """One entry of the list; c.p is at its brace."""
+cdef AnswerStatus answer_entry(Cursor* c, const Word* place_names, Outcome* out, Text* places) noexcept nogil:
+    """One entry of the list; c.p is at its brace. `places`: what the members named in `place_names` say, two Texts."""
     cdef Text name
-    cdef Text place
     cdef bint first = False
     cdef bint second = place_names[1].length == 0
     cdef int status
     cdef int byte
-    out.code.p = NULL
-    out.message.p = NULL
-    out.message.length = 0
+    outcome_clear(out)
+    places[0].p = places[1].p = NULL
     c.p += 1
     if json_blank(c) == c"}":
         c.p += 1
@@ -134,11 +142,11 @@ cdef AnswerStatus answer_entry(Cursor* c, const Word* place_names, Outcome* out)
         if json_name(c, &name) < 0:
             return ANSWER_NOT_JSON
         if word_is(&name, &place_names[0]):
-            status = answer_string(c, &place)
-            first = status == 0 and place.p != NULL and place.length > 0
+            status = answer_string(c, &places[0])
+            first = status == 0 and places[0].p != NULL and places[0].length > 0
         elif place_names[1].length and word_is(&name, &place_names[1]):
-            status = answer_string(c, &place)
-            second = status == 0 and place.p != NULL and place.length > 0
+            status = answer_string(c, &places[1])
+            second = status == 0 and places[1].p != NULL and places[1].length > 0
         elif text_is(&name, "ErrorCode", 9):
             status = answer_string(c, &out.code)
             if status == 1:
@@ -164,10 +172,26 @@ cdef AnswerStatus answer_entry(Cursor* c, const Word* place_names, Outcome* out)
     return ANSWER_OK
 
 
+cdef void answer_learn(fk_pattern* pattern, const uint8_t* entry, size_t length, const Text* places) noexcept nogil:
+    """The next entries are likely to be as this stored one, but for what `places` say."""
+    cdef int i
+    if not fk_pattern_set(pattern, entry, length):
+        return
+    for i in range(2):
+        if places[i].p != NULL and not places[i].escaped:
+            fk_pattern_open(pattern, <size_t> (places[i].p - entry), places[i].length)
+
+
 cdef AnswerStatus answer_records(Cursor* c, const Word* place_names, const uint8_t* data, size_t count,
                                  Outcome* outcomes, size_t* seen, size_t* failed) noexcept nogil:
     cdef AnswerStatus status
     cdef int byte
+    cdef fk_pattern pattern
+    cdef int learned = 0
+    cdef Text[2] places
+    cdef Outcome* out
+    cdef const uint8_t* entry
+    pattern.length = 0
     if json_blank(c) != c"[":
         return ANSWER_RECORDS_TYPE
     c.p += 1
@@ -179,12 +203,21 @@ cdef AnswerStatus answer_records(Cursor* c, const Word* place_names, const uint8
             return ANSWER_ENTRY_TYPE
         if seen[0] == count:
             return ANSWER_TOO_MANY
-        outcomes[seen[0]].at = <size_t> (c.p - data)
-        status = answer_entry(c, place_names, &outcomes[seen[0]])
-        if status != ANSWER_OK:
-            return status
-        if outcomes[seen[0]].code.p != NULL:
-            failed[0] += 1
+        entry = c.p
+        out = &outcomes[seen[0]]
+        out.at = <size_t> (entry - data)
+        if fk_pattern_is(&pattern, entry, <size_t> (c.end - entry)):
+            outcome_clear(out)
+            c.p += pattern.length
+        else:
+            status = answer_entry(c, place_names, out, places)
+            if status != ANSWER_OK:
+                return status
+            if out.code.p != NULL:
+                failed[0] += 1
+            elif learned < PATTERNS:  # where no two are alike, learning would be for nothing each time
+                learned += 1
+                answer_learn(&pattern, entry, <size_t> (c.p - entry), places)
         seen[0] += 1
         byte = json_blank(c)
         if byte == c",":

@@ -125,6 +125,9 @@ cdef class Batcher(Sink):
         if self.plan.uuid:
             key.verdict = KEY_UUID
             return 0
+        if self.plan.content:
+            key.verdict = KEY_CONTENT  # its digest is made when the payload is taken
+            return 0
         if self.plan.none:
             key.verdict = KEY_NONE
             return 0
@@ -254,7 +257,7 @@ cdef class Batcher(Sink):
     cdef int group_record(self, const uint8_t* data, size_t length, const Key* key, uint64_t token,
                           uint32_t kind) except -1:
         cdef Aggregate* group = &self.group
-        if group.records and not (aggregate_key_is(group, key)
+        if group.records and not (aggregate_key_is(group, key, token)
                                   and aggregate_fits(group, length, self.group_most, self.max_record_bytes)):
             self.close_group()
         if group.records == 0:
@@ -273,7 +276,7 @@ cdef class Batcher(Sink):
                          uint32_t kind) except -1:
         cdef Aggregate* group = &self.group
         cdef bint possible = line_possible(data, length)
-        if group.records and not (possible and aggregate_key_is(group, key)
+        if group.records and not (possible and aggregate_key_is(group, key, token)
                                   and line_fits(group, length, self.line_most, self.max_record_bytes)):
             self.close_group()
         if not possible:
@@ -443,9 +446,12 @@ cdef class Batcher(Sink):
         self.accounting.received += payload.count
         if key.verdict == KEY_MISSING:
             self.missing += payload.count
+        if key.verdict == KEY_CONTENT:
+            key_digest(&key, topic, topic_length, payload.whole, payload.whole_length)
         for _ in range(payload.count):
             begin = next_(payload, &at, &length)
             self.store(payload.data + begin, length, &key, token, kind)
+            key.index += 1
         return <Py_ssize_t> payload.count
 
     cdef Py_ssize_t take_mixed(self, const uint8_t* topic, size_t topic_length, PayloadFormat format,
@@ -453,6 +459,7 @@ cdef class Batcher(Sink):
                                const Key* shared) except -2:
         """As take_records, when each record has a verdict of its own (`shared`: the key all have)."""
         cdef Key key
+        cdef Key common
         cdef Slot* slot
         cdef Slot* slots
         cdef PayloadNext next_ = format.next
@@ -498,6 +505,10 @@ cdef class Batcher(Sink):
             self.trim_slots()
             return OFFER_STALLED
         self.accounting.received += payload.count
+        if shared != NULL:
+            common = shared[0]
+            if common.verdict == KEY_CONTENT:
+                key_digest(&common, topic, topic_length, payload.whole, payload.whole_length)
         at = payload.first
         for i in range(payload.count):
             begin = next_(payload, &at, &length)
@@ -506,7 +517,8 @@ cdef class Batcher(Sink):
             if shared == NULL:
                 self.key_of(slot, &key)
             else:
-                key = shared[0]
+                key = common
+                key.index = i
             if slot.verdict >= BAD_SIZE:
                 self.reject(topic, topic_length, data, length,
                             "oversize" if slot.verdict == BAD_SIZE else "partition_key",
@@ -562,6 +574,8 @@ cdef class Batcher(Sink):
                 self.key_of(&slot, &key)
             else:
                 self.topic_key(NULL, 0, &key)
+                if key.verdict == KEY_CONTENT:
+                    key_digest(&key, <const uint8_t*> b"", 0, source.p, source.length)
             if hash_text is not None:
                 hash_key = self.given_hash(hash_text, &hash_length)
                 key.shard = -1
@@ -761,7 +775,8 @@ cdef class Batcher(Sink):
         cdef Batch batch
         bytes_open(body, &source, "a body")
         try:
-            batch = restore_batch(self.accounting, source.p, source.length, counts, token, self.table, self.plan.uuid)
+            batch = restore_batch(self.accounting, source.p, source.length, counts, token, self.table,
+                                  self.plan.uuid or self.plan.content)
         finally:
             bytes_close(&source)
         if batch.records > self.accounting.ended[OUT_SPOOLED]:

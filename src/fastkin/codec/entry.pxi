@@ -77,7 +77,7 @@ cdef inline size_t entry_most(size_t length, const Key* key, size_t hash_length)
 
 cdef inline char* entry_write(char* p, const uint8_t* data, size_t length, const Key* key, const char* hash_key,
                               size_t hash_length) noexcept nogil:
-    """One entry at `p`; a key that is to be drawn is drawn here. Returns where it ends."""
+    """One entry at `p`; a key that is to be drawn, or made, is made here. Returns where it ends."""
     memcpy(p, b'{"Data":"', ENTRY_OPEN)
     p += ENTRY_OPEN
     fk_b64_encode(data, length, p)
@@ -89,7 +89,10 @@ cdef inline char* entry_write(char* p, const uint8_t* data, size_t length, const
         p += key.body_length
     elif key.verdict != KEY_NONE:
         memcpy(p, b'","PartitionKey":"', ENTRY_KEY)
-        fk_uuid4(p + ENTRY_KEY)
+        if key.verdict == KEY_CONTENT:
+            fk_uuid8(key.digest, key.index, p + ENTRY_KEY)
+        else:
+            fk_uuid4(p + ENTRY_KEY)
         p += ENTRY_KEY + FK_UUID_LENGTH
     if hash_length:
         memcpy(p, b'","ExplicitHashKey":"', ENTRY_HASH)
@@ -235,3 +238,67 @@ cdef tuple entry_fields(const char* p, size_t length):
     """(data, partition key, explicit hash key)"""
     entry = json.loads(p[:length])
     return base64.b64decode(entry["Data"]), entry.get("PartitionKey"), entry.get("ExplicitHashKey")
+
+
+cdef uint8_t[256] base64_value
+
+
+cdef int base64_values() noexcept nogil:
+    cdef const char* all_ = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    cdef uint8_t i
+    memset(base64_value, 0, 256)
+    for i in range(64):
+        base64_value[<uint8_t> all_[i]] = i
+    return 0
+
+
+base64_values()
+
+
+cdef void base64_decode(const uint8_t* p, size_t length, uint8_t* out) noexcept nogil:
+    """What base64_valid() has passed. Writes three bytes for each group, also where the last one has less."""
+    cdef const uint8_t* end = p + length
+    cdef uint32_t group
+    while p < end:
+        group = (<uint32_t> base64_value[p[0]] << 18 | <uint32_t> base64_value[p[1]] << 12
+                 | <uint32_t> base64_value[p[2]] << 6 | base64_value[p[3]])
+        out[0] = <uint8_t> (group >> 16)
+        out[1] = <uint8_t> (group >> 8)
+        out[2] = <uint8_t> group
+        p += 4
+        out += 3
+
+
+def joined_data(body) -> tuple:
+    """Of a call's body: how many records, and their data one behind the other. LibraryError: it is no body of ours."""
+    cdef Bytes source
+    cdef Cursor c
+    cdef Restored one
+    cdef RestoreStatus status = RESTORE_HEAD
+    cdef size_t count = 0
+    cdef size_t length = 0
+    cdef uint8_t* out
+    bytes_open(body, &source, "a body")
+    try:
+        joined = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> (source.length // 4 * 3 + 3))
+        out = <uint8_t*> PyBytes_AS_STRING(joined)
+        c.p = source.p
+        c.end = source.p + source.length
+        with nogil:
+            if entry_list_opens(&c):
+                while True:
+                    status = entry_read(&c, source.p, &one)
+                    if status != RESTORE_OK:
+                        break
+                    base64_decode(source.p + one.at + ENTRY_OPEN, (one.data_length + 2) // 3 * 4, out + length)
+                    length += one.data_length
+                    count += 1
+                    if not entry_list_goes_on(&c):
+                        if not entry_list_ends(&c):
+                            status = RESTORE_TAIL
+                        break
+        if status != RESTORE_OK:
+            raise LibraryError(restore_reason(status))
+        return count, joined[:length]
+    finally:
+        bytes_close(&source)

@@ -8,6 +8,7 @@ cdef enum Verdict:
     KEY_UUID  # drawn when it is written
     KEY_NONE
     KEY_MISSING  # a part is absent: a UUID stands in
+    KEY_CONTENT  # made when it is written, from the digest of a message and the number of the record in it
     # from here on the record cannot be sent
     BAD_SIZE
     BAD_EMPTY
@@ -26,6 +27,9 @@ cdef struct Key:
     const char* body
     size_t body_length
     int32_t shard
+    # of KEY_CONTENT
+    uint64_t[2] digest
+    uint64_t index
 
 cdef struct Part:
     int kind
@@ -151,6 +155,38 @@ def uuid_key() -> str:
     return PyUnicode_DecodeUTF8(text, FK_UUID_LENGTH, NULL)
 
 
+def content_key(data, topic="", index=0) -> str:
+    """The key that `partition_key = "content"` gives to record `index` of a message: a UUID of version 8 as text.
+
+    data: the whole payload as it was received. topic: of the message; "" for what a program puts. index: the place of
+    the record in a frame, from 0. LibraryError: data is not contiguous bytes, or index is no 64-bit number.
+    """
+    cdef Bytes source
+    cdef Key key
+    cdef char text[FK_UUID_LENGTH]
+    if not isinstance(topic, str):
+        raise LibraryError(f"a topic is text, not {type(topic).__name__}")
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 1 << 64:
+        raise LibraryError("the index of a record is a whole number from 0 to 2^64-1")
+    try:
+        name = topic.encode()
+    except UnicodeEncodeError:
+        raise LibraryError("a topic with a lone surrogate cannot be one") from None
+    bytes_open(data, &source, "data")
+    key_digest(&key, <const uint8_t*> PyBytes_AS_STRING(name), <size_t> PyBytes_GET_SIZE(name), source.p, source.length)
+    bytes_close(&source)
+    fk_uuid8(key.digest, index, text)
+    return PyUnicode_DecodeUTF8(text, FK_UUID_LENGTH, NULL)
+
+
+cdef inline void key_digest(Key* key, const uint8_t* topic, size_t topic_length, const uint8_t* payload,
+                            size_t length) noexcept nogil:
+    """Of a KEY_CONTENT: the whole message as it came, whatever its records become, so that a clock or the name of a
+    host in what is stored changes no key."""
+    fk_content(topic, topic_length, payload, length, key.digest)
+    key.index = 0
+
+
 def _seed_keys(seed) -> None:
     """For tests: keys drawn from a number, the same in every run; None: from the system again."""
     if seed is None:
@@ -181,6 +217,7 @@ cdef class KeyPlan:
 
     cdef bint uuid
     cdef bint none
+    cdef bint content
     cdef bint fixed  # text alone
     cdef bint reads_data  # a field of the payload
     cdef Part* parts
@@ -192,14 +229,15 @@ cdef class KeyPlan:
         cdef size_t names = 0
         cdef Part* part
         items = list(parts)
-        if kind == "uuid" or kind == "none":
+        if kind in ("uuid", "none", "content"):
             if items:
                 raise LibraryError(f"a key plan of kind {kind!r} has no parts")
             self.uuid = kind == "uuid"
-            self.none = not self.uuid
+            self.none = kind == "none"
+            self.content = kind == "content"
             return
         if kind != "parts":
-            raise LibraryError(f"a key plan is uuid, none or parts, not {kind!r}")
+            raise LibraryError(f"a key plan is uuid, content, none or parts, not {kind!r}")
         if not items:
             raise LibraryError("a key plan of kind 'parts' needs at least one part")
         for name, value in items:
@@ -336,6 +374,8 @@ cdef class KeyPlan:
         cdef Verdict verdict = KEY_MISSING
         if self.none:
             return ""
+        if self.content:
+            return content_key(data, topic.decode("utf-8"))
         if not self.uuid:
             bytes_open(data, &source, "a payload")
             verdict = self.build(

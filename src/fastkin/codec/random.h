@@ -58,14 +58,17 @@ static int fk_random_seed(void) {
     return 0;
 }
 
+/* splitmix64, Vigna, public domain */
+static inline uint64_t fk_splitmix(uint64_t *seed) {
+    uint64_t z = (*seed += UINT64_C(0x9e3779b97f4a7c15));
+    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return z ^ (z >> 31);
+}
+
 /* For tests alone: the same keys for the same seed, until fk_random_forget(). */
 static inline void fk_random_fix(uint64_t seed) {
-    for (unsigned i = 0; i < 4; i++) { /* splitmix64, Vigna, public domain */
-        uint64_t z = (seed += UINT64_C(0x9e3779b97f4a7c15));
-        z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-        z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
-        fk_state[i] = z ^ (z >> 31);
-    }
+    for (unsigned i = 0; i < 4; i++) fk_state[i] = fk_splitmix(&seed);
     fk_state[0] |= 1;
     fk_seeded = 1;
     fk_left = UINT32_MAX; /* no seed from the system in between */
@@ -87,10 +90,8 @@ static int fk_random_init(void) {
     return pthread_atfork(NULL, NULL, fk_random_forget);
 }
 
-/* RFC 9562 section 5.4: 122 random bits, version 4, variant 10 */
-static inline void fk_uuid4(char *out) {
-    uint64_t a = (fk_random() & ~UINT64_C(0xf000)) | UINT64_C(0x4000);
-    uint64_t b = (fk_random() >> 2) | UINT64_C(0x8000000000000000);
+/* 32 hexadecimal digits and four dashes */
+static inline void fk_uuid_text(uint64_t a, uint64_t b, char *out) {
 #define FK_PUT(at, word, shift) memcpy(out + (at), fk_hex[((word) >> (shift)) & 255], 2)
     FK_PUT(0, a, 56);
     FK_PUT(2, a, 48);
@@ -113,6 +114,13 @@ static inline void fk_uuid4(char *out) {
     FK_PUT(32, b, 8);
     FK_PUT(34, b, 0);
 #undef FK_PUT
+}
+
+/* RFC 9562 section 5.4: 122 random bits, version 4, variant 10 */
+static inline void fk_uuid4(char *out) {
+    uint64_t a = (fk_random() & ~UINT64_C(0xf000)) | UINT64_C(0x4000);
+    uint64_t b = (fk_random() >> 2) | UINT64_C(0x8000000000000000);
+    fk_uuid_text(a, b, out);
 }
 
 #endif

@@ -15,8 +15,8 @@ cdef Py_ssize_t restore_key(const Text* text, uint8_t* raw) noexcept nogil:
 
 
 cdef bint drawn(const uint8_t* raw, size_t length) noexcept nogil:
-    """Does this key look as if fk_uuid4 had drawn it?"""
-    return (length == FK_UUID_LENGTH and raw[8] == c"-" and raw[13] == c"-" and raw[14] == c"4"
+    """Does this key look as if fk_uuid4 had drawn it, or fk_uuid8 made it?"""
+    return (length == FK_UUID_LENGTH and raw[8] == c"-" and raw[13] == c"-" and (raw[14] == c"4" or raw[14] == c"8")
             and raw[18] == c"-" and raw[23] == c"-")
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from fastkin.config import Kinesis, Pipeline, Settings
+    from fastkin.mqtt.visit import Visit
 
 
 def check(settings: Settings, *, connect: bool, quiet: bool, own_id: bool = False) -> int:
@@ -37,7 +38,11 @@ def check(settings: Settings, *, connect: bool, quiet: bool, own_id: bool = Fals
     # These need no network, so they are part of the plain check; settings/ cannot ask them, for it knows neither TLS
     # nor the SDK's files.
     tests: list[Callable[[], object]] = [functools.partial(tls_context, settings.broker)]
-    tests += [functools.partial(region_of, pipeline.kinesis) for pipeline in settings.pipelines if pipeline.enabled]
+    tests += [
+        functools.partial(region_of, pipeline.kinesis)
+        for pipeline in settings.pipelines
+        if pipeline.enabled and (pipeline.s3 or not pipeline.file)
+    ]
     for test in tests:
         try:
             test()
@@ -60,11 +65,13 @@ async def _connect(settings: Settings, *, own_id: bool) -> int:
     seen: set[Kinesis] = set()
     for pipeline in settings.pipelines:
         for kinesis in (pipeline.kinesis, destination(pipeline)):
-            if pipeline.enabled and kinesis is not None and kinesis not in seen:
+            if pipeline.enabled and kinesis is not None and kinesis.target and kinesis not in seen:
                 seen.add(kinesis)
-                name = f"stream {kinesis.stream_arn or kinesis.stream}"
-                good &= await _try(name, functools.partial(_stream, kinesis))
+                name = f"{'delivery ' if kinesis.firehose else ''}stream {kinesis.target}"
+                good &= await _try(name, functools.partial(stream_says, kinesis))
     for pipeline in settings.pipelines:
+        if pipeline.enabled and pipeline.file:
+            good &= await _try(f"files {pipeline.target}", functools.partial(_files, pipeline))
         letters = pipeline.dead_letter
         if pipeline.enabled and letters is not None and letters != "none" and not letters.startswith(PREFIX):
             good &= await _try(f"dead letter file {letters}", functools.partial(_writable, letters, "dead_letter"))
@@ -116,7 +123,7 @@ async def _filters(settings: Settings, pipeline: Pipeline, *, own_id: bool) -> b
             " what the broker hands out meanwhile comes again, but for QoS 0",
             err=True,
         )
-    tried: trial.Tried | None = None
+    tried: Visit | None = None
 
     async def connect() -> str:
         nonlocal tried
@@ -135,7 +142,27 @@ async def _filters(settings: Settings, pipeline: Pipeline, *, own_id: bool) -> b
     return good
 
 
-async def _stream(kinesis: Kinesis) -> str:
+async def _files(pipeline: Pipeline) -> str:
+    """Write beside the files what can be thrown away, and ask for the bucket. Nothing is taken over or uploaded."""
+    from fastkin.errors import KinesisError
+    from fastkin.files.client import client_of
+
+    client = client_of(pipeline)
+    try:
+        await client.describe()
+    except KinesisError as error:
+        if not client.only_the_question(error):
+            raise
+        return (
+            f"directory {pipeline.file} can be written (s3:ListBucket is denied; s3:PutObject alone is enough to run)"
+        )
+    finally:
+        await client.close()
+    return f"directory {pipeline.file} can be written{', and the bucket is there' if pipeline.s3 else ''}"
+
+
+async def stream_says(kinesis: Kinesis) -> str:
+    """What the stream says of itself, or that it may be written to. KinesisError, ConfigError."""
     from fastkin.aws.transports import make_client
     from fastkin.errors import Action, KinesisError
 
@@ -147,9 +174,13 @@ async def _stream(kinesis: Kinesis) -> str:
         except KinesisError as error:
             if error.action is not Action.OPERATOR or "AccessDenied" not in error.code:
                 raise
+            to = client.destination
+            if not to.dry_run:
+                return f"not described: {to.service}:{to.describe} is denied; {to.permission} alone is enough to run"
             # PutRecords alone is enough to run: try just that, without writing
             await client.dry_run()
             return "may be written to (not described: kinesis:DescribeStreamSummary is denied)"
-        return f"{summary.status}, {summary.shard_count} shards, {summary.mode}"
+        shards = f"{summary.shard_count} shards, " if client.destination.shards else ""
+        return f"{summary.status}, {shards}{summary.mode}"
     finally:
         await client.close()

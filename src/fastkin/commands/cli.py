@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Load = Callable[[], Settings | None]
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+CONTEXT: dict[str, object] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
@@ -76,13 +76,13 @@ def settings_from(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("config", required=False, envvar="FASTKIN_CONFIG", metavar="[CONFIG.toml]")(command)
 
 
-def _set_up_logs(verbose: bool, quiet: bool, log_format: str = "text") -> None:
+def _set_up_logs(verbose: bool, quiet: bool, log_format: str = "text", *, worker: str | None = None) -> None:
     from fastkin.status import logs
 
     if verbose and quiet:
         raise click.UsageError("-v and -q are both given")
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
-    logs.setup(level=level, json_lines=log_format == "json")
+    logs.setup(level=level, json_lines=log_format == "json", worker=worker)
 
 
 def _load(config: str | None, env_file: str | None) -> Settings:
@@ -105,24 +105,56 @@ def cli(context: click.Context) -> None:
 
 @cli.command()
 @settings_from
+@click.option(
+    "--workers",
+    type=click.IntRange(0, 64),
+    metavar="N",
+    help="Share the work among N processes; 0: none, after what former workers left was stored.",
+)
+@click.option("--worker", hidden=True, help="This is a worker: its number, or `all`.")
+@click.option("--left-over", hidden=True, help="This empties what these workers left.")
+@click.option("--channel", type=int, hidden=True, help="The descriptor to the process that has the workers.")
 @common
 @log_format
-def run(config: str | None, env_file: str | None, verbose: bool, quiet: bool, log_format: str) -> int:
+def run(
+    config: str | None,
+    env_file: str | None,
+    workers: int | None,
+    worker: str | None,
+    left_over: str | None,
+    channel: int | None,
+    verbose: bool,
+    quiet: bool,
+    log_format: str,
+) -> int:
     """Run the service: MQTT to Kinesis.
 
     The settings come from CONFIG.toml, or from the environment alone (BROKER, TOPIC,
     KIN_STREAM_NAME, AWS_REGION, ...). SIGHUP reads them again: pipelines that changed restart,
     the others do not notice. SIGTERM stores what is held, then exits; a second one exits at once.
     Exit code 1 means that records were lost or that the engine failed.
+
+    --workers N uses N cores: the filters are shared at the broker, a worker that dies is started
+    again, and signals, reloads and the status port are those of one service.
     """
-    _set_up_logs(verbose, quiet, log_format)
+    _set_up_logs(verbose, quiet, log_format, worker=worker or (left_over and "left-over"))
     from fastkin.settings.reload import Reader
 
-    reader = Reader(config, env_file)
+    reader = Reader(config, env_file, workers=workers)
     loaded = reader.read()
-    from fastkin.commands.run import run
+    from fastkin.commands.run import Role, run
+    from fastkin.service.members import member_of
 
-    return run(loaded, reader.read_again)
+    role = Role(
+        None if worker is None else member_of(worker),
+        tuple(map(member_of, left_over.split(","))) if left_over else (),
+        channel,
+    )
+    command = [sys.executable, "-m", "fastkin", "run", *([config] if config else [])]
+    command += ["--env-file", env_file] if env_file else []
+    command += ["-v"] if verbose else ["-q"] if quiet else []
+    command += ["--log-format", log_format]
+    return run(loaded, reader.read_again, role=role, command=command, env=reader.environment)
 
 
 @cli.command()
@@ -149,6 +181,54 @@ def check(config: str | None, env_file: str | None, connect: bool, own_id: bool,
     from fastkin.commands.check import check
 
     return check(loaded, connect=connect, quiet=quiet, own_id=own_id)
+
+
+@cli.command()
+@settings_from
+@click.option("--from-environment", is_flag=True, help="Take the settings from the environment alone, as `run` does.")
+@click.option("--pipeline", metavar="ID", help="Only this pipeline; else each one, a stream that several share once.")
+@click.option("--topic", help="Publish to this topic; else to fastkin/selftest/ and something random.")
+@click.option(
+    "--messages", type=click.IntRange(1, 1000), default=10, show_default=True, help="How many messages to publish."
+)
+@click.option(
+    "--timeout", type=click.FloatRange(1, 600), default=30.0, show_default=True, help="Seconds for each step."
+)
+@click.option(
+    "--no-read", is_flag=True, help="Do not read the records back: that takes permissions `run` does not need."
+)
+@common
+def selftest(
+    config: str | None,
+    env_file: str | None,
+    from_environment: bool,
+    pipeline: str | None,
+    topic: str | None,
+    messages: int,
+    timeout: float,
+    no_read: bool,
+    verbose: bool,
+    quiet: bool,
+) -> int:
+    """Publish messages, store them and read them back; one line for each step.
+
+    Without settings all of it happens on this machine, with an emulated stream. With CONFIG.toml it is tried with the
+    broker and the streams of the settings: under client ids and a topic of its own, so nothing is taken away from a
+    service that runs, and each stream gets as many records as there are messages.
+
+    The exit code is 0 when every step went well, 1 when one did not, 2 for wrong settings.
+    """
+    _set_up_logs(verbose, quiet or not verbose)
+    from fastkin.commands.selftest import Wanted, selftest
+
+    given = config is not None or env_file is not None or from_environment
+    if pipeline is not None and not given:
+        raise click.UsageError("--pipeline goes with settings: give CONFIG.toml")
+    return selftest(
+        _load(config, env_file) if given else None,
+        Wanted(messages=messages, timeout_s=timeout, topic=topic, read=not no_read),
+        only=pipeline,
+    )
 
 
 @cli.command()
@@ -439,6 +519,12 @@ def replay_dead_letters(
 
 def main(args: Sequence[str] | None = None, command: click.Command = cli, name: str = "fastkin") -> None:
     """The entry point: turns every ending of a command into an exit code."""
+    if args is None and command is cli and sys.argv[1:2] == ["run"]:
+        from fastkin.commands.watch import hold_hangup
+
+        # First of all: reading the settings and loading the engine take a third of a second, and whoever changes a
+        # file and says so by SIGHUP does not know that we have only just begun.
+        hold_hangup()
     code = _main(args, command, name)
     if args is None:
         _leave(code)

@@ -232,7 +232,7 @@ def route_of(pipeline: Pipeline, client_id: str, form: str | None) -> Route:
         kinesis=pipeline.kinesis,
         way=way_of(pipeline, form),
         key=KeyPlan(kind, parts),
-        drawn=kind != "parts",
+        drawn=kind in {"uuid", "none"},
         max_record_bytes=pipeline.max_record_bytes,
     )
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-log = logging.getLogger("fastkin.run")
+log: logging.Logger = logging.getLogger("fastkin.run")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # `shutdown_timeout_s` and two seconds are promised: these are for what the engine does after its own deadline,
@@ -38,7 +38,6 @@ class Watch:
         self._last_words: Callable[[], int] = _failure
         self._code: int | None = None
         self._tell: Callable[[signal.Signals], object] | None = None
-        self._untold: list[signal.Signals] = []
         self._lock = threading.Lock()
         self._asked = False
         self._end_at: float | None = None
@@ -51,6 +50,8 @@ class Watch:
         self._thread = threading.Thread(target=self._work, name="fastkin signals", daemon=True)
 
     def __enter__(self) -> Self:
+        # Kept back until start(): there is nobody yet to hear of them, and a signal that only a handler saw is lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for number in SIGNALS:
             # the handler is there for Python to catch the signal at all
             self._before[number] = signal.signal(number, _nothing)
@@ -60,6 +61,7 @@ class Watch:
     def __exit__(self, *exc: object) -> None:
         if self._tell is not None:
             signal.set_wakeup_fd(-1)  # the one before was the loop's, which is closed
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # while they still have a handler that does no harm
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._closed = True
@@ -79,12 +81,9 @@ class Watch:
         `tell(number)` is called in the watch's thread. `limit()`: seconds that storing what is held may take.
         `last_words()` logs what became of the records and gives the exit code; it must do without the loop.
         """
-        self._limit, self._last_words = limit, last_words
+        self._limit, self._last_words, self._tell = limit, last_words, tell
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        self._tell = tell
-        untold, self._untold = self._untold, []
-        for number in untold:
-            tell(number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came meanwhile comes now
 
     def stop_within(self, seconds: float) -> None:
         """The process is to be gone by then, and the grace after it."""
@@ -144,9 +143,7 @@ class Watch:
             else:
                 self._asked = True
                 self.stop_within(self._limit())
-        if self._tell is None:
-            self._untold.append(number)
-            return
+        assert self._tell is not None  # signals come from start() on
         with contextlib.suppress(RuntimeError):  # the loop was closed
             self._tell(number)
 
@@ -160,6 +157,11 @@ class Watch:
     def _poke(self) -> None:
         with contextlib.suppress(OSError):
             self._write.send(b"\0")
+
+
+def hold_hangup() -> None:
+    """Keep a SIGHUP back from now on: until a `Watch` is there it would end the process. start() lets it go."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))
 
 
 def flush() -> None:

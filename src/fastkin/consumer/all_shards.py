@@ -43,7 +43,7 @@ class AllShards:
         self._ready: asyncio.Queue[Portion | BaseException] = asyncio.Queue(1)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.readers: dict[str, ShardReader] = {}  # by shard, those at work
-        self.reseeks = 0  # of readers that have ended
+        self.reseeks: int = 0  # of readers that have ended
         self._ended: set[str] = {shard for shard, mark in marks.items() if mark == SHARD_END}
         self._children: set[str] = set()  # told by their parents
         self._opened = False

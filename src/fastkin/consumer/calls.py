@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import orjson
 
 from fastkin._codec import ConsumerRecord, read_records
+from fastkin.aws.error_table import telling_requests
 from fastkin.errors import Action, KinesisError, LibraryError, UnexpectedResponse
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fastkin.aws.shards import Shard
     from fastkin.consumer.positions import Position
 
-log = logging.getLogger("fastkin.consumer")
+log: logging.Logger = logging.getLogger("fastkin.consumer")
 
 MOST_RECORDS = 10_000  # of one GetRecords: the API's page
 BACKOFF_S = (0.1, 10.0)  # first and longest wait of a call that goes again
@@ -52,8 +53,8 @@ class Calls:
         self._strict = strict
         self._as_stored = as_stored
         self._warned = float("-inf")
-        self.throttled = 0
-        self.decode_errors = 0
+        self.throttled: int = 0
+        self.decode_errors: int = 0
 
     def now(self) -> float:
         """The time of the service, as well as it is known."""
@@ -66,11 +67,12 @@ class Calls:
         if not isinstance(shard_id, str) or not shard_id:
             raise LibraryError("Non empty argument required: shard_id")
         request = {**self._target(), "ShardId": shard_id, **position.members()}
-        answer = await self._ask("GetShardIterator", request)
-        iterator = answer.get("ShardIterator")
-        if not isinstance(iterator, str) or not iterator:
-            raise UnexpectedResponse("UnexpectedResponse", "GetShardIterator: no ShardIterator in the answer")
-        return iterator
+        with telling_requests():
+            answer = await self._ask("GetShardIterator", request)
+            iterator = answer.get("ShardIterator")
+            if not isinstance(iterator, str) or not iterator:
+                raise UnexpectedResponse("UnexpectedResponse", "GetShardIterator: no ShardIterator in the answer")
+            return iterator
 
     async def records(self, iterator: str, limit: int | None, shard_id: str | None = None) -> Batch:
         if not isinstance(iterator, str) or not iterator:
@@ -81,7 +83,10 @@ class Calls:
             request["Limit"] = limit
         if arn := self._client.kinesis.stream_arn:
             request["StreamARN"] = arn
-        answer = await self._ask("GetRecords", request)
+        with telling_requests():
+            return self._batch(await self._ask("GetRecords", request), shard_id)
+
+    def _batch(self, answer: dict[str, Any], shard_id: str | None) -> Batch:
         told, behind = answer.get("Records"), answer.get("MillisBehindLatest") or 0
         following, children = answer.get("NextShardIterator"), answer.get("ChildShards") or []
         if (

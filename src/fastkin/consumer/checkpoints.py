@@ -22,6 +22,7 @@ class Checkpoints(Protocol):
 
     async def load(self, stream: str) -> dict[str, str]:
         """Shard id to sequence number of the last record that was handed out, or SHARD_END."""
+        ...
 
     async def save(self, shard_id: str, sequence_number: str) -> None:
         """Keep it: when this returns, it must survive what is to be survived."""
@@ -60,7 +61,7 @@ class FileCheckpoints:
         self._stream = ""
         self._marks: dict[str, str] = {}
         self._lock: int | None = None
-        self._writing = threading.Lock()
+        self._writing = threading.Lock()  # held by whoever is at the files
 
     async def load(self, stream: str) -> dict[str, str]:
         self._marks = await asyncio.to_thread(self._open, stream)
@@ -76,6 +77,11 @@ class FileCheckpoints:
         await asyncio.to_thread(self._close)
 
     def _open(self, stream: str) -> dict[str, str]:
+        # A caller that is cancelled does not end this thread: close() waits for it, and finds what it has opened.
+        with self._writing:
+            return self._take(stream)
+
+    def _take(self, stream: str) -> dict[str, str]:
         if self._lock is not None:
             raise self._problem("is in use", "give each stream() a file of its own")
         try:

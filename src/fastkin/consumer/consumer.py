@@ -19,11 +19,14 @@ from fastkin.consumer.checkpoints import SHARD_END, Checkpoints
 from fastkin.consumer.positions import Position, ShardIteratorType
 from fastkin.consumer.shard_reader import Pace
 from fastkin.errors import ClosedError, ConfigError, LibraryError
-from fastkin.settings.arguments import check_arguments
+from fastkin.settings.arguments import check_arguments, check_keys
 
 if TYPE_CHECKING:
     from fastkin.aws.client import Client
     from fastkin.consumer.all_shards import Portion
+    from fastkin.status.metrics import ConsumerCollector
+else:
+    ConsumerCollector = Any  # what get_type_hints() shows: the collector would load prometheus_client
 
 _LOG = logging.getLogger("fastkin.consumer")
 
@@ -91,9 +94,7 @@ class Consumer:
         check_arguments({name: value for name, value in locals().items() if name != "partition_key"})
         if not (stream or stream_arn):
             raise LibraryError("Non empty argument required: stream or stream_arn")
-        if (access_key is None) != (secret_key is None):
-            missing = "access_key" if access_key is None else "secret_key"
-            raise LibraryError(f"Non empty argument required: {missing}; give both keys, or neither")
+        check_keys(access_key, secret_key)
         check_limit(limit)
         _check_number("dedupe", dedupe, 0, MOST_SEEN, "records", whole=True)
         _check_number("poll_s", poll_s, 0, 60, "s")
@@ -122,6 +123,8 @@ class Consumer:
         self._shards: list[AllShards] = []  # of each stream() at work
         self._starting = asyncio.Lock()
         self._started = False
+        self._kept_open = False  # somebody else than a stream() started it, and will close it
+        self._streams = 0  # at work
         self._closed = False
         self._told = False  # that records cannot be told apart
         self._stats = {"records": 0, "bytes": 0, "batches": 0, "duplicates": 0, "reseeks": 0}
@@ -135,6 +138,10 @@ class Consumer:
 
     async def start(self) -> None:
         """Find credentials and endpoint, when it was not done yet. KinesisError or ConfigError when there are none."""
+        await self._open()
+        self._kept_open = True
+
+    async def _open(self) -> None:
         async with self._starting:
             if self._closed:
                 raise ClosedError(f"the consumer of {self._name} is closed: make another one")
@@ -193,8 +200,11 @@ class Consumer:
             shard with a checkpoint goes on behind it, and one that follows such a shard begins at its beginning.
 
         A record counts as read when the next one is asked for; a checkpoint is kept when a batch of a shard was read to
-        its end, so what is repeated after a kill is one batch at most. KinesisError for what does not pass by
-        itself; LibraryError for a wrong position; CheckpointError when a checkpoint cannot be kept.
+        its end, so what is repeated after a kill is one batch at most. KinesisError for what does not pass by itself;
+        LibraryError for a wrong position; CheckpointError when a checkpoint cannot be kept.
+
+        Who cancels the wait for a record, as asyncio.wait_for does, ends this stream(), for so it is with generators:
+        wait in a task of its own, or go on with another stream() and its checkpoints.
         """
         return self._stream(_position(position))
 
@@ -215,9 +225,18 @@ class Consumer:
             "iterator_age_ms_by_shard": {reader.shard_id: reader.behind_ms for reader in reading},
         }  # fmt: skip
 
+    def metrics(self) -> ConsumerCollector:
+        """For a prometheus_client registry: `registry.register(consumer.metrics())`, in the loop that reads.
+
+        It may be scraped in any thread. The figures of stats(), by stream; `fastkin_consumer_iterator_age_ms` by shard.
+        """
+        from fastkin.status.metrics import ConsumerCollector  # prometheus_client is for who asks
+
+        return ConsumerCollector(self._name, self.stats)
+
     async def _stream(self, begin: Position) -> AsyncGenerator[ConsumerRecord, None]:
-        ours = not self._started  # nobody else will close what is opened here
-        await self.start()
+        await self._open()
+        self._streams += 1
         store, shards = self._checkpoints, None
         seen = Seen(self._dedupe) if self._dedupe else None
         try:
@@ -236,9 +255,11 @@ class Consumer:
                 self._stats["reseeks"] += shards.reseeks + sum(one.reseeks for one in shards.readers.values())
             if store is not None:
                 await store.close()
-            if ours:
-                await self._client.close()
+            self._streams -= 1
+            # Nobody else will close what was opened here. Another stream() may still need it.
+            if not self._kept_open and not self._streams:
                 self._started = False
+                await self._client.close()
 
     async def _portion(self, portion: Portion, seen: Seen | None) -> AsyncGenerator[ConsumerRecord, None]:
         """The records of one batch, and the checkpoint behind those that were read."""

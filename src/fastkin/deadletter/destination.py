@@ -29,9 +29,9 @@ def destination(pipeline: Pipeline) -> Kinesis | None:
     name = text.removeprefix(PREFIX)
     if arn := stream_arn(name):
         return dataclasses.replace(
-            pipeline.kinesis, stream=arn.stream, stream_arn=name, region=arn.region, max_connections=1
+            pipeline.kinesis, stream=arn.stream, stream_arn=name, firehose=None, region=arn.region, max_connections=1
         )
-    return dataclasses.replace(pipeline.kinesis, stream=name, stream_arn=None, max_connections=1)
+    return dataclasses.replace(pipeline.kinesis, stream=name, stream_arn=None, firehose=None, max_connections=1)
 
 
 def is_own(pipeline: Pipeline) -> bool:
@@ -40,6 +40,8 @@ def is_own(pipeline: Pipeline) -> bool:
     if other is None:
         return False
     own = pipeline.kinesis
+    if own.firehose:
+        return False  # another service: the same name is another stream
     if own.stream_arn and other.stream_arn:
         return own.stream_arn == other.stream_arn
     # A region that is not said may be the same one. In doubt it counts as the same, for the caller only warns.

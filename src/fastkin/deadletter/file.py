@@ -37,7 +37,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Required, Self, TypedDict
 
 from fastkin.errors import FastkinError
 
@@ -55,13 +55,13 @@ class DeadLetter(TypedDict, total=False):
     """One payload or record that is set aside. What is left out is null, `time` is now."""
 
     time: float
-    pipeline: str
+    pipeline: Required[str]
     topic: str | bytes | None
-    reason: str
+    reason: Required[str]
     offset: int | None
     index: int | None
     partition_key: str | None
-    payload: bytes | Spill
+    payload: Required[bytes | Spill]
     truncated: bool  # only when it is so
     payload_bytes: int
     packet: bool
@@ -74,7 +74,7 @@ class DeadLetterError(FastkinError):
 
     def __init__(self, path: Path, doing: str, error: OSError) -> None:
         self.path = path
-        self.errno = error.errno
+        self.errno: int | None = error.errno
         if isinstance(error, LockedError):
             super().__init__(f"dead letter file {path}: {error}")
             return
@@ -161,7 +161,7 @@ class Spill:
     def __init__(self, beside: Path) -> None:
         self._beside = beside
         self._fd = -1
-        self.size = 0
+        self.size: int = 0
 
     def __len__(self) -> int:
         return self.size
@@ -229,11 +229,11 @@ class DeadLetters:
         """max_bytes: rotate before a write that would pass it; 0: never. keep: rotated files to keep; 0: none, a
         full file is deleted."""
         # A rename would move the link and not the file, so rotation works on the file that the link leads to.
-        self.path = real(Path(path))
+        self.path: Path = real(Path(path))
         self.max_bytes = max_bytes
         self.keep = keep
-        self.written = 0
-        self.deleted = 0  # letters that went with the oldest file, by the policy of max_bytes and keep
+        self.written: int = 0
+        self.deleted: int = 0  # letters that went with the oldest file, by the policy of max_bytes and keep
         self._given_up = threading.Event()
         self._fd = -1
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastkin._codec import DEAD, DROPPED
 from fastkin.deadletter.destination import destination
 from fastkin.deadletter.file import DeadLetterError, DeadLetters, Spill
+from fastkin.deadletter.files import LetterFiles
 from fastkin.deadletter.insist import insist
 from fastkin.deadletter.stream import LetterStream
 from fastkin.mqtt.subscriptions import SHARED
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from fastkin._codec import Batch, Batcher, Reject
     from fastkin.config import Pipeline
+    from fastkin.files.files import Stream
     from fastkin.mqtt._core import Apart
 
 _LOG = logging.getLogger("fastkin.pipeline")
@@ -83,8 +85,10 @@ class Store(Protocol):
     async def close(self) -> None: ...
 
 
-def make_store(pipeline: Pipeline) -> Store | None:
-    """None: no `dead_letter`, what is set aside is only logged."""
+def make_store(pipeline: Pipeline, letters: Stream | None = None) -> Store | None:
+    """None: no `dead_letter`, what is set aside is only logged. `letters`: the files of `file_error_prefix`."""
+    if letters is not None:
+        return LetterFiles(pipeline.id, letters)
     place = pipeline.dead_letter
     if place in (None, "none"):
         return None
@@ -186,7 +190,9 @@ class DeadLetterHandler:
         self.format_errors: dict[str, int] = {}  # kind -> payloads or records set aside
         # records, by kind of a bad payload or code of Kinesis: sums to batcher.dead_lettered
         self.dead_lettered_by: LabelledCounter = LabelledCounter()
-        self.dropped = LabelledCounter()  # records that ended here without a letter, for there is no `dead_letter`
+        self.dropped: LabelledCounter = (
+            LabelledCounter()
+        )  # records that ended here without a letter, for there is no `dead_letter`
         self._deleted_said = 0
         self._carried_cost = 0  # of messages that can be no record and are not stored yet
         self._waiting: list[_Group] = []

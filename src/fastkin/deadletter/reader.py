@@ -153,8 +153,8 @@ class LetterFile:
         self.path = path
         flags = (os.O_RDWR if change else os.O_RDONLY) | os.O_CLOEXEC
         try:
-            self.fd = os.open(path, flags)
-            self.size = os.fstat(self.fd).st_size  # what comes later is for the next time
+            self.fd: int = os.open(path, flags)
+            self.size: int = os.fstat(self.fd).st_size  # what comes later is for the next time
         except OSError as error:
             raise _failed(path, "open it", error) from error
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from fastkin._codec import Receipt
+    from fastkin.aws.client import Client
     from fastkin.config import Kinesis
     from fastkin.deadletter.file import Spill
     from fastkin.results import PutResult
@@ -62,8 +63,8 @@ class Post:
 
     def __init__(self, name: str, kinesis: Kinesis, *, max_calls: int = 1, trusted: bool = False) -> None:
         """`name` is that of the log lines, `trusted` is the delivery's. Nothing is opened here."""
-        self.stream = kinesis.stream_arn or kinesis.stream or ""
-        self.client = make_client(kinesis, name)
+        self.stream: str = kinesis.target
+        self.client: Client = make_client(kinesis, name)
         self._name = name
         self._max_calls = max_calls
         self._trusted = trusted

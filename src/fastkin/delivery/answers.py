@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastkin.aws.error_table import classify_record
 from fastkin.aws.shards import shard_in_message
 from fastkin.delivery.call_errors import HOPELESS
 from fastkin.delivery.judge import Judge
@@ -87,7 +86,7 @@ class Answers(Judge):
         batch = failure.batch
         code, message = printable(failure.code, 128), printable(failure.message)
         self.counters.failed_by_code.add(code, len(batch))
-        action = classify_record(code)
+        action = self.classify(code)
         # A throttle says nothing about the record. It must not count towards giving it up.
         if action is not Action.THROTTLE:
             batch.attempts += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastkin._codec import DRAIN, DROPPED, Budget
@@ -40,6 +41,18 @@ def batch_limit(max_batch_bytes: int, max_record_bytes: int, budget_bytes: int, 
     return min(max_batch_bytes, max(max_record_bytes, budget_bytes // part))
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What every backlog stands between. `on_settled()` runs after batches were spooled or dropped; `name` is that of
+    the log lines."""
+
+    batcher: Batcher
+    sender: Sender
+    budget: Budget
+    name: str
+    on_settled: Callable[[], None]
+
+
 class Backlog:
     """Stands between the flusher and the sender. This one, `pause`, only passes on."""
 
@@ -47,15 +60,12 @@ class Backlog:
     dropped = 0  # records, by the policy
     task: asyncio.Task[None] | None = None  # the work in the background: what it raises is a bug
 
-    def __init__(
-        self, batcher: Batcher, sender: Sender, budget: Budget, *, name: str, on_settled: Callable[[], None]
-    ) -> None:
-        """`on_settled()` runs after batches were spooled or dropped. `name` is that of the log lines."""
-        self._batcher = batcher
-        self._sender = sender
-        self._budget = budget
-        self._name = name
-        self._on_settled = on_settled
+    def __init__(self, parts: Parts) -> None:
+        self._batcher = parts.batcher
+        self._sender = parts.sender
+        self._budget = parts.budget
+        self._name = parts.name
+        self._on_settled = parts.on_settled
 
     async def start(self) -> None:
         """What takes a while."""
@@ -141,17 +151,8 @@ class Backlog:
 class DropBacklog(Backlog):
     """`drop_oldest` and `drop_newest`."""
 
-    def __init__(
-        self,
-        batcher: Batcher,
-        sender: Sender,
-        budget: Budget,
-        *,
-        name: str,
-        on_settled: Callable[[], None],
-        policy: Policy,
-    ) -> None:
-        super().__init__(batcher, sender, budget, name=name, on_settled=on_settled)
+    def __init__(self, parts: Parts, policy: Policy) -> None:
+        super().__init__(parts)
         self._policy = policy
         self._loop = asyncio.get_running_loop()
         self._unsaid = 0  # records dropped since the last WARNING

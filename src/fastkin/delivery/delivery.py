@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import DRAIN, FAILED, Batcher, Budget, KeyPlan
-from fastkin.delivery.backlog import Backlog, DropBacklog, Policy, batch_limit
+from fastkin.delivery.backlog import Backlog, DropBacklog, Parts, Policy, batch_limit
 from fastkin.delivery.expiry import Expiry
 from fastkin.delivery.flusher import Flusher
 from fastkin.delivery.sender import Sender
@@ -97,12 +97,12 @@ class Delivery:
             max_batch_bytes=min(limit, to.call_bytes),
             max_record_bytes=min(options.max_record_bytes, to.record_bytes),
         )
-        self.budget = Budget(options.budget_bytes - keep_bytes, options.budget_records)
+        self.budget: Budget = Budget(options.budget_bytes - keep_bytes, options.budget_records)
         self._window: ReplayWindow | None = None
         # Before the batcher is made: both parts are charged by it.
         if options.on_full == "spool":
             self.budget, self._window = split_budget(self.budget)
-        self.batcher = Batcher(
+        self.batcher: Batcher = Batcher(
             settler=settler, budget=self.budget, frame=frame, key=key if to.keyed else KeyPlan("none"),
             target=client.target_json(), answer=to.answer,
             max_records=options.max_records, max_batch_bytes=options.max_batch_bytes,
@@ -116,7 +116,7 @@ class Delivery:
         self.flusher: Flusher
         self.watchdog: Watchdog
         self.expiry: Expiry | None = None  # with a delivery_timeout_s; its owner starts and stops it
-        self.opened = False
+        self.opened: bool = False
         self._on_settled: Callable[[], None] = _nothing
         self._rejected: Callable[[Reject], None] | None = None
 
@@ -150,17 +150,16 @@ class Delivery:
         self.opened = True
 
     def _make_backlog(self, options: Options) -> Backlog:
-        batcher, sender, budget, name = self.batcher, self.sender, self.budget, self.name
+        parts = Parts(self.batcher, self.sender, self.budget, self.name, self.settled)
         if options.on_full == "pause":
-            return Backlog(batcher, sender, budget, name=name, on_settled=self.settled)
+            return Backlog(parts)
         if options.on_full != "spool":
-            return DropBacklog(batcher, sender, budget, name=name, on_settled=self.settled, policy=options.on_full)
+            return DropBacklog(parts, options.on_full)
         if options.spool is None or self._window is None:
             raise LibraryError("on_full 'spool' needs a path")
         return SpoolBacklog(
-            batcher, sender, budget, name=name, on_settled=self.settled, window=self._window, path=options.spool,
-            max_bytes=options.spool_max_bytes, after_s=options.spool_after_s, max_records=options.max_records,
-            max_batch_bytes=options.max_batch_bytes,
+            parts, window=self._window, path=options.spool, max_bytes=options.spool_max_bytes,
+            after_s=options.spool_after_s, max_records=options.max_records, max_batch_bytes=options.max_batch_bytes,
         )  # fmt: skip
 
     # -- while it runs -------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Expiry:
         self._on_settled = on_settled
         self._opened = -1  # open batches there had been at the last look
         self._timer: asyncio.TimerHandle | None = None
-        self.expired = 0
+        self.expired: int = 0
 
     def start(self) -> None:
         self._timer = self._loop.call_later(self._timeout_s / LOOKS, self._look)

@@ -35,7 +35,7 @@ class Gate:
     __slots__ = ("_calls", "_concurrency", "_credentials", "_drawn", "_operator", "opens_at")
 
     def __init__(self, max_calls: int, random: Random) -> None:
-        self.opens_at = 0.0
+        self.opens_at: float = 0.0
         self._concurrency = Concurrency(max_calls)
         # Three, for each grows by itself: an outage must not make the wait for new keys longer.
         self._calls = Backoff(_CALL_BASE_S, _CALL_CAP_S, random)

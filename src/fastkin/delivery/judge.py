@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastkin.delivery.retry_queue import RetryQueue
     from fastkin.delivery.send_counters import SendCounters
     from fastkin.delivery.trouble import Trouble
+    from fastkin.errors import Action
 
 
 @dataclass(eq=False)
@@ -34,4 +35,5 @@ class Judge:
     alarm: Alarm
     trouble: Trouble
     counters: SendCounters
+    classify: Callable[[str], Action]  # what to do about a record's own code, at this destination
     give_up: Callable[[Batch, str], None]  # takes over what can never be stored, with the reason

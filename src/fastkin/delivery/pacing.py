@@ -48,8 +48,8 @@ class Backoff:
     __slots__ = ("_last", "_random", "base_s", "cap_s")
 
     def __init__(self, base_s: float, cap_s: float, random: Random) -> None:
-        self.base_s = base_s
-        self.cap_s = cap_s
+        self.base_s: float = base_s
+        self.cap_s: float = cap_s
         self._random = random
         self._last = base_s
 
@@ -68,7 +68,7 @@ class Concurrency:
     __slots__ = ("_limit", "maximum")
 
     def __init__(self, maximum: int) -> None:
-        self.maximum = maximum
+        self.maximum: int = maximum
         self._limit = float(maximum)
 
     @property
@@ -96,7 +96,7 @@ class CallSize:
     FLOOR = 16 * 1024
 
     def __init__(self) -> None:
-        self.limit = math.inf
+        self.limit: float = math.inf
         self._late = math.inf  # what was too large, until as much was taken
 
     def allows(self, nbytes: int) -> bool:
@@ -139,15 +139,15 @@ class Rate:
     )  # fmt: skip
 
     def __init__(self, now: float, cap_records: float = math.inf, cap_bytes: float = math.inf) -> None:
-        self.cap_records = cap_records
-        self.cap_bytes = cap_bytes
+        self.cap_records: float = cap_records
+        self.cap_bytes: float = cap_bytes
         self._limit = cap_records
         self._last = now
         self._records = self._capacity(cap_records, _CALL_RECORDS)
         self._bytes = self._capacity(cap_bytes, SHARD_BYTES_PER_S)
         self._throttled_at = -math.inf
         self._cut_at = -math.inf
-        self.stored_per_s = 0.0
+        self.stored_per_s: float = 0.0
         self._seen = 0.0
         self._sent = 0.0
         self._seen_at = now
@@ -272,9 +272,9 @@ class Pacer:
         shard_records: float = SHARD_RECORDS_PER_S,
         shard_bytes: float = SHARD_BYTES_PER_S,
     ) -> None:
-        self.shard_records = shard_records
-        self.shard_bytes = shard_bytes
-        self.even = Rate(now)
+        self.shard_records: float = shard_records
+        self.shard_bytes: float = shard_bytes
+        self.even: Rate = Rate(now)
         self._shards: list[Rate] = []
         self._shares: list[float] = []  # each shard's part of the key space, the largest is 1
 

@@ -45,7 +45,7 @@ class Refusals:
         self._doubted: dict[Batch, float] = {}  # single records in doubt -> since when
         self._gave_up_at = -math.inf  # the last of them
         self.takes: int | None = None  # bytes: the stream's own limit of a record, when it is known
-        self.probe = False  # a record is in doubt: something new shall go before what was refused, once
+        self.probe: bool = False  # a record is in doubt: something new shall go before what was refused, once
 
     @property
     def doubting(self) -> bool:

@@ -50,10 +50,10 @@ class ReplayWindow:
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self.settler = CallbackSettler(self._ended)
+        self.settler: CallbackSettler = CallbackSettler(self._ended)
         self.loaded: dict[int, _Loaded] = {}
         self.ended: list[tuple[int, int, int]] = []  # (id, records, size): to be deleted
-        self.held = 0  # memory that loaded and not yet deleted rows were counted with
+        self.held: int = 0  # memory that loaded and not yet deleted rows were counted with
         self.closed = False
         self.on_ended: Callable[[], None] = nothing
         self._costs: dict[int, int] = {}
@@ -107,8 +107,8 @@ class Replay:
         self._gather_bytes = min(_GATHER_BYTES, most_bytes // 2)
         self._news = news
         self.ready: deque[Batch] = deque()  # restored, not handed to the sender yet
-        self.unread = 0  # rows that are on the disk only
-        self.damaged = 0  # rows set aside
+        self.unread: int = 0  # rows that are on the disk only
+        self.damaged: int = 0  # rows set aside
         self._after = 0  # the last row that was read
 
     async def adopt(self, found: Found) -> None:

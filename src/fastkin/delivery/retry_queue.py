@@ -37,12 +37,12 @@ class Line:
     __slots__ = ("alone", "batches", "doubted", "key", "line", "not_before", "why")
 
     def __init__(self, key: int | str, *, alone: bool = False) -> None:
-        self.key = key  # of a line: the ordinal of its shard
-        self.line = isinstance(key, int)  # whatever comes for this shard stands behind it
+        self.key: int | str = key  # of a line: the ordinal of its shard
+        self.line: bool = isinstance(key, int)  # whatever comes for this shard stands behind it
         self.batches: deque[Batch] = deque()
-        self.not_before = 0.0
-        self.alone = alone  # must not share a call: half of one that Kinesis refused
-        self.doubted = False  # a single record that was refused, perhaps through no fault of its own
+        self.not_before: float = 0.0
+        self.alone: bool = alone  # must not share a call: half of one that Kinesis refused
+        self.doubted: bool = False  # a single record that was refused, perhaps through no fault of its own
         self.why: str | None = None  # what only an operator can mend, if that is what it waits for
 
     def put(self, batch: Batch) -> None:
@@ -76,7 +76,7 @@ class RetryQueue:
         self._most_records = most_records
         self._gather_bytes = min(_GATHER_BYTES, most_bytes // 2)
         self.lines: dict[int | str, Line] = {}
-        self.due = math.inf  # before this nothing in the lines can go
+        self.due: float = math.inf  # before this nothing in the lines can go
         self._even_waits = False  # a whole batch from the batcher stands in the line of even keys, so may the next
         self._serial = itertools.count()
 

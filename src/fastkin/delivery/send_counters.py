@@ -25,17 +25,17 @@ class SendCounters:
     def __init__(self, max_records: int, max_batch_bytes: int) -> None:
         self._max_records = max_records
         self._max_batch_bytes = max_batch_bytes
-        self.batched = 0  # records of batches taken from the batcher
-        self.batch_fill = Histogram(_FILL_BOUNDS)
+        self.batched: int = 0  # records of batches taken from the batcher
+        self.batch_fill: Histogram = Histogram(_FILL_BOUNDS)
         self.calls = 0
-        self.call_seconds = Histogram(_CALL_BOUNDS_S)
-        self.calls_failed = 0
-        self.calls_failed_by_code = LabelledCounter()
+        self.call_seconds: Histogram = Histogram(_CALL_BOUNDS_S)
+        self.calls_failed: int = 0
+        self.calls_failed_by_code: LabelledCounter = LabelledCounter()
         self.sent = 0  # records of calls made, repeats included
-        self.retried = 0  # entries sent again
-        self.retried_by_code = LabelledCounter()  # records that go again, by what failed
-        self.failed_by_code = LabelledCounter()  # entries
-        self.throttled = LabelledCounter(_SHARDS_COUNTED)  # shard id ("" when not told) -> records
+        self.retried: int = 0  # entries sent again
+        self.retried_by_code: LabelledCounter = LabelledCounter()  # records that go again, by what failed
+        self.failed_by_code: LabelledCounter = LabelledCounter()  # entries
+        self.throttled: LabelledCounter = LabelledCounter(_SHARDS_COUNTED)  # shard id ("" when not told) -> records
         self.duplicates_possible = 0  # records of calls whose outcome stayed unknown
 
     def taken(self, batch: Batch) -> None:

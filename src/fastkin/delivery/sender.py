@@ -18,11 +18,13 @@ stored. And the sender does not decide whether a batch is sent or kept on a disk
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Protocol
 
 from fastkin._codec import Batch
 from fastkin.aws.destinations import KINESIS
+from fastkin.aws.error_table import classify_record
 from fastkin.delivery.alarm import Alarm
 from fastkin.delivery.answers import Answers
 from fastkin.delivery.failed_calls import FailedCalls
@@ -66,6 +68,7 @@ class Source(Protocol):
 
     def bypass_spool(self) -> bool:
         """What is new may be sent. False: it must not pass what is kept elsewhere, and waits for withdraw()."""
+        ...
 
 
 class _BatcherItself:
@@ -114,10 +117,14 @@ class Sender:
         self._loop = loop = asyncio.get_running_loop()
         random = random or Random()  # noqa: S311 - jitter, not secrets
         self.source: Source = _BatcherItself(batcher)
-        self.pacer = pacer = Pacer(loop.time())
-        self.refusals = refusals = Refusals(batcher.budget, trusted=believe, harmless=harmless, name=name)
-        self.gate = gate = Gate(max_calls, random)
-        self.counters = counters = SendCounters(max_records, max_batch_bytes)
+        pacer = Pacer(loop.time())
+        self.pacer: Pacer = pacer
+        refusals = Refusals(batcher.budget, trusted=believe, harmless=harmless, name=name)
+        self.refusals: Refusals = refusals
+        gate = Gate(max_calls, random)
+        self.gate: Gate = gate
+        counters = SendCounters(max_records, max_batch_bytes)
+        self.counters: SendCounters = counters
         self._generations = generations = Generations()
         self._waits = waits = RetryQueue(
             pacer, CallSize(), generations, refusals,
@@ -130,7 +137,8 @@ class Sender:
         # All waits of all parts end in the same look, so none of them has to know what comes next.
         self._alarm = alarm = Alarm(loop, self.pump)
         self._calls = OpenCalls(name, loop, self._call_ended)
-        judge = (waits, refusals, pacer, gate, alarm, trouble, counters, self._give_up)
+        classify = partial(classify_record, own=destination.codes)
+        judge = (waits, refusals, pacer, gate, alarm, trouble, counters, classify, self._give_up)
         self._answers = Answers(*judge, generations=generations, random=random, stored_at=loop.time())
         self._failed_calls = FailedCalls(*judge)
         # What must not pass the source's other batches: calls that were cut short, and what a flush took.

@@ -24,7 +24,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import DRAIN, Budget
-from fastkin.delivery.backlog import Backlog
+from fastkin.delivery.backlog import Backlog, Parts
 from fastkin.delivery.replay import Replay, ReplayWindow
 from fastkin.delivery.spool_disk import SpoolDisk
 from fastkin.delivery.spool_writer import SpoolWriter
@@ -33,11 +33,9 @@ from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-    from fastkin._codec import Batch, Batcher
-    from fastkin.delivery.sender import Sender
+    from fastkin._codec import Batch
     from fastkin.delivery.spool_file import Spool
 
 _LOG = logging.getLogger("fastkin.spool")
@@ -62,12 +60,8 @@ class SpoolBacklog(Backlog):
 
     def __init__(
         self,
-        batcher: Batcher,
-        sender: Sender,
-        budget: Budget,
+        parts: Parts,
         *,
-        name: str,
-        on_settled: Callable[[], None],
         window: ReplayWindow,
         path: str | Path,
         max_bytes: int,
@@ -75,14 +69,15 @@ class SpoolBacklog(Backlog):
         max_records: int,
         max_batch_bytes: int,
     ) -> None:
-        super().__init__(batcher, sender, budget, name=name, on_settled=on_settled)
+        super().__init__(parts)
+        sender, name = parts.sender, parts.name
         self.window = window
         self._disk = SpoolDisk(path, max_bytes=max_bytes, name=name)
         self._replay = Replay(
-            batcher, sender, window, self._disk,
+            parts.batcher, sender, window, self._disk,
             name=name, most_records=max_records, most_bytes=max_batch_bytes, news=self._news,
         )  # fmt: skip
-        self._writer = SpoolWriter(sender, self._disk, window, self._replay, name=name, on_settled=on_settled)
+        self._writer = SpoolWriter(sender, self._disk, window, self._replay, name=name, on_settled=parts.on_settled)
         self._after_s = after_s
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
@@ -289,7 +284,7 @@ class SpoolBacklog(Backlog):
             self._sender.answered_at < self._began_at or self._loop.time() - oldest > self._after_s
         ):
             return
-        self.spooling = False
+        self.spooling: bool = False
         _LOG.info(
             "pipeline=%s stage=spool all of the spool is on its way after %.1f s: sending directly again",
             self._name, self._loop.time() - self._began_at,

@@ -38,10 +38,10 @@ class SpoolDisk:
 
     def __init__(self, path: str | Path, *, max_bytes: int, name: str) -> None:
         """`name` is that of the log lines. Nothing is touched here."""
-        self.spool = Spool(path, max_bytes=max_bytes)
-        self.opened = False  # it was, once
+        self.spool: Spool = Spool(path, max_bytes=max_bytes)
+        self.opened: bool = False  # it was, once
         self.broken: str | None = None  # why the file takes nothing
-        self.proven = True  # no write failed since one went well
+        self.proven: bool = True  # no write failed since one went well
         self._name = name
         self._loop = asyncio.get_running_loop()
         self._worker: Worker | None = None

@@ -77,13 +77,13 @@ class Spool:
     """A bounded queue of batches in one file, oldest first."""
 
     def __init__(self, path: str | Path, *, max_bytes: int) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self.max_bytes = max_bytes
-        self.rows = 0
-        self.records = 0
-        self.bytes = 0  # of live rows; the file itself is some percent larger, its log up to a few MiB
+        self.rows: int = 0
+        self.records: int = 0
+        self.bytes: int = 0  # of live rows; the file itself is some percent larger, its log up to a few MiB
         self._db: sqlite3.Connection | None = None
-        self.disk_full = False  # the disk is full: rows are read and deleted, none is written
+        self.disk_full: bool = False  # the disk is full: rows are read and deleted, none is written
         self._last: int | None = None  # the newest row that was told of
         self._reserve = Reserve(Path(f"{self.path}-reserve"), min(_RESERVE_BYTES, max_bytes // 8))
         self._mark = -1 - secrets.randbits(62)  # in the file while it is ours: `clean` is 1, or who had it last

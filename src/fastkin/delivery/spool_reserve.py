@@ -24,7 +24,7 @@ class Reserve:
     def __init__(self, path: Path, nbytes: int) -> None:
         self._path = path
         self._nbytes = nbytes
-        self.held = False
+        self.held: bool = False
 
     def take(self, times: int = 1) -> bool:
         """Make it. `times`: only when the disk has room for so many of it. False: it has not."""

@@ -50,8 +50,8 @@ class SpoolWriter:
         self._name = name
         self._on_settled = on_settled
         self.waiting: deque[Batch] = deque()  # from the sender, oldest first
-        self.full = False  # max_bytes is reached
-        self.spooled_total = 0  # records that this run wrote
+        self.full: bool = False  # max_bytes is reached
+        self.spooled_total: int = 0  # records that this run wrote
 
     async def write(self, *, bounded: bool = True) -> bool:
         """The oldest batches that wait, and the rows that have ended. False: nothing was to be done, or nothing fits.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fastkin._codec import ShardTable
 from fastkin.aws.shards import ShardMap
-from fastkin.errors import Action, KinesisError, LibraryError
+from fastkin.errors import KinesisError, LibraryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,11 +63,11 @@ class StreamWatch:
         self._fits = fits
         self._cure = cure
         # Nothing is aggregated before it is known that the stream does not choose shards itself.
-        self.aggregate_bytes = delivery.batcher.aggregate_bytes
+        self.aggregate_bytes: int = delivery.batcher.aggregate_bytes
         delivery.batcher.aggregate_bytes = 0
         self.settled_in = False  # records flow: what does not fit is said, and no longer an error
-        self.described = False
-        self.auto_keys = False  # the stream is known to choose shards itself
+        self.described: bool = False
+        self.auto_keys: bool = False  # the stream is known to choose shards itself
         self._describe_failed = False
         self._shards_failed = False
 
@@ -77,7 +77,7 @@ class StreamWatch:
             summary = await self._delivery.client.describe()
         except KinesisError as error:
             # To describe a stream is a permission of its own. Without it records can be stored all the same.
-            if error.action is not Action.OPERATOR or "ResourceNotFound" in error.code:
+            if not self._delivery.client.only_the_question(error):
                 raise
             self._say_undescribed(error)
             return
@@ -139,10 +139,13 @@ class StreamWatch:
     def _say_undescribed(self, error: KinesisError) -> None:
         # It is asked again and again, and said once.
         if not self._describe_failed:
+            to = self._delivery.client.destination
+            allow = f"{to.service}:{to.describe}"
             _LOG.warning(
-                "pipeline=%s stage=send the stream cannot be described (%s): going on without its limits and shard"
-                " map; allow kinesis:DescribeStreamSummary and kinesis:ListShards to pace by shard",
+                "pipeline=%s stage=send the stream cannot be described (%s): going on without%s",
                 self._delivery.name, error.code,
+                f" its limits and shard map; allow {allow} and {to.service}:ListShards to pace by shard" if to.shards
+                else f"; allow {allow} to see at the start whether it is there",
             )  # fmt: skip
         self._describe_failed = True
 

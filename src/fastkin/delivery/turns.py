@@ -36,7 +36,7 @@ class Turns:
         self._tickets = itertools.count()
         self._line: list[tuple[int, asyncio.Future[None]]] = []  # a heap, by when they came
         self._called: list[int] = []  # have been called, and have not run since
-        self.waiting = 0  # in the line, or called from it and not served yet: who comes now has to stand behind
+        self.waiting: int = 0  # in the line, or called from it and not served yet: who comes now has to stand behind
 
     @contextlib.asynccontextmanager
     async def turn(self, make_room: Callable[[], None]) -> AsyncIterator[None]:

@@ -62,7 +62,7 @@ class Watchdog:
     def __init__(
         self, name: str, loop: asyncio.AbstractEventLoop, look: Callable[[], str | None], wake: Callable[[], None]
     ) -> None:
-        self.stalls = 0
+        self.stalls: int = 0
         self._name = name
         self._loop = loop
         self._look = look

@@ -23,9 +23,11 @@ from .server import Counters, Emulator, serve
 from .signature import Secret
 from .state import StreamSpec
 from .streams import StoredRecord
+from .sts import AssumedRole
 
 __all__ = [
     "ApiError",
+    "AssumedRole",
     "Counters",
     "Emulator",
     "Fault",

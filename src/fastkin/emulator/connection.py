@@ -168,8 +168,8 @@ class Connection(asyncio.Protocol):
 
     def _send(self, request: Request, head: bytes, body: bytes, plan: Plan, again: bool = True) -> None:
         self._timer = None
-        if self._transport is None:
-            return
+        if self._transport is None or self._transport.is_closing():
+            return  # the caller has left: what is written now is dropped without a word, and was no answer
         if plan.cut in ("before", "after"):
             self._emulator.was_cut()
             self._transport.abort()
@@ -190,7 +190,7 @@ class Connection(asyncio.Protocol):
 
     def _dribble(self, request: Request, body: bytes, step: int, plan: Plan) -> None:
         self._timer = None
-        if self._transport is None:
+        if self._transport is None or self._transport.is_closing():
             return
         self._transport.write(body[:step])
         if len(body) > step:

@@ -51,6 +51,22 @@ class Control:
         )
         return {}
 
+    def describe_delivery(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A delivery stream of Firehose. Its destinations are not told: nothing is delivered from here."""
+        name = self._state.delivery(body["DeliveryStreamName"]).name
+        arn = f"arn:aws:firehose:{self._state.region}:{self._state.account}:deliverystream/{name}"
+        return {
+            "DeliveryStreamDescription": {
+                "DeliveryStreamName": name,
+                "DeliveryStreamARN": arn,
+                "DeliveryStreamStatus": "ACTIVE",
+                "DeliveryStreamType": "DirectPut",
+                "VersionId": "1",
+                "HasMoreDestinations": False,
+                "Destinations": [],
+            }
+        }
+
     def delete_stream(self, body: dict[str, Any]) -> dict[str, Any]:
         stream = self._state.stream(body, active=False)
         self._state.gone_bytes += stream.stored_bytes

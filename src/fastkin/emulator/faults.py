@@ -23,24 +23,20 @@ from __future__ import annotations
 import random
 import time
 import tomllib
+from collections.abc import Callable, Iterator, Mapping  # noqa: TC003 - who reads our annotations needs it
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, get_args
+from typing import Any, Final, Literal, TypedDict, Unpack, get_args
 
 import orjson
 
-from .streams import THROTTLED, throttle_message
+from .streams import THROTTLED, Shard, throttle_message
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from typing import Unpack
-
-    from .streams import Shard
-
-Kind = Literal["record", "call", "latency", "cut", "slow", "count", "html", "early", "garbage"]
+Kind = Literal["record", "call", "latency", "cut", "slow", "count", "html", "early", "garbage", "silent"]
 Where = Literal["before", "after", "inside"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 WHERES: Final[tuple[Where, ...]] = get_args(Where)
+SILENT_S: Final = 86_400.0  # longer than anybody waits for an answer
 
 # docs.aws.amazon.com/kinesis/latest/APIReference/CommonErrors.html and API_PutRecords.html;
 # a code that is not here is a 400.
@@ -51,6 +47,9 @@ STATUS: Final[Mapping[str, int]] = {
     "ServiceUnavailableException": 503,
     "AccessDeniedException": 400,
     "RequestEntityTooLarge": 413,
+    # of STS: docs.aws.amazon.com/STS/latest/APIReference/CommonErrors.html
+    "AccessDenied": 403,
+    "RegionDisabledException": 403,
 }
 MESSAGES: Final[Mapping[str, str]] = {
     "InternalFailure": "Internal service failure.",
@@ -59,6 +58,7 @@ MESSAGES: Final[Mapping[str, str]] = {
     "ServiceUnavailableException": "Service is unavailable. Slow down.",
     "ExpiredTokenException": "The security token included in the request is expired",
     "UnrecognizedClientException": "The security token included in the request is invalid.",
+    "AccessDenied": "User is not authorized to perform: sts:AssumeRole",
     "AccessDeniedException": "User is not authorized to perform: kinesis:PutRecords",
     "LimitExceededException": "Rate exceeded",
     "ThrottlingException": "Rate exceeded",
@@ -189,6 +189,10 @@ class Plan:
     def cut_off(self, fault: Fault) -> None:
         self.cut = self.cut or fault.where
 
+    def silence(self, fault: Fault) -> None:
+        self.cut = self.cut or ("after" if fault.stored else "before")
+        self.delay_s += SILENT_S
+
     def replace(self, fault: Fault) -> None:
         self.rewrite = self.rewrite or (lambda _: fault.body or b"")
 
@@ -203,6 +207,7 @@ EFFECTS: Final[Mapping[Kind, Callable[[Plan, Fault], None]]] = {
     "count": Plan.miscount,
     "cut": Plan.cut_off,
     "garbage": Plan.replace,
+    "silent": Plan.silence,
 }
 
 
@@ -288,6 +293,11 @@ class Faults:
         """The connection breaks: before storing, after it without an answer, or in the answer."""
         return self.add(Fault(kind="cut", where=where, **when))
 
+    def silent(self, *, stored: bool = False, **when: Unpack[When]) -> Fault:
+        """The call is read and never answered, as by a service that hangs; the connection stays. `stored`: and yet its
+        records are stored."""
+        return self.add(Fault(kind="silent", stored=stored, **when))
+
     def slow(self, ms: float, **when: Unpack[When]) -> Fault:
         """The body of the answer dribbles out over `ms`."""
         return self.add(Fault(kind="slow", ms=ms, **when))
@@ -349,8 +359,9 @@ class Faults:
     def parse(self, entry: Mapping[str, Any], place: str) -> Fault:
         known = {each.name for each in fields(Fault) if not each.name.startswith("_")}
         known -= {"match", "hits"}
-        if not isinstance(entry, dict) or (unknown := sorted(set(entry) - known)):
-            what = f"unknown key {unknown[0]!r}" if isinstance(entry, dict) else "not an object"
+        unknown = sorted(set(entry) - known) if isinstance(entry, dict) else None
+        if unknown is None or unknown:
+            what = f"unknown key {unknown[0]!r}" if unknown else "not an object"
             raise ValueError(f"{place}: {what}; known keys are {', '.join(sorted(known))}")
         values = dict(entry)
         for name in ("contains", "body"):

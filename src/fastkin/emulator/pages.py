@@ -33,13 +33,17 @@ class Pages:
     def head(self, status: int, form: str, length: int, number: int, error: str | None = None) -> bytes:
         """Of the answer to call `number`."""
         # What AWS sends, in its order; the error type stands in the head as well.
-        request_id = f"{self._request_prefix}{number:012x}"
+        request_id = self.request_id(number)
         kind = f"x-amzn-ErrorType: {error}\r\n" if error is not None else ""
         return (
             f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}\r\n"
             f"x-amzn-RequestId: {request_id}\r\nx-amz-id-2: {request_id}\r\n{kind}"
             f"Date: {self._today()}\r\nContent-Type: {form}\r\nContent-Length: {length}\r\n\r\n"
         ).encode()
+
+    def request_id(self, number: int) -> str:
+        """Of call `number`; STS repeats it in its answers."""
+        return f"{self._request_prefix}{number:012x}"
 
     def _today(self) -> str:
         now = int(self._wall())

@@ -95,6 +95,7 @@ REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
     "SplitShard": ("ShardToSplit", "NewStartingHashKey"),
     "MergeShards": ("ShardToMerge", "AdjacentShardToMerge"),
     "PutRecordBatch": ("DeliveryStreamName", "Records"),
+    "DescribeDeliveryStream": ("DeliveryStreamName",),
 }
 
 _KIND_NAMES: Final = {
@@ -145,7 +146,7 @@ def violations(rule: Rule, name: str, path: str, value: Any) -> Iterator[str]:
         value = blob(value)
     size = value if isinstance(value, int | float) else len(value)
     has = f"Member must have {'value' if isinstance(value, int | float) else 'length'}"
-    if rule.pattern is not None and not re.fullmatch(rule.pattern, value, re.ASCII):
+    if rule.pattern is not None and isinstance(value, str) and not re.fullmatch(rule.pattern, value, re.ASCII):
         yield broken_rule(value, path, f"Member must satisfy regular expression pattern: {rule.pattern}")
     if rule.low is not None and size < rule.low:
         yield broken_rule(value, path, f"{has} greater than or equal to {rule.low}")

@@ -7,11 +7,15 @@ Its connections are in `connection.py`, the text of heads and pages in `pages.py
 from __future__ import annotations
 
 import asyncio
+import ssl  # noqa: TC003 - who reads our annotations needs it
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from pathlib import Path  # noqa: TC003
+from types import MappingProxyType
+from typing import Any, Self, TypeAlias
 
+from . import sts
 from .admin import admin
 from .connection import Connection, Put, Request
 from .faults import Faults, Plan
@@ -21,11 +25,8 @@ from .service import Service
 from .signature import SKEW_S, Secret, Verifier
 from .state import StreamSpec
 from .streams import MIB, Keep, StoredRecord
+from .sts import Sts
 from .wire import CBOR, JSON, WireError, dumps, loads
-
-if TYPE_CHECKING:
-    import ssl
-    from pathlib import Path
 
 Streams: TypeAlias = Mapping[str, "int | StreamSpec"] | Iterable["str | tuple[str, int]"]
 
@@ -65,6 +66,7 @@ class Emulator:
     count_only          no validation, routing or limits: answers from a template, for benches
     max_request_bytes   10 MiB as AWS now; 5 MiB is what it was until October 2025
     credentials         access key id -> secret (or Secret): signatures are checked; None: not
+    roles               ARN of a role that STS gives keys of -> the external id it asks for, or None; None: any role
     skew_s              how far a signed date may be off; None: not checked
     create_ms           how long a new stream stays CREATING
     """
@@ -84,6 +86,7 @@ class Emulator:
         max_request_bytes: int = 10 * MIB,
         max_records: int = 500,
         credentials: Mapping[str, str | Secret] | None = None,
+        roles: Mapping[str, str | None] | None = None,
         skew_s: float | None = SKEW_S,
         region: str = "us-east-1",
         account: str = "123456789012",
@@ -92,10 +95,10 @@ class Emulator:
         wall: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.faults = Faults(clock)
-        self.latency_s = latency_ms / 1000
+        self.faults: Faults = Faults(clock)
+        self.latency_s: float = latency_ms / 1000
         self.count_only = count_only
-        self.service = Service(
+        self.service: Service = Service(
             region=region,
             account=account,
             limits=limits,
@@ -112,7 +115,10 @@ class Emulator:
             self.service.add_stream(name, spec)
         for name in firehose:
             self.service.add_delivery(name)
-        self.verifier = None if credentials is None else Verifier(credentials, region=region, skew_s=skew_s)
+        self.verifier: Verifier | None = (
+            None if credentials is None else Verifier(credentials, region=region, skew_s=skew_s)
+        )
+        self.sts: Sts = Sts(account=account, roles=roles, verifier=self.verifier, wall=wall)
         self.puts: list[Put] = []  # with keep="all": what bounds the duplicates that a caller may make
         self._counters = Counters()
         self._counted = 0
@@ -124,7 +130,7 @@ class Emulator:
         self._connections: set[Connection] = set()
         self._waiters: list[tuple[str, int, asyncio.Future[None]]] = []
         self._templates: dict[int, bytes] = {}
-        self._pages = Pages(wall)
+        self.pages = Pages(wall)
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -257,30 +263,22 @@ class Emulator:
         form = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.path.startswith("/_emulator/"):
             status, page = admin(self, request.method, request.path, request.body)
-            return (*self._pages.page(status, page, "application/json"), Plan())
+            return (*self.pages.page(status, page, "application/json"), Plan())
+        if request.method == "POST" and form == sts.FORM:
+            return sts.answer(self, request)
         if request.method != "POST" or form not in (JSON, CBOR):
-            return (*self._pages.page(404, "<UnknownOperationException/>\n"), Plan())
-        counters.calls += 1
-        counters.body_bytes += len(request.body)
-        counters.operations[operation] = counters.operations.get(operation, 0) + 1
+            return (*self.pages.page(404, "<UnknownOperationException/>\n"), Plan())
+        self.count_call(operation, request)
         plan = Plan()
         try:
             if request.early is not None:
                 raise ApiError(request.early.code, request.early.text, request.early.http_status)
             if not self.service.knows(target):
                 raise ApiError("UnknownOperationException", f"{target!r} is not emulated")
-            if self.verifier is not None:
-                self.verifier.check(
-                    method=request.method,
-                    target=request.path,
-                    headers=request.headers,
-                    body=request.body,
-                    service=target.partition("_")[0].lower(),
-                    wall=self.service.wall(),
-                )
+            self.verify(request, target.partition("_")[0].lower())
             counting = self.count_only and operation == "PutRecords"
             fields = {} if counting else self._fields(request.body, form)
-            plan = self._plan(operation, fields)
+            plan = self.plan(operation, fields)
             failed = plan.error
             if failed is not None and not failed.stored:
                 raise ApiError(failed.code, failed.text, failed.http_status)
@@ -297,16 +295,36 @@ class Emulator:
         except ApiError as error:
             counters.refused += 1
             if plan.error is not None and plan.error.kind == "html":
-                return (*self._pages.html(plan.error.http_status), plan)
+                return (*self.pages.html(plan.error.http_status), plan)
             body = dumps({"__type": error.code, "message": error.message}, form)
-            return self._pages.head(error.status, form, len(body), counters.calls, error.code), body, plan
+            return self.pages.head(error.status, form, len(body), counters.calls, error.code), body, plan
         if plan.rewrite is not None:
             body = plan.rewrite(body)
         elif plan.delta:
             body = _recount(body, form, plan.delta)
         if self._waiters and plan.cut != "before":
             self._wake()
-        return self._pages.head(200, form, len(body), counters.calls), body, plan
+        return self.pages.head(200, form, len(body), counters.calls), body, plan
+
+    def count_call(self, operation: str, request: Request) -> int:
+        """The number of this call."""
+        counters = self._counters
+        counters.calls += 1
+        counters.body_bytes += len(request.body)
+        counters.operations[operation] = counters.operations.get(operation, 0) + 1
+        return counters.calls
+
+    def verify(self, request: Request, service: str) -> None:
+        """Raises ApiError unless a known key signed the request, where signatures are checked."""
+        if self.verifier is not None:
+            self.verifier.check(
+                method=request.method,
+                target=request.path,
+                headers=request.headers,
+                body=request.body,
+                service=service,
+                wall=self.service.wall(),
+            )
 
     @staticmethod
     def _fields(body: bytes, form: str) -> dict[str, Any]:
@@ -315,7 +333,8 @@ class Emulator:
         except WireError as error:
             raise ApiError("SerializationException", str(error)) from None
 
-    def _plan(self, operation: str, fields: dict[str, Any]) -> Plan:
+    def plan(self, operation: str, fields: Mapping[str, Any] = MappingProxyType({})) -> Plan:
+        """What happens to this call; counts."""
         plan = Plan()
         if self.faults.calls:
             stream = self.service.stream_name(fields)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 
+_OF_FIREHOSE = frozenset({"PutRecordBatch", "DescribeDeliveryStream"})
+
+
 @dataclass(kw_only=True, eq=False)
 class Service(State):
     """An account's streams, and the operation that each call names."""
@@ -26,6 +29,7 @@ class Service(State):
         self._operations: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "PutRecord": writing.put_record,
             "PutRecordBatch": writing.put_record_batch,
+            "DescribeDeliveryStream": control.describe_delivery,
             "ListShards": control.list_shards,
             "DescribeStream": control.describe_stream,
             "DescribeStreamSummary": control.describe_summary,
@@ -40,7 +44,7 @@ class Service(State):
 
     def knows(self, target: str) -> bool:
         service, _, operation = target.partition(".")
-        wanted = "Firehose_20150804" if operation == "PutRecordBatch" else "Kinesis_20131202"
+        wanted = "Firehose_20150804" if operation in _OF_FIREHOSE else "Kinesis_20131202"
         return service == wanted and (operation == "PutRecords" or operation in self._operations)
 
     def stream_name(self, body: Mapping[str, Any]) -> str | None:

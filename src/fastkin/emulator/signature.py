@@ -28,18 +28,28 @@ _AUTHORIZATION = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Secret:
-    """What an access key id stands for. `expired`: its session token is no longer valid."""
+    """What an access key id stands for. `expired`: its session token is no longer valid; `expires`: it is not from
+    then on, in seconds since 1970."""
 
     secret_key: str
     token: str | None = None
     expired: bool = False
+    expires: float | None = None
+
+
+def access_key_of(headers: Mapping[str, str]) -> str | None:
+    """The access key id that a request names, whether or not its signature is right. Header names in lower case."""
+    match = _AUTHORIZATION.fullmatch(headers.get("authorization", "").strip())
+    return None if match is None else match[1].partition("/")[0]
 
 
 class Verifier:
     """Judges requests against the known access keys; without any, every request is welcome."""
 
     def __init__(self, secrets: Mapping[str, str | Secret], *, region: str, skew_s: float | None = SKEW_S) -> None:
-        self.secrets = {key: Secret(value) if isinstance(value, str) else value for key, value in secrets.items()}
+        self.secrets: dict[str, Secret] = {
+            key: Secret(value) if isinstance(value, str) else value for key, value in secrets.items()
+        }
         self.region = region
         self.skew_s = skew_s
 
@@ -95,7 +105,7 @@ class Verifier:
             raise _mismatch()
         if self.skew_s is not None:
             self._check_clock(stamp, wall)
-        if known.expired:
+        if known.expired or (known.expires is not None and wall >= known.expires):
             raise ApiError("ExpiredTokenException", "The security token included in the request is expired")
 
     def _check_clock(self, stamp: str, wall: float) -> None:

@@ -87,6 +87,12 @@ class State:
     def add_delivery(self, name: str) -> None:
         self.deliveries[name] = Delivery(name, [])
 
+    def delivery(self, name: str) -> Delivery:
+        found = self.deliveries.get(name)
+        if found is None:
+            raise ApiError("ResourceNotFoundException", f"Firehose {name} under account {self.account} not found.")
+        return found
+
     def stream(self, body: Mapping[str, Any], *, active: bool = True) -> Stream:
         arn, name = body.get("StreamARN"), body.get("StreamName")
         for key in ("StreamName", "StreamARN"):

@@ -141,24 +141,24 @@ class Shard:
         parent: str | None = None,
         adjacent_parent: str | None = None,
     ) -> None:
-        self.index = index
-        self.id = f"shardId-{index:012d}"
-        self.start = start
-        self.end = end
-        self.parent = parent
-        self.adjacent_parent = adjacent_parent
+        self.index: int = index
+        self.id: str = f"shardId-{index:012d}"
+        self.start: int = start
+        self.end: int = end
+        self.parent: str | None = parent
+        self.adjacent_parent: str | None = adjacent_parent
         self.children: list[Shard] = []
-        self.created_at = created_at
+        self.created_at: float = created_at
         self.closed_at: float | None = None
         # 36 digits: version-like 49, creation time in ms, shard index.
-        self.prefix = f"49{int(created_at * 1000):015d}{index:019d}"
-        self.next = _COUNTER_BASE
+        self.prefix: str = f"49{int(created_at * 1000):015d}{index:019d}"
+        self.next: int = _COUNTER_BASE
         self.log: list[LogEntry] = []
-        self.stored_bytes = 0
-        self.throttled = 0
+        self.stored_bytes: int = 0
+        self.throttled: int = 0
         # The two halves of a stored entry's answer, made once per shard: of each record only its counter is written
         # between them. A bench must measure its peer and not this.
-        self.fragments = {
+        self.fragments: dict[str, tuple[str, str]] = {
             JSON: (f'{{"SequenceNumber":"{self.prefix}', f'","ShardId":"{self.id}"}}'),
             # 0xa2: a map of two; 0x78 0x38: a text of 56 bytes, the length of every sequence number
             CBOR: (
@@ -167,12 +167,15 @@ class Shard:
             ),
         }
         message = throttle_message(self.id, stream, account)
-        self.throttled_fragments = {form: error_fragment(THROTTLED, message, form) for form in (JSON, CBOR)}
-        self.records_left = self.bytes_left = 0.0
+        self.throttled_fragments: dict[str, str] = {
+            form: error_fragment(THROTTLED, message, form) for form in (JSON, CBOR)
+        }
+        self.records_left: float = 0.0
+        self.bytes_left: float = 0.0
         self.set_limits(limits, now, fill=True)
-        self.read_calls_left = float(READ_CALLS_PER_S)
-        self.read_bytes_left = float(READ_BURST)
-        self.read_refilled = now
+        self.read_calls_left: float = float(READ_CALLS_PER_S)
+        self.read_bytes_left: float = float(READ_BURST)
+        self.read_refilled: float = now
 
     def set_limits(self, limits: Limits, now: float, *, fill: bool = False) -> None:
         if not fill:

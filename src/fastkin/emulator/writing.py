@@ -95,12 +95,7 @@ class Writing:
 
     def put_record_batch(self, body: dict[str, Any]) -> dict[str, Any]:
         name = body["DeliveryStreamName"]
-        delivery = self._state.deliveries.get(name)
-        if delivery is None:
-            raise ApiError(
-                "ResourceNotFoundException",
-                f"Firehose {name} under account {self._state.account} not found.",
-            )
+        delivery = self._state.delivery(name)
         records = body["Records"]
         if not all(isinstance(record, dict) and record.get("Data") is not None for record in records):
             explain_records(records, "PutRecordBatch", True)

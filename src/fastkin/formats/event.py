@@ -34,6 +34,8 @@ _TIME = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _DEVICE = re.compile(r"/?devices/(\d{1,18})/", re.ASCII)
+# Of one event. Each is an object of Python: of "{}," seven million fit into a message, and would take half a gigabyte.
+_VALUES = 1 << 19
 ANY = "*"  # a home for every device that has none of its own
 
 
@@ -87,6 +89,9 @@ def home_of(text: str) -> tuple[str, int]:
 
 
 def _object(payload: bytes) -> dict[str, Any]:
+    # Counted before anything is made of it. What stands in texts is counted, too: that is no event either.
+    if len(payload) > _VALUES and sum(map(payload.count, (b",", b"{", b"["))) > _VALUES:
+        raise DataFormatError(0, f"an event has at most {_VALUES:,} values")
     try:
         event = orjson.loads(payload)
     except orjson.JSONDecodeError as error:

@@ -10,22 +10,44 @@ from __future__ import annotations
 
 import base64
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 import orjson
 
 from fastkin.errors import DataFormatError
 
+if TYPE_CHECKING:
+    from collections.abc import Sized
+
+# Of one payload. Each is an object of Python: an empty map of one byte takes 64, and a message may hold eight million.
+_VALUES = 1 << 19
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def records(payload: bytes) -> list[bytes]:
     """One record. DataFormatError: the payload is not one map that JSON can have."""
+    left = _VALUES
+
+    def count(values: Sized) -> None:
+        nonlocal left
+        left -= len(values)  # the root is the one value that stands in no other
+        if left < 0:
+            raise DataFormatError(0, f"a payload has at most {_VALUES:,} values")
+
+    def array(values: list[Any]) -> list[Any]:
+        count(values)
+        return values
+
+    def table(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+        count(pairs)
+        return _map(pairs)
+
+    most = len(payload)
     unpacker = msgpack.Unpacker(
-        raw=False, strict_map_key=False, object_pairs_hook=_map, ext_hook=_refuse, max_buffer_size=0,
-        max_ext_len=len(payload), max_bin_len=len(payload), max_str_len=len(payload), max_array_len=len(payload),
-        max_map_len=len(payload),
+        raw=False, strict_map_key=False, object_pairs_hook=table, list_hook=array, ext_hook=_refuse, max_buffer_size=0,
+        max_ext_len=most, max_bin_len=most, max_str_len=most, max_array_len=min(most, _VALUES),
+        max_map_len=min(most, _VALUES),
     )  # fmt: skip
     unpacker.feed(payload)
     try:

@@ -1,6 +1,7 @@
 """The `partition_key` setting: a spec string to the arguments of `_codec.KeyPlan`.
 
 uuid                a fresh UUID for every record: even spread, duplicates can be recognised
+content             a UUID made from topic and payload: what comes again after a crash has the same key
 topic               the whole topic
 topic:N             level N of the topic, from 0: topic:1 of plant/welder7/data is welder7
 field:a.b           a field of the JSON payload; records without it get a UUID
@@ -24,7 +25,7 @@ Part = tuple[Literal["text", "topic", "level", "field"], Any]
 class KeySpec(NamedTuple):
     """`KeyPlan(*spec)` makes the plan."""
 
-    kind: Literal["uuid", "none", "parts"]
+    kind: Literal["uuid", "content", "none", "parts"]
     parts: tuple[Part, ...] = ()
 
 
@@ -37,7 +38,7 @@ class KeySpecError(ValueError):
         super().__init__(f"{problem}; {cure}")
 
 
-_FORMS = "use uuid, topic, topic:N, field:a.b, client, static:X, template:... or none"
+_FORMS = "use uuid, content, topic, topic:N, field:a.b, client, static:X, template:... or none"
 _HOLE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _LEVEL = re.compile(r"topic\[(\d{1,5})\]")
 
@@ -47,9 +48,11 @@ def key_plan(spec: str, *, client_id: str = "", hostname: str | None = None) -> 
     # Only the first colon counts: what is behind it may hold others, as a static key or a template may.
     word, colon, rest = spec.partition(":")
     match word:
-        case "uuid" | "none" | "topic" | "client" if not colon:
+        case "uuid" | "content" | "none" | "topic" | "client" if not colon:
             if word == "uuid":
                 return KeySpec("uuid")
+            if word == "content":
+                return KeySpec("content")
             if word == "none":
                 return KeySpec("none")
             part: Part = ("topic", None) if word == "topic" else ("text", _client(client_id))

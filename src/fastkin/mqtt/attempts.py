@@ -28,8 +28,8 @@ class Attempts:
         """`linger_s`: how long what the subscriber hands on may be held, see Window."""
         self._broker = broker
         self._linger_s = linger_s
-        self.dialect = Dialect(broker.protocol)
-        self.early = 0  # connections in a row that died right after SUBSCRIBE
+        self.dialect: Dialect = Dialect(broker.protocol)
+        self.early: int = 0  # connections in a row that died right after SUBSCRIBE
         self._failed = 0  # since a connection worked
         self._windows: dict[int, Window] = {}  # by version
         self._unavailable: dict[int, float] = {}  # reason codes that ended a connection, and until when they count

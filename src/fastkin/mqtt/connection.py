@@ -81,8 +81,8 @@ class Connection(Receiver):
         broker = owner.broker
         self.owner = owner
         self.version = version
-        self.loop = asyncio.get_running_loop()
-        self.session = Session(
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self.session: Session = Session(
             version=version,
             acks=owner.acks,
             router=owner.router,
@@ -93,10 +93,10 @@ class Connection(Receiver):
         )
         self.wire: Wire | None = None
         self.ended: asyncio.Future[None] = self.loop.create_future()
-        self.began = 0.0  # when CONNACK came
-        self.reason = ""  # why it ended
-        self.malformed = False  # it ended for what the broker sent
-        self.code = 0
+        self.began: float = 0.0  # when CONNACK came
+        self.reason: str = ""  # why it ended
+        self.malformed: bool = False  # it ended for what the broker sent
+        self.code: int = 0
         self._heard = False  # bytes have come
         self._shut = False  # the peer closed; nothing else ended the connection
         self._dump: memoryview | None = None
@@ -104,13 +104,17 @@ class Connection(Receiver):
         self._again = False  # resume() came while busy
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
-        self.reading = Reading(self.loop)
-        self.coalescing = Coalescing(0.0 if broker.websocket else broker.coalesce_ms / 1000)
+        self.reading: Reading = Reading(self.loop)
+        self.coalescing: Coalescing = Coalescing(0.0 if broker.websocket else broker.coalesce_ms / 1000)
         self._keep_alive = KeepAlive(
             self.loop, self.session, self.reading, lambda: owner.last_read, lambda why: self._give_up(why, None)
         )
-        self.handshake = Handshake(owner, version, self.session, self.reading, self._keep_alive, self._give_up)
-        self.set_apart = SetApart(self.loop, self.session, self.reading, owner.set_apart, self._behind_piece, self._bug)
+        self.handshake: Handshake = Handshake(
+            owner, version, self.session, self.reading, self._keep_alive, self._give_up
+        )
+        self.set_apart: SetApart = SetApart(
+            self.loop, self.session, self.reading, owner.set_apart, self._behind_piece, self._bug
+        )
 
     # -- opening ---------------------------------------------------------------------------------
 
@@ -287,7 +291,8 @@ class Connection(Receiver):
             self.reason = str(error)
             self.handshake.fail(error)
             return
-        self.began = now = self.loop.time()
+        now = self.loop.time()
+        self.began = now
         self.handshake.accepted(connack, now)
         server_s = connack.properties.get("server_keep_alive")
         self._keep_alive.start(server_s if isinstance(server_s, int) else self.owner.broker.keep_alive_s, now)

@@ -22,10 +22,12 @@
 
 typedef unsigned __int128 fk_u128;
 
-static struct {
+struct fk_digest_keys {
     uint8_t nh[16 * FK_DIGEST_PAIRS];
     fk_u128 fold[2][4];
-} fk_digest_key;
+};
+
+static struct fk_digest_keys fk_digest_key;
 
 /* 0, or -1 with errno when the system gives no randomness. */
 static int fk_digest_init(void) {
@@ -93,14 +95,14 @@ static inline __attribute__((always_inline)) const uint8_t *fk_digest_add(const 
 }
 
 /* Topic or payload of a long message, in pieces that there are keys for. */
-static void fk_digest_chain(const uint8_t *p, size_t n, uint64_t *chain) {
+static void fk_digest_chain(const struct fk_digest_keys *keys, const uint8_t *p, size_t n, uint64_t *chain) {
     const size_t most = 16 * (FK_DIGEST_PAIRS - 1);
     while (n > 0) {
         fk_u128 sum = 0;
         size_t part = n < most ? n : most;
-        fk_digest_add(p, part, fk_digest_key.nh + 16, &sum);
+        fk_digest_add(p, part, keys->nh + 16, &sum);
         for (int i = 0; i < 2; i++) {
-            const fk_u128 *k = fk_digest_key.fold[i];
+            const fk_u128 *k = keys->fold[i];
             chain[i] = (uint64_t)((k[0] * (uint64_t)sum + k[1] * (uint64_t)(sum >> 64) + k[2] * chain[i] + k[3]) >> 64);
         }
         p += part;
@@ -108,9 +110,9 @@ static void fk_digest_chain(const uint8_t *p, size_t n, uint64_t *chain) {
     }
 }
 
-static inline void fk_digest(const uint8_t *topic, size_t topic_length, const uint8_t *payload,
-                             size_t payload_length, uint64_t *out) {
-    const uint8_t *key = fk_digest_key.nh;
+static inline void fk_digest_by(const struct fk_digest_keys *keys, const uint8_t *topic, size_t topic_length,
+                                const uint8_t *payload, size_t payload_length, uint64_t *out) {
+    const uint8_t *key = keys->nh;
     fk_u128 sum = (fk_u128)(topic_length + fk_digest_load(key)) * (payload_length + fk_digest_load(key + 8));
     if (topic_length + payload_length <= 16 * (FK_DIGEST_PAIRS - 3)) {
         key = fk_digest_add(topic, topic_length, key + 16, &sum);
@@ -121,8 +123,13 @@ static inline void fk_digest(const uint8_t *topic, size_t topic_length, const ui
     }
     out[0] = (uint64_t)sum;
     out[1] = (uint64_t)(sum >> 64);
-    fk_digest_chain(topic, topic_length, out);
-    fk_digest_chain(payload, payload_length, out);
+    fk_digest_chain(keys, topic, topic_length, out);
+    fk_digest_chain(keys, payload, payload_length, out);
+}
+
+static inline void fk_digest(const uint8_t *topic, size_t topic_length, const uint8_t *payload,
+                             size_t payload_length, uint64_t *out) {
+    fk_digest_by(&fk_digest_key, topic, topic_length, payload, payload_length, out);
 }
 
 #endif

@@ -36,6 +36,7 @@ class Asker(Protocol):
 
     def unavailable(self) -> list[int]:
         """Reason codes by which the broker ended a connection not long ago: it must not be asked for that again."""
+        ...
 
     def opened(self, handshake: Handshake, connack: Connack) -> None:
         """The broker takes us."""
@@ -76,10 +77,10 @@ class Handshake:
         self._wire: Wire | None = None
         self.ready: asyncio.Future[None] = self._loop.create_future()  # CONNACK, or why there is none
         self.ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # nobody may be waiting
-        self.sent_at = 0.0  # when CONNECT left
-        self.up = False  # CONNACK has come, and nothing ended the connection yet
-        self.subscribing = False
-        self.subscriptions = Subscriptions(
+        self.sent_at: float = 0.0  # when CONNECT left
+        self.up: bool = False  # CONNACK has come, and nothing ended the connection yet
+        self.subscribing: bool = False
+        self.subscriptions: Subscriptions = Subscriptions(
             session, _RETAIN[asker.broker.retain_handling], asker.unavailable(), asker.identifiers
         )
         self._late = False  # SUBACK is, and it was said
@@ -117,7 +118,11 @@ class Handshake:
         # connection.
         self.subscriptions.learn(connack.properties)
         self._subscribe(asker.subscriptions)
-        self._write(self.subscriptions.unsubscribe(asker.unsubscribe))
+        self.unsubscribe(asker.unsubscribe)
+
+    def unsubscribe(self, filters: Sequence[str]) -> None:
+        """Ask the broker to queue nothing more for them."""
+        self._write(self.subscriptions.unsubscribe(filters))
 
     def fail(self, error: BaseException) -> None:
         """There will be no CONNACK: whoever waits for it raises `error`."""

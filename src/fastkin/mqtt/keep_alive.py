@@ -44,7 +44,7 @@ class KeepAlive:
         self._alive_at = 0.0  # the broker was heard, or could not be because we did not listen
         # something came that was no answer to a ping, or could not come because we did not listen
         self._talked_at = 0.0
-        self.asked_at = 0.0  # SUBSCRIBE was written
+        self.asked_at: float = 0.0  # SUBSCRIBE was written
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, wire: Wire, now: float) -> None:

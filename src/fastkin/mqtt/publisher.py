@@ -54,10 +54,10 @@ class Publisher:
         if not 1 <= window <= PACKET_IDS:
             raise LibraryError(f"window {window} is not in 1..{PACKET_IDS}")
         self.broker = broker
-        self.client_id = broker.client_id or f"fastkin-pub-{os.urandom(6).hex()}"
-        self.window = window
-        self.version = 0
-        self.published = 0
+        self.client_id: str = broker.client_id or f"fastkin-pub-{os.urandom(6).hex()}"
+        self.window: int = window
+        self.version: int = 0
+        self.published: int = 0
         self.acked = 0
         self.refused = 0  # by a 5.0 broker's own reason code
         self._asked_window = window

@@ -55,8 +55,8 @@ class Reading:
         self._wire: Wire | None = None
         self._stalled_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self.paused = 0  # bits
-        self.deaf = False  # the connection is given up: what still comes is thrown away
+        self.paused: int = 0  # bits
+        self.deaf: bool = False  # the connection is given up: what still comes is thrown away
 
     def begin(self, wire: Wire) -> None:
         self._wire = wire
@@ -122,8 +122,8 @@ class Coalescing:
 
     def __init__(self, pause_s: float) -> None:
         """`pause_s` 0: never."""
-        self.pause_s = pause_s
-        self.on = False
+        self.pause_s: float = pause_s
+        self.on: bool = False
         self._looked_at = 0.0  # when the rate was last looked at; since then:
         self._messages = 0
         self._reads = 0

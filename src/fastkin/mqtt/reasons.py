@@ -17,8 +17,8 @@ _CURES = {
     0x97: "a quota of the broker is used up, often of subscriptions per client: raise it, or set"
     " fewer filters in topics",
     0x9B: "the broker does not give this QoS: set a lower qos",
-    0x9E: "the broker has no shared subscriptions: in topics set the filter without $share/GROUP/, and let one fastkin"
-    " alone subscribe it, or use a broker that has them",
+    0x9E: "the broker has no shared subscriptions: run without workers, in topics set the filter without $share/GROUP/,"
+    " and let one fastkin alone subscribe it, or use a broker that has them",
     0xA1: "the broker takes no subscription identifiers, and must say so when we connect: it is the broker's fault;"
     ' protocol = "3.1.1" has none',
     0xA2: "the broker has no wildcards: in topics name each topic in full, or use a broker that has them",

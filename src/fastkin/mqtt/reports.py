@@ -39,7 +39,7 @@ class Reports:
         """`name`: of the pipeline. `client_id` is set anew when another one is used."""
         self._broker = broker
         # A host that logs in its own way gets pipeline and stage in the text, see status/logs.py.
-        self.who = f"{f'pipeline={name} ' if name else ''}stage=intake broker={broker.url}"
+        self.who: str = f"{f'pipeline={name} ' if name else ''}stage=intake broker={broker.url}"
         self.client_id = client_id
         self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=_TROUBLE_LINES, per_s=_TROUBLE_S)
 

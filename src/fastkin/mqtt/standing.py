@@ -22,6 +22,7 @@ class Traffic:
 
     connects: int = 0
     disconnects: int = 0
+    resumed: bool = False  # the broker had a session for the latest connection
     messages: int = 0
     reads: int = 0
     paused_s: float = 0.0  # for want of room, without the pause that is on
@@ -32,8 +33,8 @@ class Standing:
 
     def __init__(self, on_change: Callable[[str], None] | None, who: str) -> None:
         """`who`: how log lines begin."""
-        self.state = "new"
-        self.connected = asyncio.Event()  # and every filter is subscribed
+        self.state: str = "new"
+        self.connected: asyncio.Event = asyncio.Event()  # and every filter is subscribed
         self.last_error: str | None = None
         self._on_change = on_change
         self._who = who

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from fastkin.mqtt._core import AckTracker, Apart, Router
     from fastkin.mqtt.handshake import Handshake
     from fastkin.mqtt.set_apart import Carrier
+    from fastkin.mqtt.window import Window
+    from fastkin.net.tls import Renewed
 
 _AUTH_CODES = frozenset({0x04, 0x05, 0x86, 0x87, 0x8A, 0x8C})
 _ID_CODES = frozenset({0x02, 0x80, 0x85})  # mosquitto says 0x80
@@ -81,17 +83,17 @@ class Subscriber:
         ConfigError: certificate files that cannot be read.
         """
         self.broker = broker
-        self.subscriptions = list(subscriptions)
-        self.identifiers = identifiers or {}
+        self.subscriptions: list[tuple[str, int]] = list(subscriptions)
+        self.identifiers: Mapping[str, int] | dict[str, int] = identifiers or {}
         self.router = router
         self._unwanted: tuple[str, ...] = ()
         self.acks = acks
         self.on_read = on_read
         self.set_apart: Callable[[Apart], Carrier] = set_apart or (lambda message: _Nowhere(self, message))
-        self.unfit = Unfit()
+        self.unfit: Unfit = Unfit()
         self._work: set[asyncio.Task[None]] = set()
-        self.tls = renewed_tls(broker)
-        self.client_id = broker.client_id
+        self.tls: Renewed | None = renewed_tls(broker)
+        self.client_id: str = broker.client_id
         unnamed = not broker.client_id and not broker.clean_session
         if unnamed:
             self.client_id = _made_up()
@@ -100,15 +102,15 @@ class Subscriber:
             self._reports.no_client_id()
         self._standing = Standing(on_state, self._reports.who)
         self._attempts = Attempts(broker, linger_s)
-        self.traffic = Traffic()
-        self.last_read = 0.0  # loop time
-        self.version = 0  # 4 is 3.1.1, 5 is 5.0: of the connection that is open, or was last
-        self.window = self._attempts.first_window()
+        self.traffic: Traffic = Traffic()
+        self.last_read: float = 0.0  # loop time
+        self.version: int = 0  # 4 is 3.1.1, 5 is 5.0: of the connection that is open, or was last
+        self.window: Window = self._attempts.first_window()
         self._link: Connection | None = None
         self._opening: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self._bug: Exception | None = None
-        self.topic_aliases = broker.topic_alias_maximum
+        self.topic_aliases: int = broker.topic_alias_maximum
 
     # -- what is seen from outside ---------------------------------------------------------------
 
@@ -143,6 +145,12 @@ class Subscriber:
             if topic_filter not in self._unwanted:
                 self.router.remove(topic_filter)
         self._unwanted = tuple(filters)
+
+    def let_go(self, filters: Sequence[str]) -> None:
+        """Unsubscribe, now and at each new connection; what came by these filters before is taken all the same."""
+        self._unwanted = tuple(filters)
+        if self._link is not None and self._link.up:
+            self._link.handshake.unsubscribe(filters)
 
     @property
     def coalescing(self) -> bool:
@@ -253,7 +261,7 @@ class Subscriber:
                 return self._not_connected(link, error)
             finally:
                 self._opening = None
-            if self._stopping.is_set():
+            if self._stopping.is_set() and link.up:  # not when close() is leaving it: the broker's end would go unread
                 link.reading.pause(STOPPED)
                 self._set_state("draining")
             # not the future itself: cancelled with us it would pass for an end, and the connection would stay
@@ -319,6 +327,7 @@ class Subscriber:
     def opened(self, handshake: Handshake, connack: Connack) -> None:
         """The broker takes us."""
         self.traffic.connects += 1
+        self.traffic.resumed = connack.session_present
         self._attempts.dialect.worked(handshake.version)
         self._reports.connected(handshake.version, connack, asks_qos=any(qos for _, qos in self.subscriptions))
 

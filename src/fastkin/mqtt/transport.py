@@ -104,7 +104,7 @@ def renewed_tls(broker: Broker) -> Renewed | None:
         return None
     tls = broker.tls
     files = (tls.ca, tls.cert, tls.key) if tls.ca else (*system_files(), tls.cert, tls.key)
-    return Renewed(lambda: _tls_context(broker), files, _LOG)
+    return Renewed(lambda: _tls_context(broker), files, _LOG, broker.tls)
 
 
 def tls_context(broker: Broker) -> ssl.SSLContext | None:

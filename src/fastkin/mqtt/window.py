@@ -54,9 +54,9 @@ class Window:
 
     def __init__(self, granted: int, most: int = MAX_WINDOW, *, linger_s: float = 0.0, sure: bool = False) -> None:
         """`linger_s`: how long a batch is held at most. `sure`: the broker was told not to go beyond `most`."""
-        self.most = most
-        self.granted = max(1, min(granted, most))
-        self.round_trip_s = 0.0
+        self.most: int = most
+        self.granted: int = max(1, min(granted, most))
+        self.round_trip_s: float = 0.0
         self._hold_s = max(self.QUIET_S, self.MOST_OF * linger_s)
         self._sure = sure
         self._pressing = True

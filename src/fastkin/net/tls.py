@@ -7,12 +7,13 @@ from __future__ import annotations
 import os
 import ssl
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from fastkin.errors import printable
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Hashable, Iterable
 
 Stamp = tuple[tuple[str, int, int, int] | tuple[str], ...]
 
@@ -82,6 +83,11 @@ def stamp(files: Iterable[str | None]) -> Stamp:
     return tuple(found)
 
 
+# A context holds every authority that it trusts: 0.7 MB with those of a system. Pipelines of one service say the same
+# of broker and Kinesis, so one context serves them all, as long as one of them needs it.
+_contexts: WeakValueDictionary[Hashable, ssl.SSLContext] = WeakValueDictionary()
+
+
 class Renewed:
     """A context that follows its files: looked at when a connection is made.
 
@@ -89,12 +95,27 @@ class Renewed:
     read again when they change again. `make` raises what the files deserve.
     """
 
-    def __init__(self, make: Callable[[], ssl.SSLContext], files: Iterable[str | None], log: logging.Logger) -> None:
+    def __init__(
+        self,
+        make: Callable[[], ssl.SSLContext],
+        files: Iterable[str | None],
+        log: logging.Logger,
+        said: Hashable,
+    ) -> None:
+        """`said`: all that the context is made from besides its files. What says the same has the same context."""
         self._make = make
+        self._said = said
         self._files = tuple(one for one in files if one)
         self._log = log
         self._stamp = stamp(self._files)  # before they are read: what is written meanwhile is a change
-        self._context = make()
+        self._context = self._shared()
+
+    def _shared(self) -> ssl.SSLContext:
+        key = (self._said, self._stamp)
+        context = _contexts.get(key)
+        if context is None:
+            context = _contexts[key] = self._make()
+        return context
 
     def context(self) -> ssl.SSLContext:
         """The context for a new connection. Raises nothing."""
@@ -105,7 +126,7 @@ class Renewed:
             self._stamp = now
             names = ", ".join(self._files)
             try:
-                self._context = self._make()
+                self._context = self._shared()
             except Exception as error:  # noqa: BLE001 - whatever the files hold, there is a context that worked
                 self._log.warning(
                     "TLS files have changed and cannot be used, going on with what they were: %s", printable(str(error))

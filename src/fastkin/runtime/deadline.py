@@ -25,7 +25,7 @@ class Deadline:
         """`name` is that of the log lines."""
         self._loop = asyncio.get_running_loop()
         self._name = name
-        self.at = self._loop.time() + seconds
+        self.at: float = self._loop.time() + seconds
 
     @property
     def left(self) -> float:

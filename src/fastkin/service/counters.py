@@ -23,8 +23,8 @@ class Carry:
 
     def __init__(self) -> None:
         self.sums: dict[str, Any] = {}
-        self.owed = 0
-        self.lost = 0  # were in flight, and nobody kept them
+        self.owed: int = 0
+        self.lost: int = 0  # were in flight, and nobody kept them
         self._from = 0  # what runs at work had received when the debt was last reckoned: that pays none of it
 
     def paid(self, received: int) -> int:

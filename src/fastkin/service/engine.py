@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable  # noqa: TC003 - who reads our annotations needs it
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
+from fastkin.config import Settings  # noqa: TC001
 from fastkin.errors import ConfigError, LibraryError
 from fastkin.runtime.deadline import Deadline
 from fastkin.service.pipeline import CLOSE_S
 from fastkin.service.plan import Planner
-from fastkin.service.reload import Reload
+from fastkin.service.reload import Changes, Reload
 from fastkin.service.runs import Runs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from fastkin.config import Settings
     from fastkin.service.pipeline import PipelineRun
-    from fastkin.service.reload import Changes
     from fastkin.status.metrics import EngineCollector
     from fastkin.status.server import StatusServer
+else:
+    EngineCollector = Any  # what get_type_hints() shows: the class would load prometheus_client
 
 _LOG = logging.getLogger("fastkin.engine")
 
@@ -46,8 +46,8 @@ class Engine:
         """`on_settled(pipeline_id)` runs after each answered call; `on_message(pipeline_id, topic, payload)` sees
         every payload as it is taken and costs a Python call per message: leave it out where speed counts."""
         self._runs = Runs(settings, on_settled=on_settled, on_message=on_message)
-        self.pipelines = self._runs.pipelines
-        self.leaving = self._runs.leaving  # replaced or removed, and not at their end yet
+        self.pipelines: dict[str, PipelineRun] = self._runs.pipelines
+        self.leaving: list[PipelineRun] = self._runs.leaving  # replaced or removed, and not at their end yet
         self._planner = Planner()
         self._reload = Reload(self._runs, self._planner, partial(self._failed, reloaded=True))
         self._failure: asyncio.Future[None] | None = None  # None: not started
@@ -84,9 +84,9 @@ class Engine:
                 runs.place(runs.build(pipeline, made_of.broker), made_of, partial(self._failed, reloaded=False))
         if self.settings.status.port:
             # imported here: prometheus_client is only for who wants it
-            from fastkin.status.server import StatusServer
+            from fastkin.status.server import EnginePage, StatusServer
 
-            self.status = StatusServer(self)
+            self.status = StatusServer(EnginePage(self))
             await self.status.start(self.settings.status)
         for run in self.pipelines.values():
             run.start()

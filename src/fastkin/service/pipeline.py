@@ -16,10 +16,10 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from fastkin._codec import WINDOW, KeyPlan
-from fastkin.aws.transports import make_client
 from fastkin.deadletter.handler import DeadLetterHandler, make_store
 from fastkin.delivery.delivery import Delivery, Options
 from fastkin.errors import FastkinError
+from fastkin.files.client import FileClient, client_of
 from fastkin.formats.partition_key import key_plan
 from fastkin.mqtt._core import AckTracker
 from fastkin.mqtt.subscriber import Subscriber
@@ -29,6 +29,7 @@ from fastkin.service.preflight import Preflight
 from fastkin.service.routes import Routes
 from fastkin.service.shapes import format_of
 from fastkin.service.tasks import Tasks
+from fastkin.service.tee import Tee
 from fastkin.status.registry import figures
 
 if TYPE_CHECKING:
@@ -80,27 +81,35 @@ class PipelineRun:
         on_message: Callable[[str, bytes, bytes], None] | None = None,
     ) -> None:
         self.pipeline = pipeline
-        self.name = pipeline.id
+        self.name: str = pipeline.id
         self._loop = asyncio.get_running_loop()
         self._hook = on_settled
         self._tasks = Tasks(self.name)
-        self.failure = self._tasks.failure
-        self.client: Client = make_client(pipeline.kinesis, pipeline.id)
+        self.failure: asyncio.Future[None] = self._tasks.failure
+        self.client: Client = client_of(pipeline)
         kind, parts = key_plan(pipeline.partition_key, client_id=broker.client_id, hostname=socket.gethostname())
-        self.acks = AckTracker()
+        self.acks: AckTracker = AckTracker()
+        files = self.client if isinstance(self.client, FileClient) else None
+        raw = None if files is None else files.raw
         # An eighth is left for what is not charged record by record: acks, receive buffer, answers, allocator. And
         # one for WebSocket frames that were read: aiohttp counts their bytes, and an object each is much more.
-        self.delivery = Delivery(
-            self.client, _options(pipeline), name=self.name,
-            stream=pipeline.kinesis.stream_arn or pipeline.kinesis.stream or "", key=KeyPlan(kind, parts),
+        self.delivery: Delivery = Delivery(
+            self.client, _options(pipeline), name=self.name, stream=pipeline.target, key=KeyPlan(kind, parts),
             frame=format_of(pipeline, pipeline.format), settler=self.acks,
-            keep_bytes=pipeline.budget_bytes // 8 * (2 if broker.websocket else 1),
+            keep_bytes=pipeline.budget_bytes // 8 * (1 + broker.websocket + (raw is not None)),
         )  # fmt: skip
         self._batcher = self.delivery.batcher
-        self._routes = Routes(pipeline, self._batcher, on_message)
-        self.dead_letters = DeadLetterHandler(
-            self.name, self._batcher, make_store(pipeline), topics=pipeline.topics, spawn=self._tasks.spawn,
-            on_settled=self.delivery.settled, max_packet_bytes=broker.max_packet_bytes,
+        self._tee: Tee | None = None
+        if raw is not None:
+            self._tee = Tee(
+                raw, self.acks, name=self.name, separator=pipeline.separator, most_bytes=pipeline.budget_bytes // 8,
+                spawn=self._tasks.spawn, on_settled=self.delivery.settled,
+            )  # fmt: skip
+        self._routes = Routes(pipeline, self._batcher, on_message, self._tee)
+        self.dead_letters: DeadLetterHandler = DeadLetterHandler(
+            self.name, self._batcher, make_store(pipeline, None if files is None else files.letters),
+            topics=pipeline.topics, spawn=self._tasks.spawn, on_settled=self.delivery.settled,
+            max_packet_bytes=broker.max_packet_bytes,
         )  # fmt: skip
         self.delivery.open(
             refused=self.dead_letters.refused, rejected=self.dead_letters.rejected, on_settled=self._settled,
@@ -110,8 +119,9 @@ class PipelineRun:
         self._preflight = Preflight(
             pipeline, self.client, self.delivery, static_key=static_key, spawn=self._tasks.spawn
         )
-        self.subscriber = Subscriber(
-            broker, [(topic, pipeline.qos) for topic in pipeline.topics], router=self._routes.router,
+        asked = [] if pipeline.left_over else [(each, pipeline.qos) for each in pipeline.filters]
+        self.subscriber: Subscriber = Subscriber(
+            broker, asked, router=self._routes.router,
             acks=self.acks, on_read=self._read, set_apart=self.dead_letters.carrier, name=self.name,
             identifiers=self._routes.identifiers, linger_s=pipeline.linger_ms / 1000,
         )  # fmt: skip
@@ -120,7 +130,7 @@ class PipelineRun:
         self._leave: asyncio.Task[None] | None = None  # saying goodbye to the broker, of a stop() that lingers
         self._stopping = False
         self._first_failed = False
-        self.left = asyncio.Event()  # the broker was left, by a run that lingers
+        self.left: asyncio.Event = asyncio.Event()  # the broker was left, or nobody has time to wait for that
         self._drain: asyncio.Timeout | None = None
 
     # -- life ----------------------------------------------------------------------------------
@@ -181,6 +191,10 @@ class PipelineRun:
         if self._drain is not None and self._drain.when() is None:
             self._drain.reschedule(self._loop.time() + self._drain_s)
 
+    async def _say_goodbye(self) -> None:
+        # Made in here: hurry() may cancel the task before its first step, and then there must be nothing to await.
+        await Deadline(_LEAVE_S, self.name).wait(self.subscriber.close(), "leaving the broker")
+
     @property
     def _drain_s(self) -> float:
         """How long Kinesis may take what is held: a part of the time belongs to the spool, which gets the rest."""
@@ -196,19 +210,24 @@ class PipelineRun:
         self._stopping = True
         await self.subscriber.stop()
         if linger and not self._hurried:
-            leave = Deadline(_LEAVE_S, self.name).wait(self.subscriber.close(), "leaving the broker")
-            self._leave = asyncio.create_task(leave)
+            self._leave = asyncio.create_task(self._say_goodbye())
             # Not awaited itself: hurry() cancels it, and that is no cancellation of this stop().
-            await asyncio.wait([self._leave])
+            try:
+                await asyncio.wait([self._leave])
+            finally:
+                self._leave.cancel()  # for who cancels this stop(); nothing when it has ended
+            if not self._leave.cancelled():
+                self._leave.result()
         self.left.set()
         self.delivery.drain()
         try:
             self._drain = asyncio.timeout(None if linger and not self._hurried else self._drain_s)
             async with self._drain:
-                while self.delivery.to_wait_for:
+                while self.delivery.to_wait_for or (self._tee is not None and self._tee.waiting):
                     self._progress.clear()
                     self.delivery.attend()
                     await self._progress.wait()
+                await self.client.finish()
         except TimeoutError:
             pass
         self._drain = None
@@ -305,7 +324,7 @@ class PipelineRun:
     @property
     def last_error(self) -> str | None:
         """What is wrong now, for a person; it clears when the same goes well."""
-        return self.start_error or self.delivery.sender.last_error or self.subscriber.last_error
+        return self.start_error or self.delivery.sender.last_error or self.client.trouble or self.subscriber.last_error
 
     def oldest_s(self) -> float:
         """Age of the oldest message that is not acknowledged; 0.0 when there is none."""
@@ -323,7 +342,7 @@ class PipelineRun:
             return hangs
         if not self.ready:
             return f"the stream was not reached: {self.start_error or 'not tried yet'}"
-        if operator_error := self.delivery.sender.operator_error:
+        if operator_error := self.delivery.sender.operator_error or self.client.trouble:
             return f"the stream: {operator_error}"
         subscriber = self.subscriber
         if not subscriber.connected.is_set():

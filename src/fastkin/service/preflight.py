@@ -48,7 +48,7 @@ class Preflight:
         self._static_key = static_key
         self._spawn = spawn
         self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=5, per_s=60.0)
-        self.ready = False  # the stream was reached: it answered, or it stored something
+        self.ready: bool = False  # the stream was reached: it answered, or it stored something
         self.start_error: str | None = None  # why it was not yet
         asks = pipeline.startup_check != "none"
         self._watch = StreamWatch(
@@ -111,6 +111,8 @@ class Preflight:
 
     def _fits(self, summary: StreamSummary) -> None:
         """Do the settings fit the stream? ConfigError, or a WARNING."""
+        if not self._client.destination.shards:
+            return  # it takes no keys, and its limits are in its row
         if not summary.auto_keys and self._pipeline.partition_key == "none":
             raise ConfigError(
                 f"pipeline {self._pipeline.id!r} partition_key",
@@ -134,7 +136,8 @@ class Preflight:
         """One real record, for permission systems that know no dry run; consumers are told to ignore it."""
         budget = Budget(1 << 16, 1)
         batcher = Batcher(
-            settler=None, budget=budget, frame="raw", key=KeyPlan("parts", [("text", "key")]),
+            settler=None, budget=budget, frame="raw",
+            key=KeyPlan("parts", [("text", "key")]) if self._client.destination.keyed else KeyPlan("none"),
             target=self._client.target_json(), answer=self._client.destination.answer,
         )  # fmt: skip
         test = {"type": "connection_test", "host": socket.gethostname(), "data": "CONNECTION_TEST"}

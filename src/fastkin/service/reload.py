@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("fastkin.engine")
 
 # parts of the settings that only a new process takes up
-_FIXED = ("status",)
+_FIXED = ("status", "workers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fastkin._codec import Sink
     from fastkin.config import Pipeline
+    from fastkin.service.tee import Tee
 
 _LOG = logging.getLogger("fastkin.pipeline")
 _UNROUTED_EVERY_S = 60.0  # how often to say that messages came which nobody wants
@@ -29,13 +30,20 @@ class Routes:
     """Of one pipeline."""
 
     def __init__(
-        self, pipeline: Pipeline, batcher: Batcher, on_message: Callable[[str, bytes, bytes], None] | None
+        self,
+        pipeline: Pipeline,
+        batcher: Batcher,
+        on_message: Callable[[str, bytes, bytes], None] | None,
+        tee: Tee | None = None,
     ) -> None:
-        """`on_message(pipeline, topic, payload)` hears of each message that was taken; it costs Python per message."""
+        """`on_message(pipeline, topic, payload)` hears of each message that was taken, `tee` writes each down; both
+        cost Python per message."""
         self._name = pipeline.id
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
-        self.router = router = Router()
+        self._tee = tee
+        router = Router()
+        self.router: Router = router
         filters = ways(pipeline)
         sinks = {way: self._tapped(_sink(pipeline, way, batcher)) for _, way in filters}
         several = len(sinks) > 1
@@ -53,12 +61,18 @@ class Routes:
         for topic, way in filters:
             router.add(topic, sinks[way], way.identifier if identified else 0)
         # The Subscription Identifier of each filter: a 5.0 broker says with a message which filter it came by.
-        self.identifiers = {topic: way.identifier for topic, way in filters} if several and identified else {}
-        self.seen = 0  # the router's count of unrouted messages, when it was last looked at
+        # `filters` of the pipeline are as long as its topics, and in their order.
+        asked = dict(zip(pipeline.topics, pipeline.filters, strict=True))
+        self.identifiers: dict[str, int] = (
+            {asked[topic]: way.identifier for topic, way in filters} if several and identified else {}
+        )
+        self.seen: int = 0  # the router's count of unrouted messages, when it was last looked at
         self._said_at = -_UNROUTED_EVERY_S
 
     def _tapped(self, sink: Batcher | FormatSink | StraySink) -> Sink:
         on_message = self._on_message
+        if self._tee is not None:
+            return self._tee.into(sink, self._heard)
         if on_message is None:
             return sink
 
@@ -69,6 +83,10 @@ class Routes:
             return taken
 
         return CallbackSink(tap)
+
+    def _heard(self, topic: bytes, payload: bytes) -> None:
+        if self._on_message is not None:
+            self._on_message(self._name, topic, payload)
 
     def say_unrouted(self, client_id: str) -> None:
         """Messages came that no filter wants. The caller compares `seen` first: this is no work for each read."""

@@ -49,7 +49,7 @@ class Runs:
         self.former: dict[PipelineRun, Former] = {}  # of a run that replaced another
         self.troubles: dict[str, str] = {}  # pipeline -> why it is not what the settings say
         self.halts: dict[PipelineRun, asyncio.Task[int]] = {}
-        self.stopped = asyncio.Event()  # all are to end
+        self.stopped: asyncio.Event = asyncio.Event()  # all are to end
         self._carried: dict[str, Carry] = {}
         self._filters: dict[tuple[str, str], set[str]] = {}  # session (broker, client id) -> what it subscribed
 
@@ -66,8 +66,8 @@ class Runs:
             subscribed = self._filters.setdefault((broker.url, broker.client_id), set())
             # A kept session has all that was ever subscribed in it. What is not wanted any more must be told to the
             # broker, else it goes on sending it.
-            run.subscriber.unsubscribe = sorted(subscribed - set(pipeline.topics))
-            subscribed.update(pipeline.topics)
+            run.subscriber.unsubscribe = sorted(subscribed - set(pipeline.filters))
+            subscribed.update(pipeline.filters)
         run.failure.add_done_callback(lambda _: failed(run))
         self.pipelines[pipeline.id] = run
         self.wanted[pipeline.id] = wanted

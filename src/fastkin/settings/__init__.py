@@ -17,15 +17,11 @@ how fastkin is run; msgspec stops at the first wrong value, and here all are rep
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping  # noqa: TC003 - who reads our annotations needs it
+from pathlib import Path  # noqa: TC003
 
+from fastkin.config import Settings  # noqa: TC001
 from fastkin.settings.values import Report, SettingsError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from fastkin.config import Settings
 
 __all__ = ["SettingsError", "load", "load_settings"]
 

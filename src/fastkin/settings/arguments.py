@@ -45,6 +45,13 @@ def check_arguments(given: Mapping[str, object]) -> None:
             raise LibraryError(f"{name}: {problem}: {cure}")
 
 
+def check_keys(access_key: str | None, secret_key: str | None) -> None:
+    """LibraryError: one of them without the other."""
+    if (access_key is None) != (secret_key is None):
+        missing = "access_key" if access_key is None else "secret_key"
+        raise LibraryError(f"Non empty argument required: {missing}; give both keys, or neither")
+
+
 def _told(row: Row, value: object, wrong: Fault, least: float | None) -> tuple[str, str]:
     """Problem and cure."""
     # The text goes into an exception, and that into somebody's log.

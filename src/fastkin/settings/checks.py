@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastkin.config import Settings, Status
+from fastkin.config import Settings, Status, Workers
 from fastkin.net.names import is_loopback
 from fastkin.settings import rules_broker, rules_pipeline, rules_together
-from fastkin.settings.tables import STATUS_KEYS
+from fastkin.settings.tables import STATUS_KEYS, WORKERS_KEYS
 from fastkin.settings.values import Given, SettingsError
 
 if TYPE_CHECKING:
@@ -27,10 +27,13 @@ def check(sources: Sources, report: Report) -> Settings:
     pipelines = tuple(pipeline for pipeline in made if pipeline is not None)
     rules_together.check(sources, pipelines, report)
     status = _status(sources.status, report)
+    workers = Workers(**Given(WORKERS_KEYS, sources.workers, report).values)
+    if broker is not None and workers.count is not None:
+        rules_together.check_workers(sources, broker, workers, report)
     if report.problems:
         raise SettingsError(report.problems)
     assert broker is not None
-    return Settings(broker=broker, pipelines=pipelines, warnings=tuple(report.warnings), status=status)
+    return Settings(broker=broker, pipelines=pipelines, warnings=tuple(report.warnings), status=status, workers=workers)
 
 
 def _status(raw: Raw, report: Report) -> Status:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastkin import settings
 from fastkin.settings import envfile
+from fastkin.settings.tables import WORKERS_KEYS
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -23,13 +24,25 @@ class Reader:
     """What `fastkin run` and `fastkin check` were told to read."""
 
     def __init__(
-        self, config: str | None, env_file: str | None, environ: MutableMapping[str, str] | None = None
+        self,
+        config: str | None,
+        env_file: str | None,
+        environ: MutableMapping[str, str] | None = None,
+        *,
+        workers: int | None = None,
     ) -> None:
+        """`workers`: what the command line says, which wins over all others."""
         self._config = config
         self._env_file = env_file
         self._environ = os.environ if environ is None else environ
         self._real = dict(self._environ)  # before anything of the env file came to it
         self._put: dict[str, str] = {}
+        self._said = {} if workers is None else {WORKERS_KEYS["count"].variable: str(workers)}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """As it was before anything of the env file came to it."""
+        return dict(self._real)
 
     def read(self) -> Settings:
         """SettingsError, and the environment is as it was."""
@@ -38,7 +51,7 @@ class Reader:
     def read_again(self) -> tuple[Settings, bool]:
         """Also whether the env file says something else to the AWS SDK or about proxies now."""
         # Read before anything is changed: wrong settings leave the environment as it was.
-        made = settings.load(self._config, env=self._real, env_file=self._env_file)
+        made = settings.load(self._config, env=self._real | self._said, env_file=self._env_file)
         put: dict[str, str] = {}
         if self._env_file is not None:
             found = envfile.read(Path(self._env_file))

@@ -46,6 +46,9 @@ def check(sources: Sources, number: int, broker: Broker | None, report: Report) 
         _dead_letter(given)
     _spool(given, in_file)
     kinesis = rules_stream.check(sources, raw, where, report)
+    if kinesis is not None and kinesis.firehose:
+        _unkeyed(given, "Firehose")
+    _files(given)
     if len(report.problems) > before or kinesis is None:
         return None
     made = Pipeline(kinesis=kinesis, **given.values)
@@ -113,9 +116,58 @@ def _partition_key(given: Given, broker: Broker | None) -> None:
     if given["aggregation"] == "lines" and given["separator"]:
         problem = 'does not go with aggregation = "lines", where a line feed stands between records'
         given.problem("separator", problem, "remove one of them")
+    bulk = given["bulk_label"] or given["format"] == FRAME
+    if given["aggregation"] != "none" and kind == "content" and not bulk:
+        given.report.warn(
+            f"{given.place('aggregation', 'partition_key')}: nothing is aggregated: with partition_key content only"
+            f" records of one message share a Kinesis record, and a message of format {given['format']} is one record"
+        )
     if given["aggregation"] == "kpl" and kind == "none":
         problem = "does not go with partition_key none: consumers of such a stream do not take aggregates apart"
         given.problem("aggregation", problem, "choose one of them")
+
+
+def _unkeyed(given: Given, where: str) -> None:
+    """A destination without partition keys, which writes records one behind the other."""
+    if given["partition_key"] != given.rows["partition_key"].default:
+        given.report.warn(f"{given.place('partition_key')}: not used with {where}, which takes no keys")
+    if given["aggregation"] != "none":
+        # KPL aggregates are taken apart behind a stream only, and between two records of lines nothing would stand.
+        problem = f"does not go with {where}, which writes records one behind the other"
+        given.problem("aggregation", problem, 'remove it: each record ends with the separator, "\\n" when left out')
+    if "separator" not in given.raw:
+        given.values["separator"] = "\n"  # else nobody could tell where a record ends
+
+    if given["startup_check"] == "dry_run":
+        given.problem("startup_check", f"does not go with {where}: it knows no DryRun", 'use "describe" or "put"')
+
+
+def _files(given: Given) -> None:
+    """`file` with its neighbours: a directory that can be made, and room in it."""
+    if "file" not in given:
+        for key in given.raw if "file" not in given.raw else ():
+            if key == "s3":
+                given.problem(key, "is set without file", "set file to the directory where files wait for the bucket")
+            elif key.startswith("file_"):
+                given.report.warn(f"{given.place(key)}: not used without file")
+        return
+    _unkeyed(given, "file")
+    if given["file_error_prefix"] and given["dead_letter"] not in {None, "none"}:
+        given.problem("file_error_prefix", "file_error_prefix and dead_letter are both set", "keep one of them")
+    path = Path(given["file"]).absolute()
+    if path.exists() and not path.is_dir():
+        given.problem("file", f"{path} is no directory", "name a directory")
+    elif not path.exists() and not path.parent.is_dir():
+        given.problem("file", f"there is no directory {path.parent}", "make it")
+    need = 4 * (given["file_max_bytes"] + given["max_batch_bytes"])
+    if given["file_disk_bytes"] < need:
+        given.report.problem(
+            given.place("file_disk_bytes", "file_max_bytes", "max_batch_bytes", "file"),
+            f"file_disk_bytes {given['file_disk_bytes']} has no room for two files of file_max_bytes"
+            f" {given['file_max_bytes']} and a call of max_batch_bytes {given['max_batch_bytes']} each, which lie there"
+            " twice while they are finished",
+            f"set file_disk_bytes to {need} or more",
+        )
 
 
 def _events(given: Given) -> None:

@@ -22,14 +22,27 @@ if TYPE_CHECKING:
 def check(sources: Sources, pipeline: Raw, where: str, report: Report) -> Kinesis | None:
     """None: there are problems, and they are in the report."""
     own = {key: value for key, value in pipeline.items() if key in KINESIS_KEYS}
-    layers = [own, sources.kinesis, sources.aws]
     before = len(report.problems)
-    given = Given(KINESIS_KEYS, _merged(layers), report)
-    if not {"stream", "stream_arn"} & given.raw.keys():
-        cure = "set stream or stream_arn, here or in [kinesis]"
+    merged = _merged([own, sources.kinesis, sources.aws])
+    to_files = "file" in pipeline
+    if to_files:
+        for key in {"stream", "stream_arn", "firehose"} & merged.keys():
+            if key in own:
+                report.problem(own[key].place, f"file and {key} are both set", "keep one of them")
+            del merged[key]  # of all pipelines, in [kinesis]: this one has another destination
+    service = "S3" if to_files else "FIREHOSE" if "firehose" in merged else None
+    if service is not None and merged.get("endpoint_url") is sources.aws.get("endpoint_url"):
+        merged.pop("endpoint_url", None)
+        if (url := sources.endpoint_of(service)) is not None:
+            merged["endpoint_url"] = url
+    given = Given(KINESIS_KEYS, merged, report)
+    if not to_files and not {"stream", "stream_arn", "firehose"} & given.raw.keys():
+        cure = "set stream, stream_arn or firehose, here or in [kinesis]"
         if sources.path is None:
-            cure = "set KIN_STREAM_NAME or FASTKIN_KINESIS_STREAM_ARN"
+            cure = "set KIN_STREAM_NAME, FASTKIN_KINESIS_STREAM_ARN or FASTKIN_KINESIS_FIREHOSE"
         report.problem(where, "has no stream", cure)
+    if "firehose" in given.raw and (other := {"stream", "stream_arn"} & given.raw.keys()):
+        given.problem("firehose", f"firehose and {min(other)} are both set", "keep one of them")
     if "stream_arn" in given:
         _arn(given)
     _credentials(given)

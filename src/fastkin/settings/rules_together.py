@@ -12,7 +12,7 @@ from fastkin.settings.sources import pipeline_name
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fastkin.config import Pipeline
+    from fastkin.config import Broker, Pipeline, Workers
     from fastkin.settings.sources import Sources
     from fastkin.settings.values import Raw, Report, Value
 
@@ -25,8 +25,9 @@ def check(sources: Sources, made: Sequence[Pipeline], report: Report) -> None:
         _unique(raws, "id", report)
     _unique(raws, "bulk_label", report)
     _spools(raws, report)
+    _directories(raws, report)
     _rotated(raws, report)
-    silent = [repr(pipeline.id) for pipeline in made if pipeline.dead_letter is None]
+    silent = [repr(pipeline.id) for pipeline in made if pipeline.dead_letter is None and not pipeline.file_error_prefix]
     if silent:
         key = "dead_letter" if in_file else "FASTKIN_PIPELINE_DEAD_LETTER"
         report.warn(
@@ -35,6 +36,26 @@ def check(sources: Sources, made: Sequence[Pipeline], report: Report) -> None:
         )
     if made and not any(pipeline.enabled for pipeline in made):
         report.warn("every pipeline is disabled: nothing to do")
+
+
+def check_workers(sources: Sources, broker: Broker, workers: Workers, report: Report) -> None:
+    """Workers are told apart by what is appended to names: nothing else may be named so."""
+    count = sources.workers["count"].place
+    if workers.count and workers.group is None:
+        if broker.client_id_drawn or not broker.client_id:
+            report.problem(
+                count, "workers share their subscriptions in a group, and none is named", "set client_id, or group"
+            )
+        elif re.search("[+#/]", broker.client_id):
+            cure = "set group: a name without + # /"
+            report.problem(count, "client_id is no name for the group of a shared subscription", cure)
+    for number, raw in enumerate(sources.pipelines, 1):
+        if (said := _said(raw, "id")) and re.fullmatch(r"w\d+", said[1]):
+            problem = f"{_label(sources.pipelines, number)} would have the client id of a worker"
+            report.problem(said[0].place, problem, "give it another id, or leave workers out")
+        if (said := _said(raw, "spool")) and re.search(r"-w\d+$", Path(said[1]).stem):
+            problem = f"{said[1]!r} is named like the spool of a worker"
+            report.problem(said[0].place, problem, "name a file that does not end with -w and a number")
 
 
 def _said(raw: Raw, key: str) -> tuple[Value, str] | None:
@@ -76,6 +97,19 @@ def _spools(raws: Sequence[Raw], report: Report) -> None:
     for raw in raws:
         if (said := _said(raw, "spool")) and os.path.realpath(said[1]) in letters:
             report.problem(said[0].place, f"{said[1]!r} is the dead letter file too", "name another file")
+
+
+def _directories(raws: Sequence[Raw], report: Report) -> None:
+    """A directory of files belongs to one pipeline: each would count and upload what the other one makes."""
+    seen: dict[str, int] = {}
+    for number, raw in enumerate(raws, 1):
+        if (said := _said(raw, "file")) is None:
+            continue
+        value, text = said
+        first = seen.setdefault(os.path.realpath(text), number)
+        if first != number:
+            names = f"{_label(raws, first)} and {_label(raws, number)}"
+            report.problem(value.place, f"two pipelines have the directory {text!r}: {names}", "name one for each")
 
 
 def _rotated(raws: Sequence[Raw], report: Report) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from fastkin.config import URL, Pipeline, Settings, Status, Tls, label_filter
-from fastkin.settings.tables import BROKER_KEYS, KINESIS_KEYS, PIPELINE_KEYS, STATUS_KEYS, TLS_KEYS
+from fastkin.config import URL, Pipeline, Settings, Status, Tls, Workers, label_filter
+from fastkin.settings.tables import BROKER_KEYS, KINESIS_KEYS, PIPELINE_KEYS, STATUS_KEYS, TLS_KEYS, WORKERS_KEYS
 from fastkin.settings.values import HIDDEN
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ def effective(settings: Settings) -> str:
         lines += ["", "[broker.tls]", *_shown_table(settings.broker.tls, TLS_KEYS)]
     if settings.status != Status():
         lines += ["", "[status]", *_shown_table(settings.status, STATUS_KEYS)]
+    if settings.workers != Workers():
+        lines += ["", "[workers]", *_shown_table(settings.workers, WORKERS_KEYS)]
     for pipeline in settings.pipelines:
         lines += ["", "[[pipeline]]"]
         lines += _shown_table(pipeline, PIPELINE_KEYS)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _SECRETS = frozenset({"access_key", "secret_key", "session_token"})
 # a nearer source that says one of these takes the whole group over
-_STREAM = frozenset({"stream", "stream_arn"})
+_STREAM = frozenset({"stream", "stream_arn", "firehose"})
 # names of the microservice that a login or a container sets for reasons of its own
 _EVERYWHERE = frozenset({"USER", "PASS", "PORT", "STDOUT", "WEBSOCKET", "DOCKERLOG"})
 _KEYS = frozenset({"access_key", "secret_key", "profile"})
@@ -60,6 +60,11 @@ class Sources:
         self.tls: Raw = {}
         self.kinesis: Raw = {}
         self.status: Raw = {}
+        self.workers: Raw = {}
+        # those that a file begins with [NAME]
+        self._tables = {
+            "broker": self.broker, "kinesis": self.kinesis, "status": self.status, "workers": self.workers,
+        }  # fmt: skip
         self.lines: dict[toml_lines.Path, int] = {}
         self.pipelines: list[Raw] = []
         self.vars: dict[str, Value] = {}
@@ -74,7 +79,7 @@ class Sources:
         # names last, for what nobody has said.
         self._fastkin_names()
         self._unused_names()
-        self.aws = self._aws()
+        self.aws: Raw = self._aws()
         if path is None and not (any((self.broker, self.kinesis, *self.pipelines)) or report.problems):
             cure = "give a settings file, or set BROKER, TOPIC and KIN_STREAM_NAME"
             if Path(".env").exists() and not self.from_file:
@@ -106,22 +111,22 @@ class Sources:
         document, text = _read_toml(path)
         self.lines = toml_lines.lines(text)
         for name, value in document.items():
-            if name in {"broker", "kinesis", "status"} and isinstance(value, dict):
-                into = {"broker": self.broker, "kinesis": self.kinesis, "status": self.status}[name]
+            if name in self._tables and isinstance(value, dict):
+                into = self._tables[name]
                 self._names(f"[{name}]", name, value, into, (name,))
             elif name == "pipeline" and isinstance(value, list) and _all_tables(value):
                 for number, each in enumerate(value, 1):
                     raw: Raw = {}
                     self._names(pipeline_name(number, each.get("id")), name, each, raw, (name, number))
                     self.pipelines.append(raw)
-            elif name in {"broker", "kinesis", "status", "pipeline"}:
+            elif name in {*self._tables, "pipeline"}:
                 form = "[[pipeline]]" if name == "pipeline" else f"[{name}]"
                 self.report.problem(f"{self.place(name)} {name}", "is not a table", f"write {form}")
             else:
                 self.report.problem(
                     f"{self.place(name)} {name!r}",
                     "is not a table fastkin knows",
-                    nearest(name, ("broker", "kinesis", "status", "pipeline")),
+                    nearest(name, (*self._tables, "pipeline")),
                 )
         if "pipeline" not in document:
             self.report.problem(str(path), "has no [[pipeline]]", "add one with topics and stream")
@@ -157,7 +162,7 @@ class Sources:
     # --- the environment ---
 
     def _fastkin_names(self) -> None:
-        tables = {"broker": self.broker, "broker.tls": self.tls, "kinesis": self.kinesis, "status": self.status}
+        tables = {**self._tables, "broker.tls": self.tls}
         for name, value in self.vars.items():
             if not name.startswith("FASTKIN_") or name in NOT_SETTINGS or _is_service_link(name, str(value.raw)):
                 continue
@@ -206,11 +211,19 @@ class Sources:
             if not name.startswith(("AWS_", "FASTKIN_")) and (near := close(name, known)):
                 self.report.warn(f"{self.vars[name].place}: not used; did you mean {near}?")
 
+    def endpoint_of(self, service: str) -> Value | None:
+        """What the SDK's names say of the endpoint of a service that is not Kinesis: "FIREHOSE", "S3"."""
+        ignore = str(self.vars.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", Value("", "")).raw)
+        names = (f"AWS_ENDPOINT_URL_{service}", *AWS["endpoint_url"][1:])
+        found = [self.vars[name] for name in names if name in self.vars]
+        return found[0] if found and ignore.lower() != "true" else None
+
     def _aws(self) -> Raw:
         found: Raw = {}
-        ignore = str(self.vars.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", Value("", "")).raw)
         for key, names in AWS.items():
-            if key == "endpoint_url" and ignore.lower() == "true":
+            if key == "endpoint_url":
+                if (url := self.endpoint_of("KINESIS")) is not None:
+                    found[key] = url
                 continue
             for name in names:
                 # Keys of the real environment are left to credentials.py, which knows what else is
@@ -277,13 +290,15 @@ class Sources:
                 self.report.problem(websocket.place, "BROKER has a port already", "keep one of them")
         else:
             self.broker["host"] = host
-            if websocket is not None:
+            # The microservice never reads WEBSOCKET, and the file that comes with it has both: such a file must go
+            # where it went.
+            if websocket is not None and port is not None:
+                self.report.warn(
+                    f"WEBSOCKET not used: PORT is set, connecting to {text}:{port.raw} by TCP; for ws:// take PORT out"
+                )
+            elif websocket is not None:
                 self.broker["scheme"] = Value("ws", websocket.place, True)
                 self.broker["port"] = websocket
-                if port is not None:
-                    self.report.warn(
-                        f"WEBSOCKET is set: connecting to ws://{text}:{websocket.raw}/mqtt; PORT is not used"
-                    )
 
     def _either(self, first: str, second: str) -> Value | None:
         return self.vars.get(first) or self.vars.get(second)
@@ -317,6 +332,7 @@ _MOST_BYTES = 1 << 20  # a settings file is a few kilobytes
 def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
     import tomllib
 
+    raw = b""
     try:
         with path.open("rb") as file:
             # Bounded before it is parsed: somebody may give the path of a device, or of a log.

@@ -13,6 +13,7 @@ TLS_KEYS = TABLES["broker.tls"]
 KINESIS_KEYS = TABLES["kinesis"]
 PIPELINE_KEYS = TABLES["pipeline"]
 STATUS_KEYS = TABLES["status"]
+WORKERS_KEYS = TABLES["workers"]
 
 _ROWS = [row for rows in TABLES.values() for row in rows.values()]
 

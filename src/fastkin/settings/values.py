@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence  # noqa: TC003 - who reads our annotations needs it
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkin.errors import ConfigError
 from fastkin.setting_row import Fault, close, fault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
     from fastkin.setting_row import Row
 
 
@@ -20,7 +19,7 @@ class SettingsError(ConfigError):
     def __init__(self, problems: Sequence[ConfigError]) -> None:
         first = problems[0]
         super().__init__(first.place, first.problem, first.cure)
-        self.problems = tuple(problems)
+        self.problems: tuple[ConfigError, ...] = tuple(problems)
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ class Histogram:
     __slots__ = ("bounds", "counts", "sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.sum = 0.0
+        self.bounds: tuple[float, ...] = tuple(bounds)
+        self.counts: list[int] = [0] * (len(self.bounds) + 1)
+        self.sum: float = 0.0
 
     def observe(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
@@ -55,3 +56,14 @@ class Histogram:
         """Upper bound to how many values fell below it and not below the one before; "sum" to their sum."""
         counts = dict(zip((*map(repr, self.bounds), "+Inf"), self.counts, strict=True))
         return {**counts, "sum": self.sum}
+
+
+@dataclass(slots=True)
+class FileCounters:
+    """Of a pipeline into files."""
+
+    finished: int = 0
+    uploaded: int = 0
+    upload_failures: int = 0  # rounds that ended with one
+    waiting: int = 0  # finished files that are not in S3 yet
+    waiting_bytes: int = 0

@@ -30,10 +30,19 @@ _LINE_CHARS = 16 * 1024  # of one message
 _KINDS = 64
 
 
-def setup(*, level: int = logging.INFO, json_lines: bool = False, stream: TextIO | None = None) -> None:
-    """Log to stderr. For the process's owner: an embedded engine logs through its host's set-up."""
+def setup(
+    *,
+    level: int = logging.INFO,
+    json_lines: bool = False,
+    stream: TextIO | None = None,
+    worker: str | None = None,
+) -> None:
+    """Log to stderr. For the process's owner: an embedded engine logs through its host's set-up.
+
+    worker: which one of several processes this is; each line says it.
+    """
     handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
-    handler.setFormatter(JsonLine() if json_lines else TextLine())
+    handler.setFormatter(JsonLine(worker) if json_lines else TextLine(worker))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     # the SDK's own DEBUG lines show headers and bodies: never below WARNING
@@ -43,6 +52,10 @@ def setup(*, level: int = logging.INFO, json_lines: bool = False, stream: TextIO
 
 
 class _Line(logging.Formatter):
+    def __init__(self, worker: str | None = None) -> None:
+        super().__init__()
+        self.worker = worker
+
     def parts(self, record: logging.LogRecord) -> tuple[str, str, str, str, str]:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         message = record.getMessage()
@@ -60,9 +73,13 @@ class _Line(logging.Formatter):
 
 
 class TextLine(_Line):
+    @property
+    def _who(self) -> str:
+        return "" if self.worker is None else f"worker={self.worker} "
+
     def format(self, record: logging.LogRecord) -> str:
         stamp, level, pipeline, name, message = self.parts(record)
-        line = f"{stamp} {level:<7} {_plain(pipeline)} {_plain(name)} {_plain(message)}"
+        line = f"{stamp} {level:<7} {_plain(pipeline)} {_plain(name)} {self._who}{_plain(message)}"
         if trace := self.trace(record):
             # a trace stands on lines of its own, marked so that they cannot pass for log lines
             line += "".join(f"\n  | {_plain(part)}" for part in trace.splitlines())
@@ -73,6 +90,8 @@ class JsonLine(_Line):
     def format(self, record: logging.LogRecord) -> str:
         stamp, level, pipeline, name, message = self.parts(record)
         line = {"time": stamp, "level": level, "pipeline": pipeline, "stage": name}
+        if self.worker is not None:
+            line["worker"] = self.worker
         if name != record.name and (topic := _TOPIC.match(message)):
             # Written by ascii() and matched as such a literal: nothing else can get here.
             line["topic"] = ast.literal_eval(topic[1])
@@ -109,7 +128,7 @@ class Repeats:
     def __init__(
         self,
         log: logging.Logger,
-        later: Callable[[float, Callable[[str], object], str], _Timer],
+        later: Callable[..., _Timer],
         *,
         most: int,
         per_s: float,

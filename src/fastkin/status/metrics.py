@@ -17,10 +17,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
-from fastkin.status.registry import OF_ENGINE, OF_PRODUCER, OF_RUN
+from fastkin.status.registry import OF_CONSUMER, OF_ENGINE, OF_PRODUCER, OF_RUN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from fastkin.delivery.delivery import Delivery
     from fastkin.status.registry import Engine, Metric
@@ -35,8 +35,9 @@ class _InLoop(Collector):
         self._loop = asyncio.get_running_loop()
 
     def describe(self) -> Iterable[Family]:
-        # Without this a registry would collect once just to learn the names.
-        return [GaugeMetricFamily("fastkin_info", "")]
+        # Without this a registry would collect once just to learn the names. It lets no two in that describe one name,
+        # and a program may have several producers and consumers: their labels tell them apart.
+        return []
 
     def collect(self) -> list[Family]:
         try:
@@ -67,8 +68,11 @@ class EngineCollector(_InLoop):
         super().__init__()
         self._engine = engine
 
+    def describe(self) -> Iterable[Family]:
+        return [GaugeMetricFamily("fastkin_info", "")]  # one engine a registry
+
     def _collect(self) -> list[Family]:
-        families = [_family(row.metric, row.read(self._engine)) for row in OF_ENGINE]
+        families = [family(row.metric, row.read(self._engine)) for row in OF_ENGINE]
         stats = self._engine.stats()
         for row in OF_RUN:
             if row.metric is None:
@@ -77,7 +81,7 @@ class EngineCollector(_InLoop):
                 told = {name: row.read(run) for name, run in self._engine.pipelines.items()}
             else:
                 told = {name: figures[row.key] for name, figures in stats.items()}
-            families.append(_family(row.metric, told))
+            families.append(family(row.metric, told))
         return families
 
 
@@ -91,10 +95,23 @@ class ProducerCollector(_InLoop):
         self._run: Any = SimpleNamespace(delivery=delivery)
 
     def _collect(self) -> list[Family]:
-        return [_family(row.metric, {self._name: row.read(self._run)}) for row in OF_PRODUCER if row.metric is not None]
+        return [family(row.metric, {self._name: row.read(self._run)}) for row in OF_PRODUCER if row.metric is not None]
 
 
-def _family(metric: Metric, told: Mapping[str, Any]) -> Family:
+class ConsumerCollector(_InLoop):
+    """The metrics of one consumer, by its stream."""
+
+    def __init__(self, stream: str, stats: Callable[[], Mapping[str, Any]]) -> None:
+        super().__init__()
+        self._stream = stream
+        self._stats = stats
+
+    def _collect(self) -> list[Family]:
+        stats = self._stats()
+        return [family(metric, {self._stream: stats[key]}) for key, metric in OF_CONSUMER]
+
+
+def family(metric: Metric, told: Mapping[str, Any]) -> Family:
     """`told`: the value of the first label to the figure, or to figures by the second label."""
     doc = f"{metric.doc}."
     if metric.kind == "histogram":
@@ -103,14 +120,14 @@ def _family(metric: Metric, told: Mapping[str, Any]) -> Family:
             histogram.add_metric((first,), *_cumulated(counts))
         return histogram
     kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-    family = kind(metric.name, doc, labels=metric.labels)
+    made = kind(metric.name, doc, labels=metric.labels)
     for first, value in told.items():
         if len(metric.labels) == 1:
-            family.add_metric((first,), value)
+            made.add_metric((first,), value)
             continue
         for second, count in (dict.fromkeys(metric.always, 0) | value).items():
-            family.add_metric((first, second or "unknown"), count)
-    return family
+            made.add_metric((first, second or "unknown"), count)
+    return made
 
 
 def _cumulated(told: Mapping[str, float]) -> tuple[list[tuple[str, float]], float]:

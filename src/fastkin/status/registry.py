@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from fastkin.mqtt.subscriber import Subscriber
 
 Unit = Literal[
-    "messages", "records", "batches", "calls", "connections", "dead letters", "wake-ups", "bytes", "seconds", "share",
-    "0 or 1",
+    "messages", "records", "batches", "calls", "connections", "dead letters", "files", "wake-ups", "restarts", "bytes",
+    "seconds", "share", "0 or 1", "iterators", "ms",
 ]  # fmt: skip
 
 _SHARDS_SHOWN = 256  # the busiest ones
@@ -181,6 +181,13 @@ OF_ENGINE: tuple[EngineRow, ...] = (
     ),
 )
 
+# of `fastkin run --workers N`, whose other figures have the label `worker` too
+WORKER_UP = Metric("fastkin_worker_up", "gauge", "0 or 1", "1: the worker's process runs", ("worker",))
+WORKER_RESTARTS = Metric(
+    "fastkin_worker_restarts_total", "counter", "restarts", "Times that a worker's process ended and was started again",
+    ("worker",),
+)  # fmt: skip
+
 OF_RUN: tuple[Row, ...] = (
     # intake
     _stat("state", Reload.LATEST, lambda run: run.subscriber.state, "closed"),
@@ -272,6 +279,17 @@ OF_RUN: tuple[Row, ...] = (
     Row(None, _busiest_shards, Reload.LATEST,
         Metric("fastkin_shard_heat", "gauge", "share", "Share of a shard's limit that this process used lately, 0 to 1",
                ("pipeline", "shard"))),
+    # files
+    _counter("files_finished", "fastkin_files_finished_total", "files", "Files that were finished",
+             lambda run: run.delivery.client.file_counters.finished),
+    _counter("files_uploaded", "fastkin_files_uploaded_total", "files", "Finished files that S3 took",
+             lambda run: run.delivery.client.file_counters.uploaded),
+    _counter("file_upload_failures", "fastkin_file_upload_failures_total", "calls", "Attempts at S3 that failed",
+             lambda run: run.delivery.client.file_counters.upload_failures),
+    _gauge("files_waiting", "fastkin_files_waiting", "files", "Finished files that are not in S3 yet",
+           lambda run: run.delivery.client.file_counters.waiting),
+    _gauge("files_waiting_bytes", "fastkin_files_waiting_bytes", "bytes", "Their size on disk",
+           lambda run: run.delivery.client.file_counters.waiting_bytes),
     # settle
     _counter("stored", "fastkin_records_stored_total", "records", "Records that Kinesis confirmed",
              lambda run: run.delivery.batcher.stored),
@@ -314,6 +332,25 @@ OF_PRODUCER: tuple[Row, ...] = (
     _counter("duplicates_possible", "fastkin_producer_duplicates_possible_total", "records",
              "Records of a producer that may be stored twice, an upper bound",
              lambda run: run.delivery.sender.counters.duplicates_possible),
+)  # fmt: skip
+
+# What a consumer tells: a key of its stats() each. Its stream stands in the label of that name.
+_READ = ("stream",)
+OF_CONSUMER: tuple[tuple[str, Metric], ...] = (
+    ("records", Metric("fastkin_consumer_records_total", "counter", "records", "Records handed out", _READ)),
+    ("bytes", Metric("fastkin_consumer_bytes_total", "counter", "bytes", "Bytes of their data", _READ)),
+    ("batches", Metric("fastkin_consumer_batches_total", "counter", "batches", "Batches of a shard taken up", _READ)),
+    ("duplicates", Metric("fastkin_consumer_duplicates_total", "counter", "records",
+                          "Records left out by dedupe, for they had been seen", _READ)),
+    ("decode_errors", Metric("fastkin_consumer_decode_errors_total", "counter", "records",
+                             "Records that were no JSON", _READ)),
+    ("throttled", Metric("fastkin_consumer_throttled_total", "counter", "calls",
+                         "Calls that were refused because a rate was exceeded, and made again", _READ)),
+    ("reseeks", Metric("fastkin_consumer_reseeks_total", "counter", "iterators",
+                       "Iterators that had expired and were replaced", _READ)),
+    ("iterator_age_ms_by_shard", Metric("fastkin_consumer_iterator_age_ms", "gauge", "ms",
+                                        "How far reading is behind the newest record of a shard; 0: caught up",
+                                        (*_READ, "shard"))),
 )  # fmt: skip
 
 

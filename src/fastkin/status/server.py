@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
@@ -50,21 +50,55 @@ class _Answer(NamedTuple):
     kind: str = "text/plain; charset=utf-8"
 
 
-# HTTP/1.1 by hand: three paths, no body, one request a connection. A web framework would cost more memory than a
-# pipeline, in every process that has a status port.
-class StatusServer:
-    """Serves one engine's metrics and health."""
+class Health(NamedTuple):
+    """How it stands with each pipeline that there is or should be."""
+
+    failed: dict[str, str | None]  # why it does nothing any more
+    unready: dict[str, str | None]  # why it does not do what the settings say
+    last_error: dict[str, str | None]
+    more: dict[str, Any] = {}  # noqa: RUF012 - what else the probes tell, nobody writes to it
+
+
+class Page(Protocol):
+    """What the port tells."""
+
+    async def registry(self) -> CollectorRegistry:
+        """What /metrics collects, once."""
+        ...
+
+    async def health(self) -> Health: ...
+
+
+class EnginePage:
+    """Of one engine, and of the process that it is in."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(engine))
         ProcessCollector(registry=self._registry)
+
+    async def registry(self) -> CollectorRegistry:
+        return self._registry
+
+    async def health(self) -> Health:
+        engine = self._engine
+        errors = {name: run.last_error for name, run in engine.pipelines.items()}
+        return Health(engine.failed(), engine.unready(), errors)
+
+
+# HTTP/1.1 by hand: three paths, no body, one request a connection. A web framework would cost more memory than a
+# pipeline, in every process that has a status port.
+class StatusServer:
+    """Serves metrics and health."""
+
+    def __init__(self, page: Page) -> None:
+        self._page = page
         self._server: asyncio.Server | None = None
         self._open: dict[asyncio.Task[None], asyncio.Transport] = {}  # the oldest first
         self._silent: dict[asyncio.Task[None], None] = {}  # those that have asked for nothing yet
         self._binding: asyncio.Task[None] | None = None
-        self.port = 0
+        self.port: int = 0
 
     async def start(self, settings: Status) -> None:
         """Listen. An address that is taken is tried again in the background. ConfigError when it can never be had."""
@@ -178,33 +212,34 @@ class StatusServer:
             if name.lower() == "accept":
                 accept = value.strip()
         try:
-            answer = self._answer(target.partition("?")[0], accept)
+            answer = await self._answer(target.partition("?")[0], accept)
         except Exception:  # noqa: BLE001 - whatever it is, the next one may work
             _LOG.exception("stage=status cannot answer")
             answer = _Answer(500, b"see the log\n")
         return method == "HEAD", answer
 
-    def _answer(self, path: str, accept: str) -> _Answer:
+    async def _answer(self, path: str, accept: str) -> _Answer:
         if path == "/metrics":
             try:
                 encode, kind = choose_encoder(accept)
             except Exception:  # noqa: BLE001 - what a stranger says it accepts may be nonsense
                 encode, kind = choose_encoder("")
-            return _Answer(200, encode(self._registry), kind)
+            return _Answer(200, encode(await self._page.registry()), kind)
         if path == "/healthz":
-            return self._told(self._engine.failed(), "alive")
+            health = await self._page.health()
+            return _told(health, health.failed, "alive")
         if path == "/readyz":
-            reasons = self._engine.unready()
-            return self._told(reasons, "ready", None if reasons else "no pipeline is enabled")
+            health = await self._page.health()
+            return _told(health, health.unready, "ready", None if health.unready else "no pipeline is enabled")
         return _Answer(404, b"/metrics, /healthz or /readyz\n")
 
-    def _told(self, reasons: dict[str, str | None], word: str, wrong: str | None = None) -> _Answer:
-        """`reasons`: pipeline to what is wrong with it; `wrong`: with all of it."""
-        good = not wrong and not any(reasons.values())
-        runs = self._engine.pipelines
-        pipelines = {
-            name: {"ok": not reason, "reason": reason, "last_error": runs[name].last_error if name in runs else None}
-            for name, reason in reasons.items()
-        }
-        told = {word: good, **({"reason": wrong} if wrong else {}), "pipelines": pipelines}
-        return _Answer(200 if good else 503, (json.dumps(told) + "\n").encode(), "application/json")
+
+def _told(health: Health, reasons: dict[str, str | None], word: str, wrong: str | None = None) -> _Answer:
+    """`reasons`: pipeline to what is wrong with it; `wrong`: with all of it."""
+    good = not wrong and not any(reasons.values())
+    pipelines = {
+        name: {"ok": not reason, "reason": reason, "last_error": health.last_error.get(name)}
+        for name, reason in reasons.items()
+    }
+    told = {word: good, **({"reason": wrong} if wrong else {}), "pipelines": pipelines, **health.more}
+    return _Answer(200 if good else 503, (json.dumps(told) + "\n").encode(), "application/json")

@@ -1,0 +1,1 @@
+"""Records into files, and finished files into S3."""

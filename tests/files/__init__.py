@@ -1,0 +1,1 @@
+"""Tests of fastkin.files: parts, finished files, what goes to S3."""
