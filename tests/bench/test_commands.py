@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fastkin.bench import certificates, plots, runs, service
-from fastkin.bench.children import BenchError, environment
+from fastkin.bench.children import BenchError, Child, environment
 from fastkin.bench.plan import Plan
 from fastkin.bench.result import Result
 from fastkin.commands import bench
@@ -87,6 +87,8 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
         (["codec", "--samples", "0"], "--samples"),
         (["compare", "--peer", "nope"], "there is aiobotocore, aiokpl"),
         (["compare", "--rounds", "0"], "--rounds"),
+        (["soak", "--most-growth", "-1"], "--most-growth"),
+        (["pipeline", "--most-cpu", "5"], "--most-cpu"),
     ],
 )
 def test_a_wrong_use_is_one_line_and_exit_code_2(
@@ -271,6 +273,83 @@ def test_soak_shows_progress_a_table_and_a_ledger() -> None:
     assert [line.split()[:2] for line in run.stdout.partition("ledger\n")[2].splitlines()[:4]] == [
         ["published", "150"], ["stored", "150"], ["duplicates", "0"], ["lost", "0"],
     ]  # fmt: skip
+
+
+@pytest.mark.process
+def test_a_short_soak_accounts_for_every_record_and_reports_memory_and_work(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """MK-25."""
+    told = result_of(capsys, "soak", "--rate", "200", "--count", "300", "--interval", "0.2", "--most-wakeups", "5000")
+    all_stored(told, 300)
+    assert told["rss_mb"] > 10
+    assert told["wakeups_per_s"] > 1
+    assert 1 < told["calls_per_s"] <= 200
+    assert told["cpu_percent"] > 0
+    assert told["growth"] is not None
+    assert [(each["name"], each["judged"], each["held"]) for each in told["bounds"]] == [
+        ("CPU share", False, True), ("RSS growth", False, True), ("wake-ups", True, True), ("calls", False, True),
+    ]  # fmt: skip
+
+
+@pytest.mark.process
+def test_a_soak_that_lost_records_is_exit_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MK-25. A lost record is told before a bound that is exceeded too."""
+    monkeypatch.setattr(runs, "STALL_S", 1.5)
+    code, _, err = invoke(
+        capsys, "soak", "--form", "wide", "--rate", "100", "--count", "20", "--set", "max_record_bytes=1024", "--set",
+        "partition_key=static:" + "k" * 250, "--most-wakeups", "0", "-q",
+    )  # fmt: skip
+    assert code == 1
+    assert "20 records are lost" in err
+
+
+# `fastkin run` beside a thread that keeps 2 MB more each second
+LEAKY = """
+import sys, threading, time
+from fastkin.commands.cli import main
+held = []
+def leak():
+    while True:
+        held.append(b"x" * 100_000)
+        time.sleep(0.05)
+threading.Thread(target=leak, daemon=True).start()
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.process
+def test_a_soak_whose_memory_grows_is_exit_code_3(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MK-25."""
+
+    def leaky(plan: Plan, folder: Path) -> Child:
+        command = [sys.executable, "-c", LEAKY, "run", str(plan.path("bench.toml"))]
+        return Child("fastkin run", command, folder, plan=plan, talks=False)
+
+    monkeypatch.setattr(service, "fastkin_run", leaky)
+    code, out, err = invoke(
+        capsys, "soak", "--rate", "100", "--count", "300", "--interval", "0.2", "--most-growth", "1", "--json", "-q"
+    )
+    told = json.loads(out)
+    assert code == 3
+    assert told["good"], "nothing is lost"
+    assert [each["name"] for each in told["bounds"] if not each["held"]] == ["RSS growth"]
+    assert err.startswith("fastkin-bench: RSS growth: ")
+    assert err.endswith(" MB/h, at most 1\n")
+
+
+@pytest.mark.process
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_soak_of_sixty_thousand_stays_within_its_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    """MK-25. Other work on the machine makes the CPU share up to four times as large, and nothing else."""
+    told = result_of(capsys, "soak", "--rate", "100", "--count", "60000", "--most-cpu", "6")
+    all_stored(told, 60_000)
+    assert all(each["judged"] and each["held"] for each in told["bounds"]), told["bounds"]
 
 
 @pytest.mark.process

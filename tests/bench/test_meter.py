@@ -9,7 +9,6 @@ import pytest
 
 from fastkin.bench.meter import Cost, cost, percentiles, slope
 
-
 # A process of its own: threads that ended in this one keep their time only to 10 ms.
 SLEEPER = """
 import os, time

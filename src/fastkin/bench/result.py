@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _SLOPE_S = 30.0  # of a shorter run it says nothing
 _WARM_SHARE = 0.2  # of a run: memory grows while everything is used for the first time
+_HALVES = 4  # samples: two are a slope
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,28 +64,57 @@ class Result:
         return self.cpu_s / self.records * 1e6 if self.records else 0.0
 
     @property
+    def cpu_percent(self) -> float:
+        """Of one core."""
+        return 100 * self.cpu_s / self.watched_s if self.watched_s else 0.0
+
+    @property
+    def wakeups_per_s(self) -> float:
+        return self.wakeups / self.watched_s if self.watched_s else 0.0
+
+    @property
+    def calls_per_s(self) -> float:
+        return self.calls / self.watched_s if self.watched_s else 0.0
+
+    @property
     def rss_slope(self) -> float:
         """MB per hour, of what comes after the first fifth of the run."""
+        return slope(self._warm) * 3600
+
+    @property
+    def growth(self) -> float | None:
+        """MB per hour by which memory goes on growing: the least slope of the warm run and of its halves.
+
+        A leak grows in both halves. An arena that is taken once is a step in one of them, and no growth. None: there
+        are too few samples.
+        """
+        warm = self._warm
+        if len(warm) < _HALVES:
+            return None
+        middle = len(warm) // 2
+        return min(slope(part) for part in (warm, warm[:middle], warm[middle:])) * 3600
+
+    @property
+    def _warm(self) -> list[tuple[float, float]]:
+        """Seconds and MB, without what was taken at first."""
         points = [(each.seconds, each.rss_mb) for each in self.samples if each.rss_mb]
-        if not points:
-            return 0.0
-        begin = points[-1][0] * _WARM_SHARE
-        return slope([point for point in points if point[0] >= begin]) * 3600
+        begin = points[-1][0] * _WARM_SHARE if points else 0.0
+        return [point for point in points if point[0] >= begin]
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Name, figure and meaning."""
-        watched = self.watched_s or 1.0
+        watched = self.watched_s
         rows = [
             ("rate", f"{self.per_s:,.0f}/s", f"records, {self.records:,} in {self.seconds:,.2f} s"),
             ("CPU", f"{self.cpu_us:,.2f} us", f"per record, user and system, of {self.measured}"),
-            ("CPU share", f"{100 * self.cpu_s / watched:,.1f} %", f"of one core, in {watched:,.1f} s"),
+            ("CPU share", f"{self.cpu_percent:,.1f} %", f"of one core, in {watched:,.1f} s"),
             ("RSS", f"{self.rss_mb:,.1f} MB", "the most that was seen"),
-            ("wake-ups", f"{self.wakeups / watched:,.1f}/s", f"voluntary context switches, {self.wakeups:,} in all"),
+            ("wake-ups", f"{self.wakeups_per_s:,.1f}/s", f"voluntary context switches, {self.wakeups:,} in all"),
         ]
         if watched >= _SLOPE_S:
             rows.insert(4, ("RSS slope", f"{self.rss_slope:+,.2f} MB/h", "after the first fifth of the run"))
         if self.calls:
-            rows.append(("calls", f"{self.calls / watched:,.1f}/s", f"{self.records / self.calls:,.1f} records each"))
+            rows.append(("calls", f"{self.calls_per_s:,.1f}/s", f"{self.records / self.calls:,.1f} records each"))
         rows += [(name, f"{value:,.2f} ms", self.latency_of) for name, value in self.balance.latency_ms.items()]
         if self.throttled:
             rows.append(("throttled", f"{self.throttled:,}", "entries refused for a shard's limit, and sent again"))
@@ -105,8 +135,9 @@ class Result:
     def told(self) -> dict[str, Any]:
         """For JSON."""
         names = (
-            "measured", "seconds", "watched_s", "messages", "records", "per_s", "cpu_s", "cpu_us", "rss_mb",
-            "rss_slope", "wakeups", "calls", "throttled", "repeated", "order_errors", "latency_of",
+            "measured", "seconds", "watched_s", "messages", "records", "per_s", "cpu_s", "cpu_us", "cpu_percent",
+            "rss_mb", "rss_slope", "growth", "wakeups", "wakeups_per_s", "calls", "calls_per_s",
+            "throttled", "repeated", "order_errors", "latency_of",
         )  # fmt: skip
         return {
             "plan": self.plan.told(),

@@ -1,7 +1,7 @@
 """The `fastkin-bench` command: options and exit codes. What is measured, and how, is in bench/.
 
 Exit codes: 0 done and nothing lost, 1 records are lost or the run broke off, 2 a usage error, told in one line on
-stderr, 130 interrupted.
+stderr, 3 nothing is lost and `soak` exceeded a bound, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastkin.bench.bounds import CALLS_PER_S, CPU_PERCENT, GROWTH_MB_H, RATE, WAKEUPS_PER_S, Bounds
 from fastkin.bench.forms import FORMS, MOST_SAMPLES
 from fastkin.bench.plan import EMULATOR, MOSQUITTO, REGION, SOURCE, STREAM, Plan
 from fastkin.commands import cli
@@ -25,6 +26,7 @@ from fastkin.commands import cli
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
+    from fastkin.bench.bounds import Verdict
     from fastkin.bench.result import Result
     from fastkin.bench.show import Progress
 
@@ -32,6 +34,7 @@ Decorator = "Callable[[Callable[..., Any]], Callable[..., Any]]"
 _RUN_COUNT = 200_000  # messages of a run flat out
 _BULK_COUNT = 5_000  # the same, of frames
 _SECONDS = 10.0  # of a run at a rate
+_EXCEEDED = 3  # exit code
 
 
 @click.group(context_settings=cli.CONTEXT, invoke_without_command=True)
@@ -146,6 +149,16 @@ _ENDPOINT = _chain(
                  help="How long the emulator holds an answer back."),
 )  # fmt: skip
 
+_MOST = click.FloatRange(0, 1_000_000)
+_AT = f"at {RATE:g} messages a second, more in proportion"
+_BOUNDS = _chain(
+    click.option("--most-cpu", type=_MOST, metavar="PERCENT",
+                 help=f"CPU share of one core. [default: {CPU_PERCENT:g} {_AT}]"),
+    click.option("--most-growth", type=_MOST, metavar="MB/H", help=f"Growth of memory. [default: {GROWTH_MB_H:g}]"),
+    click.option("--most-wakeups", type=_MOST, metavar="N", help=f"A second. [default: {WAKEUPS_PER_S:g} {_AT}]"),
+    click.option("--most-calls", type=_MOST, metavar="N", help=f"A second. [default: {CALLS_PER_S:g} {_AT}]"),
+)  # fmt: skip
+
 
 def _tls(*sides: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return click.option("--tls", type=click.Choice(["none", *sides]), default="none", show_default=True,
@@ -215,19 +228,30 @@ def pipeline(output: Output, **options: Any) -> int:
 @_BROKER
 @_ENDPOINT
 @_tls("broker", "kinesis", "both")
+@_BOUNDS
 @_output
-def soak(output: Output, **options: Any) -> int:
+def soak(
+    output: Output,
+    most_cpu: float | None,
+    most_growth: float | None,
+    most_wakeups: float | None,
+    most_calls: float | None,
+    **options: Any,
+) -> int:
     """The whole path, slowly and for long: losses, CPU share, wake-ups, whether memory grows.
 
-    Without other options 6,000 messages at 100 a second, a minute, and shards with their limits.
+    Without other options 6,000 messages at 100 a second, a minute, and shards with their limits. The exit code is 3
+    when nothing is lost and a bound is exceeded. A bound that is not given is judged in runs of half a minute and more,
+    growth in those of five. The CPU share is that of a machine that does nothing else: give more beside other work.
     """
     if options["rate"] is None:
         options["rate"] = 100.0
     if options["count"] is None and options["seconds"] is None:
         options["count"] = 6_000
-    if options["limits"] is None:
+    if options["limits"] is None and options["endpoint"] == EMULATOR:  # others have limits of their own
         options["limits"] = True
-    return _run(_plan("soak", options), output)
+    bounds = Bounds(cpu_percent=most_cpu, growth_mb_h=most_growth, wakeups_per_s=most_wakeups, calls_per_s=most_calls)
+    return _run(_plan("soak", options), output, bounds)
 
 
 @bench.command()
@@ -369,11 +393,12 @@ def _check_producer(plan: Plan) -> None:
 # -- running and telling ---------------------------------------------------------------------------
 
 
-def _run(plan: Plan, output: Output) -> int:
+def _run(plan: Plan, output: Output, bounds: Bounds | None = None) -> int:
     from fastkin.bench.runs import run
 
     result = _with_folder(plan, output, lambda folder, show: run(plan, folder, show))
-    _tell(result, output)
+    verdicts = bounds.verdicts(result) if bounds is not None else []
+    _tell(result, verdicts, output)
     if not result.good:
         balance = result.balance
         left = f", {result.unpublished:,} were not taken from the machines" if result.unpublished else ""
@@ -383,7 +408,10 @@ def _run(plan: Plan, output: Output) -> int:
             err=True,
         )
         return 1
-    return 0
+    for each in verdicts:
+        if not each.held:
+            click.echo(f"fastkin-bench: {each.name}: {each.text} {each.unit}, at most {each.most:,.4g}", err=True)
+    return 0 if all(each.held for each in verdicts) else _EXCEEDED
 
 
 def _with_folder(plan: Plan, output: Output, work: Callable[[Path, Progress], Coroutine[Any, Any, Any]]) -> Any:
@@ -414,16 +442,19 @@ def _with_folder(plan: Plan, output: Output, work: Callable[[Path, Progress], Co
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _tell(result: Result, output: Output) -> None:
+def _tell(result: Result, verdicts: list[Verdict], output: Output) -> None:
     from fastkin.bench import result as telling
 
     if output.as_json:
-        click.echo(telling.as_json(result.told()))
+        bounds = {"bounds": [each.told() for each in verdicts]} if verdicts else {}
+        click.echo(telling.as_json(result.told() | bounds))
     elif output.as_csv:
         click.echo(telling.samples_csv(result.samples), nl=False)
     else:
         click.echo(telling.table(f"{result.plan.command}: {result.measured}", result.rows()))
         click.echo(telling.table("ledger", result.ledger()))
+        if verdicts:
+            click.echo(telling.table("bounds", [each.row() for each in verdicts]))
     _draw(result, output)
 
 
