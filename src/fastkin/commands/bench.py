@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastkin.bench.bounds import CALLS_PER_S, CPU_PERCENT, GROWTH_MB_H, RATE, WAKEUPS_PER_S, Bounds
+from fastkin.bench.bounds import CALLS_PER_S, CPU_PERCENT, GROWTH_MB_H, ONCE_MB, RATE, WAKEUPS_PER_S, Bounds
 from fastkin.bench.forms import FORMS, MOST_SAMPLES
 from fastkin.bench.plan import EMULATOR, MOSQUITTO, REGION, SOURCE, STREAM, Plan
 from fastkin.commands import cli
@@ -154,7 +154,8 @@ _AT = f"at {RATE:g} messages a second, more in proportion"
 _BOUNDS = _chain(
     click.option("--most-cpu", type=_MOST, metavar="PERCENT",
                  help=f"CPU share of one core. [default: {CPU_PERCENT:g} {_AT}]"),
-    click.option("--most-growth", type=_MOST, metavar="MB/H", help=f"Growth of memory. [default: {GROWTH_MB_H:g}]"),
+    click.option("--most-growth", type=_MOST, metavar="MB/H",
+                 help=f"Growth of memory. [default: {GROWTH_MB_H:g}, and {ONCE_MB:g} MB once]"),
     click.option("--most-wakeups", type=_MOST, metavar="N", help=f"A second. [default: {WAKEUPS_PER_S:g} {_AT}]"),
     click.option("--most-calls", type=_MOST, metavar="N", help=f"A second. [default: {CALLS_PER_S:g} {_AT}]"),
 )  # fmt: skip
