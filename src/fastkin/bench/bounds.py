@@ -12,7 +12,8 @@ RATE = 100.0  # messages a second that the defaults are for; of a higher rate th
 CPU_PERCENT = 1.5  # of one core: 150 us a message
 GROWTH_MB_H = 1.0
 # Tables that fill once are no leak: a session's has a place for each of 65,535 packet ids, and at 100 messages a second
-# eleven minutes pass before all are used. Of 60,000 messages this lets a leak of 11 bytes each pass, and of more messages less.
+# eleven minutes pass before all are used. A leak of 11 bytes a message passes
+# in 60,000 messages, and a smaller one in more.
 ONCE_MB = 0.5
 WAKEUPS_PER_S = 200.0  # a message is read, and its call is answered: more is a timer that nobody needs
 CALLS_PER_S = 70.0  # a hundred would be a call for each message: linger gathers none then
