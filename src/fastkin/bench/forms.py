@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import msgpack
 import orjson
@@ -175,7 +175,10 @@ class Forms:
         """What a pipeline is told about these messages."""
         if self.form == "bulk":
             return {"bulk_label": "telemetry"}
-        return {"topics": ["plant/+/welder"]} | ({"format": "msgpack"} if self.form == "msgpack" else {})
+        told: dict[str, object] = {"topics": ["plant/+/welder"]}
+        if self.form == "msgpack":
+            told["format"] = "msgpack"
+        return told
 
     @property
     def filter(self) -> str:
@@ -231,7 +234,8 @@ def _frame(n: int, machine: Welder, samples: int, sample_hz: float) -> bytes:
 
 def _map(n: int, machine: Welder) -> bytes:
     reading = machine.read()
-    return bytes(
+    return cast(
+        "bytes",  # its stub says None too
         msgpack.packb(
             {
                 "id": f"{n:010d}",
@@ -242,7 +246,7 @@ def _map(n: int, machine: Welder) -> bytes:
                 "arc": reading.arc,
                 "arc_event": reading.event,
             }
-        )
+        ),
     )
 
 

@@ -122,7 +122,8 @@ async def _with_aiobotocore(plan: Plan) -> AsyncIterator[Putter]:
     from botocore.config import Config
 
     config = Config(retries={"total_max_attempts": 1}, max_pool_connections=16)
-    async with get_session().create_client("kinesis", config=config, **_sdk(plan)) as client:
+    async with get_session().create_client("kinesis", config=config, **_sdk(plan)) as made:
+        client: Any = made  # its methods are made of a description that type checkers do not read
 
         async def call(records: list[bytes]) -> None:
             _check(await client.put_records(StreamName=plan.stream, Records=_entries(records)))
@@ -192,7 +193,8 @@ async def _with_async_kinesis(plan: Plan) -> AsyncIterator[Putter]:
     async with Producer(
         stream_name=plan.stream, region_name=plan.region, endpoint_url=plan.endpoint_url, buffer_time=0.05,
         put_rate_limit_per_shard=10_000_000, put_bandwidth_limit_per_shard=10_000_000, processor=StringProcessor(),
-    ) as producer:  # fmt: skip
+    ) as made:  # fmt: skip
+        producer: Any = made  # what it enters is declared as its base
 
         async def put(record: bytes) -> None:
             await producer.put(record.decode())
