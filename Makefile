@@ -1,5 +1,5 @@
 # Every target does its own set-up; `ci/setup` says what it installs and is quick when nothing changed.
-.PHONY: help setup build demo unit test faults simulate lint bench fuzz clean
+.PHONY: help setup build demo unit test faults simulate lint bench soak fuzz clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ lint: setup ## formatting, style, Cython's warnings, types and stubs
 
 bench: setup ## the benches, peers beside us in the same run
 	.venv/bin/python -m pytest benches
+
+soak: build ## ten minutes at 100 messages a second: 60,000 records looked up, CPU share, growth of memory
+	.venv/bin/fastkin-bench soak --rate 100 --count 60000 --interval 10
 
 fuzz: setup ## coverage-guided fuzzing: SECONDS=60 each or RUNS=N each, JOBS=2, TARGETS="frame mqtt", MERGE=1
 	ci/variant fuzz --seconds $(or $(filter-out 0,$(SECONDS)),60) --runs $(or $(RUNS),0) --jobs $(or $(JOBS),2) $(if $(MERGE),--merge) $(TARGETS)

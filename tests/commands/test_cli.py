@@ -381,10 +381,10 @@ def test_run_prints_messages_when_asked(engine: type[FakeEngine], monkeypatch: p
 
 @pytest.mark.process
 def test_run_stays_small() -> None:
-    """What `fastkin run` loads before it connects: neither SDK nor terminal library."""
+    """What `fastkin run` loads before it connects: neither SDK nor terminal library, and nothing of the benches."""
     script = (
         "import sys, fastkin.commands.cli, fastkin.settings, fastkin.commands.run, fastkin.service.engine;"
-        "heavy = {'botocore', 'aiobotocore', 'aiohttp', 'rich', 'pydantic', 'boto3', 'tomllib'};"
+        "heavy = {'botocore', 'aiobotocore', 'aiohttp', 'rich', 'pydantic', 'boto3', 'tomllib', 'fastkin.bench'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

@@ -21,7 +21,8 @@ FLOORS = [
     {"settings"},
     {"producer", "consumer", "service"},
     {"sync_producer"},
-    {"emulator", "bench"},
+    {"emulator"},
+    {"bench"},
     {"commands", "testing"},
 ]
 # They know no event loop: what they do can be tried by a call.

@@ -37,10 +37,14 @@ def welder_payload(n: int) -> bytes:
     """Record `n` of the plant: 152 bytes of JSON, another one for every n below NUMBERS."""
     if not 0 <= n < NUMBERS:
         raise ValueError(f"record number {n}: 0 to {NUMBERS - 1} can be told apart")
+    return welder_text(n, (n * 2_654_435_761) & 0xFFFFFFFF)
+
+
+def welder_text(n: int, noise: int) -> bytes:
+    """Record `n` with other values, of 32 bits, where its number does not stand."""
     rest, device = divmod(n, DEVICES)
     rest, one = divmod(rest, 900)
     three, two = divmod(rest, 900)
-    noise = (n * 2_654_435_761) & 0xFFFFFFFF
     return _PAYLOAD % (
         device,
         _STATUS[noise >> 30],
@@ -57,13 +61,18 @@ def welder_payload(n: int) -> bytes:
 # The demo and the benches look each record up by its number: that finds a loss, and what came twice.
 def welder_number(payload: bytes) -> int | None:
     """The number of a record, or None when the payload is not one of the plant's."""
+    n = welder_told(payload)
+    return n if n is not None and 0 <= n < NUMBERS and welder_payload(n) == payload else None
+
+
+def welder_told(payload: bytes) -> int | None:
+    """The number that stands in a record, whatever its other values are; None when it is no record of a welder."""
     found = _NUMBER.match(payload)
     if found is None:
         return None
     device, *digits = (int(group) for group in found.groups())
     one, two, three = (10 * whole + tenth - 100 for whole, tenth in zip(digits[::2], digits[1::2], strict=True))
-    n = ((three * 900 + two) * 900 + one) * DEVICES + device
-    return n if 0 <= n < NUMBERS and welder_payload(n) == payload else None
+    return ((three * 900 + two) * 900 + one) * DEVICES + device
 
 
 class Publishes(Protocol):

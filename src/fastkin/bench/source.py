@@ -3,8 +3,8 @@
     async with Source(10_000) as source: ... connect to source.port ...; await source.done.wait()
     python -m fastkin.bench.source --messages 1000000 --window 20000     prints its port, then runs
 
-It measures receivers: what it sends is encoded beforehand and written in large slices, packet
-identifiers run from 1 to 65535 and around, so that acknowledgements are checked by comparing bytes with
+It measures receivers: what it sends is encoded beforehand (or a block at a time, by a `tape`) and written in large
+slices, packet identifiers run from 1 to 65535 and around, so that acknowledgements are checked by comparing bytes with
 what is expected. It speaks 3.1.1 and 5.0, as much as a subscriber needs. When the subscriber comes back
 to its session, what was not acknowledged is played again.
 """
@@ -23,12 +23,15 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from fastkin.bench.plant import welder_payload
+from fastkin.bench.tape import CYCLE
 from fastkin.mqtt import _core as _mqtt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import ssl
+    from collections.abc import Callable, Sequence
 
-CYCLE = 65_535  # packet identifiers
+    from fastkin.bench.tape import Tape
+
 DISTINCT = 1024  # payloads
 _SLICE = 256 * 1024  # bytes a write, about
 _TAPE_BYTES = 64 << 20  # what is encoded beforehand: a cycle of small messages, not one of large frames
@@ -103,7 +106,10 @@ class _Tape:
 
 
 class Source:
-    """Serves one subscriber. `done` is set when everything is acknowledged (QoS 0: written)."""
+    """Serves one subscriber. `done` is set when everything is acknowledged (QoS 0: written).
+
+    Large because what it is told, and what its player counts, stand in one place.
+    """
 
     def __init__(
         self,
@@ -118,11 +124,20 @@ class Source:
         latency: bool = False,
         host: str = "127.0.0.1",
         port: int = 0,
+        tape: Callable[[int], Tape] | None = None,
+        held: bool = False,
+        on_write: Callable[[int, int], None] | None = None,
+        tls: ssl.SSLContext | None = None,
+        siblings: Sequence[Source] = (),
     ) -> None:
         """`window` is lowered to a 5.0 subscriber's Receive Maximum. `rate`: messages per second, None for full speed.
 
         `batch`: at most so many messages a write, 1 being what a broker does that forwards each as it comes.
         `latency`: record the time from each write to its acknowledgement.
+        `tape`: gives the packets to play for a version of MQTT, 4 or 5, instead of `payloads` and `topics` in turn.
+        `held`: nothing is played before go(). `on_write`: called before messages are written, with the first and how
+        many. `tls`: speak TLS. `siblings`: sources that serve the second, third, ... subscriber on this one's port,
+        told apart by their client ids.
         """
         if qos not in {0, 1}:
             raise ValueError(f"QoS {qos}: a source plays QoS 0 or 1")
@@ -143,9 +158,14 @@ class Source:
         self.pings = 0
         self.filters: list[str] = []
         self.client_id = ""
-        self._payloads = list(payloads) if payloads is not None else welders()
-        self._topics = list(topics)
-        self._tapes: dict[int, _Tape] = {}
+        self.held = held
+        self._make_tape = tape or (
+            lambda version: _Tape(welders() if payloads is None else payloads, topics, qos, version, messages)
+        )
+        self._tapes: dict[int, Tape] = {}
+        self._on_write = on_write
+        self._tls = tls
+        self._siblings = siblings
         self._latency: array[float] | None = array("d") if latency else None
         self._began = 0.0
         self._ended = 0.0
@@ -154,10 +174,10 @@ class Source:
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
-        # encoding takes longer than a client cares to wait
-        for version in (4, 5):
-            self._tapes[version] = _Tape(self._payloads, self._topics, self.qos, version, self.messages)
-        self._server = await loop.create_server(lambda: _Player(self), self.host, self.port)
+        for source in self._all():
+            # encoding takes longer than a client cares to wait
+            source._tapes = {version: source._make_tape(version) for version in (4, 5)}
+        self._server = await loop.create_server(lambda: _Player(self), self.host, self.port, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -169,8 +189,28 @@ class Source:
 
     def drop(self) -> None:
         """Cut the connection, as a network does."""
-        if self._player is not None:
-            self._player.abort()
+        for source in self._all():
+            if source._player is not None:
+                source._player.abort()
+
+    def _all(self) -> list[Source]:
+        """This one and its siblings."""
+        return [self, *self._siblings]
+
+    def _of(self, client_id: str) -> Source:
+        """Who serves this client."""
+        for source in self._all():
+            if source.client_id in ("", client_id):
+                return source
+        return self
+
+    def go(self) -> None:
+        """Play, when it was held."""
+        self.held = False
+        if self.subscribed.is_set():
+            self._start()
+            if self._player is not None:
+                self._player.begin()
 
     def report(self) -> dict[str, Any]:
         """`messages` are to be played, `sent` counts repetitions too, `order_errors` acknowledgements out of order."""
@@ -195,7 +235,7 @@ class Source:
 
     def _start(self) -> None:
         self.subscribed.set()
-        if not self._began:
+        if not self._began and not self.held:
             self._began = time.perf_counter()
             if self.messages == 0:
                 self._finish()
@@ -215,7 +255,7 @@ class _Player(asyncio.Protocol):
         self._source = source
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._tape: _Tape | None = None
+        self._tape: Tape | None = None
         self._version = 4
         self._buffer = b""
         self._next = 0  # the message to write next; the source's `acked` is the first without its PUBACK
@@ -255,7 +295,7 @@ class _Player(asyncio.Protocol):
 
     def _play(self) -> None:
         source = self._source
-        if not self._playing or self._transport is None or self._tape is None:
+        if not self._playing or source.held or self._transport is None or self._tape is None:
             return
         room = source.messages
         if source.rate is not None:
@@ -268,6 +308,8 @@ class _Player(asyncio.Protocol):
             room = min(room, source.acked + self._window - self._next)
         while room > 0 and not self._blocked:
             data, count = self._tape.cut(self._next, min(room, source.batch or room))
+            if source._on_write is not None:
+                source._on_write(self._next, count)
             self._transport.write(data)
             self._next += count
             source.sent += count
@@ -280,9 +322,16 @@ class _Player(asyncio.Protocol):
             # what could not be sent in time is not caught up: no more than 10 ms of it
             self._due = min(self._due, 1 + source.rate * 0.01)
             if self._timer is None and self._next < source.messages:
-                self._timer = self._loop.call_later(_TICK_S, self._tick)
+                # not before the next message is due: a slow source shall not wake the machine that is measured
+                wait = max(_TICK_S, (1 - self._due) / source.rate)
+                self._timer = self._loop.call_later(wait, self._tick)
         if source.qos == 0 and self._next >= source.messages:
             self._finish_when_written()
+
+    def begin(self) -> None:
+        """From now on time passes for a paced source."""
+        self._clock = self._loop.time()
+        self._play()
 
     def _tick(self) -> None:
         self._timer = None
@@ -376,17 +425,19 @@ class _Player(asyncio.Protocol):
         self._settled(count)
 
     def _connect(self, body: bytes) -> None:
-        source = self._source
         assert self._transport is not None
         self._version = body[6]
         clean = bool(body[7] & 2)
         at = 10
+        maximum = CYCLE
         if self._version == 5:
             length, at = _varint(body, at)
             maximum = _receive_maximum(body[at : at + length])
-            self._window = min(self._window, maximum)
             at += length
-        source.client_id = body[at + 2 : at + 2 + int.from_bytes(body[at : at + 2], "big")].decode()
+        client_id = body[at + 2 : at + 2 + int.from_bytes(body[at : at + 2], "big")].decode()
+        source = self._source = self._source._of(client_id)
+        source.client_id = client_id
+        self._window = min(source.window, maximum)
         present = source.connects > 0 and not clean
         source.connects += 1
         source.left.clear()

@@ -33,7 +33,7 @@ def _print_version(context: click.Context, _: click.Parameter, value: bool) -> N
         context.exit()
 
 
-_version = click.option(
+version = click.option(
     "--version",
     is_flag=True,
     is_eager=True,
@@ -46,7 +46,7 @@ _version = click.option(
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """What every command understands."""
     for option in (
-        _version,
+        version,
         click.option("-q", "--quiet", is_flag=True, help="Log only warnings and errors."),
         click.option(
             "-v", "--verbose", is_flag=True, help="Also log each call and connection (DEBUG); no payloads, no secrets."
@@ -92,7 +92,7 @@ def _load(config: str | None, env_file: str | None) -> Settings:
 
 
 @click.group(context_settings=CONTEXT, invoke_without_command=True)
-@_version
+@version
 @click.pass_context
 def cli(context: click.Context) -> None:
     """MQTT in, Kinesis out: a message is acknowledged only when Kinesis has it.
@@ -517,15 +517,15 @@ def replay_dead_letters(
     )
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """The entry point: turns every ending into an exit code."""
-    if args is None and sys.argv[1:2] == ["run"]:
+def main(args: Sequence[str] | None = None, command: click.Command = cli, name: str = "fastkin") -> None:
+    """The entry point: turns every ending of a command into an exit code."""
+    if args is None and command is cli and sys.argv[1:2] == ["run"]:
         from fastkin.commands.watch import hold_hangup
 
         # First of all: reading the settings and loading the engine take a third of a second, and whoever changes a
         # file and says so by SIGHUP does not know that we have only just begun.
         hold_hangup()
-    code = _main(args)
+    code = _main(args, command, name)
     if args is None:
         _leave(code)
     sys.exit(code)
@@ -543,22 +543,22 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _main(args: Sequence[str] | None) -> int:
+def _main(args: Sequence[str] | None, command: click.Command = cli, name: str = "fastkin") -> int:
     from fastkin.errors import ConfigError, FastkinError
 
     try:
-        code = cli.main(args=args, prog_name="fastkin", standalone_mode=False)
+        code = command.main(args=args, prog_name=name, standalone_mode=False)
     except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx is not None else "fastkin"
-        return _say(f"{command}: {error.format_message()} (see {command} --help)", 2)
+        used = error.ctx.command_path if error.ctx is not None else name
+        return _say(f"{used}: {error.format_message()} (see {used} --help)", 2)
     except click.ClickException as error:
-        return _say(f"fastkin: {error.format_message()}", 2)
+        return _say(f"{name}: {error.format_message()}", 2)
     except (click.Abort, KeyboardInterrupt):
         return 130
     except ConfigError as error:
-        return _say("\n".join(f"fastkin: {line}" for line in str(error).splitlines()), 2)
+        return _say("\n".join(f"{name}: {line}" for line in str(error).splitlines()), 2)
     except FastkinError as error:
-        return _say(f"fastkin: {error}", 1)
+        return _say(f"{name}: {error}", 1)
     except BrokenPipeError:
         # the reader of our output has gone (`fastkin tail ... | head`): not our failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import click
 
 from fastkin._codec import encode_frame
+from fastkin.bench.children import find_mosquitto, free_port
 from fastkin.bench.plant import Plant, welder_payload
 from fastkin.config import Broker
 from fastkin.emulator import Emulator
@@ -82,12 +82,6 @@ max_queued_messages 0
 
 class DemoError(FastkinError):
     """The demo cannot be shown; the message ends with the cure."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 async def _accepts(port: int) -> bool:
@@ -178,12 +172,6 @@ class Process:
 
 def _tail(text: str, lines: int = 15) -> str:
     return "\n".join(f"  | {line}" for line in text.splitlines()[-lines:]) or "  | nothing"
-
-
-def find_mosquitto() -> str | None:
-    # Debian keeps it in /usr/sbin, which is not on everybody's path
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-    return shutil.which("mosquitto", path=path)
 
 
 @contextlib.asynccontextmanager

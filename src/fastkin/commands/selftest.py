@@ -22,9 +22,10 @@ import click
 import orjson
 
 from fastkin import __version__, decode_frame, encode_frame
+from fastkin.bench.children import find_mosquitto
 from fastkin.commands import trial
 from fastkin.commands.check import stream_says
-from fastkin.commands.demo import HOST, broker, find_mosquitto
+from fastkin.commands.demo import HOST, broker
 from fastkin.config import Broker, Kinesis, Pipeline, Settings
 from fastkin.errors import Action, ConfigError, FastkinError, KinesisError, printable
 from fastkin.runtime.loops import loop_factory
