@@ -96,11 +96,11 @@ class Block:
 
     def __init__(self, items: Sequence[bytes], places: Sequence[Sequence[int]], digits: Callable[[int], bytes]) -> None:
         """`places`: for each byte of `digits(number)` where it stands in every item."""
-        self.stride = len(items[0])
-        self.count = len(items)
+        self.stride: int = len(items[0])
+        self.count: int = len(items)
         if any(len(item) != self.stride for item in items):
             raise ValueError("messages of a block differ in length")
-        self.data = bytearray(b"".join(items))
+        self.data: bytearray = bytearray(b"".join(items))
         self._places = places
         self._digits = digits
         self._now = digits(0)
@@ -133,7 +133,7 @@ class Forms:
         if not 1 <= sample_hz <= 1_000_000:
             raise ValueError(f"{sample_hz:g} samples a second: 1 to 1,000,000")
         self.form = form
-        self.samples = samples if form == "bulk" else 1
+        self.samples: int = samples if form == "bulk" else 1
         self.block = FRAMES if form == "bulk" else DEVICES
         draw = random.Random(seed)
         machines = [Welder(draw) for _ in range(self.block)]
@@ -143,9 +143,9 @@ class Forms:
             "bulk": lambda n: _frame(n, machines[n], self.samples, sample_hz),
             "msgpack": lambda n: _map(n, machines[n]),
         }
-        self.templates = [make[form](n) for n in range(self.block)]
-        self.payload_bytes = len(self.templates[0])
-        self.places = self._find_places()
+        self.templates: list[bytes] = [make[form](n) for n in range(self.block)]
+        self.payload_bytes: int = len(self.templates[0])
+        self.places: list[list[int]] = self._find_places()
         self._block: Block | None = None
 
     def _find_places(self) -> list[list[int]]:

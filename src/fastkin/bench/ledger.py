@@ -59,7 +59,7 @@ class Ledger:
         """
         self._forms = forms
         self._decode = encoded and (expand != "none" or canonical is not None)
-        self.encoded = encoded and not self._decode
+        self.encoded: bool = encoded and not self._decode
         self._expand = expand
         self._canonical = canonical
         self._hashes = array("q")

@@ -158,7 +158,7 @@ class Source:
         self.pings = 0
         self.filters: list[str] = []
         self.client_id = ""
-        self.held = held
+        self.held: bool = held
         self._make_tape = tape or (
             lambda version: _Tape(welders() if payloads is None else payloads, topics, qos, version, messages)
         )

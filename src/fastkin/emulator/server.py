@@ -130,7 +130,7 @@ class Emulator:
         self._connections: set[Connection] = set()
         self._waiters: list[tuple[str, int, asyncio.Future[None]]] = []
         self._templates: dict[int, bytes] = {}
-        self.pages = Pages(wall)
+        self.pages: Pages = Pages(wall)
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()

@@ -88,7 +88,7 @@ class Sts:
         wall: Callable[[], float],
     ) -> None:
         """`roles`: ARN to the external id that its trust policy asks for, None for none; None: every role is given."""
-        self.roles = None if roles is None else dict(roles)
+        self.roles: dict[str, str | None] | None = None if roles is None else dict(roles)
         self.assumed: list[AssumedRole] = []
         self._account = account
         self._verifier = verifier

@@ -172,7 +172,7 @@ class Workers:
 
     def __init__(self, settings: Settings, command: Sequence[str], env: Mapping[str, str]) -> None:
         """`command` starts one process, and `env` is its environment; what makes it a worker is appended."""
-        self.settings = settings
+        self.settings: Settings = settings
         self.status: StatusServer | None = None
         self._command = command
         # systemd hears of one process, which is this one

@@ -79,7 +79,7 @@ class EmulatedKinesis:
         **options: Unpack[EmulatorOptions],
     ) -> None:
         """ValueError for a stream without a shard."""
-        self.emulator = Emulator({STREAM: 1} if streams is None else streams, **options)
+        self.emulator: Emulator = Emulator({STREAM: 1} if streams is None else streams, **options)
         self.region: str = options.get("region", "us-east-1")
         self._environ = environ
         self._left = contextlib.ExitStack()
