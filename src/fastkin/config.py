@@ -76,7 +76,8 @@ _BUCKET = Shape(
 _PREFIX = Shape(
     lambda text: naming.wrong(text) is None,
     "is not a prefix",
-    "folders have names that do not begin with a dot; % only in %Y %m %d %H %M %j and %%; 512 bytes at most",
+    "folders have names that do not begin with a dot; % only in %Y %m %d %H %M %j and %%; 512 bytes at most,"
+    " 255 in a folder",
 )
 _EXTENSION = Shape(r"(\.[A-Za-z0-9_-]{1,16}){1,4}", "is not an extension", "for example .jsonl or .csv.gz")
 _LABEL = Shape(r"[^+#/]+", "is not one level of a topic", "without + # /")

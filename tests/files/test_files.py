@@ -7,6 +7,7 @@ import gzip
 import logging
 import os
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
@@ -271,7 +272,177 @@ async def test_files_that_nobody_uploads_any_more_are_told(tmp_path: Path, caplo
     assert "nobody takes them to S3" in caplog.text
 
 
+async def test_what_a_process_leaves_that_dies_beside_us_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fastkin.files.files._LOOK_S", (0.05, 0.05))
+    async with Rig(pipeline(tmp_path)) as one:
+        await one.put(b"one\n")
+        async with Rig(pipeline(tmp_path)) as other:
+            await other.put(b"other\n")
+        await until(lambda: finished(tmp_path))
+        assert list(finished(tmp_path).values()) == [b"other\n"]
+        assert len(parts(tmp_path)) == 1
+        await one.client.finish()
+    assert sorted(finished(tmp_path).values()) == [b"one\n", b"other\n"]
+    assert caplog.text.count("a process that has ended left 1 unfinished files") == 1
+
+
+async def test_a_damaged_part_gives_what_is_good_and_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with Rig(pipeline(tmp_path)) as first:
+        for record in (b"first\n", b"second\n", b"third\n"):
+            await first.put(record)
+    (part,) = parts(tmp_path)
+    whole = part.read_bytes()
+    part.write_bytes(whole.replace(b"second", b"Second"))
+    async with Rig(pipeline(tmp_path)) as rig:
+        await rig.client.start()
+        await rig.client.finish()
+    assert list(finished(tmp_path).values()) == [b"first\nthird\n"]
+    (kept,) = parts(tmp_path)
+    assert (kept.suffix, kept.stat().st_size) == (".damaged", len(whole))
+    (line,) = [each.getMessage() for each in caplog.records if each.levelno == logging.ERROR]
+    at = whole.index(b"second") - 8
+    assert f"{kept} is damaged at offset {at}: 15 bytes in 1 places cannot be read" in line
+    assert "look after the disk" in line
+    again = Directory(tmp_path, total_bytes=10 * MIB, upload=False)
+    again.open()
+    assert again.left == []
+    assert again._taken() == len(whole) + len(b"first\nthird\n")
+
+
+def test_a_part_without_anything_good_becomes_no_file(tmp_path: Path) -> None:
+    directory = Directory(tmp_path, total_bytes=10 * MIB, upload=False)
+    directory.open()
+    part = directory.make("p.gz", gzip=True, began=1.0)
+    directory.append(part, [b"all\n"])
+    with part.path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"X")
+    nbytes = part.path.stat().st_size
+    assert directory.finish(part) == 0
+    assert [path.name for path in parts(tmp_path)] == ["p.gz.damaged"]
+    assert finished(tmp_path) == {}
+    assert directory._taken() == nbytes
+
+
+def test_a_part_that_cannot_be_read_keeps_nobody_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Directory(tmp_path, total_bytes=10 * MIB, upload=False)
+    first.open()
+    for name in ("a", "b"):
+        part = first.make(name, gzip=False, began=1.0)
+        first.append(part, [b"x"])
+        part.leave()
+    real = os.open
+
+    def broken(path: Any, *more: Any, **by_name: Any) -> int:
+        if str(path).endswith("a.part"):
+            raise OSError(5, "Input/output error")
+        return real(path, *more, **by_name)
+
+    monkeypatch.setattr(os, "open", broken)
+    again = Directory(tmp_path, total_bytes=10 * MIB, upload=False)
+    again.open()
+    assert [part.target for part in again.left] == ["b"]
+    assert again.unread == {tmp_path / OPEN / "a.part": "Input/output error"}
+
+
+def test_a_new_directory_is_synced_into_its_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    real = os.fsync
+
+    def sync(fd: int) -> None:
+        synced.append(os.fstat(fd).st_ino)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    place = tmp_path / "new" / "out"
+    Directory(place, total_bytes=10 * MIB, upload=True).open()
+    assert {path.stat().st_ino for path in (tmp_path, place.parent, place)} <= set(synced)
+
+
+def test_a_part_that_cannot_be_removed_is_counted_and_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = Directory(tmp_path, total_bytes=10 * MIB, upload=False)
+    directory.open()
+    part = directory.make("p.jsonl", gzip=False, began=1.0)
+    directory.append(part, [b"x" * 1000])
+
+    def denied(self: Path, *, missing_ok: bool = False) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", denied)
+        for _ in range(3):
+            with pytest.raises(KinesisError, match="cannot be finished: Operation not permitted"):
+                directory.finish(part)
+            assert directory._taken() == 2 * part.length + 1000
+    made = (tmp_path / "p.jsonl").stat().st_ino
+    assert directory.finish(part) == 1000
+    assert (tmp_path / "p.jsonl").stat().st_ino == made
+    assert directory._taken() == 1000
+    assert parts(tmp_path) == []
+
+
+# -- the end
+
+
+async def test_who_waits_when_the_client_is_closed_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = FileClient(pipeline(tmp_path))
+    await client.start()
+    held, begun = threading.Event(), threading.Event()
+    real = os.fdatasync
+
+    def hang(fd: int) -> None:
+        begun.set()
+        held.wait(100)
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", hang)
+    body = b'{"Records":[{"Data":"YQ=="}],"Directory":"d"}'
+    first = asyncio.create_task(client.call("PutObject", body))
+    await until(begun.is_set)
+    second = asyncio.create_task(client.call("PutObject", body))
+    await asyncio.sleep(0)
+    await client.close()
+    done, _ = await asyncio.wait([first, second], timeout=50)
+    held.set()
+    assert done == {first, second}
+    assert first.cancelled()
+    assert second.cancelled()
+    with pytest.raises(KinesisError, match=r"are closed: nothing is written any more; make a new client"):
+        await client.call("PutObject", body)
+
+
 # -- disks in trouble
+
+
+async def test_a_part_that_cannot_be_finished_keeps_nobody_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastkin.files.files._AGAIN_S", 0.05)
+    made = pipeline(tmp_path, file_max_bytes=1024, file_prefix="data/", file_error_prefix="error/x/")
+    async with Rig(made) as rig:
+        (tmp_path / "error").write_bytes(b"somebody's file")
+        assert rig.client.letters is not None
+        await rig.client.letters.put(b"x" * 2000, lambda body: (1, bytes(body)))
+        for n in range(3):
+            await rig.put(b"%d" % n * 2000)
+        await until(lambda: rig.client.file_counters.finished == 3)
+        assert "Not a directory; a file stands where a folder must be" in str(rig.client.trouble)
+        (tmp_path / "error").unlink()
+        await until(lambda: rig.client.file_counters.finished == 4 and rig.client.trouble is None)
+    assert len(finished(tmp_path)) == 4
+
+
+async def test_a_name_that_is_too_long_is_told_with_its_cure(tmp_path: Path) -> None:
+    client = FileClient(pipeline(tmp_path / ("x" * 256)))
+    with pytest.raises(KinesisError, match="File name too long; use shorter names of folders"):
+        await client.start()
+    await client.close()
 
 
 async def test_a_full_disk_keeps_the_records_and_says_so(

@@ -196,3 +196,79 @@ async def test_nobody_at_home_keeps_the_files(tmp_path: Path) -> None:
     finish.cancel()
     await client.close()
     assert len(list((tmp_path / UPLOAD).rglob("*.gz"))) == 1
+
+
+class Picky(Script):
+    """A bucket that refuses some keys for ever."""
+
+    def __init__(self, code: bytes, prefix: str) -> None:
+        super().__init__()
+        self.code, self.prefix = code, prefix
+        self.tried: list[str] = []
+
+    async def answer(self, link: Link, request: Request) -> None:
+        if request.method == "PUT":
+            self.tried.append(request.path)
+            if request.path.startswith(self.prefix):
+                link.reply(403, REFUSED % (self.code, b"no"), {"Content-Type": "application/xml"})
+                return
+        await super().answer(link, request)
+
+
+async def test_a_file_that_is_refused_keeps_no_other_from_its_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = Picky(b"AccessDenied", "/plant-1/error/")
+    for n in range(3):
+        for place in ("error", "prod"):
+            path = tmp_path / UPLOAD / place / f"{n}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"%d" % n)
+    async with FakeServer(script.answer) as server:
+        client = FileClient(pipeline(tmp_path, server.url, "plant-1"))
+        await client.start()
+        await until(lambda: client.trouble)
+        assert client.file_counters.uploaded == 3
+        assert (client.file_counters.waiting, client.file_counters.upload_failures) == (3, 3)
+        assert "allow s3:PutObject on plant-1/*" in str(client.trouble)
+        await put(client, b"new\n")
+        finish = asyncio.create_task(client.finish())
+        await until(lambda: client.file_counters.uploaded == 4)
+        assert not finish.done()
+        finish.cancel()
+        await client.close()
+    assert len(script.objects) == 4
+    assert [path for path in script.tried if path in script.objects] == list(script.objects)  # each goes up once
+    assert "bucket plant-1 refuses files" in caplog.text
+
+
+async def test_what_was_refused_is_tried_behind_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkin.files.upload._SIDE_BY_SIDE", 1)
+    script = Picky(b"AccessDenied", "/plant-1/error/")
+    (tmp_path / UPLOAD / "error").mkdir(parents=True)
+    (tmp_path / UPLOAD / "error" / "a.jsonl").write_bytes(b"a")
+    async with FakeServer(script.answer) as server:
+        client = FileClient(pipeline(tmp_path, server.url, "plant-1"))
+        await client.start()
+        await until(lambda: client.trouble)
+        path = tmp_path / UPLOAD / "prod" / "b.jsonl"
+        path.parent.mkdir()
+        path.write_bytes(b"b")
+        await until(lambda: script.objects)
+        await client.close()
+    before = script.tried[: script.tried.index("/plant-1/prod/b.jsonl")]
+    assert set(before) == {"/plant-1/error/a.jsonl"}
+
+
+async def test_keys_that_are_wrong_for_all_files_end_the_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkin.files.upload._AGAIN_S", (1000.0, 1000.0))
+    script = Picky(b"InvalidAccessKeyId", "/plant-1/")
+    (tmp_path / UPLOAD).mkdir()
+    for n in range(40):
+        (tmp_path / UPLOAD / f"{n}.jsonl").write_bytes(b"a")
+    async with FakeServer(script.answer) as server:
+        client = FileClient(pipeline(tmp_path, server.url, "plant-1"))
+        await client.start()
+        await until(lambda: client.trouble)
+        assert len(set(script.tried)) <= 4
+        await client.close()

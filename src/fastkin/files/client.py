@@ -15,7 +15,7 @@ from fastkin._codec import joined_data
 from fastkin.aws.client import Client, StreamSummary
 from fastkin.aws.destinations import FILES
 from fastkin.files.directory import Directory
-from fastkin.files.files import Files, Limits
+from fastkin.files.files import Files, Limits, Stream
 from fastkin.files.upload import Uploader
 
 if TYPE_CHECKING:
@@ -35,15 +35,16 @@ class FileClient(Client):
         assert pipeline.file is not None
         super().__init__(pipeline.kinesis, name=pipeline.id, destination=FILES)
         uploader = None if pipeline.s3 is None else Uploader(pipeline.kinesis, pipeline.s3, name=pipeline.id)
-        self.files = Files(
+        self.files: Files = Files(
             Directory(pipeline.file, total_bytes=pipeline.file_disk_bytes, upload=uploader is not None),
             Limits(pipeline.file_interval_s, pipeline.file_max_bytes),
             name=pipeline.id, gzip=pipeline.file_compression == "gzip", uploader=uploader,
         )  # fmt: skip
         self._records = self.files.stream(pipeline.file_prefix, pipeline.file_extension)
         error, raw = pipeline.file_error_prefix, pipeline.file_raw_prefix
-        self.letters = self.files.stream(error, ".jsonl") if error else None  # dead letters
-        self.raw = self.files.stream(raw, pipeline.file_extension) if raw else None  # messages as they came
+        self.letters: Stream | None = self.files.stream(error, ".jsonl") if error else None  # dead letters
+        # messages as they came
+        self.raw: Stream | None = self.files.stream(raw, pipeline.file_extension) if raw else None
 
     @property
     def file_counters(self) -> FileCounters:

@@ -1,6 +1,7 @@
 """The directory that files are made in: parts, finished files, what they take of the disk, what a former run left.
 
     DIR/.open/NAME.part         what is being written
+    DIR/.open/NAME.damaged      a part that a disk has damaged: what could be read of it is in its finished file
     DIR/.upload/PREFIX/NAME     finished, and waits for S3
     DIR/PREFIX/NAME             finished, and stays: without S3
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastkin.errors import Action, KinesisError
-from fastkin.files.part import NEW, SUFFIX, NoPartError, Part, sync_folder
+from fastkin.files.part import DAMAGED, NEW, SUFFIX, NoPartError, Part, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +34,13 @@ _OLD_S = 60.0  # a file that somebody just makes is younger
 _LOOK_EVERY_S = 1.0  # what is finished is counted anew at the bound, for others take files away
 _PIECE = 1 << 20
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_CURE = "see that it is there and that this user may write in it"
+_IN_THE_WAY = "a file stands where a folder must be: move it away, or choose another directory or prefix"
+_CURES = {
+    errno.ENAMETOOLONG: "use shorter names of folders: in the directory, and in the prefix of the files",
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EEXIST: _IN_THE_WAY,
+}
 
 
 class Waiting(NamedTuple):
@@ -48,11 +56,12 @@ class Directory:
 
     def __init__(self, path: str | Path, *, total_bytes: int, upload: bool) -> None:
         """`total_bytes` may be taken of the disk. `upload`: finished files wait for S3."""
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self.upload = upload
         self.total_bytes = total_bytes
-        self.left: list[Part] = []  # what a former run left, to be finished; whoever does takes it out
+        self.left: list[Part] = []  # what others left, to be finished; whoever does takes it out
         self.strange: list[Path] = []  # what lies among the parts and is none of ours
+        self.unread: dict[Path, str] = {}  # parts that cannot be read now, and why
         self._folder = self.path / OPEN
         self._finished_folder = self.path / UPLOAD if upload else self.path
         self._lock = threading.Lock()  # two threads: one writes parts, one finishes them
@@ -67,20 +76,28 @@ class Directory:
             return
         with self._told("cannot be used"):
             for folder in (self._folder, self._finished_folder):
-                folder.mkdir(parents=True, exist_ok=True)
+                self._make_folders(folder)
             sync_folder(self.path)
             self._probe()
-            for part in self._left_over():
-                with self._lock:
-                    self._parts_bytes += part.length
-                self.left.append(part)
+            self._sweep()
+            self._take_left()
             self._look()
             self._opened = True
+
+    def look_for_left(self) -> None:
+        """Again find the parts that nobody writes: of a process that has died since, see `left`. KinesisError."""
+        with self._told("cannot be read"):
+            self._take_left()
+
+    def leave_left(self) -> None:
+        """Let lie what was found and nobody took out."""
+        while self.left:
+            self.left.pop().leave()
 
     def probe(self) -> None:
         """Can files be made here? KinesisError."""
         with self._told("cannot be used"):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._make_folders(self._folder)
             self._probe()
 
     def _probe(self) -> None:
@@ -93,21 +110,31 @@ class Directory:
             os.close(fd)
             path.unlink()
 
-    def _left_over(self) -> Iterator[Part]:
-        for path in sorted(self._folder.iterdir()):
+    def _sweep(self) -> None:
+        for path in self._folder.iterdir():
             if path.suffix in {NEW, _TEMPORARY}:
                 # Nobody was told of what is in them.
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - path.stat().st_mtime > _OLD_S:
                         path.unlink()
-            elif path.suffix == SUFFIX:
-                try:
-                    part = Part.take_over(path)
-                except (NoPartError, IsADirectoryError):
-                    self.strange.append(path)
-                    continue
-                if part is not None:
-                    yield part
+
+    def _take_left(self) -> None:
+        for path in sorted(self._folder.iterdir()):
+            if path.suffix != SUFFIX or path in self.strange:
+                continue
+            try:
+                part = Part.take_over(path)
+            except (NoPartError, IsADirectoryError):
+                self.strange.append(path)
+                continue
+            except OSError as error:
+                # A place that the disk cannot read keeps nobody from the others.
+                self.unread[path] = error.strerror or str(error)
+                continue
+            if part is not None:
+                with self._lock:
+                    self._parts_bytes += part.length
+                self.left.append(part)
 
     # -- parts ---------------------------------------------------------------------------------
 
@@ -151,18 +178,25 @@ class Directory:
             self._parts_bytes += part.length - before
 
     def finish(self, part: Part) -> int:
-        """Make the finished file of it; its bytes, 0 when the part holds nothing. Again: the same. KinesisError."""
-        nbytes = 0
-        if part.nbytes:
-            with self._told("cannot be finished"):
-                nbytes = self._finish(part, self._finished_folder / part.target)
+        """Make the finished file of it; its bytes, 0 when the part holds nothing. Again: the same. A part with
+        `damaged` is kept, and counts in the bound. KinesisError."""
+        with self._told("cannot be finished"):
+            # Not made twice when it is only the part that cannot be removed: the file may be in S3 already.
+            if part.made is None:
+                part.made = self._finish(part, self._finished_folder / part.target) if part.nbytes else 0
+            kept = 0
+            if part.damaged:
+                kept = part.file_bytes
+                part.keep()
+            else:
+                part.drop()
         with self._lock:
             self._parts_bytes -= part.length
-            self._finished_bytes += nbytes
-        part.drop()
-        return nbytes
+            self._finished_bytes += kept
+        return part.made
 
     def _finish(self, part: Part, target: Path) -> int:
+        some = False
         temporary = self._folder / (part.path.name + _TEMPORARY)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
         try:
@@ -172,14 +206,23 @@ class Directory:
                     with gzip.GzipFile("", "wb", 6, file, mtime=int(part.began)) as press:
                         for block in part.blocks():
                             press.write(block)
+                            some = True
                 else:
                     for block in part.blocks():
                         file.write(block)
+                        some = True
                 file.flush()
                 os.fsync(file.fileno())
                 nbytes = file.tell()
+            if not some:  # all is damaged
+                temporary.unlink()
+                return 0
             self._make_folders(target.parent)
+            # Killed after this, it is made again: then it lies there and is counted.
+            before = target.stat().st_size if target.exists() else 0
             temporary.replace(target)
+            with self._lock:
+                self._finished_bytes += nbytes - before
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -220,6 +263,7 @@ class Directory:
     def _look(self) -> None:
         hidden = self.path / OPEN
         nbytes = sum(size for path, size in _files(self._finished_folder) if hidden not in path.parents)
+        nbytes += sum(size for path, size in _files(hidden) if path.suffix == DAMAGED)
         with self._lock:
             self._finished_bytes = nbytes
         self._looked_at = time.monotonic()
@@ -230,10 +274,10 @@ class Directory:
             yield
         except OSError as error:
             full = error.errno in _FULL
+            cure = "free space there" if full else _CURES.get(error.errno or 0, _CURE)
             raise KinesisError(
                 "DiskFull" if full else "DirectoryError",
-                f"directory {self.path} {what}: {error.strerror or error}; "
-                + ("free space there" if full else "see that it is there and that this user may write in it"),
+                f"directory {self.path} {what}: {error.strerror or error}; {cure}",
                 action=Action.OPERATOR,
             ) from error
 

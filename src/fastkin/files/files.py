@@ -25,6 +25,7 @@ from fastkin.status.logs import Repeats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from typing_extensions import Buffer
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("fastkin.files")
 
 _AGAIN_S = 5.0
+# For parts that nobody writes any more: soon after the start, for who was here before a reload lets go of his only now;
+# then now and then, for others may die.
+_LOOK_S = (1.0, 60.0)
 _SAY_EVERY_S = 60.0
 
 
@@ -55,16 +59,18 @@ class Files:
         self.limits = limits
         self.name = name
         self.gzip = gzip
-        self.counters = FileCounters()
+        self.counters: FileCounters = FileCounters()
         self.uploader = uploader
         place = f"directory {directory.path}"
-        self.disk = Worker(f"fastkin[{name}].files", f"pipeline={name} stage=send", place)
+        self.disk: Worker = Worker(f"fastkin[{name}].files", f"pipeline={name} stage=send", place)
         self._press = Worker(f"fastkin[{name}].finish", f"pipeline={name} stage=send", place)
         self._streams: list[Stream] = []
         self._closed: deque[Part] = deque()  # to be finished
         self._wake = asyncio.Event()
         self._progress = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._looks: asyncio.Task[None] | None = None
+        self._strange: set[Path] = set()  # what was told of
         self._lines: Repeats | None = None
         self._finish_error: str | None = None
         self._opened = False
@@ -84,19 +90,9 @@ class Files:
             return  # two opened it at once
         self._opened = True
         self._lines = Repeats(_LOG, asyncio.get_running_loop().call_later, most=1, per_s=_SAY_EVERY_S)
-        for path in self.directory.strange:
-            _LOG.error(
-                "pipeline=%s stage=send %s is no part of a file that fastkin can read: it is left as it is; look what"
-                " is in it, and move it away", self.name, path,
-            )  # fmt: skip
-        left, self.directory.left = self.directory.left, []
-        if left:
-            _LOG.warning(
-                "pipeline=%s stage=send a former run left %d unfinished files in %s: they are finished now",
-                self.name, len(left), self.directory.path,
-            )  # fmt: skip
-            self.close_part(*left)
+        self._take_left("a former run")
         self._task = asyncio.create_task(self._finishing(), name=f"fastkin[{self.name}].files")
+        self._looks = asyncio.create_task(self._looking(), name=f"fastkin[{self.name}].left")
         if self.uploader is not None:
             self.uploader.start(self)
         elif waiting := await self._press.run(self.directory.waiting):
@@ -104,6 +100,41 @@ class Files:
                 "pipeline=%s stage=send %d finished files wait in %s, and nobody takes them to S3: set s3 again, or"
                 " move them away", self.name, len(waiting), self.directory.path / UPLOAD,
             )  # fmt: skip
+
+    def _take_left(self, who: str) -> None:
+        for path in self.directory.strange:
+            if path not in self._strange:
+                self._strange.add(path)
+                _LOG.error(
+                    "pipeline=%s stage=send %s is no part of a file that fastkin can read: it is left as it is; look"
+                    " what is in it, and move it away", self.name, path,
+                )  # fmt: skip
+        for path, why in self.directory.unread.items():
+            if path not in self._strange:
+                self._strange.add(path)
+                _LOG.error(
+                    "pipeline=%s stage=send %s cannot be read: %s; it is kept and tried again every minute; look after"
+                    " the disk, and see that this user may read it", self.name, path, why,
+                )  # fmt: skip
+        left, self.directory.left = self.directory.left, []
+        if left:
+            _LOG.warning(
+                "pipeline=%s stage=send %s left %d unfinished files in %s: they are finished now",
+                self.name, who, len(left), self.directory.path,
+            )  # fmt: skip
+            self.close_part(*left)
+
+    async def _looking(self) -> None:
+        wait_s, often_s = _LOOK_S
+        while True:
+            await asyncio.sleep(wait_s)
+            wait_s = often_s
+            try:
+                await self._press.run(self.directory.look_for_left)
+            except Exception as error:  # noqa: BLE001 - the next look may find it mended
+                assert self._lines is not None
+                self._lines.say(logging.ERROR, "look", "pipeline=%s stage=send %s", self.name, error)
+            self._take_left("a process that has ended")
 
     def close_part(self, *parts: Part) -> None:
         """Nothing more is written to them."""
@@ -135,7 +166,11 @@ class Files:
             await self._wake.wait()
             self._wake.clear()
             while self._closed:
-                if not await self._finish_first():
+                # One that cannot be finished keeps nobody from those behind it.
+                finished = [await self._finish_first() for _ in range(len(self._closed))]
+                if all(finished):
+                    self._finish_error = None
+                elif not any(finished):
                     await asyncio.sleep(_AGAIN_S)
 
     async def _finish_first(self) -> bool:
@@ -150,9 +185,16 @@ class Files:
                 "pipeline=%s stage=send %s: %d unfinished files are kept and tried again",
                 self.name, why, len(self._closed),
             )  # fmt: skip
+            self._closed.rotate(-1)
             return False
         self._closed.popleft()
-        self._finish_error = None
+        if part.damaged:
+            at, lost = part.damaged[0][0], sum(each for _, each in part.damaged)
+            _LOG.error(
+                "pipeline=%s stage=send %s is damaged at offset %d: %d bytes in %d places cannot be read, and the"
+                " others are in %s; it is kept: look after the disk, take from it what can be read, and move it away",
+                self.name, part.path, at, lost, len(part.damaged), part.target,
+            )  # fmt: skip
         if nbytes:
             self.counters.finished += 1
         if self.uploader is not None:
@@ -174,9 +216,10 @@ class Files:
         """End the work. What is not finished or uploaded stays, and the next run finds it."""
         for stream in self._streams:
             stream.stop()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [task for task in (self._task, self._looks) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self.uploader is not None:
             await self.uploader.close()
         if self._lines is not None:
@@ -190,6 +233,7 @@ class Files:
         # Behind what the threads still do: a part is closed when nobody writes to it any more.
         for part in self._closed:
             self._press.leave(part.leave)
+        self._press.leave(self.directory.leave_left)
         for worker in (self.disk, self._press):
             worker.close()
 
@@ -210,6 +254,8 @@ class Stream:
         self._part: Part | None = None  # of the thread that writes
         self._retired: deque[Part] = deque()  # filled by the thread, emptied by the loop: never replaced
         self._pending: list[_Put] = []
+        self._group: list[_Put] = []  # being written
+        self._stopped = False
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timed: Part | None = None
@@ -221,6 +267,12 @@ class Stream:
 
     async def put(self, body: Buffer, decode: Callable[[Buffer], tuple[int, bytes]]) -> int:
         """Return when it is synced: how many records `decode(body)` told. KinesisError: nothing of it is written."""
+        if self._stopped:
+            raise KinesisError(
+                "FilesClosed",
+                f"files {self.place} are closed: nothing is written any more; make a new client",
+                action=Action.OPERATOR,
+            )
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._pending.append(_Put(body, decode, waiter))
         if self._task is None:
@@ -229,7 +281,7 @@ class Stream:
 
     async def _write(self) -> None:
         while self._pending:
-            group = [put for put in self._pending if not put.waiter.done()]
+            group = self._group = [put for put in self._pending if not put.waiter.done()]
             self._pending.clear()
             if not group:
                 break
@@ -242,6 +294,7 @@ class Stream:
                 for put, count in zip(group, counts, strict=True):
                     if not put.waiter.done():
                         put.waiter.set_result(count)
+            self._group = []
             self._after()
         self._task = None
 
@@ -313,14 +366,16 @@ class Stream:
         self._after()
 
     def stop(self) -> None:
-        """No more timers and writes. An open part is closed when its thread has nothing else to do."""
+        """No more timers and writes; who waits for one is cancelled. An open part is closed when its thread has
+        nothing else to do."""
+        self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._task is not None:
             self._task.cancel()
             self._task = None
-        for put in self._pending:
+        for put in (*self._group, *self._pending):
             put.waiter.cancel()
         self._files.disk.leave(self._leave)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from importlib import import_module
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,15 @@ _LOOK_EVERY_S = 10.0  # also without being told of a new file
 _AGAIN_S = (1.0, 60.0)  # the first wait after a failure, and the longest
 _SAY_EVERY_S = 60.0
 _MISSING = frozenset({"404", "NoSuchBucket", "NotFound"})
+# What fails like this fails for every file: the bucket, the keys, the way to it.
+_FOR_ALL = frozenset({
+    "NoSuchBucket",
+    "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+    "CredentialRetrievalError", "NoCredentials", "NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError",
+    "ConnectTimeoutError", "ConnectionClosedError", "ConnectionError", "EndpointConnectionError", "HTTPClientError",
+    "ProxyConnectionError", "ReadTimeoutError", "SSLError", "TimeoutError",
+})  # fmt: skip
 
 
 class Uploader:
@@ -43,7 +53,8 @@ class Uploader:
         """`kinesis`: keys, region and endpoint. `name` of the pipeline, for log lines."""
         self.bucket = bucket
         self.trouble: str | None = None  # why the last file was not taken
-        self.busy = False  # a file waits, or is under way
+        self.busy: bool = False  # a file waits, or is under way
+        self._refused: frozenset[str] = frozenset()  # keys that failed in the last round
         self._kinesis = kinesis
         self._name = name
         self._random = Random()  # noqa: S311 - jitter, not secrets
@@ -93,13 +104,19 @@ class Uploader:
     async def _run(self) -> None:
         least, most = _AGAIN_S
         wait_s = least
+        assert self._files is not None
+        counters = self._files.counters
         while True:
             self._wake.clear()
+            failures = counters.upload_failures
             try:
                 await self._round()
             except Exception as error:  # noqa: BLE001 - whatever it is, the files are kept and tried again
+                all_fail = _for_all(error) or counters.upload_failures == failures
+                if counters.upload_failures == failures:
+                    counters.upload_failures += 1  # no file's own
                 wait_s = min(most, self._random.uniform(least, wait_s * 3))
-                self._failed(error, wait_s)
+                self._failed(error, wait_s, all_fail=all_fail)
                 await asyncio.sleep(wait_s)
                 continue
             if self.trouble is not None:
@@ -108,13 +125,13 @@ class Uploader:
             wait_s = least
             if not self._wake.is_set():
                 self.busy = False
-                assert self._files is not None
                 self._files.progress()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), _LOOK_EVERY_S)
 
     async def _round(self) -> None:
-        """Upload all that waits. The first failure ends the round: the next file would fail as well."""
+        """Upload all that waits, and raise the first failure. A file that is refused keeps no other from its place;
+        what would fail for all of them ends the round."""
         files = self._files
         assert files is not None
         waiting = await files.in_thread(files.directory.waiting)
@@ -124,18 +141,29 @@ class Uploader:
             return
         self.busy = True
         client = await self._ready()
-        rest = iter(waiting)
+        # What failed comes last: else it would be tried first for ever, and a failure for all may be its own.
+        rest = deque(sorted(waiting, key=lambda file: file.key in self._refused))
+        failures: dict[str, Exception] = {}
+        tried: set[str] = set()
 
         async def some() -> None:
-            for file in rest:
-                await self._upload(client, files, file)
+            while rest:
+                file = rest.popleft()
+                tried.add(file.key)
+                try:
+                    await self._upload(client, files, file)
+                except Exception as error:  # noqa: BLE001 - whatever it is, the file is kept and tried again
+                    failures[file.key] = error
+                    if _for_all(error):
+                        rest.clear()
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(_SIDE_BY_SIDE, len(waiting))):
-                    group.create_task(some())
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(_SIDE_BY_SIDE, len(waiting))):
+                group.create_task(some())
+        self._refused = (self._refused - tried) | frozenset(failures)
+        if failures:
+            files.counters.upload_failures += len(failures)
+            raise next((each for each in failures.values() if _for_all(each)), next(iter(failures.values())))
 
     async def _upload(self, client: Any, files: Files, file: Waiting) -> None:
         from fastkin.aws.sdk import slow_line_s
@@ -156,17 +184,17 @@ class Uploader:
         files.counters.waiting_bytes -= file.nbytes
         files.progress()
 
-    def _failed(self, error: Exception, wait_s: float) -> None:
+    def _failed(self, error: Exception, wait_s: float, *, all_fail: bool) -> None:
         files = self._files
         assert files is not None
         assert self._lines is not None
-        files.counters.upload_failures += 1
         self.trouble = why = str(error) or type(error).__name__
+        what = "takes no files" if all_fail else "refuses files"
         self._lines.say(
             logging.ERROR, "upload",
-            "pipeline=%s stage=send bucket %s takes no files: %s; %d files (%d bytes) are kept in %s and tried again in"
-            " %.0f s", self._name, self.bucket, why, files.counters.waiting, files.counters.waiting_bytes,
-            files.directory.path, wait_s,
+            "pipeline=%s stage=send bucket %s %s: %s; %d files (%d bytes) are kept in %s and tried again in"
+            " %.0f s", self._name, self.bucket, what, why, files.counters.waiting,
+            files.counters.waiting_bytes, files.directory.path, wait_s,
         )  # fmt: skip
 
     async def _ready(self) -> Any:
@@ -201,3 +229,7 @@ class Uploader:
             raise KinesisError(code, f"{what}: {message}{cure}", action=Action.OPERATOR, http_status=status) from None
         except (BotoCoreError, OSError, TimeoutError) as error:
             raise KinesisError(type(error).__name__, f"{what}: {error}") from None
+
+
+def _for_all(error: Exception) -> bool:
+    return isinstance(error, KinesisError) and error.code in _FOR_ALL

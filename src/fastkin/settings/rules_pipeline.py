@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastkin._codec import record_cost
 from fastkin.config import EVENT_FILTER, Broker, Pipeline, label_filter
 from fastkin.deadletter import destination
+from fastkin.files import naming
 from fastkin.formats import event, partition_key
 from fastkin.formats.table import DEFAULT, FRAME
 from fastkin.settings import rules_stream
@@ -154,6 +155,10 @@ def _files(given: Given) -> None:
     _unkeyed(given, "file")
     if given["file_error_prefix"] and given["dead_letter"] not in {None, "none"}:
         given.problem("file_error_prefix", "file_error_prefix and dead_letter are both set", "keep one of them")
+    for key in ("file_prefix", "file_error_prefix", "file_raw_prefix"):
+        extension = ".jsonl" if key == "file_error_prefix" else given["file_extension"]
+        if given[key] and (wrong := naming.wrong(given[key], given["id"], extension)):
+            given.problem(key, f"{given[key]!r} {wrong}", "shorten it, or end it with a slash")
     path = Path(given["file"]).absolute()
     if path.exists() and not path.is_dir():
         given.problem("file", f"{path} is no directory", "name a directory")
