@@ -87,6 +87,30 @@ class _Waiting(NamedTuple):
     explicit_hash_key: str | None
 
 
+class _Outcomes:
+    """Futures of records. `open` has those without an outcome: close() finds them when the thread tells nothing."""
+
+    def __init__(self) -> None:
+        self.open: set[concurrent.futures.Future[PutResult]] = set()
+
+    def tell(self, outcome: concurrent.futures.Future[PutResult], found: PutResult | BaseException) -> None:
+        """Of two threads that tell the first one counts."""
+        self.open.discard(outcome)
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            if isinstance(found, BaseException):
+                outcome.set_exception(found)
+            else:
+                outcome.set_result(found)
+
+    def settle(self, outcome: concurrent.futures.Future[PutResult], receipt: Receipt[PutResult]) -> None:
+        error = receipt.exception()
+        self.tell(outcome, receipt.result() if error is None else error)
+
+    def fail(self, outcomes: list[concurrent.futures.Future[PutResult]], error: BaseException) -> None:
+        for outcome in outcomes:
+            self.tell(outcome, error)
+
+
 class SyncProducer:
     """Puts records into one stream from any thread.
 
@@ -106,8 +130,7 @@ class SyncProducer:
         self._room = threading.Condition()  # guards what follows
         self._queue: deque[_Waiting] = deque()
         self._queued_bytes = 0
-        # Every record without an outcome: close() must find them also when the thread tells nothing any more.
-        self._open_outcomes: set[concurrent.futures.Future[PutResult]] = set()
+        self._outcomes = _Outcomes()
         self._state: Literal["new", "open", "closed"] = "new"
         self._forked = False
         self._thread: threading.Thread | None = None
@@ -172,7 +195,7 @@ class SyncProducer:
             if self._state != "open":
                 raise self._not_open()
             self._queue.append(waiting)
-            self._open_outcomes.add(outcome)
+            self._outcomes.open.add(outcome)
             self._queued_bytes += len(waiting.data)
             if self._woken:
                 return outcome
@@ -257,7 +280,7 @@ class SyncProducer:
         """The thread does not answer: what has no outcome gets one from here, and nobody waits for it any more."""
         error = ClosedError("the producer was closed, and its thread did not answer: a callback may be waiting in it")
         with self._room:
-            lost = list(self._open_outcomes)
+            lost = list(self._outcomes.open)
             if not self._end(len(lost)):
                 return self._ended.result()
             self._queue.clear()
@@ -268,15 +291,10 @@ class SyncProducer:
             "pipeline=%s stage=engine closed with %d records whose outcome is not known: the producer's thread does not"
             " answer; let no callback of a future wait", self._name, len(lost),
         )  # fmt: skip
-
-        def fail() -> None:
-            for outcome in lost:
-                self._tell(outcome, error)
-
         # Their callbacks may wait as well, and must not do it here. A late interpreter starts no thread: then nobody
         # is left who could wait for them.
         with contextlib.suppress(RuntimeError):
-            threading.Thread(target=fail, name=f"fastkin[{self._name}].fail", daemon=True).start()
+            threading.Thread(target=self._outcomes.fail, args=(lost, error), daemon=True).start()
         return len(lost)
 
     def _end(self, lost: int) -> bool:
@@ -286,15 +304,6 @@ class SyncProducer:
         except concurrent.futures.InvalidStateError:
             return False
         return True
-
-    def _tell(self, outcome: concurrent.futures.Future[PutResult], found: PutResult | BaseException) -> None:
-        """The outcome of a record; the first one counts."""
-        self._open_outcomes.discard(outcome)
-        with contextlib.suppress(concurrent.futures.InvalidStateError):
-            if isinstance(found, BaseException):
-                outcome.set_exception(found)
-            else:
-                outcome.set_result(found)
 
     def _is_full(self) -> bool:
         return len(self._queue) >= _QUEUE_RECORDS or self._queued_bytes >= _QUEUE_BYTES
@@ -399,10 +408,10 @@ class SyncProducer:
                     receipt = await self._producer.put(*waiting[1:])
                 except Exception as error:  # noqa: BLE001 - it belongs to who put
                     self._taken()
-                    self._tell(waiting.outcome, error)
+                    self._outcomes.tell(waiting.outcome, error)
                 else:
                     self._taken()
-                    receipt.add_done_callback(partial(self._settle, waiting.outcome))
+                    receipt.add_done_callback(partial(self._outcomes.settle, waiting.outcome))
             with self._room:
                 # Whoever appended since then has seen that the loop was woken, and did not do it again.
                 if self._queue:
@@ -435,12 +444,10 @@ class SyncProducer:
             self._queued_bytes = 0
             self._room.notify_all()
         for waiting in left:
-            self._tell(waiting.outcome, ClosedError("the producer was closed before there was room for the record"))
+            self._outcomes.tell(
+                waiting.outcome, ClosedError("the producer was closed before there was room for the record")
+            )
         return len(left)
-
-    def _settle(self, outcome: concurrent.futures.Future[PutResult], receipt: Receipt[PutResult]) -> None:
-        error = receipt.exception()
-        self._tell(outcome, receipt.result() if error is None else error)
 
     def _leave_behind(self) -> None:
         """In a forked process: its thread and its connections are the parent's."""

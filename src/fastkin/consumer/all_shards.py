@@ -124,6 +124,7 @@ class AllShards:
     async def _list_of_this_stream(self) -> list[Shard]:
         """CheckpointError when the marks are of a stream that was deleted, and this one was made in its place: names
         and ids are the same, and what was read to its end there would never be read here."""
+        former: list[str] = []
         for look in range(LOOKS):
             if look:
                 await asyncio.sleep(CHILDREN_S)
