@@ -363,6 +363,18 @@ class ConsumerRecord:
     def encryption_type(self) -> str | None:
         """`NONE` or `KMS`, None where the service does not say."""
 
+# The records of an answer to GetRecords, made as they are taken: a few bytes of an aggregate are a record each.
+@final
+class Reading:
+    def __init__(self, told: list[dict[str, Any]], shard_id: str | None, raw: bool, as_stored: bool) -> None: ...
+    def take(self, most: int) -> list[ConsumerRecord]: ...  # the next ones, at most so many
+    @property
+    def more(self) -> bool: ...  # may more be taken? The last portion may be empty
+    @property
+    def wrong(self) -> int: ...  # how many of those taken are no JSON
+    @property
+    def first_wrong(self) -> ConsumerRecord | None: ...
+
 # The last so many records, known by key, data and place in the aggregate.
 @final
 class Seen:

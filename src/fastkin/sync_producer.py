@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import logging
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence  # noqa: TC003 - who reads our annotations needs it
@@ -85,6 +87,30 @@ class _Waiting(NamedTuple):
     explicit_hash_key: str | None
 
 
+class _Outcomes:
+    """Futures of records. `open` has those without an outcome: close() finds them when the thread tells nothing."""
+
+    def __init__(self) -> None:
+        self.open: set[concurrent.futures.Future[PutResult]] = set()
+
+    def tell(self, outcome: concurrent.futures.Future[PutResult], found: PutResult | BaseException) -> None:
+        """Of two threads that tell the first one counts."""
+        self.open.discard(outcome)
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            if isinstance(found, BaseException):
+                outcome.set_exception(found)
+            else:
+                outcome.set_result(found)
+
+    def settle(self, outcome: concurrent.futures.Future[PutResult], receipt: Receipt[PutResult]) -> None:
+        error = receipt.exception()
+        self.tell(outcome, receipt.result() if error is None else error)
+
+    def fail(self, outcomes: list[concurrent.futures.Future[PutResult]], error: BaseException) -> None:
+        for outcome in outcomes:
+            self.tell(outcome, error)
+
+
 class SyncProducer:
     """Puts records into one stream from any thread.
 
@@ -104,6 +130,7 @@ class SyncProducer:
         self._room = threading.Condition()  # guards what follows
         self._queue: deque[_Waiting] = deque()
         self._queued_bytes = 0
+        self._outcomes = _Outcomes()
         self._state: Literal["new", "open", "closed"] = "new"
         self._forked = False
         self._thread: threading.Thread | None = None
@@ -168,6 +195,7 @@ class SyncProducer:
             if self._state != "open":
                 raise self._not_open()
             self._queue.append(waiting)
+            self._outcomes.open.add(outcome)
             self._queued_bytes += len(waiting.data)
             if self._woken:
                 return outcome
@@ -219,6 +247,8 @@ class SyncProducer:
     def close(self, timeout_s: float | None = None) -> int:
         """Flush, then close, within `timeout_s` (None: `close_timeout_s`). Returns how many records have no outcome:
         their futures raise ClosedError, and one ERROR counts them. May be called again, from any thread.
+
+        When the producer's thread does not answer, as when a callback waits, it is left behind 5 s after that time.
         """
         self._not_in_the_loop("close")
         if self._forked:
@@ -233,13 +263,47 @@ class SyncProducer:
                 self._ended.set_result(0)
         if self._thread is None:
             return self._ended.result()
+        # A callback may wait in the thread for something that never comes, and at exit nobody could end this wait.
+        limit = time.monotonic() + timeout_s + _LEAVE_S
         if first:
             # Whoever closes while another thread is starting it waits for that: there is no loop before.
-            concurrent.futures.wait([self._started])
+            concurrent.futures.wait([self._started], _left(limit))
             self._call(self._begin_close, timeout_s)
-        lost = self._ended.result()
+        try:
+            lost = self._ended.result(_left(limit))
+        except TimeoutError:
+            return self._leave_thread()
         self._thread.join(_LEAVE_S)
         return lost
+
+    def _leave_thread(self) -> int:
+        """The thread does not answer: what has no outcome gets one from here, and nobody waits for it any more."""
+        error = ClosedError("the producer was closed, and its thread did not answer: a callback may be waiting in it")
+        with self._room:
+            lost = list(self._outcomes.open)
+            if not self._end(len(lost)):
+                return self._ended.result()
+            self._queue.clear()
+            self._queued_bytes = 0
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            self._started.set_exception(error)
+        _LOG.error(
+            "pipeline=%s stage=engine closed with %d records whose outcome is not known: the producer's thread does not"
+            " answer; let no callback of a future wait", self._name, len(lost),
+        )  # fmt: skip
+        # Their callbacks may wait as well, and must not do it here. A late interpreter starts no thread: then nobody
+        # is left who could wait for them.
+        with contextlib.suppress(RuntimeError):
+            threading.Thread(target=self._outcomes.fail, args=(lost, error), daemon=True).start()
+        return len(lost)
+
+    def _end(self, lost: int) -> bool:
+        """Say how it ended; False when that was said before."""
+        try:
+            self._ended.set_result(lost)
+        except concurrent.futures.InvalidStateError:
+            return False
+        return True
 
     def _is_full(self) -> bool:
         return len(self._queue) >= _QUEUE_RECORDS or self._queued_bytes >= _QUEUE_BYTES
@@ -291,9 +355,7 @@ class SyncProducer:
             if not self._started.done():
                 self._started.set_exception(error)
         finally:
-            lost = self._fail_queue()
-            if not self._ended.done():
-                self._ended.set_result(lost)
+            self._end(self._fail_queue())
 
     async def _work(self) -> None:
         self._empty.set()
@@ -308,7 +370,8 @@ class SyncProducer:
             if self._state == "new":
                 self._state = "open"
         _LIVE.add(self)
-        self._started.set_result(None)
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # close() waited no longer
+            self._started.set_result(None)
         taking = asyncio.create_task(self._take(), name=f"fastkin[{self._name}].queue")
         await self._closing.wait()
         limit = self._loop.time() + self._limit_s
@@ -323,7 +386,7 @@ class SyncProducer:
                 " close_timeout_s or budget_bytes", self._name, left,
             )  # fmt: skip
         lost = await self._producer.close(max(0.0, limit - self._loop.time()))
-        self._ended.set_result(lost + left)
+        self._end(lost + left)
 
     def _begin_close(self, timeout_s: float) -> None:
         self._limit_s = timeout_s
@@ -345,10 +408,10 @@ class SyncProducer:
                     receipt = await self._producer.put(*waiting[1:])
                 except Exception as error:  # noqa: BLE001 - it belongs to who put
                     self._taken()
-                    waiting.outcome.set_exception(error)
+                    self._outcomes.tell(waiting.outcome, error)
                 else:
                     self._taken()
-                    receipt.add_done_callback(partial(_settle, waiting.outcome))
+                    receipt.add_done_callback(partial(self._outcomes.settle, waiting.outcome))
             with self._room:
                 # Whoever appended since then has seen that the loop was woken, and did not do it again.
                 if self._queue:
@@ -360,6 +423,8 @@ class SyncProducer:
     def _taken(self) -> None:
         with self._room:
             full = self._is_full()
+            if not self._queue:  # close() has left this thread behind
+                return
             self._queued_bytes -= len(self._queue.popleft().data)
             if full:
                 self._room.notify_all()
@@ -379,7 +444,9 @@ class SyncProducer:
             self._queued_bytes = 0
             self._room.notify_all()
         for waiting in left:
-            waiting.outcome.set_exception(ClosedError("the producer was closed before there was room for the record"))
+            self._outcomes.tell(
+                waiting.outcome, ClosedError("the producer was closed before there was room for the record")
+            )
         return len(left)
 
     def _leave_behind(self) -> None:
@@ -388,12 +455,9 @@ class SyncProducer:
         self._room = threading.Condition()
 
 
-def _settle(outcome: concurrent.futures.Future[PutResult], receipt: Receipt[PutResult]) -> None:
-    error = receipt.exception()
-    if error is not None:
-        outcome.set_exception(error)
-    else:
-        outcome.set_result(receipt.result())
+def _left(limit: float) -> float:
+    """Seconds until then, as a lock takes them."""
+    return min(max(0.0, limit - time.monotonic()), threading.TIMEOUT_MAX)
 
 
 _LIVE: weakref.WeakSet[SyncProducer] = weakref.WeakSet()  # started by this process

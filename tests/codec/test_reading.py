@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 from consumer.rig import aggregate, field, sealed, told, varint
 from fastkin import ConsumerRecord, DataFormatError, decode_json, lambdas
-from fastkin._codec import deaggregate, read_records
+from fastkin._codec import Reading, deaggregate, read_records
+from fastkin.errors import UnexpectedResponse
 
 LARGE = b"\xff" * 9 + b"\x03"  # a number of more than 64 bits
 
@@ -126,3 +129,58 @@ def test_records_leave_nothing_behind() -> None:
         read_records(batch, "shard", False, False)
     gc.collect()
     assert len(gc.get_objects()) - before < 20
+
+
+def test_a_wrong_record_costs_no_error_until_somebody_asks() -> None:
+    """A stranger's aggregate of six bytes a record: at most 100 bytes each beside the record itself."""
+    count = 20_000
+    answer = [told(aggregate([(0, b"")] * count, ["k"]))]
+    read_records(answer, "shard", False, False)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        records = read_records(answer, "shard", False, False)
+        each = (tracemalloc.get_traced_memory()[0] - before) / count
+    finally:
+        tracemalloc.stop()
+    assert len(records) == count
+    assert each <= sys.getsizeof(records[0]) + 100
+
+
+def test_an_error_is_made_once_and_tells_the_byte() -> None:
+    [record] = read_records([told(b'{"a":}')], "shard", False, False)
+    error = record.error
+    assert isinstance(error, DataFormatError)
+    assert (error.offset, error.__traceback__, error.__context__) == (5, None, None)
+    assert record.error is error
+    assert record.data is None
+
+
+def mixed() -> list[dict[str, Any]]:
+    return [
+        told(aggregate([(0, b"1"), (0, b"x"), (0, b"3"), (0, b"4")], ["k"]), sequence="1"),
+        told(b"5", sequence="2"),
+        told(aggregate([(0, b"6"), (0, b"")], ["k"]), sequence="3"),
+    ]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_portions_are_the_whole(most: int) -> None:
+    reading = Reading(mixed(), "shard", False, False)
+    taken = []
+    while reading.more:
+        portion = reading.take(most)
+        assert len(portion) == min(most, 7 - len(taken))
+        taken += portion
+    assert [(one.raw, one.sequence_number, one.subsequence_number) for one in taken] == [
+        (b"1", "1", 0), (b"x", "1", 1), (b"3", "1", 2), (b"4", "1", 3), (b"5", "2", None), (b"6", "3", 0),
+        (b"", "3", 1),
+    ]  # fmt: skip
+    assert reading.take(most) == []
+    assert reading.wrong == 2
+    assert reading.first_wrong is taken[1]
+
+
+def test_an_answer_is_looked_at_before_any_record_is_taken() -> None:
+    with pytest.raises(UnexpectedResponse, match="a record of GetRecords"):
+        Reading([*mixed(), told(b"8") | {"SequenceNumber": 8}], "shard", False, False)

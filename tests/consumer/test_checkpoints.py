@@ -14,6 +14,7 @@ import pytest
 
 from consumer.rig import FIRST, HALF, aggregate, consumer, put, take
 from fastkin import CheckpointError, FileCheckpoints, LibraryError, MemoryCheckpoints
+from fastkin.consumer import all_shards
 from fastkin.emulator import Emulator
 from support.readback import kinesis_client
 
@@ -233,3 +234,22 @@ async def test_a_reader_that_is_cancelled_while_the_file_is_opened_leaves_no_loc
     go_on.set()
     await closing
     assert await FileCheckpoints(tmp_path / "marks.json").load("s") == {}
+
+
+async def test_the_mark_of_a_former_stream_of_the_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream made anew has the same shard ids: what was read to its end there would never be read here."""
+    monkeypatch.setattr(all_shards, "CHILDREN_S", 0.0)
+    path = tmp_path / "marks.json"
+    path.write_text(json.dumps({"version": 1, "stream": "s", "shards": {FIRST: "SHARD_END"}}))
+    own = type("Table", (MemoryCheckpoints,), {"__repr__": lambda _: "secret"})({FIRST: "SHARD_END"})
+    async with Emulator({"s": 2}) as emulator:
+        await put(emulator.url, [b"%d" % n for n in range(20)])
+        for store, name in ((FileCheckpoints(path), f"checkpoints {str(path)!r}"), (own, "checkpoints (Table)")):
+            with pytest.raises(CheckpointError) as refused:
+                await asyncio.wait_for(take(consumer(emulator.url, checkpoints=store), 20), 20)
+            assert str(refused.value) == (
+                f"{name}: shard {FIRST} was read to its end, and is open: the mark is of a former stream of this name;"
+                " delete it and the others"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from consumer.rig import FIRST, HALF, aggregate, consumer, put, take
 from fastkin import ClosedError, KinesisError, Position, ShardIteratorType
-from fastkin.consumer import MemoryCheckpoints
+from fastkin.consumer import MemoryCheckpoints, all_shards, calls, shard_reader
 from fastkin.emulator import Emulator
 from fastkin.emulator.control import Control
 from support.readback import kinesis_client
@@ -119,6 +120,98 @@ async def test_latest_that_expires_before_its_first_record_is_the_same_place() -
         await put(emulator.url, [b'"meanwhile"'])
         assert values(await asyncio.wait_for(reading, 20)) == ["meanwhile"]
         assert one.stats()["reseeks"] == 1
+
+
+async def test_an_iterator_that_always_expires_ends_with_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not of its age, and a peer that answers so would be asked as fast as it answers."""
+    async with Emulator({"s": 1}) as emulator:
+        expired = emulator.faults.call("ExpiredIteratorException", operation="GetRecords")
+        with pytest.raises(KinesisError, match="ExpiredIterator"):
+            await asyncio.wait_for(take(consumer(emulator.url, patience_s=0), 1), 20)
+        assert expired.hits == 1
+        # As old as can be, the first is replaced at once; the second one has no batch before it.
+        monkeypatch.setattr(shard_reader, "YOUNG_S", 0.0)
+        with pytest.raises(KinesisError, match="ExpiredIterator"):
+            await asyncio.wait_for(take(consumer(emulator.url, patience_s=0), 1), 20)
+        assert expired.hits == 3
+
+
+async def test_an_old_iterator_that_expires_costs_no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_reader, "YOUNG_S", 0.0)
+    async with Emulator({"s": 1}) as emulator:
+        await put(emulator.url, [b"1", b"2"], key="k")
+        fail = emulator.faults.call
+        code = "ExpiredIteratorException"
+        expired = [fail(code, times=1, skip=skip, operation="GetRecords") for skip in (0, 2)]  # a batch is between
+        assert values(await take(consumer(emulator.url, patience_s=0, limit=1), 2)) == [1, 2]
+        assert [fault.hits for fault in expired] == [1, 1]
+
+
+async def test_a_young_iterator_that_expires_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    async with Emulator({"s": 1}) as emulator:
+        await put(emulator.url, [b"1"])
+        expired = emulator.faults.call("ExpiredIteratorException", times=2, operation="GetRecords")
+        assert values(await take(consumer(emulator.url), 1)) == [1]
+        assert expired.hits == 2
+    assert "stage=read goes again: ExpiredIteratorException" in caplog.text
+
+
+async def test_a_page_that_always_expires_ends_with_patience() -> None:
+    async with Emulator({"s": 1}) as emulator:
+        expired = emulator.faults.call("ExpiredNextTokenException", operation="ListShards")
+        with pytest.raises(KinesisError, match="ExpiredNextToken"):
+            await asyncio.wait_for(take(consumer(emulator.url, patience_s=0), 1), 20)
+        assert expired.hits == 2
+
+
+async def test_a_list_that_is_older_than_the_end_of_a_shard_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_shards, "CHILDREN_S", 0.0)
+    looks = 0
+    marks = MemoryCheckpoints({FIRST: "SHARD_END"})
+    async with Emulator({"s": 1}) as emulator, consumer(emulator.url, checkpoints=marks) as one:
+        async with kinesis_client(emulator.url) as client:
+            await client.split_shard(StreamName="s", ShardToSplit=FIRST, NewStartingHashKey=HALF)
+        await put(emulator.url, [b"1"] * 5)
+        listed = one._calls.list_shards
+
+        async def older() -> list[Any]:
+            nonlocal looks
+            looks += 1
+            return [dataclasses.replace(shard, closed=shard.closed and looks > 2) for shard in await listed()]
+
+        monkeypatch.setattr(one._calls, "list_shards", older)
+        assert values(await take(one, 5)) == [1] * 5
+    assert looks == 3
+
+
+@pytest.mark.parametrize("portion", [1, 2, 3, 5])
+async def test_portions_keep_the_place_that_a_whole_batch_keeps(portion: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it is left: one cannot go on in the middle of an aggregate, and behind it nothing is repeated."""
+    async with Emulator({"s": 1}, limits=False) as emulator:
+        five, three = (aggregate([(0, b"%d" % n) for n in numbers], ["k"]) for numbers in (range(5), range(6, 9)))
+        await put(emulator.url, [five, b"5", three, b"9"], key="k")
+        numbers = [one.sequence_number for one in await take(consumer(emulator.url), 10)]
+        monkeypatch.setattr(calls, "PORTION", portion)
+        for count in range(1, 10):
+            marks = MemoryCheckpoints()
+            one = consumer(emulator.url, checkpoints=marks)
+            assert values(await take(one, count)) == list(range(count))
+            # The last one counts when the next is asked for.
+            whole = {number for number in numbers[: count - 1] if number not in numbers[count - 1 :]}
+            assert marks.marks == ({FIRST: max(whole, key=int)} if whole else {})
+        one = consumer(emulator.url, checkpoints=MemoryCheckpoints())
+        assert values(await take(one, 10)) == list(range(10))
+        [batch] = [await one.get_records(await one.get_shard_iterator(FIRST, "TRIM_HORIZON"))]
+        assert values(batch.records) == list(range(10))
+        await one.close()
+
+
+async def test_strict_hands_out_none_of_many_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "PORTION", 2)
+    async with Emulator({"s": 1}) as emulator:
+        await put(emulator.url, [aggregate([(0, b"%d" % n) for n in range(9)] + [(0, b"x")], ["k"])])
+        with pytest.raises(KinesisError, match="no JSON"):
+            await anext(consumer(emulator.url, strict=True).stream("trim_horizon"))
 
 
 async def test_the_list_is_begun_again_when_the_token_of_a_page_expires(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,6 +203,64 @@ async def test_a_put_that_waits_is_told_of_the_end(monkeypatch: pytest.MonkeyPat
     assert ended == [ClosedError] * 3
 
 
+async def test_close_leaves_a_thread_behind_in_which_a_callback_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Exit closes as well: without a bound the interpreter would stay."""
+    monkeypatch.setattr("fastkin.sync_producer._LEAVE_S", 0.2)
+    async with Emulator({"welders": 1}) as emulator:
+
+        def work() -> None:
+            waits, free = threading.Event(), threading.Event()
+            rescue = threading.Timer(20, free.set)  # of a close that waits for ever
+            rescue.start()
+            one = producer(emulator.url)
+            one.start()
+            told = one.put(b"x")
+            told.add_done_callback(lambda _: (waits.set(), free.wait()))
+            assert waits.wait(60)
+            futures = [one.put(b"%d" % n) for n in range(3)]
+            assert [one.close(0), one.close(0)] == [3, 3]
+            assert not free.is_set()
+            for future in futures:
+                with pytest.raises(ClosedError, match="a callback may be waiting"):
+                    future.result(60)
+            assert told.result(0).sequence_number
+            rescue.cancel()
+            free.set()  # it goes on, and finds that all is told
+            assert one._thread is not None
+            one._thread.join(60)
+            assert not one._thread.is_alive()
+
+        await asyncio.to_thread(work)
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len([line for line in lines if "closed with 3 records whose outcome is not known" in line]) == 1
+
+
+def test_close_waits_for_no_start_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+    rescue = threading.Timer(20, free.set)
+    rescue.start()
+
+    async def stands(_: Producer) -> None:
+        free.wait()
+
+    monkeypatch.setattr("fastkin.sync_producer._LEAVE_S", 0.2)
+    monkeypatch.setattr(Producer, "start", stands)
+    one = producer(nowhere())
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        starting = threads.submit(one.start)
+        while one._loop is None:
+            threading.Event().wait(0.01)
+        assert one.close(0) == 0
+        assert not free.is_set()
+        assert isinstance(starting.exception(60), ClosedError)
+    rescue.cancel()
+    free.set()
+    assert one._thread is not None
+    one._thread.join(60)
+
+
 async def child(code: str, url: str) -> str:
     head = f"import os, sys, fastkin\noptions = {options(url)!r}\n"
     running = await asyncio.create_subprocess_exec(

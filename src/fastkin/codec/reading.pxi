@@ -80,8 +80,8 @@ cdef bint aggregate_inside(const uint8_t* p, size_t length, uint64_t* index, con
     return have_index and have_data
 
 
-cdef list aggregate_records_of(const uint8_t* data, size_t length):
-    """[(key, data), ...] of an aggregate as KCL knows one: magic, message, MD5. None for anything else."""
+cdef list aggregate_keys(const uint8_t* data, size_t length):
+    """The keys of an aggregate as KCL knows one: magic, message, MD5, all its records sound. None for anything else."""
     cdef const uint8_t* p
     cdef const uint8_t* end
     cdef uint8_t digest[16]
@@ -89,8 +89,8 @@ cdef list aggregate_records_of(const uint8_t* data, size_t length):
     cdef uint64_t index = 0
     cdef const uint8_t* inner = NULL
     cdef size_t size = 0
+    cdef bint found = False
     cdef list keys = []
-    cdef list found = []
     if length <= AGGREGATE_MAGIC + AGGREGATE_DIGEST or memcmp(data, b"\xf3\x89\x9a\xc2", AGGREGATE_MAGIC) != 0:
         return None
     end = data + length - AGGREGATE_DIGEST
@@ -114,25 +114,54 @@ cdef list aggregate_records_of(const uint8_t* data, size_t length):
         if field.number == 3 and field.text:
             if not aggregate_inside(field.p, field.length, &index, &inner, &size) or index >= <uint64_t> len(keys):
                 return None
-            found.append((keys[<Py_ssize_t> index], PyBytes_FromStringAndSize(<const char*> inner, <Py_ssize_t> size)))
-    return found or None
+            found = True
+    return keys if found else None
+
+
+cdef bint aggregate_next(const uint8_t** at, const uint8_t* end, uint64_t* index, const uint8_t** data,
+                         size_t* size) noexcept nogil:
+    """The next record of an aggregate that aggregate_keys has found sound. False: there is none."""
+    cdef ProtoField field
+    while at[0] < end:
+        proto_field(at, end, &field)
+        if field.number == 3 and field.text:
+            aggregate_inside(field.p, field.length, index, data, size)
+            return True
+    return False
 
 
 def deaggregate(bytes data not None) -> list:
     """Keys and data of a KPL aggregate; what is none stays one record, whose key is None."""
-    cdef list found = aggregate_records_of(<const uint8_t*> PyBytes_AS_STRING(data), <size_t> PyBytes_GET_SIZE(data))
-    return [(None, data)] if found is None else found
+    cdef const uint8_t* p = <const uint8_t*> PyBytes_AS_STRING(data)
+    cdef size_t length = <size_t> PyBytes_GET_SIZE(data)
+    cdef uint64_t index = 0
+    cdef const uint8_t* inner = NULL
+    cdef size_t size = 0
+    cdef list found = []
+    cdef list keys = aggregate_keys(p, length)
+    if keys is None:
+        return [(None, data)]
+    cdef const uint8_t* end = p + length - AGGREGATE_DIGEST
+    p += AGGREGATE_MAGIC
+    while aggregate_next(&p, end, &index, &inner, &size):
+        found.append((keys[<Py_ssize_t> index], PyBytes_FromStringAndSize(<const char*> inner, <Py_ssize_t> size)))
+    return found
 
 
 cdef object json_loads = None
 
 
-def decode_json(bytes data not None) -> object:
-    """The value of a record that is JSON, as orjson reads it. DataFormatError says at which byte it is none."""
+cdef int find_json_loads() except -1:
     global json_loads
     if json_loads is None:
         # who only writes needs no orjson
         from orjson import loads as json_loads
+    return 0
+
+
+def decode_json(bytes data not None) -> object:
+    """The value of a record that is JSON, as orjson reads it. DataFormatError says at which byte it is none."""
+    find_json_loads()
     try:
         return json_loads(data)
     except ValueError as error:
@@ -148,7 +177,8 @@ cdef class ConsumerRecord:
 
     cdef readonly object data
     cdef readonly bytes raw
-    cdef readonly object error
+    cdef bint wrong
+    cdef object problem  # what `error` is, when somebody has asked
     cdef readonly object partition_key
     cdef readonly object shard_id
     cdef readonly str sequence_number
@@ -160,12 +190,23 @@ cdef class ConsumerRecord:
         raise TypeError("records are made by a Consumer")
 
     @property
+    def error(self):
+        # Made for who asks: a stranger can put more records that are wrong into an answer than there is memory for
+        # errors with text and traceback.
+        if self.wrong and self.problem is None:
+            try:
+                decode_json(self.raw)
+            except DataFormatError as error:
+                self.problem = error.with_traceback(None)
+        return self.problem
+
+    @property
     def timestamp_ms(self):
         return None if self.timestamp is None else round(self.timestamp * 1000)
 
     def __repr__(self):
         place = "" if self.subsequence_number is None else f", subsequence_number={self.subsequence_number}"
-        wrong = "" if self.error is None else f", error={self.error!r}"
+        wrong = "" if not self.wrong else f", error={self.error!r}"
         return (f"ConsumerRecord(shard_id={self.shard_id!r}, sequence_number={self.sequence_number!r}{place}, "
                 f"partition_key={self.partition_key!r}, {len(self.raw)} bytes{wrong})")
 
@@ -183,42 +224,120 @@ cdef ConsumerRecord consumer_record(bytes raw, object key, object place, dict to
         record.data = raw
     else:
         try:
-            record.data = decode_json(raw)
-        except DataFormatError as error:
-            record.error = error
+            record.data = json_loads(raw)
+        except ValueError:
+            record.wrong = True
     return record
 
 
-def read_records(list told not None, shard_id, bint raw, bint as_stored) -> list:
-    """The records of an answer to GetRecords. UnexpectedResponse when one is not as the API promises.
+@cython.final
+cdef class Reading:
+    """The records of an answer to GetRecords, made as they are taken: a few bytes of an aggregate are a record each."""
 
-    raw: data stays bytes, else it is decoded as JSON; as_stored: aggregates are not taken apart.
-    """
-    cdef list records = []
-    cdef list inner
+    cdef list told
+    cdef list datas  # of the Kinesis records; None of those that are taken
+    cdef object shard_id
+    cdef bint raw
+    cdef bint as_stored
+    cdef Py_ssize_t at  # the Kinesis record whose turn it is
+    cdef list keys  # of the aggregate that is being taken apart, else None
     cdef bytes data
+    cdef size_t offset
     cdef Py_ssize_t place
-    for one in told:
-        try:
-            sequence, key = one["SequenceNumber"], one.get("PartitionKey")
-            stamp = one.get("ApproximateArrivalTimestamp")
-            data = a2b_base64(one["Data"], strict_mode=True)
-            if not (isinstance(one, dict) and isinstance(sequence, str) and isinstance(key, (str, type(None)))
-                    and isinstance(stamp, (int, float, type(None)))):
-                raise TypeError("a member of another type")
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UnexpectedResponse(
-                "UnexpectedResponse", f"a record of GetRecords: {type(error).__name__} {error}"
-            ) from None
-        inner = None
-        if not as_stored:
-            inner = aggregate_records_of(<const uint8_t*> PyBytes_AS_STRING(data), <size_t> PyBytes_GET_SIZE(data))
-        if inner is None:
-            records.append(consumer_record(data, key, None, one, shard_id, raw))
-            continue
-        for place in range(len(inner)):
-            key, data = inner[place]
-            records.append(consumer_record(data, key, place, one, shard_id, raw))
+    cdef readonly Py_ssize_t wrong  # how many of those taken are no JSON
+    cdef readonly ConsumerRecord first_wrong
+
+    def __init__(self, list told not None, shard_id, bint raw, bint as_stored):
+        """UnexpectedResponse when one is not as the API promises: it is looked at before any is taken.
+
+        raw: data stays bytes, else it is decoded as JSON; as_stored: aggregates are not taken apart.
+        """
+        cdef list datas = []
+        for one in told:
+            try:
+                sequence, key = one["SequenceNumber"], one.get("PartitionKey")
+                stamp = one.get("ApproximateArrivalTimestamp")
+                data = a2b_base64(one["Data"], strict_mode=True)
+                if not (isinstance(one, dict) and isinstance(sequence, str) and isinstance(key, (str, type(None)))
+                        and isinstance(stamp, (int, float, type(None)))):
+                    raise TypeError("a member of another type")
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise UnexpectedResponse(
+                    "UnexpectedResponse", f"a record of GetRecords: {type(error).__name__} {error}"
+                ) from None
+            datas.append(data)
+        if not raw:
+            find_json_loads()
+        self.told = told
+        self.datas = datas
+        self.shard_id = shard_id
+        self.raw = raw
+        self.as_stored = as_stored
+
+    @property
+    def more(self):
+        """May more be taken? The last portion may be empty."""
+        return self.at < len(self.datas)
+
+    def take(self, Py_ssize_t most) -> list:
+        """The next records, at most so many."""
+        cdef list records = []
+        cdef bytes data
+        cdef dict one
+        while self.at < len(self.datas) and len(records) < most:
+            if self.keys is not None:
+                self.take_inside(records, most)
+                continue
+            data = self.datas[self.at]
+            if not self.as_stored:
+                self.keys = aggregate_keys(<const uint8_t*> PyBytes_AS_STRING(data), <size_t> PyBytes_GET_SIZE(data))
+            if self.keys is not None:
+                self.data = data
+                self.offset = AGGREGATE_MAGIC
+                self.place = 0
+                continue
+            one = self.told[self.at]
+            self.add(records, data, one.get("PartitionKey"), None, one)
+            self.datas[self.at] = None
+            self.at += 1
+        return records
+
+    cdef int take_inside(self, list records, Py_ssize_t most) except -1:
+        """Records of the aggregate that was begun."""
+        cdef const uint8_t* data = <const uint8_t*> PyBytes_AS_STRING(self.data)
+        cdef const uint8_t* p = data + self.offset
+        cdef const uint8_t* end = data + PyBytes_GET_SIZE(self.data) - AGGREGATE_DIGEST
+        cdef uint64_t index = 0
+        cdef const uint8_t* inner = NULL
+        cdef size_t size = 0
+        cdef dict one = self.told[self.at]
+        while len(records) < most:
+            if not aggregate_next(&p, end, &index, &inner, &size):
+                self.keys = self.data = self.datas[self.at] = None
+                self.at += 1
+                return 0
+            self.add(records, PyBytes_FromStringAndSize(<const char*> inner, <Py_ssize_t> size),
+                     self.keys[<Py_ssize_t> index], self.place, one)
+            self.place += 1
+        self.offset = <size_t> (p - data)
+        return 0
+
+    cdef int add(self, list records, bytes data, object key, object place, dict one) except -1:
+        cdef ConsumerRecord record = consumer_record(data, key, place, one, self.shard_id, self.raw)
+        records.append(record)
+        if record.wrong:
+            self.wrong += 1
+            if self.first_wrong is None:
+                self.first_wrong = record
+        return 0
+
+
+def read_records(list told not None, shard_id, bint raw, bint as_stored) -> list:
+    """All records of an answer at once. What a stranger may have filled is taken from a Reading in portions."""
+    cdef Reading reading = Reading(told, shard_id, raw, as_stored)
+    cdef list records = []
+    while reading.more:
+        records += reading.take(10_000)
     return records
 
 

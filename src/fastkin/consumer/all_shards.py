@@ -6,39 +6,31 @@ So records of one key come in the order in which they were stored.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from fastkin.consumer.checkpoints import SHARD_END
 from fastkin.consumer.positions import TRIM_HORIZON, Position, ShardIteratorType, after
-from fastkin.consumer.shard_reader import Pace, ShardReader
-from fastkin.errors import ClosedError, KinesisError
+from fastkin.consumer.shard_reader import Pace, Portion, ShardReader
+from fastkin.errors import CheckpointError, ClosedError, KinesisError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fastkin._codec import ConsumerRecord
     from fastkin.aws.shards import Shard
-    from fastkin.consumer.calls import Calls
+    from fastkin.consumer.calls import Calls, Patience
 
 CHILDREN_S = 1.0  # until shards are listed again, when one has told of children that the list did not have
-
-
-class Portion(NamedTuple):
-    """A batch of one shard; `ended`: the last one."""
-
-    shard_id: str
-    records: list[ConsumerRecord]
-    ended: bool = False
+LOOKS = 5  # at a shard that was read to its end and is listed as open: a list may be older than the end
 
 
 class AllShards:
     """Hands out portions. Per shard one waits here at most and one more is being read: memory stays bounded."""
 
-    def __init__(self, calls: Calls, begin: Position, marks: Mapping[str, str], pace: Pace) -> None:
+    def __init__(self, calls: Calls, begin: Position, marks: Mapping[str, str], pace: Pace, place: str) -> None:
         self._calls = calls
         self._begin = begin
         self._marks = marks
+        self._place = place  # of the marks, for errors
         self._pace = pace
         self._ready: asyncio.Queue[Portion | BaseException] = asyncio.Queue(1)
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -92,7 +84,7 @@ class AllShards:
 
     async def _open(self, *, first: bool) -> None:
         """Start the shards whose turn it is."""
-        shards = await self._list()
+        shards = await self._list_of_this_stream()
         there = {shard.id for shard in shards}
         touched = self._touched(shards)
         for shard in shards:
@@ -129,19 +121,36 @@ class AllShards:
             more = bool(found)
         return touched
 
-    async def _list(self) -> list[Shard]:
-        while True:
-            # A page's token lives for five minutes, and a throttle may be waited out for longer: from the first page.
-            with contextlib.suppress(_PageExpiredError):
-                return await self._calls.patiently(self._pages, self._pace.patience_s)
+    async def _list_of_this_stream(self) -> list[Shard]:
+        """CheckpointError when the marks are of a stream that was deleted, and this one was made in its place: names
+        and ids are the same, and what was read to its end there would never be read here."""
+        former: list[str] = []
+        for look in range(LOOKS):
+            if look:
+                await asyncio.sleep(CHILDREN_S)
+            shards = await self._list()
+            former = [shard.id for shard in shards if self._marks.get(shard.id) == SHARD_END and not shard.closed]
+            if not former:
+                return shards
+        raise CheckpointError(
+            f"{self._place}: shard {former[0]} was read to its end, and is open: the mark is of a former stream of this"
+            " name; delete it and the others"
+        )
 
-    async def _pages(self) -> list[Shard]:
-        try:
-            return await self._calls.list_shards()
-        except KinesisError as error:
-            if error.code == "ExpiredNextTokenException":
-                raise _PageExpiredError from None
-            raise
+    async def _list(self) -> list[Shard]:
+        patience: Patience | None = None
+        while True:
+            try:
+                return await self._calls.patiently(self._calls.list_shards, self._pace.patience_s)
+            except KinesisError as error:
+                if error.code != "ExpiredNextTokenException":
+                    raise
+                # A page's token lives for five minutes, and a throttle may be waited out for longer: from the first
+                # page, at once. What expires again and again would be asked as fast as the peer answers.
+                if patience is None:
+                    patience = self._calls.patience(self._pace.patience_s)
+                else:
+                    await patience.bear(error)
 
     def _start(self, shard_id: str, position: Position) -> None:
         reader = self.readers[shard_id] = ShardReader(self._calls, shard_id, position, self._pace)
@@ -149,17 +158,12 @@ class AllShards:
 
     async def _read(self, reader: ShardReader) -> None:
         try:
-            async for batch in reader.batches():
-                ended = batch.next_iterator is None
-                if ended:
-                    self._children.update(batch.child_shards)
-                await self._ready.put(Portion(reader.shard_id, batch.records, ended))
+            async for portion in reader.portions():
+                if portion.ended:
+                    self._children.update(portion.child_shards)
+                await self._ready.put(portion)
         except Exception as error:  # noqa: BLE001 - who reads hears of it, whatever it is
             await self._ready.put(error)
-
-
-class _PageExpiredError(Exception):
-    """The list must be begun again."""
 
 
 def _parents(shard: Shard) -> set[str]:

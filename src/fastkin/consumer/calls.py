@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import orjson
 
-from fastkin._codec import ConsumerRecord, read_records
+from fastkin._codec import ConsumerRecord, Reading
 from fastkin.aws.error_table import telling_requests
 from fastkin.errors import Action, KinesisError, LibraryError, UnexpectedResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from fastkin.aws.client import Client
     from fastkin.aws.shards import Shard
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 log: logging.Logger = logging.getLogger("fastkin.consumer")
 
 MOST_RECORDS = 10_000  # of one GetRecords: the API's page
+# Records that are made in one go, some 10 ms at worst: of aggregates an answer of 10 MiB may have 1.7 million, and
+# nobody else gets on meanwhile.
+PORTION = 4096
 BACKOFF_S = (0.1, 10.0)  # first and longest wait of a call that goes again
 WARN_EVERY_S = 5.0
 T = TypeVar("T")
@@ -39,6 +42,15 @@ class Batch(NamedTuple):
     """
 
     records: list[ConsumerRecord]
+    millis_behind_latest: int
+    next_iterator: str | None
+    child_shards: list[str]
+
+
+class Answer(NamedTuple):
+    """The same, while its records are not made yet."""
+
+    records: Reading
     millis_behind_latest: int
     next_iterator: str | None
     child_shards: list[str]
@@ -74,7 +86,8 @@ class Calls:
                 raise UnexpectedResponse("UnexpectedResponse", "GetShardIterator: no ShardIterator in the answer")
             return iterator
 
-    async def records(self, iterator: str, limit: int | None, shard_id: str | None = None) -> Batch:
+    async def records(self, iterator: str, limit: int | None, shard_id: str | None = None) -> Answer:
+        """One GetRecords. `portions` or `whole` makes the records of its answer."""
         if not isinstance(iterator, str) or not iterator:
             raise LibraryError("Non empty argument required: iterator, a str as get_shard_iterator gives it")
         request: dict[str, Any] = {"ShardIterator": iterator}
@@ -84,9 +97,41 @@ class Calls:
         if arn := self._client.kinesis.stream_arn:
             request["StreamARN"] = arn
         with telling_requests():
-            return self._batch(await self._ask("GetRecords", request), shard_id)
+            return self._answer(await self._ask("GetRecords", request), shard_id)
 
-    def _batch(self, answer: dict[str, Any], shard_id: str | None) -> Batch:
+    async def portions(self, reading: Reading) -> AsyncIterator[tuple[list[ConsumerRecord], bool]]:
+        """The records of an answer in portions, each with whether another one follows; the last may be empty."""
+        if self._strict:
+            # One that is no JSON refuses them all, so none is handed out before the last was looked at.
+            yield await self.whole(reading), False
+            return
+        more = True
+        while more:
+            records = self._take(reading)
+            more = reading.more
+            yield records, more
+
+    async def whole(self, reading: Reading) -> list[ConsumerRecord]:
+        """All records of an answer; others get on in between."""
+        records = self._take(reading)
+        while reading.more:
+            await asyncio.sleep(0)
+            records += self._take(reading)
+        return records
+
+    def _take(self, reading: Reading) -> list[ConsumerRecord]:
+        before = reading.wrong
+        records = reading.take(PORTION)
+        first = reading.first_wrong
+        if first is not None and self._strict:
+            with telling_requests():
+                raise UnexpectedResponse(
+                    "UnexpectedResponse", f"record {first.sequence_number} of the answer: {first.error}"
+                )
+        self.decode_errors += reading.wrong - before
+        return records
+
+    def _answer(self, answer: dict[str, Any], shard_id: str | None) -> Answer:
         told, behind = answer.get("Records"), answer.get("MillisBehindLatest") or 0
         following, children = answer.get("NextShardIterator"), answer.get("ChildShards") or []
         if (
@@ -96,23 +141,16 @@ class Calls:
             or not isinstance(children, list)
         ):
             raise UnexpectedResponse("UnexpectedResponse", "GetRecords: a member is missing or of another type")
-        records = read_records(told, shard_id, self._raw, self._as_stored)
-        wrong = [] if self._raw else [record for record in records if record.error is not None]
-        if wrong and self._strict:
-            first = wrong[0]
-            raise UnexpectedResponse(
-                "UnexpectedResponse", f"record {first.sequence_number} of the answer: {first.error}"
-            )
-        self.decode_errors += len(wrong)
+        records = Reading(told, shard_id, self._raw, self._as_stored)
         ids = [str(child["ShardId"]) for child in children if isinstance(child, dict) and child.get("ShardId")]
-        return Batch(records, behind, following or None, ids)
+        return Answer(records, behind, following or None, ids)
 
     async def patiently(self, call: Callable[[], Awaitable[T]], patience_s: float | None) -> T:
         """Make a call again while what fails may pass: throttles, and trouble on the way for at most `patience_s`.
 
         Raises what does not pass, and what says that an iterator or a page has expired.
         """
-        wait, began = BACKOFF_S[0], time.monotonic()
+        patience = self.patience(patience_s)
         while True:
             try:
                 return await call()
@@ -121,15 +159,13 @@ class Calls:
             except KinesisError as error:
                 if error.code in EXPIRED or error.action not in (Action.THROTTLE, Action.RETRY):
                     raise
-                if error.action is Action.THROTTLE:
-                    self.throttled += 1
-                elif patience_s is not None and time.monotonic() - began >= patience_s:
-                    raise
-                self._warn(error)
-                wait = min(BACKOFF_S[1], random.uniform(BACKOFF_S[0], 3 * wait))  # noqa: S311
-                await asyncio.sleep(max(wait, error.retry_after or 0.0))
+                await patience.bear(error)
 
-    def _warn(self, error: KinesisError) -> None:
+    def patience(self, patience_s: float | None) -> Patience:
+        """For trouble that begins now."""
+        return Patience(self, patience_s)
+
+    def warn(self, error: KinesisError) -> None:
         # Five calls a second are what a shard gives to all its readers together: to meet that bound is no trouble.
         now = time.monotonic()
         if error.action is Action.THROTTLE or now - self._warned < WARN_EVERY_S:
@@ -151,6 +187,26 @@ class Calls:
         if not isinstance(answer, dict):
             raise UnexpectedResponse("UnexpectedResponse", f"{target}: the answer is no JSON object")
         return answer
+
+
+class Patience:
+    """Growing waits while a call fails, and the end of them: throttles are always borne, other trouble `patience_s`."""
+
+    def __init__(self, calls: Calls, patience_s: float | None) -> None:
+        self._calls = calls
+        self._patience_s = patience_s
+        self._wait = BACKOFF_S[0]
+        self._began = time.monotonic()
+
+    async def bear(self, error: KinesisError) -> None:
+        """Wait, with a WARNING. Raises the error when it has lasted too long."""
+        if error.action is Action.THROTTLE:
+            self._calls.throttled += 1
+        elif self._patience_s is not None and time.monotonic() - self._began >= self._patience_s:
+            raise error
+        self._calls.warn(error)
+        self._wait = min(BACKOFF_S[1], random.uniform(BACKOFF_S[0], 3 * self._wait))  # noqa: S311
+        await asyncio.sleep(max(self._wait, error.retry_after or 0.0))
 
 
 def check_limit(limit: int) -> None:

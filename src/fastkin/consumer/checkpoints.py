@@ -31,6 +31,11 @@ class Checkpoints(Protocol):
         """Reading has ended."""
 
 
+def place(store: Checkpoints | None) -> str:
+    """Where marks are kept, for error texts. Of a class that is not ours its name alone: it may show secrets."""
+    return str(store) if isinstance(store, FileCheckpoints) else f"checkpoints ({type(store).__name__})"
+
+
 class MemoryCheckpoints:
     """For one process: a second `stream()` goes on where the first one ended. `marks` may be looked at and given."""
 
@@ -152,4 +157,7 @@ class FileCheckpoints:
             raise self._problem(f"cannot be written: {error.strerror}", "make room, or check its permissions") from None
 
     def _problem(self, what: str, cure: str) -> CheckpointError:
-        return CheckpointError(f"checkpoints {str(self._path)!r}: {what}; {cure}")
+        return CheckpointError(f"{self}: {what}; {cure}")
+
+    def __str__(self) -> str:
+        return f"checkpoints {str(self._path)!r}"

@@ -15,7 +15,7 @@ from fastkin.aws.transports import make_client
 from fastkin.config import Kinesis
 from fastkin.consumer.all_shards import AllShards
 from fastkin.consumer.calls import Batch, Calls, check_limit
-from fastkin.consumer.checkpoints import SHARD_END, Checkpoints
+from fastkin.consumer.checkpoints import SHARD_END, Checkpoints, place
 from fastkin.consumer.positions import Position, ShardIteratorType
 from fastkin.consumer.shard_reader import Pace
 from fastkin.errors import ClosedError, ConfigError, LibraryError
@@ -23,7 +23,7 @@ from fastkin.settings.arguments import check_arguments, check_keys
 
 if TYPE_CHECKING:
     from fastkin.aws.client import Client
-    from fastkin.consumer.all_shards import Portion
+    from fastkin.consumer.shard_reader import Portion
     from fastkin.status.metrics import ConsumerCollector
 else:
     ConsumerCollector = Any  # what get_type_hints() shows: the collector would load prometheus_client
@@ -189,7 +189,8 @@ class Consumer:
         if limit is not None:
             check_limit(limit)
         await self.start()
-        return await self._calls.records(iterator, limit)
+        answer = await self._calls.records(iterator, limit)
+        return Batch(await self._calls.whole(answer.records), *answer[1:])
 
     def stream(
         self, position: Position | ShardIteratorType | str | datetime = "latest"
@@ -201,7 +202,8 @@ class Consumer:
 
         A record counts as read when the next one is asked for; a checkpoint is kept when a batch of a shard was read to
         its end, so what is repeated after a kill is one batch at most. KinesisError for what does not pass by itself;
-        LibraryError for a wrong position; CheckpointError when a checkpoint cannot be kept.
+        LibraryError for a wrong position; CheckpointError when a checkpoint cannot be kept, or says that a shard was
+        read to its end which is open: it is of a former stream of this name.
 
         Who cancels the wait for a record, as asyncio.wait_for does, ends this stream(), for so it is with generators:
         wait in a task of its own, or go on with another stream() and its checkpoints.
@@ -241,10 +243,10 @@ class Consumer:
         seen = Seen(self._dedupe) if self._dedupe else None
         try:
             marks = await store.load(self._name) if store is not None else {}
-            shards = AllShards(self._calls, begin, marks, self._pace)
+            shards = AllShards(self._calls, begin, marks, self._pace, place(store))
             self._shards.append(shards)
             while (portion := await shards.next()) is not None:
-                self._stats["batches"] += 1
+                self._stats["batches"] += not portion.more
                 async with contextlib.aclosing(self._portion(portion, seen)) as records:
                     async for record in records:
                         yield record
@@ -262,10 +264,10 @@ class Consumer:
                 await self._client.close()
 
     async def _portion(self, portion: Portion, seen: Seen | None) -> AsyncGenerator[ConsumerRecord, None]:
-        """The records of one batch, and the checkpoint behind those that were read."""
+        """The records of one portion, and the checkpoint behind those that were read."""
         stats = self._stats
         whole: str | None = None  # the last Kinesis record that was read whole
-        at: str | None = None
+        at = portion.before
         try:
             for record in portion.records:
                 # Records of an aggregate share a number, by which one cannot go on in its middle.
@@ -277,7 +279,8 @@ class Consumer:
                 stats["records"] += 1
                 stats["bytes"] += len(record.raw)
                 yield record
-            whole = SHARD_END if portion.ended else at
+            if not portion.more:  # else the next one may begin with more of the last Kinesis record
+                whole = SHARD_END if portion.ended else at
             if seen is not None and seen.unknown and not self._told:
                 self._told = True
                 _LOG.warning(
