@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import weakref
 from collections.abc import Callable, Iterable, Sequence  # noqa: TC003 - who reads our annotations needs it
 from functools import partial
 from pathlib import Path  # noqa: TC003
@@ -29,6 +27,7 @@ from fastkin.record import Record
 from fastkin.results import FrameResult, PutRecordsResult, PutResult  # noqa: TC001
 from fastkin.runtime.deadline import Deadline
 from fastkin.runtime.dropped import outlive, quiet
+from fastkin.runtime.forks import OfThisProcess
 from fastkin.settings.arguments import check_arguments, check_keys
 
 if TYPE_CHECKING:
@@ -48,7 +47,8 @@ _SPOOL_S = 5.0  # of the time that close() has, or a quarter of it: for what the
 _CLOSE_S = 1.0  # after that time: for what close() does besides
 
 _running_loop = asyncio._get_running_loop  # None outside of a loop, where get_running_loop() raises
-_LIVE: weakref.WeakSet[Producer] = weakref.WeakSet()  # started, by this process
+# What a child would send on its parent's sockets would be nonsense in the middle of a call.
+_LIVE: OfThisProcess[Producer] = OfThisProcess(lambda producer: producer._leave_behind())
 
 
 # Large because it is the public face: each way to put is a method of its own, and half of it is what they promise.
@@ -526,14 +526,3 @@ class Producer:
 def _tell(callback: Callable[[BaseException | None, PutResult | None], object], receipt: Receipt[PutResult]) -> None:
     error = receipt.exception()
     callback(error, None if error is not None else receipt.result())
-
-
-def _forked() -> None:
-    # A child has the parent's sockets too. What it would send on them would be nonsense in the middle of a call.
-    for producer in list(_LIVE):
-        producer._leave_behind()
-    _LIVE.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)

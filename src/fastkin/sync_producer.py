@@ -12,10 +12,8 @@ import atexit
 import concurrent.futures
 import contextlib
 import logging
-import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence  # noqa: TC003 - who reads our annotations needs it
 from functools import partial
@@ -27,6 +25,7 @@ from fastkin.errors import ClosedError, LibraryError, RecordsLost
 from fastkin.producer import Buffer, Producer
 from fastkin.record import Record  # noqa: TC001
 from fastkin.results import PutRecordsResult, PutResult  # noqa: TC001
+from fastkin.runtime.forks import OfThisProcess
 from fastkin.runtime.loops import loop_factory
 
 if TYPE_CHECKING:
@@ -460,22 +459,12 @@ def _left(limit: float) -> float:
     return min(max(0.0, limit - time.monotonic()), threading.TIMEOUT_MAX)
 
 
-_LIVE: weakref.WeakSet[SyncProducer] = weakref.WeakSet()  # started by this process
+# A child's atexit must not wait for threads that only the parent has.
+_LIVE: OfThisProcess[SyncProducer] = OfThisProcess(lambda producer: producer._leave_behind())
 
 
 # While atexit runs, daemon threads still do: those of the producers drain what was put.
 @atexit.register
 def _drain_all() -> None:
-    for producer in list(_LIVE):
+    for producer in _LIVE:
         producer.close()
-
-
-def _forked() -> None:
-    # Its atexit must not wait for threads that only the parent has.
-    for producer in list(_LIVE):
-        producer._leave_behind()
-    _LIVE.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
