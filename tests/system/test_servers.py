@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -35,6 +36,9 @@ def test_mosquitto_starts_restarts_on_its_port_and_ends() -> None:
         assert not servers.accepts(port)
         broker.start()
         last = broker.pid
+        until = time.monotonic() + 10  # it may listen before it says so
+        while broker.log().count("running") < 3 and time.monotonic() < until:
+            time.sleep(0.05)
         assert broker.log().count("running") == 3
     assert not alive(last)
     assert not broker.directory.exists()

@@ -22,6 +22,8 @@ from fastkin.status.logs import Repeats
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractAsyncContextManager
+    from io import BufferedReader
+    from pathlib import Path
 
     from fastkin.aws.credentials import Provider
     from fastkin.config import Kinesis
@@ -44,6 +46,23 @@ _FOR_ALL = frozenset({
     "ConnectTimeoutError", "ConnectionClosedError", "ConnectionError", "EndpointConnectionError", "HTTPClientError",
     "ProxyConnectionError", "ReadTimeoutError", "SSLError", "TimeoutError",
 })  # fmt: skip
+
+
+class _Body:
+    """A file that is opened and closed in the thread, one after the other: who is cancelled while it is opened has it
+    closed all the same."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BufferedReader | None = None
+
+    def open(self) -> BufferedReader:
+        self._file = self._path.open("rb")
+        return self._file
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class Uploader:
@@ -169,15 +188,15 @@ class Uploader:
         from fastkin.aws.sdk import slow_line_s
 
         with self._as_ours(f"PutObject of {file.key}"):
+            body = _Body(file.path)
             try:
-                body = await files.in_thread(file.path.open, "rb")
+                opened = await files.in_thread(body.open)
+                async with asyncio.timeout(slow_line_s(self._kinesis.request_timeout_s, file.nbytes)):
+                    await client.put_object(Bucket=self.bucket, Key=file.key, Body=opened)
             except FileNotFoundError:
                 return  # another process has taken it there
-            try:
-                async with asyncio.timeout(slow_line_s(self._kinesis.request_timeout_s, file.nbytes)):
-                    await client.put_object(Bucket=self.bucket, Key=file.key, Body=body)
             finally:
-                await files.in_thread(body.close)  # type: ignore[attr-defined]
+                await files.in_thread(body.close)
         await files.in_thread(files.directory.uploaded, file)
         files.counters.uploaded += 1
         files.counters.waiting -= 1
