@@ -17,7 +17,7 @@ unit: setup ## the first look after a change: tests that start no process, witho
 	.venv/bin/python -m pytest -n 4 --dist worksteal -m "not process" --ignore=tests/outsiders
 
 test: setup ## the tests, against mosquitto, kinesalite and kinesis-mock
-	.venv/bin/python -m pytest -n 3
+	.venv/bin/python -m pytest -n 3 --dist worksteal
 
 faults: setup ## the ledger suite: every fault case and 300 random combinations, every record accounted for
 	.venv/bin/python tests/faults/run
