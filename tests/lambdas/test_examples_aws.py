@@ -45,6 +45,7 @@ def aws(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the keys of the first who asked
 
 
 def make_table(dynamodb: Any, name: str, **keys: str) -> None:

@@ -40,6 +40,7 @@ def another_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_REGION", "eu-north-1")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("NO_PROXY", "intranet")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the keys of the first who asked
 
 
 @pytest.fixture
