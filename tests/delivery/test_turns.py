@@ -139,3 +139,18 @@ def test_room_made_after_the_loop_has_closed_calls_nobody(monkeypatch: pytest.Mo
 
 async def wait_for(receipt: Receipt) -> None:
     await receipt
+
+
+async def test_who_was_called_is_on_the_way_for_those_behind() -> None:
+    """More in the line than are called at once, and nothing is in flight by then: the last one called calls them."""
+    w = Waiters(1)
+    tasks = w.start(*range(20))
+    await turn_of_the_loop()
+    assert w.served == [0]
+    w.rig.store()  # the record ends: some are called, and have not run yet
+    assert w.turns.stuck(0) is None
+    for _ in range(100):
+        await turn_of_the_loop()
+        w.rig.store()
+    await asyncio.gather(*tasks)
+    assert w.served == list(range(20))

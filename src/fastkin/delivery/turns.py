@@ -94,9 +94,12 @@ class Turns:
 
     def stuck(self, in_flight: int) -> str | None:
         """Somebody waits and nothing will call; `in_flight` records have yet to end. None: all is well."""
-        # Room, a line, and nobody on the way: whoever made room did not call.
-        if self._line and not self._called and not self._budget.full:
-            return f"{len(self._line)} who put wait for room and there is some"
-        if self._line and not in_flight:
+        # Who was called is on the way, and calls the next when it is served: also with more in the line than are called
+        # at once, and nothing in flight by then.
+        if not self._line or self._called:
+            return None
+        if not self._budget.full:
+            return f"{len(self._line)} who put wait for room and there is some"  # whoever made it did not call
+        if not in_flight:
             return f"{len(self._line)} who put wait for room and nothing is in flight"
         return None
