@@ -216,6 +216,26 @@ def test_pipeline_in_its_forms(capsys: pytest.CaptureFixture[str], args: list[st
     all_stored(result_of(capsys, "pipeline", *args), records)
 
 
+@pytest.mark.parametrize(
+    ("args", "shards"),
+    [([], 1000), (["--limits"], 4), (["--limits", "--shards", "9"], 9), (["--shards", "2"], 2)],
+)
+def test_few_shards_hold_a_run_back_only_where_limits_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, args: list[str], shards: int
+) -> None:
+    """fastkin paces itself by the shards it sees: flat out, four of them would show 4,000 records a second."""
+    plans: list[Plan] = []
+
+    def keep(plan: Plan, *_: object) -> int:
+        plans.append(plan)
+        return 0
+
+    monkeypatch.setattr(bench, "_run", keep)
+    with pytest.raises(SystemExit):
+        bench.main(["pipeline", *args])
+    assert [plan.shards for plan in plans] == [shards]
+
+
 @pytest.mark.process
 def test_pipeline_behind_mosquitto(capsys: pytest.CaptureFixture[str]) -> None:
     told = result_of(capsys, "pipeline", "--broker", "mosquitto", "--count", "600", "--rate", "2000")

@@ -34,6 +34,8 @@ Decorator = "Callable[[Callable[..., Any]], Callable[..., Any]]"
 _RUN_COUNT = 200_000  # messages of a run flat out
 _BULK_COUNT = 5_000  # the same, of frames
 _SECONDS = 10.0  # of a run at a rate
+_SHARDS = 4  # of an emulator that keeps their limits
+_MANY_SHARDS = 1000  # of one that does not
 _EXCEEDED = 3  # exit code
 
 
@@ -142,8 +144,8 @@ _ENDPOINT = _chain(
     click.option("--endpoint-ca", type=click.Path(exists=True, dir_okay=False), help="Authorities of that endpoint."),
     click.option("--stream", default=STREAM, show_default=True, help="The stream at that endpoint."),
     click.option("--region", default=REGION, show_default=True, help="Its region."),
-    click.option("--shards", type=click.IntRange(1, 10_000), default=4, show_default=True,
-                 help="Shards of the emulator."),
+    click.option("--shards", type=click.IntRange(1, 10_000),
+                 help=f"Shards of the emulator.  [default: {_SHARDS} with --limits, else {_MANY_SHARDS}]"),
     click.option("--limits/--no-limits", default=None, help="The emulator keeps the limits of shards."),
     click.option("--latency-ms", type=click.FloatRange(0, 60_000), default=0.0, show_default=True,
                  help="How long the emulator holds an answer back."),
@@ -338,13 +340,17 @@ def _plan(command: str, options: dict[str, Any]) -> Plan:
     tls = options.pop("tls")
     broker, endpoint = options.get("broker", SOURCE), options.get("endpoint", EMULATOR)
     _check_sides(broker, endpoint, tls, options)
+    limits, shards = bool(options.pop("limits", None)), options.pop("shards", None)
     return Plan(
         command=command,
         messages=count,
         interval_s=options.pop("interval"),
         tls_broker=tls in ("broker", "both"),
         tls_kinesis=tls in ("kinesis", "both"),
-        limits=bool(options.pop("limits", None)),
+        limits=limits,
+        # fastkin keeps to what the shards can take, also when the emulator would take more: few of them, and a run flat
+        # out shows nothing but their limit.
+        shards=shards or (_SHARDS if limits else _MANY_SHARDS),
         **options,
     )
 
