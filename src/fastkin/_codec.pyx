@@ -1,7 +1,8 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
 """Per-record work, compiled: frames, keys, size accounting, batches, request bodies, answers.
 
-One module in parts, in the order a record passes them:
+One module in parts, each of which uses only those above it; a record does not pass them in this order (DESIGN.md walks
+with one). Why one module: parts call each other without a Python call between them.
   codec/payload.pxi   what a payload format is
   codec/formats.pxi   the table of them, each a file: format_raw.pxi, format_bulk.pxi
   codec/json.pxi      a JSON reader for bytes nobody vouches for: key fields and answers
@@ -20,7 +21,8 @@ One module in parts, in the order a record passes them:
 
 Rules: an untrusted length is unsigned and compared with what is left, never added to a pointer first;
 a frame is read whole before a byte of it is taken; while we call out, our objects are whole.
-Everything here runs with the GIL held: nothing claims to be thread-safe without it.
+Everything here runs with the GIL held. `nogil` on a function says only that it touches no Python object, which the
+compiler then checks; no part gives the GIL away, and nothing claims to be thread-safe without it.
 """
 
 cimport cython

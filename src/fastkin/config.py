@@ -1,7 +1,8 @@
 """What the user says, as frozen tables: broker, stream, pipelines. settings/ fills them.
 
 A field with a row is a setting: the line here is all that is needed to read it from a file and the environment, to
-check it, to show it and to write it into the README (setting_row.py says how). Fields without a row are made, not said.
+check it, to show it and to write it into the README (setting_row.py says how). A field without a row is no setting: it
+is worked out from others when the table is filled, or given by who makes the table in Python.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What a soak may cost: CPU, growth of memory, wake-ups and calls, each with a bound that a gate can rely on."""
+"""What a soak may cost: CPU, growth of memory, wake-ups and calls, each with a bound that a gate can rely on.
+
+Wake-ups and calls hardly depend on what else the machine does; the CPU share does, so its bound can be widened.
+"""
 
 from __future__ import annotations
 

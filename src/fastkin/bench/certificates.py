@@ -1,4 +1,7 @@
-"""A certificate for loopback, made for one run: openssl's command makes it, or trustme where that is installed."""
+"""A certificate for loopback, made for one run: openssl's command makes it, or trustme where that is installed.
+
+Made anew each time, because a key that is shipped expires, and sooner or later somebody trusts it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The work on records alone, in this process: a message's bytes to the body of a PutRecords call."""
+"""The work on records alone, in this process: a message's bytes to the body of a PutRecords call.
+
+No socket takes part, so what an intake or a transport costs cannot hide what a change to the codec does.
+"""
 
 from __future__ import annotations
 

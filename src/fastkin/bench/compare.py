@@ -1,4 +1,7 @@
-"""fastkin beside its peers: outputs compared first, then rounds in turns."""
+"""fastkin beside its peers: outputs compared first, then rounds in turns.
+
+In turns, because a machine that others share changes its speed within minutes: only neighbours can be compared.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The Kinesis of a run, a process of its own: the emulator, and the ledger of what it stored."""
+"""The Kinesis of a run, a process of its own: the emulator, and the ledger of what it stored.
+
+It is asked for hashes only: the records of a long run would not fit into memory, and need not.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The intake alone, a process of its own: messages are taken, counted and acknowledged a little later."""
+"""The intake alone, a process of its own: messages are taken, counted and acknowledged a little later.
+
+Later, because stored records are: an intake that acknowledges at once would never fill its window.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """All shards of a stream side by side, of those that were split or merged the parents to their end before the children.
 
-So records of one key come in the order in which they were stored.
+So records of one key come in the order in which they were stored: after a split a key goes on in a child, and who read
+it beside its parent would see new before old.
 """
 
 from __future__ import annotations

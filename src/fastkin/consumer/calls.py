@@ -1,4 +1,8 @@
-"""The three calls of a reader: arguments that are checked in, answers that are checked out."""
+"""The three calls of a reader: arguments that are checked in, answers that are checked out.
+
+An answer is checked because it may come from anything that stands in for Kinesis; what is missing in it is an
+UnexpectedResponse that names it, where a KeyError from within would tell nobody what went wrong.
+"""
 
 from __future__ import annotations
 

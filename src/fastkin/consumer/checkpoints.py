@@ -1,4 +1,8 @@
-"""How far each shard was read: kept in memory, in a file, or wherever the caller keeps it."""
+"""How far each shard was read: kept in memory, in a file, or wherever the caller keeps it.
+
+A place is kept after the records before it were handed out and the next were asked for. So after a crash some come
+again, and none is left out.
+"""
 
 from __future__ import annotations
 

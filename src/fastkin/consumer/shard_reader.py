@@ -1,4 +1,9 @@
-"""One shard from a position to its end, at the pace that AWS allows."""
+"""One shard from a position to its end, at the pace that AWS allows.
+
+A shard answers five GetRecords a second, for all readers together, so an answer without records is followed by a wait.
+An iterator lives for five minutes: one that has expired is asked for anew behind the last record that was handed out,
+so there is neither a gap nor a duplicate.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What makes, describes, changes and deletes streams and their shards."""
+"""What makes, describes, changes and deletes streams and their shards.
+
+A split or merge closes shards and makes children with the hash ranges that Kinesis would give them, for pacing and the
+order of reading depend on exactly that.
+"""
 
 from __future__ import annotations
 

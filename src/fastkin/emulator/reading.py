@@ -1,4 +1,7 @@
-"""Answers GetShardIterator and GetRecords: how a consumer reads the emulated stream."""
+"""Answers GetShardIterator and GetRecords: how a consumer reads the emulated stream.
+
+An iterator is text that says everything, so nothing is kept for it; a reader that never comes back costs no memory.
+"""
 
 from __future__ import annotations
 

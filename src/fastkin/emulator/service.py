@@ -1,4 +1,6 @@
-"""What each operation does: a decoded body in, an answer out. No sockets, no clock of its own."""
+"""What each operation does: a decoded body in, an answer out. No sockets, no clock of its own:
+the same service answers over HTTP and, on virtual time, in the simulation.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What one emulated account holds: its streams, what was put into them, and how a call finds its stream."""
+"""What one emulated account holds: its streams, what was put into them, and how a call finds its stream.
+
+Apart from what the operations do, so that tests and the ledger look into it without a call.
+"""
 
 from __future__ import annotations
 

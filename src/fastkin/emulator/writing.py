@@ -1,4 +1,8 @@
-"""Answers PutRecords, PutRecord and PutRecordBatch: what is stored, and which entries fail."""
+"""Answers PutRecords, PutRecord and PutRecordBatch: what is stored, and which entries fail.
+
+Limits are those of the service, by shard and second, because a sender that is only tried against a stream without
+limits is never tried.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,3 @@
-"""What a payload says: partition keys."""
+"""What a message becomes, as far as Python decides it: keys, filters, events, what is added. The work per record is in
+codec/.
+"""

@@ -1,7 +1,7 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
 """Per-packet work, compiled, sans-io: MQTT 3.1.1 and 5.0 to subscribe, and a little to publish.
 
-One module in parts, in the order a packet passes them:
+One module in parts, each of which uses only those above it; the last one is where a packet comes in:
   mqtt/packets.pxi   leaf functions on pointers: UTF-8, lengths, properties, matching, PUBLISH
   mqtt/encode.pxi    what we send, and the texts of reason codes
   mqtt/events.pxi    control packets as objects
@@ -15,7 +15,7 @@ One module in parts, in the order a packet passes them:
 
 Rules: a length from the wire is unsigned and compared with what is left, never added to a pointer
 first; no Python object is made per PUBLISH; while a sink runs, the session is whole and refuses
-re-entrance.
+re-entrance. `nogil` on a function says that it touches no Python object; the GIL is never given away.
 """
 
 cimport cython
