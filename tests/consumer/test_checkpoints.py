@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -253,3 +254,21 @@ async def test_the_mark_of_a_former_stream_of_the_name_is_refused(
                 f"{name}: shard {FIRST} was read to its end, and is open: the mark is of a former stream of this name;"
                 " delete it and the others"
             )
+
+
+async def test_a_file_is_let_go_by_who_is_cancelled_while_it_waits_for_a_thread(tmp_path: Path) -> None:
+    busy = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        asyncio.get_running_loop().set_default_executor(pool)
+        store = FileCheckpoints(tmp_path / "marks.json")
+        await store.load("s")
+        pool.submit(busy.wait)
+        closing = asyncio.create_task(store.close())
+        await asyncio.sleep(0.05)
+        closing.cancel()
+        await asyncio.wait([closing])
+        busy.set()
+        await asyncio.to_thread(int)  # behind it
+        other = FileCheckpoints(tmp_path / "marks.json")
+        assert await other.load("s") == {}
+        await other.close()

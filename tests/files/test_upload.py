@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import logging
 import os
+import threading
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from fastkin.config import Kinesis, Pipeline
 from fastkin.errors import KinesisError
 from fastkin.files.client import FileClient
 from fastkin.files.directory import UPLOAD
+from fastkin.files.upload import _Body
 from support.buckets import create, objects
 from support.fake_http import FakeServer
 
@@ -258,6 +260,38 @@ async def test_what_was_refused_is_tried_behind_the_others(tmp_path: Path, monke
         await client.close()
     before = script.tried[: script.tried.index("/plant-1/prod/b.jsonl")]
     assert set(before) == {"/plant-1/error/a.jsonl"}
+
+
+async def test_a_file_is_closed_when_its_upload_is_cancelled_at_the_very_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is sent, and the thread that closes has not come to it yet."""
+    closed: list[str] = []
+    close = _Body.close
+
+    def closing(self: _Body) -> None:
+        close(self)
+        closed.append(self._path.name)
+
+    monkeypatch.setattr(_Body, "close", closing)
+    busy = threading.Event()
+
+    async def answer(link: Link, _: Request) -> None:
+        client.files._press.leave(busy.wait)
+        link.reply(200, b"")
+
+    (tmp_path / UPLOAD).mkdir(parents=True)
+    (tmp_path / UPLOAD / "a.jsonl").write_bytes(b"a")
+    async with FakeServer(answer) as server:
+        client = FileClient(pipeline(tmp_path, server.url, "plant-1"))
+        try:
+            await client.start()
+            await until(lambda: client.files._press._jobs.qsize())  # to close it
+            await client.close()
+            assert not closed
+        finally:
+            busy.set()
+        await until(lambda: closed)
 
 
 async def test_keys_that_are_wrong_for_all_files_end_the_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,8 @@ class FileCheckpoints:
 
     async def close(self) -> None:
         """Let another consumer have the file."""
-        await asyncio.to_thread(self._close)
+        # A call to a thread that has not begun is not made when who awaits it is cancelled; this one must be made.
+        await asyncio.shield(asyncio.to_thread(self._close))
 
     def _open(self, stream: str) -> dict[str, str]:
         # A caller that is cancelled does not end this thread: close() waits for it, and finds what it has opened.

@@ -145,6 +145,10 @@ class Files:
         """A call to the disk that is not on the way of a record."""
         return await self._press.run(work, *args)
 
+    def leave(self, work: Callable[..., object], *args: object) -> None:
+        """The same behind what the thread has to do; nobody waits for it."""
+        self._press.leave(work, *args)
+
     @property
     def hangs(self) -> str | None:
         """The disk has not answered for a while, in words."""

@@ -49,8 +49,8 @@ _FOR_ALL = frozenset({
 
 
 class _Body:
-    """A file that is opened and closed in the thread, one after the other: who is cancelled while it is opened has it
-    closed all the same."""
+    """A file that is opened and closed in the thread, one after the other: who is cancelled, be it while it is opened
+    or when all is sent, has it closed all the same."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -196,7 +196,8 @@ class Uploader:
             except FileNotFoundError:
                 return  # another process has taken it there
             finally:
-                await files.in_thread(body.close)
+                # Not awaited: a call that is waited for is not made when who waits is cancelled first.
+                files.leave(body.close)
         await files.in_thread(files.directory.uploaded, file)
         files.counters.uploaded += 1
         files.counters.waiting -= 1
