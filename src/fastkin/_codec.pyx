@@ -1,8 +1,9 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
 """Per-record work, compiled: frames, keys, size accounting, batches, request bodies, answers.
 
-One module in parts, each of which uses only those above it; a record does not pass them in this order (DESIGN.md walks
-with one). Why one module: parts call each other without a Python call between them.
+One module in parts, because parts of one module call each other without a Python call between them. They are listed as
+they are included, small ones first; a few name what stands below, and a record passes them in another order, which
+DESIGN.md walks.
   codec/payload.pxi   what a payload format is
   codec/formats.pxi   the table of them, each a file: format_raw.pxi, format_bulk.pxi
   codec/json.pxi      a JSON reader for bytes nobody vouches for: key fields and answers
@@ -12,17 +13,18 @@ with one). Why one module: parts call each other without a Python call between t
   codec/entry.pxi     the text of an entry, for PutRecords and for the disk
   codec/batch.pxi     the budget, and one PutRecords body with what it must settle
   codec/restore.pxi   a body that comes back from the disk, read as if a stranger had written it
-  codec/shape.pxi     what is made of each record before it is stored
-  codec/batcher.pxi      payloads in, closed batches out
-  codec/sinks.pxi     more ways into one batcher, for payloads of other formats
   codec/aggregate.pxi several records in one Kinesis record, as the KPL does it
   codec/lines.pxi     the same, as lines of JSON
+  codec/shape.pxi     what is made of each record before it is stored
+  codec/batcher.pxi   payloads in, closed batches out
+  codec/sinks.pxi     more ways into one batcher, for payloads of other formats
   codec/reading.pxi   records as a consumer gets them
 
 Rules: an untrusted length is unsigned and compared with what is left, never added to a pointer first;
 a frame is read whole before a byte of it is taken; while we call out, our objects are whole.
-Everything here runs with the GIL held. `nogil` on a function says only that it touches no Python object, which the
-compiler then checks; no part gives the GIL away, and nothing claims to be thread-safe without it.
+`nogil` on a function says only that it touches no Python object, which the compiler then checks. The GIL is given away
+in one place, `with nogil` in codec/entry.pxi, which reads a body that is held by its buffer; all else runs with it, and
+nothing claims to be thread-safe without it.
 """
 
 cimport cython

@@ -1,6 +1,6 @@
 """The Kinesis of a run, a process of its own: the emulator, and the ledger of what it stored.
 
-It is asked for hashes only: the records of a long run would not fit into memory, and need not.
+What a call stored is hashed and let go: the records of a long run would not fit into memory, and need not.
 """
 
 from __future__ import annotations

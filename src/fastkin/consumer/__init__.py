@@ -1,6 +1,6 @@
 """The consumer: every record of a stream, in the order of its shards, from a place that is kept. `fastkin.Consumer`.
 
-    consumer.py      the face; it owns client and threads, and hands out streams
+    consumer.py      the face; it owns the client, and hands out streams
     all_shards.py    which shards are read now, and which wait for their parents
     shard_reader.py  one shard: iterator, pace, what to do when an answer fails
     calls.py         the calls themselves; positions.py and checkpoints.py say where they begin

@@ -1,8 +1,8 @@
 """One shard from a position to its end, at the pace that AWS allows.
 
-A shard answers five GetRecords a second, for all readers together, so an answer without records is followed by a wait.
-An iterator lives for five minutes: one that has expired is asked for anew behind the last record that was handed out,
-so there is neither a gap nor a duplicate.
+A shard answers five GetRecords a second, for all readers together, so calls keep a fifth of a second between them, and
+`poll_s` while there is nothing new. An iterator lives for five minutes: one that has expired is asked for anew behind
+the last record that was handed out, so there is neither a gap nor a duplicate.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""What each operation does: a decoded body in, an answer out. No sockets, no clock of its own:
-the same service answers over HTTP and, on virtual time, in the simulation.
-"""
+"""What each operation does: a decoded body in, an answer out. No sockets, no clock of its own."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # cython: language_level=3, auto_pickle=False, autotestdict=False
 """Per-packet work, compiled, sans-io: MQTT 3.1.1 and 5.0 to subscribe, and a little to publish.
 
-One module in parts, each of which uses only those above it; the last one is where a packet comes in:
+One module in parts, small ones first; the last one is where a packet comes in, and calls the others:
   mqtt/packets.pxi   leaf functions on pointers: UTF-8, lengths, properties, matching, PUBLISH
   mqtt/encode.pxi    what we send, and the texts of reason codes
   mqtt/events.pxi    control packets as objects
