@@ -1,4 +1,4 @@
-"""Embedding: records of 200 B put one by one, an outcome for each, CPU of the producing process per record."""
+"""Embedding: records of 200 B one by one or in lists of 500, an outcome for each, CPU of the producer per record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from _processes import counting_kinesis, measured, median, read_back, scaled
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-COUNTS = {"fastkin": 400_000, "aiobotocore": 40_000, "capo-kinesis": 40_000, "aiokpl": 5_000}
+COUNTS = {"fastkin": 400_000, "fastkin-many": 400_000, "aiobotocore": 40_000, "capo-kinesis": 40_000, "aiokpl": 5_000}
 
 
 def produce(name: str) -> dict[str, Any]:

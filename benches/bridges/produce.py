@@ -32,6 +32,24 @@ async def with_fastkin() -> Meter:
     return meter
 
 
+async def with_fastkin_many() -> Meter:
+    """The same from lists of 500, as put_records() of an SDK has them."""
+    import fastkin
+
+    async with fastkin.Producer(
+        "bench", region="us-east-1", endpoint_url=url, access_key="AK", secret_key="SK", shard_map=False
+    ) as producer:
+        meter = Meter()
+        receipts = []
+        for first in range(0, count, 500):
+            batch = [RECORDS[n % 1000] for n in range(first, min(first + 500, count))]
+            receipts += await producer.put_many(batch)
+        await producer.flush()
+        assert all(receipt.done() for receipt in receipts)
+        assert receipts[-1].result().sequence_number
+    return meter
+
+
 async def with_calls(put: Any) -> None:
     """Full calls, eight at a time, the outcome of each record looked at."""
 
@@ -104,6 +122,7 @@ async def with_aiokpl() -> Meter:
 
 makers = {
     "fastkin": with_fastkin,
+    "fastkin-many": with_fastkin_many,
     "aiobotocore": with_aiobotocore,
     "capo-kinesis": with_capo,
     "aiokpl": with_aiokpl,

@@ -1,7 +1,7 @@
 # Per-record work, compiled: frames, keys, size accounting, batches, request bodies, answers.
 # The docstrings are in the compiled module.
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Generic, Literal, Self, TypeVar, final, overload
 
 from typing_extensions import Buffer, disjoint_base
@@ -9,6 +9,8 @@ from typing_extensions import Buffer, disjoint_base
 from fastkin.errors import DataFormatError
 from fastkin.results import FrameResult, PutResult
 
+_T = TypeVar("_T")
+_End = TypeVar("_End")
 _T_co = TypeVar("_T_co", covariant=True)
 
 STORED: int
@@ -72,6 +74,7 @@ class Budget:
     def low(self) -> bool: ...  # under the low mark (3/4 of both), or only doubted: reading may resume
     # so many of the records held were refused one by one: alone they do not fill the budget
     def doubt(self, records: int) -> None: ...
+    waiting: int  # who stand in line for room: who comes now has to stand behind them
     on_room: Callable[[], None] | None  # called when `full` has ended; must not take or end records
     # would one record of nbytes (data + key) fit now; True when nothing is held
     def room(self, nbytes: int) -> bool: ...
@@ -293,13 +296,14 @@ class Batcher(Sink):
     # raises RecordError
     def add(self, data: Buffer, token: int = 0, key: str | None = None, hash_key: str | None = None) -> None: ...
     def put(self, data: Buffer, key: str | None = None, hash_key: str | None = None) -> Receipt[PutResult]: ...
-    # put_if_room() is for this thread alone, while its loop is running
-    def belong(self, is_running: Callable[[], bool]) -> None: ...
-    # None while the budget is full, and for who does not own the batcher; attend() is called when the batcher needs
+    # put_if_room() is for this thread alone, while its loop is running; attend() is called when the batcher needs
     # attention
-    def put_if_room(
-        self, data: Buffer, key: str | None, hash_key: str | None, attend: Callable[[], None]
-    ) -> Receipt[PutResult] | None: ...
+    def belong(self, is_running: Callable[[], bool], attend: Callable[[], None]) -> None: ...
+    def leave(self) -> None: ...  # put_if_room() is for nobody
+    # None for who does not own the batcher, while the budget is full, and while somebody waits for room
+    def put_if_room(self, data: Buffer, key: str | None, hash_key: str | None) -> Receipt[PutResult] | None: ...
+    # put_if_room() for each that is bytes, until one is not taken, which is returned; `end` after the last
+    def put_while_room(self, records: Iterator[_T], receipts: list[Receipt[PutResult]], end: _End) -> _T | _End: ...
     def put_frame(self, payload: Buffer) -> Receipt[FrameResult]: ...
     def close_batch(self, reason: int) -> bool: ...  # True: something waits to be taken
     # who can send may take the open batch as it is; until then it grows. False: there is none

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence  # noqa: TC003 - who reads our annotations needs it
+from enum import Enum
 from functools import partial
 from pathlib import Path  # noqa: TC003
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -49,6 +50,12 @@ _CLOSE_S = 1.0  # after that time: for what close() does besides
 _running_loop = asyncio._get_running_loop  # None outside of a loop, where get_running_loop() raises
 # What a child would send on its parent's sockets would be nonsense in the middle of a call.
 _LIVE: OfThisProcess[Producer] = OfThisProcess(lambda producer: producer._leave_behind())
+
+
+class _End(Enum):
+    """What follows the last of some records: any other object, None too, may be one of them that is wrong."""
+
+    END = 0
 
 
 # Large because it is the public face: each way to put is a method of its own, and half of it is what they promise.
@@ -212,7 +219,6 @@ class Producer:
     async def _start(self) -> None:
         delivery = self._delivery
         self._loop = asyncio.get_running_loop()
-        self._batcher.belong(self._loop.is_running)
         _LIVE.add(self)
         await self._client.start()
         delivery.open(on_settled=self._turns.call, stuck=self.stuck)
@@ -225,6 +231,7 @@ class Producer:
             raise self._not_open()
         self._opened = True
         self._attend = delivery.flusher.attend
+        self._batcher.belong(self._loop.is_running, self._attend)
         delivery.watchdog.start()
         if delivery.expiry is not None:
             delivery.expiry.start()
@@ -234,7 +241,7 @@ class Producer:
     def _loop_ended(self) -> None:
         if self._closed:
             return
-        self._closed, self._attend = True, None
+        self._take_no_more()
         if self._batcher.in_flight:
             _LOG.warning(
                 "pipeline=%s stage=engine the event loop ended and close() was never called: %d records were not"
@@ -284,15 +291,11 @@ class Producer:
 
         RecordError: the record can never be stored. ClosedError: the producer is not open.
         """
-        attend = self._attend
-        if attend is None:
-            raise self._not_open()
-        if not self._turns.waiting:
-            receipt = self._batcher.put_if_room(data, partition_key, explicit_hash_key, attend)
-            if receipt is not None:
-                return receipt
+        receipt = self._batcher.put_if_room(data, partition_key, explicit_hash_key)
+        if receipt is not None:
+            return receipt
         # not a lambda: its closure would make cells of the arguments on every call
-        return await self._in_turn(attend, partial(self._batcher.put, data, partition_key, explicit_hash_key))
+        return await self._in_turn(partial(self._batcher.put, data, partition_key, explicit_hash_key))
 
     def put_nowait(
         self,
@@ -309,14 +312,9 @@ class Producer:
 
         BudgetFull: there is no room; nothing was taken. Else as put().
         """
-        attend = self._attend
-        if attend is None:
-            raise self._not_open()
-        receipt = None
-        if not self._turns.waiting:
-            receipt = self._batcher.put_if_room(data, partition_key, explicit_hash_key, attend)
+        receipt = self._batcher.put_if_room(data, partition_key, explicit_hash_key)
         if receipt is None:
-            if _running_loop() is not self._loop:
+            if self._attend is None or _running_loop() is not self._loop:
                 raise self._not_usable()
             raise BudgetFull("no room in the budget: await put(), which waits for it, or raise budget_bytes")
         if callback is not None:
@@ -337,8 +335,10 @@ class Producer:
         `prev_sequence_number` of a Record is not sent.
         """
         receipts: list[Receipt[PutResult]] = []
+        rest = iter(records)
         try:
-            for each in records:
+            # Most are taken in compiled code; what is left is what must wait, has a key of its own, or is wrong.
+            while (each := self._batcher.put_while_room(rest, receipts, _End.END)) is not _End.END:
                 if isinstance(each, Record):
                     receipts.append(await self.put(each.payload, each.partition_key, each.explicit_hash_key))
                 else:
@@ -354,8 +354,8 @@ class Producer:
         attend = self._attend
         if attend is None or _running_loop() is not self._loop:
             raise self._not_usable()
-        if self._delivery.budget.full or self._turns.waiting:
-            return await self._in_turn(attend, partial(self._batcher.put_frame, payload))
+        if self._delivery.budget.full or self._delivery.budget.waiting:
+            return await self._in_turn(partial(self._batcher.put_frame, payload))
         receipt = self._batcher.put_frame(payload)
         if self._batcher.dirty:
             attend()
@@ -403,7 +403,7 @@ class Producer:
         if self._closing is None:
             if timeout_s is None:
                 timeout_s = self._close_timeout_s
-            self._closed, self._attend = True, None
+            self._take_no_more()
             self._closing = asyncio.create_task(self._close(timeout_s), name=f"fastkin[{self._name}].close")
         closing = self._closing
         try:
@@ -486,9 +486,14 @@ class Producer:
             " use SyncProducer, which every thread may use"
         )
 
+    def _take_no_more(self) -> None:
+        self._closed, self._attend = True, None
+        self._batcher.leave()
+
     def _leave_behind(self) -> None:
         """In a forked process: its loop and its connections are the parent's."""
-        self._attend, self._closed, self._forked = None, True, True
+        self._take_no_more()
+        self._forked = True
 
     def _not_open(self) -> ClosedError:
         if self._forked:
@@ -499,9 +504,10 @@ class Producer:
             return ClosedError("this producer is closed: make a new one")
         return ClosedError("this producer is not started: use `async with Producer(...)` or await start()")
 
-    async def _in_turn(self, attend: Callable[[], None], put: Callable[[], Receipt[T]]) -> Receipt[T]:
+    async def _in_turn(self, put: Callable[[], Receipt[T]]) -> Receipt[T]:
         """The same when the budget is full, or somebody waits already, or whoever calls must not."""
-        if _running_loop() is not self._loop:
+        attend = self._attend
+        if attend is None or _running_loop() is not self._loop:
             raise self._not_usable()
 
         def make_room() -> None:

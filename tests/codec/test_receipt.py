@@ -16,7 +16,7 @@ from fastkin.results import EncryptionType, FrameResult, PutResult
 from support.codec_rig import SHARD, Rig, answer, entry, failure, stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def test_stored() -> None:
@@ -306,21 +306,70 @@ def test_put_if_room_asks_for_attention_and_takes_nothing_without_room() -> None
         calls.append(rig.batcher.dirty)
         rig.batcher.dirty = False
 
-    first = rig.batcher.put_if_room(b"a", None, None, attend)
+    assert rig.batcher.put_if_room(b"0", None, None) is None, "it belongs to nobody yet"
+    rig.batcher.belong(lambda: True, attend)
+    first = rig.batcher.put_if_room(b"a", None, None)
     assert first is not None
     assert calls == [True], "a batch was opened"
-    assert rig.batcher.put_if_room(b"b", "key", "7", attend) is not None
+    assert rig.batcher.put_if_room(b"b", "key", "7") is not None
     assert calls == [True, True], "it was closed"
-    assert rig.batcher.put_if_room(b"c", None, None, attend) is not None
+    assert rig.batcher.put_if_room(b"c", None, None) is not None
     assert rig.budget.full
     before = len(calls)
-    assert rig.batcher.put_if_room(b"d", None, None, attend) is None
+    assert rig.batcher.put_if_room(b"d", None, None) is None
     assert (len(calls), rig.batcher.received) == (before, 3)
+    other = Rig()
+    other.batcher.belong(lambda: True, lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
-        Rig().batcher.put_if_room(b"e", None, None, lambda: 1 // 0)
+        other.batcher.put_if_room(b"e", None, None)
     entries = [one for call in rig.store() for one in call]
     assert [(data, hash_key) for data, _, hash_key in entries] == [(b"a", None), (b"b", "7"), (b"c", None)]
     assert first.result().sequence_number
+    rig.budget.waiting = 1
+    assert rig.batcher.put_if_room(b"f", None, None) is None, "somebody waits for room, and comes first"
+    rig.budget.waiting = 0
+    rig.batcher.leave()
+    assert rig.batcher.put_if_room(b"g", None, None) is None, "it is nobody's any more"
+    rig.settled()
+
+
+def test_put_while_room_gives_back_what_it_does_not_take() -> None:
+    rig = Rig(budget=Budget(1 << 20, 4), max_records=2)
+    receipts: list[Receipt[PutResult]] = []
+    end = object()
+    assert rig.batcher.put_while_room(iter([b"0"]), receipts, end) == b"0", "it belongs to nobody yet"
+    rig.batcher.belong(lambda: True, lambda: None)
+    assert rig.batcher.put_while_room(iter(()), receipts, end) is end
+    other = bytearray(b"not bytes")
+    rest = iter([b"a", b"b", other, b"c", None, b"d", b"e", b"f"])
+    assert rig.batcher.put_while_room(rest, receipts, end) is other
+    assert rig.batcher.put_while_room(rest, receipts, end) is None, "an element, not the end"
+    assert len(receipts) == 3
+    assert rig.batcher.put_while_room(rest, receipts, end) == b"e", "one fitted"
+    assert rig.budget.full
+    assert [data for call in rig.store() for data, _, _ in call] == [b"a", b"b", b"c", b"d"]
+    assert rig.batcher.put_while_room(rest, receipts, end) is end, "f, and nothing is left"
+    assert [receipt.done() for receipt in receipts] == [True] * 4 + [False]
+    rig.store()
+    rig.settled()
+
+
+def test_put_while_room_stops_at_what_is_too_large_and_when_it_is_left() -> None:
+    rig = Rig(max_record_bytes=100)
+    rig.batcher.belong(lambda: True, lambda: None)
+    receipts: list[Receipt[PutResult]] = []
+    with pytest.raises(RecordError, match="137 bytes"):
+        rig.batcher.put_while_room(iter([b"a", b"x" * 101, b"b"]), receipts, None)
+    assert len(receipts) == 1
+
+    def leaving() -> Iterator[bytes]:
+        yield b"c"
+        rig.batcher.leave()
+        yield b"d"
+
+    assert rig.batcher.put_while_room(leaving(), receipts, None) == b"d"
+    assert len(receipts) == 2
+    rig.store()
     rig.settled()
 
 

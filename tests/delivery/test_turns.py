@@ -41,7 +41,7 @@ async def test_in_the_order_they_came_and_no_more_than_there_is_room_for() -> No
     tasks = w.start(*range(60))
     await turn_of_the_loop()
     assert w.served == [0, 1, 2, 3]
-    assert w.turns.waiting == 56
+    assert w.rig.budget.waiting == 56
     assert w.asked >= 56
     while len(w.served) < 60:
         before = len(w.served)
@@ -51,7 +51,7 @@ async def test_in_the_order_they_came_and_no_more_than_there_is_room_for() -> No
         assert w.turns.stuck(1) is None
     await asyncio.gather(*tasks)
     assert w.served == list(range(60))
-    assert w.turns.waiting == 0
+    assert w.rig.budget.waiting == 0
 
 
 async def test_who_is_cancelled_holds_nobody_up() -> None:
@@ -68,7 +68,7 @@ async def test_who_is_cancelled_holds_nobody_up() -> None:
         w.rig.store()
         await turn_of_the_loop()
     assert w.served == [0, 3, 4, 5]
-    assert w.turns.waiting == 0
+    assert w.rig.budget.waiting == 0
     assert [task.cancelled() for task in tasks] == [False, True, True, False, False, False]
 
 
@@ -97,7 +97,7 @@ async def test_the_end_is_told_to_all_in_the_line() -> None:
     w.turns.close(RuntimeError("closed"))
     ended = await asyncio.gather(*tasks, return_exceptions=True)
     assert [repr(one) for one in ended] == ["None", "RuntimeError('closed')", "RuntimeError('closed')"]
-    assert w.turns.waiting == 0
+    assert w.rig.budget.waiting == 0
 
 
 async def test_what_nobody_will_look_at() -> None:

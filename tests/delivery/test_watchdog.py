@@ -50,7 +50,7 @@ async def test_who_gives_up_waiting_does_not_take_the_room_of_the_next(emulator:
                     put.cancel()
                 done = await asyncio.gather(*puts, return_exceptions=True)
                 assert sum(not isinstance(result, BaseException) for result in done) >= 20
-        assert one._turns.waiting == 0
+        assert one._delivery.budget.waiting == 0
     assert one.stats()["in_flight"] == 0
 
 

@@ -18,7 +18,7 @@ from support.fake_http import FakeServer, Link, Request
 from support.servers import ACCESS_KEY, SECRET_KEY, free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def producer(url: str, **options: Any) -> Producer:
@@ -57,6 +57,40 @@ async def test_put_many_says_which_one_is_wrong_and_what_was_taken() -> None:
         assert len(caught.value.receipts) == 2
         await asyncio.gather(*caught.value.receipts)
         assert sorted(record.data for record in emulator.stored("welders")) == [b"a", b"b"]
+
+
+async def test_put_many_waits_for_room_and_keeps_the_order() -> None:
+    """Far more than the budget holds; two who put at once share the room."""
+    async with (
+        Emulator({"welders": 1}) as emulator,
+        producer(emulator.url, budget_records=40, max_records=10, max_connections=1) as one,
+    ):
+        kinds: list[Callable[[bytes], bytes | bytearray | Record]] = [bytes, bytearray, lambda data: Record(data, "k")]
+        mine = one.put_many(kinds[n % 3](b"a%04d" % n) for n in range(300))
+        yours = one.put_many([b"b%04d" % n for n in range(300)])
+        for receipts in await asyncio.gather(mine, yours):
+            assert len(receipts) == 300
+            await asyncio.gather(*receipts)
+        data = [record.data for record in emulator.stored("welders")]
+    for who in (b"a", b"b"):
+        assert [each for each in data if each.startswith(who)] == [who + b"%04d" % n for n in range(300)]
+
+
+async def test_put_many_says_at_which_one_the_producer_was_closed() -> None:
+    async with Emulator({"welders": 1}) as emulator, producer(emulator.url) as one:
+
+        def closing() -> Iterator[bytes]:
+            yield b"first"
+            closed.append(asyncio.ensure_future(one.close()))
+            yield b"second"
+            yield b"third"
+
+        closed: list[asyncio.Future[int]] = []
+        receipts = await one.put_many(closing())  # close() has not run yet
+        assert (len(receipts), await closed[0]) == (3, 0)
+        with pytest.raises(ClosedError, match=r"records\[0\]: ") as caught:
+            await one.put_many([b"fourth"])
+        assert caught.value.receipts == ()
 
 
 async def test_put_many_says_what_was_taken_before_something_that_is_no_record() -> None:

@@ -68,6 +68,7 @@ cdef class Budget:
     cdef uint64_t held_bytes
     cdef uint64_t held_records
     cdef uint64_t most_bytes
+    cdef public size_t waiting  # who stand in line for room: who comes now has to stand behind them
     cdef bint stalled  # since the high mark, or a payload that found no room, until the low mark
     cdef uint64_t doubted
     cdef object _on_room

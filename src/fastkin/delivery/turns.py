@@ -36,14 +36,14 @@ class Turns:
         self._tickets = itertools.count()
         self._line: list[tuple[int, asyncio.Future[None]]] = []  # a heap, by when they came
         self._called: list[int] = []  # have been called, and have not run since
-        self.waiting: int = 0  # in the line, or called from it and not served yet: who comes now has to stand behind
 
     @contextlib.asynccontextmanager
     async def turn(self, make_room: Callable[[], None]) -> AsyncIterator[None]:
         """Waits for its turn and for room; `make_room` is called each time there is none."""
         # Tickets and not places in a list: who is called and finds no room comes back with the same one.
         ticket = next(self._tickets)
-        self.waiting += 1
+        # In the line, or called from it and not served yet. Kept in the budget, where a put asks without a Python call.
+        self._budget.waiting += 1
         try:
             # Again and again: room that is seen when it is called may be gone when it runs.
             while not self._is_turn(ticket):
@@ -52,7 +52,7 @@ class Turns:
                     await self._stand(ticket)
             yield
         finally:
-            self.waiting -= 1
+            self._budget.waiting -= 1
             # Whatever became of this one: the next one would else wait for a room that is there.
             self.call()
 
