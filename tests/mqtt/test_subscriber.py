@@ -211,7 +211,7 @@ def test_a_sink_without_room_stops_the_reading(run: Any, protocol: Any) -> None:
                 await until(lambda: len(rig.got) == 500)
                 assert rig.payloads == numbers(500)
                 assert not rig.subscriber.paused
-                assert rig.subscriber.paused_s >= 0.05
+                assert rig.subscriber.paused_s >= 0.049  # uvloop's clock counts milliseconds: 0.05 may be a hair less
                 rig.settle_all()
 
     run(main())
