@@ -274,10 +274,15 @@ async def test_a_file_is_closed_when_its_upload_is_cancelled_at_the_very_end(
         closed.append(self._path.name)
 
     monkeypatch.setattr(_Body, "close", closing)
-    busy = threading.Event()
+    held, busy = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        busy.wait()
 
     async def answer(link: Link, _: Request) -> None:
-        client.files._press.leave(busy.wait)
+        client.files._press.leave(hold)
+        await until(held.is_set)  # what waits for the thread from now on is the closing
         link.reply(200, b"")
 
     (tmp_path / UPLOAD).mkdir(parents=True)
