@@ -219,6 +219,35 @@ async def test_a_broker_address_that_says_nothing_is_tried_last_the_next_time(mo
 
 
 @on_both_loops
+async def test_a_good_address_that_was_slow_once_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have failed then. To begin with the silent one each time would leave the good one untried for a minute."""
+    resolve(monkeypatch, "127.0.0.2", "127.0.0.1")
+    seen = 0
+
+    async def serve(peer: Peer) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            await peer.connect()
+            await peer.subscribe()
+        await peer.until_closed()
+
+    async with FakeBroker(serve) as broker:
+        with socket.socket() as silent:
+            silent.bind(("127.0.0.2", broker.port))
+            silent.listen(50)
+            rig = Rig(broker, host="several.test", connect_timeout_s=0.5)
+            rig.start()
+            try:
+                await rig.connected(20.0)
+                assert seen > 1
+            finally:
+                await rig.subscriber.close()
+                assert rig.task is not None
+                await asyncio.wait([rig.task])
+
+
+@on_both_loops
 async def test_a_name_that_hangs_holds_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """A resolver that does not answer takes none of the threads that everybody shares."""
     true = socket.getaddrinfo

@@ -221,7 +221,7 @@ def avoid(address: Any) -> None:
 
 
 def _in_turn(infos: Sequence[AddrInfo]) -> list[AddrInfo]:
-    """Each address once, the families in turn, those to avoid last."""
+    """Each address once, the families in turn, those to avoid last: who failed last is the last of them."""
     families: dict[int, list[AddrInfo]] = {}
     # Resolvers tell an address several times, once for each protocol.
     for info in dict.fromkeys(infos):
@@ -229,8 +229,9 @@ def _in_turn(infos: Sequence[AddrInfo]) -> list[AddrInfo]:
     lists = list(families.values())
     mixed = [of[at] for at in range(max(map(len, lists))) for of in lists if at < len(of)]
     now = time.monotonic()
-    # sorted() is stable: within the good ones and the bad ones the families still take turns.
-    return sorted(mixed, key=lambda info: _avoided.get(info[4], 0.0) > now)[:_ADDRESSES_MOST]
+    # sorted() is stable: among the good ones the families still take turns. Among the bad ones the order of the resolver
+    # would begin with the same one each time: a good one that was slow once would not be tried again for a minute.
+    return sorted(mixed, key=lambda info: max(_avoided.get(info[4], 0.0), now))[:_ADDRESSES_MOST]
 
 
 async def _race(infos: Sequence[AddrInfo]) -> tuple[socket.socket, AddrInfo]:
