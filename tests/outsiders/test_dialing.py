@@ -18,6 +18,7 @@ from fastkin.aws.http import HttpPool
 from fastkin.config import Broker
 from fastkin.errors import NotSent
 from fastkin.mqtt.publisher import Publisher
+from fastkin.net import dial
 from support.fake_broker import FakeBroker, Peer, Rig, until
 from support.fake_http import FakeServer, Link, Request, on_both_loops
 
@@ -245,6 +246,35 @@ async def test_a_good_address_that_was_slow_once_is_tried_again(monkeypatch: pyt
                 await rig.subscriber.close()
                 assert rig.task is not None
                 await asyncio.wait([rig.task])
+
+
+@on_both_loops
+async def test_a_late_loop_takes_what_has_connected_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first address has connected at once, and the loop is late: the next one is not begun beside it."""
+    resolve(monkeypatch, "127.0.0.1", "127.0.0.2")
+    begin = dial._Race.start_next
+    begun = 0
+
+    def late(self: dial._Race) -> None:
+        nonlocal begun
+        begun += 1
+        begin(self)
+        if begun == 1:
+            time.sleep(2 * dial.STAGGER_S)
+
+    monkeypatch.setattr(dial._Race, "start_next", late)
+    with socket.socket() as good, socket.socket() as silent:
+        good.bind(("127.0.0.1", 0))
+        good.listen(5)
+        silent.bind(("127.0.0.2", good.getsockname()[1]))
+        silent.listen(5)
+        transport = await dial.dial(asyncio.Protocol(), "several.test", good.getsockname()[1], tls=None)
+        try:
+            assert transport.get_extra_info("peername")[0] == "127.0.0.1"
+            assert begun == 1
+        finally:
+            transport.abort()
+            await asyncio.sleep(0)
 
 
 @on_both_loops

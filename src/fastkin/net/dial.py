@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import select
 import socket
 import threading
 import time
@@ -229,7 +230,7 @@ def _in_turn(infos: Sequence[AddrInfo]) -> list[AddrInfo]:
     lists = list(families.values())
     mixed = [of[at] for at in range(max(map(len, lists))) for of in lists if at < len(of)]
     now = time.monotonic()
-    # sorted() is stable: among the good ones the families still take turns. Among the bad ones the order of the resolver
+    # sorted() is stable: among the good ones the families still take turns. Among the bad ones the resolver's order
     # would begin with the same one each time: a good one that was slow once would not be tried again for a minute.
     return sorted(mixed, key=lambda info: max(_avoided.get(info[4], 0.0), now))[:_ADDRESSES_MOST]
 
@@ -287,10 +288,19 @@ class _Race:
         elif code in {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK, errno.EINTR}:
             self._loop.add_writer(sock, self._ready, sock, info)
             if self._left:
-                self._timer = self._loop.call_later(STAGGER_S, self.start_next)
+                self._timer = self._loop.call_later(STAGGER_S, self._time_is_over)
         else:
             self._shut(sock)
             self._fail(info, OSError(code, os.strerror(code)))
+
+    def _time_is_over(self) -> None:
+        # uvloop runs timers before it looks at sockets. When it is late, an attempt may have ended long ago, and its
+        # callback is next: beside a second one it could lose to an address that should come last.
+        ended = select.poll()
+        for sock in self._open:
+            ended.register(sock, select.POLLOUT)
+        if not ended.poll(0):
+            self.start_next()
 
     def _ready(self, sock: socket.socket, info: AddrInfo) -> None:
         self._loop.remove_writer(sock)
