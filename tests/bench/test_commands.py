@@ -52,7 +52,7 @@ def all_stored(told: dict[str, Any], records: int) -> None:
 def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = invoke(capsys)
     assert (code, err) == (0, "")
-    assert all(f"  {name}  " in out for name in COMMANDS)
+    assert all(f"  {name}  " in out for name in [*COMMANDS, "cost"])
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -7,11 +7,12 @@ stderr, 3 nothing is lost and `soak` exceeded a bound, 130 interrupted.
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastkin.bench.bounds import CALLS_PER_S, CPU_PERCENT, GROWTH_MB_H, ONCE_MB, RATE, WAKEUPS_PER_S, Bounds
-from fastkin.bench.forms import FORMS, MOST_SAMPLES
+from fastkin.bench.cost import Prices, costs, table
+from fastkin.bench.forms import FORMS, MOST_SAMPLES, Forms
 from fastkin.bench.plan import EMULATOR, MOSQUITTO, REGION, SOURCE, STREAM, Plan
 from fastkin.commands import cli
 
@@ -319,6 +321,65 @@ def compare(
 
     groups = _with_folder(plan, output, lambda folder, show: beside(plan, kinds, names, rounds, folder, show))
     _tell_groups(groups, plan, output)
+    return 0
+
+
+_PRICE = click.FloatRange(0, 1_000_000)
+_PRICES = Prices()
+
+
+@bench.command()
+@_FORM
+@click.option(
+    "--rate", type=click.FloatRange(0.1, 10_000_000), default=1000.0, show_default=True, help="Messages a second."
+)
+@click.option(
+    "--linger-ms",
+    type=click.FloatRange(0, 60_000),
+    default=50.0,
+    show_default=True,
+    help="How long a record may wait for others.",
+)
+@click.option(
+    "--used",
+    type=click.FloatRange(0.01, 1.0),
+    default=0.8,
+    show_default=True,
+    help="The share of its limits that a shard is planned to take.",
+)
+@click.option(
+    "--shard-hour", type=_PRICE, default=_PRICES.shard_hour, show_default=True, help="Provisioned, in dollars."
+)
+@click.option(
+    "--put-units",
+    type=_PRICE,
+    default=_PRICES.million_put_units,
+    show_default=True,
+    help="Provisioned: a million units of 25 KB, in dollars.",
+)
+@click.option(
+    "--stream-hour", type=_PRICE, default=_PRICES.stream_hour, show_default=True, help="On demand, in dollars."
+)
+@click.option(
+    "--gb-in",
+    type=_PRICE,
+    default=_PRICES.gb_in,
+    show_default=True,
+    help="On demand: a GB of records, each rounded up to 1 KB, in dollars.",
+)
+@click.option("--json", "told_as_json", is_flag=True, help="Write the result as JSON, not as a table.")
+@cli.version
+def cost(
+    rate: float, linger_ms: float, used: float, shard_hour: float, put_units: float, stream_hour: float, gb_in: float,
+    told_as_json: bool, **options: Any,
+) -> int:  # fmt: skip
+    """What a plant costs on Kinesis by `aggregation`: bytes, records, calls, shards and AWS's bill. Nothing is sent.
+
+    The prices are us-east-1's of 2023 unless others are given: https://aws.amazon.com/kinesis/data-streams/pricing/
+    """
+    prices = Prices(shard_hour, put_units, stream_hour, gb_in)
+    found = costs(Forms(**options), rate=rate, linger_s=linger_ms / 1000, prices=prices, used=used)
+    click.echo(json.dumps([asdict(each) for each in found], indent=2) if told_as_json else table(found))
     return 0
 
 
