@@ -93,6 +93,8 @@ class KeyPlan:
 class ShardTable:
     def __new__(cls, ends: Sequence[int]) -> Self: ...
     def find(self, key: str, hash_key: str | None = None) -> int: ...
+    # how likely a key is kept that is drawn for this shard, 0.0 to 1.0; None: any key will do
+    def set_odds(self, odds: Sequence[float] | None) -> None: ...
     def __len__(self) -> int: ...
 
 # A payload, or one record of it (index not None), that is set aside.
@@ -141,6 +143,11 @@ class Batch:
     digest: str | None  # free for the client: the body's SHA-256 in hex
     def shard_load(self) -> dict[int, tuple[int, int]]: ...  # shard index (-1 unknown) -> (records, bytes)
     # (entries of those shards, the others); self is spent
+    # the shards of keys that were drawn; those without room are drawn anew, unless they may be stored already.
+    # None: they have no shard any more
+    def place(self, table: ShardTable | None, again: bool = False) -> None: ...
+    @property
+    def drawn(self) -> bool: ...  # it has keys that were drawn
     def split(self, shards: Iterable[int]) -> tuple[Batch | None, Batch | None]: ...
     @property
     def single(self) -> bool: ...  # it cannot be halved: one record, and no aggregate of several

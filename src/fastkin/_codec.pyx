@@ -49,7 +49,7 @@ from cpython.unicode cimport (
     PyUnicode_DecodeUTF8,
     PyUnicode_GET_LENGTH,
 )
-from libc.stdint cimport UINT32_MAX, int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport UINT32_MAX, int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memchr, memcmp, memcpy, memset
 
@@ -99,6 +99,7 @@ cdef extern from "codec/random.h" nogil:
     int fk_random_ready() noexcept
     void fk_random_fix(uint64_t seed) noexcept
     void fk_random_forget() noexcept
+    uint64_t fk_random() noexcept
     void fk_uuid4(char* out) noexcept
 
 cdef extern from "codec/content.h" nogil:

@@ -191,6 +191,8 @@ def look(world: World, run: Any, stats: dict[str, Any]) -> None:
         mark("messages came again")
     if stats["throttled"]:
         mark("throttled")
+    if run.delivery.sender.draws_for_room:
+        mark("keys are drawn for room")
     if run.delivery.sender.operator_error:
         mark("an operator must act")
     if stats["dead_lettered"]:

@@ -54,6 +54,7 @@ class Stream:
         # moods
         self.latencies: Sequence[float] = (0.01,)
         self.limits = False  # throttles by shard
+        self.first_takes = 1.0  # of what the others take
         self.call_fault = ""  # one of CALL_FAULTS
         self.call_fault_share = 0.0
         self.entry_fault = ""
@@ -183,7 +184,7 @@ class Stream:
     def _entry_fault(self, shard: dict[str, Any]) -> dict[str, Any] | None:
         now = self.world.loop.now
         if self.limits:
-            rate = self.shard_rate
+            rate = self.shard_rate * (self.first_takes if shard is self.open[0] else 1.0)
             shard["tokens"] = min(rate, shard["tokens"] + (now - shard["at"]) * rate)
             shard["at"] = now
             if shard["tokens"] < 1:

@@ -120,6 +120,7 @@ class Scenario:
     def kinesis_limits(self) -> None:
         stream = self.any_stream()
         stream.limits = not stream.limits
+        stream.first_takes = self.world.choose("the first shard takes", (1.0, 0.02, 0.2))
 
     def kinesis_reshard(self) -> None:
         stream = self.any_stream()

@@ -18,7 +18,8 @@ cdef struct Entry:
     uint32_t size  # data before base64 and UTF-8 bytes of the key: what Kinesis counts
     int32_t shard  # -1: unknown
     uint32_t records  # that the user gave: more than one in an aggregate
-    uint32_t kind
+    uint16_t kind
+    uint16_t drawn  # its key was drawn here: any other would do as well
 
 cdef struct Run:
     # of an aggregate's records: `count` that one token waits for
@@ -286,6 +287,7 @@ cdef class Batch:
     cdef public Py_ssize_t uncertain  # calls with it whose outcome nobody knows
     cdef public double taken_at
     cdef public Py_ssize_t flush_generation
+    cdef ShardTable placed_by  # whose shards its drawn keys have; None: they have none
     cdef public object digest  # free for the client: the body's SHA-256, so that sending again costs no second one
 
     @staticmethod
@@ -408,6 +410,7 @@ cdef class Batch:
         other.uncertain = self.uncertain
         other.taken_at = self.taken_at
         other.flush_generation = self.flush_generation
+        other.placed_by = self.placed_by
         # until its owner is spent, freeing it must end nothing
         other.live = False
         return other
@@ -637,6 +640,44 @@ cdef class Batch:
         left.live = right.live = True
         return left, right
 
+    @property
+    def drawn(self) -> bool:
+        """It has keys that were drawn: any others would do as well."""
+        self.whole()
+        cdef size_t i
+        for i in range(self.count):
+            if self.items[i].drawn:
+                return True
+        return False
+
+    def place(self, ShardTable table, bint again=False) -> None:
+        """Find the shards of keys that were drawn before anybody asked where they fall; `again`: of all that were
+        drawn. A key of a shard without room is drawn anew, but not of a record that may be stored already: who reads it
+        twice should know it again. None: nobody asks any more, they count as spread evenly. What another table said is
+        forgotten, for its shards are others."""
+        self.whole()
+        cdef size_t i
+        cdef Entry* entry
+        cdef char* key
+        cdef bint fixed = self.uncertain > 0 or self.exports > 0
+        if self.placed_by is not table:
+            self.placed_by = table
+            for i in range(self.count):
+                if self.items[i].drawn:
+                    self.items[i].shard = -1
+        if table is None:
+            return
+        for i in range(self.count):
+            entry = &self.items[i]
+            if not entry.drawn or (entry.shard >= 0 and not again):
+                continue
+            key = entry_drawn_key(self.body.p + entry.at + entry.length)
+            entry.shard = table.locate(wide_md5(key, FK_UUID_LENGTH))
+            if not fixed and not table.kept(entry.shard):
+                random_ready()
+                entry.shard = table.draw(key)
+                self.digest = None
+
     def split(self, shards) -> tuple[Batch | None, Batch | None]:
         """(entries of these shards, the others). Self is spent, or is the one that has everything."""
         self.whole()
@@ -781,6 +822,9 @@ cdef class Batch:
                     out.uncertain = max(out.uncertain, batch.uncertain)
                     out.taken_at = min(out.taken_at, batch.taken_at)
                     out.flush_generation = min(out.flush_generation, batch.flush_generation)
+                    if batch.placed_by is not out.placed_by:
+                        out.place(None)
+                        batch.place(None)
                 out.copy(batch, i)
         for item in outs:
             (<Batch> item).finish_body((<Batch> items[0]).why, (<Batch> items[0]).batcher)

@@ -237,6 +237,12 @@ cdef class Batcher(Sink):
         entry.length = <uint32_t> (p - batch.body.p) - entry.at
         entry.size = <uint32_t> size
         entry.shard = key.shard
+        # With a hash key of its own it is stored there, whatever its key is.
+        entry.drawn = (key.verdict == KEY_UUID or key.verdict == KEY_MISSING) and hash_length == 0
+        if entry.drawn and self.table is not None and self.table.odds != NULL:
+            if batch.placed_by is not self.table:
+                batch.place(self.table)
+            entry.shard = self.table.draw(entry_drawn_key(p))
         entry.records = records
         entry.kind = kind
         batch.body.length = <size_t> (p - batch.body.p)

@@ -103,6 +103,11 @@ cdef inline char* entry_write(char* p, const uint8_t* data, size_t length, const
     return p + ENTRY_CLOSE
 
 
+cdef inline char* entry_drawn_key(char* end) noexcept nogil:
+    """The key of an entry that ends at `end`, when it was drawn: the last thing in it."""
+    return end - ENTRY_CLOSE - FK_UUID_LENGTH
+
+
 cdef inline char* entry_write_other(char* p, const char* former, size_t former_length, size_t former_data,
                                     const uint8_t* data, size_t length) noexcept nogil:
     """A former entry, whose data was `former_data` bytes long, with other data. Returns where it ends."""

@@ -19,6 +19,7 @@ cdef enum:
     KEY_CHARS = 256  # of Kinesis, in Unicode code points
     KEY_BYTES = 1024  # what 256 code points can take
     HASH_DIGITS = 39  # of 2^128 - 1
+    DRAWS_MOST = 16  # of one key: where next to no shard has room the last one has to do
 
 cdef struct Key:
     Verdict verdict
@@ -454,6 +455,7 @@ cdef class ShardTable:
 
     cdef Wide* ends
     cdef size_t count
+    cdef uint8_t* odds  # of 255, that a key drawn for this shard is kept; NULL: any key will do
 
     def __cinit__(self, ends):
         items = list(ends)
@@ -469,9 +471,41 @@ cdef class ShardTable:
 
     def __dealloc__(self):
         free(self.ends)
+        free(self.odds)
 
     def __len__(self) -> int:
         return <Py_ssize_t> self.count
+
+    def set_odds(self, odds) -> None:
+        """For each shard, 0.0 to 1.0, how likely a key that falls into it is kept when keys are drawn; one at least has
+        1.0. None: any key is kept, and nobody looks where it falls."""
+        cdef size_t i
+        cdef uint8_t* room
+        if odds is None:
+            free(self.odds)
+            self.odds = NULL
+            return
+        items = list(odds)
+        if len(items) != self.count or min(items) < 0.0 or max(items) != 1.0:
+            raise LibraryError("odds are 0.0 to 1.0, one for each shard, one of them 1.0")
+        room = <uint8_t*> take_memory(self.odds, self.count)
+        self.odds = room
+        for i in range(self.count):
+            room[i] = <uint8_t> max(1, int(items[i] * 255.0))
+
+    cdef int32_t draw(self, char* p) noexcept nogil:
+        """Keys at `p`, one after the other, until one falls where there is room: the shard of that one."""
+        cdef int32_t shard = -1
+        cdef int tries
+        for tries in range(DRAWS_MOST):
+            fk_uuid4(p)
+            shard = self.locate(wide_md5(p, FK_UUID_LENGTH))
+            if self.kept(shard):
+                break
+        return shard
+
+    cdef inline bint kept(self, int32_t shard) noexcept nogil:
+        return shard < 0 or self.odds == NULL or self.odds[shard] == 255 or (fk_random() >> 56) < self.odds[shard]
 
     cdef int32_t locate(self, Wide at) noexcept nogil:
         """The first shard that ends at or behind `at`; -1 behind the last."""

@@ -65,6 +65,7 @@ cdef Batch restore_batch(_Accounting accounting, const uint8_t* data, size_t len
         entry = batch.next_entry()
         entry.token = token
         entry.kind = ENTRY_ROW
+        entry.drawn = False  # it may have been stored before it came to the disk
         entry.at = <uint32_t> one.at
         entry.length = <uint32_t> one.length
         entry.size = <uint32_t> one.data_length

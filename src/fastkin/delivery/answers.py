@@ -1,7 +1,7 @@
 """What an answer makes of a batch, entry by entry: stored, failed for now, or refused for good.
 
-An entry that failed goes again as the same bytes with the same key, so a duplicate can be recognised. Three kinds of
-failure are kept apart. An entry that was throttled says something about its shard: it goes back to the head of the
+An entry that failed goes again as the same bytes with the same key, so a duplicate can be recognised; a key that was
+drawn may change when the shard was full, for then it is surely not stored (spreading.py). Three kinds of failure are kept apart. An entry that was throttled says something about its shard: it goes back to the head of the
 shard's line. One that failed for another passing reason waits for its time and holds back nobody. One that can never be
 stored is given up, alone: of an aggregate the others go on.
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastkin._codec import Batch, Failure
     from fastkin.aws.shards import ShardMap
     from fastkin.delivery.generations import Generations
+    from fastkin.delivery.spreading import Spreading
 
 # Attempts for an entry whose error code nobody documented, before it is given up: with the waits in between some ten
 # minutes, in which something else must have been stored. A destination in trouble of a new kind costs no data so, and
@@ -49,6 +50,7 @@ class Answers(Judge):
     """Judges the entries of answers."""
 
     generations: Generations
+    spreading: Spreading
     random: Random
     stored_at: float  # when Kinesis last took something; at first: when we began
     shards: ShardMap | None = None
@@ -121,12 +123,24 @@ class Answers(Judge):
         most = _THROTTLE_CAP_S if self.trouble.throttled else _ENTRY_BASE_S * 2
         self.counters.throttled.add(shard_id, batch.user_records)
         ordinal = self.shards.ordinal(shard_id) if self.shards is not None else None
+        if ordinal is not None and batch.drawn and self.spreading.refused(ordinal, now):
+            # What waits for the bucket of evenly spread keys has one of its own from now on.
+            self.waits.leave_lines()
+        self.spreading.look(now, self.waits.lines)
+        moves = self.spreading.active and ordinal is not None and batch.drawn
+        if moves:
+            # Records whose keys were drawn may go to shards that have room, which this one has not.
+            self.pacer.throttled(now, ordinal, even=False)
+            self.spreading.place(batch, again=True)
         load = batch.shard_load()
-        self.pacer.throttled(now, ordinal, even=-1 in load)
+        if -1 in load or not moves:
+            self.pacer.throttled(now, ordinal, even=-1 in load)
         self.trouble.say_throttled(now, shard_id, len(batch))
         until = now + self.random.uniform(_ENTRY_BASE_S, most)
         for shard, part in apart(batch, list(load)):
-            if self.pacer.knows(shard):
+            if moves and shard != ordinal and self.pacer.knows(shard) and part.drawn:
+                self.waits.put_back(part)  # that one has not refused it
+            elif self.pacer.knows(shard):
                 self.waits.put_by(shard, part, now, until)
             elif now - part.taken_at > CLAIM_AFTER_S and now >= self._claim_at:
                 # Nobody knows whose line it belongs to, and it has lost against newer ones for a while. So all that is

@@ -217,6 +217,18 @@ class Rate:
         self._bytes -= nbytes
         self._sent += records
 
+    def grown(self, now: float) -> float:
+        """Records per second let through now, what it has grown by since somebody waited included."""
+        self._refill(now)
+        return self._limit
+
+    def slow_down(self, now: float, limit: float) -> None:
+        """To that rate at most, from which it grows; all tokens are gone."""
+        self._throttled_at = now
+        self._limit = min(self._limit, limit)
+        self._records = min(self._records, 0.0)
+        self._bytes = min(self._bytes, 0.0)
+
     def utilization(self, now: float) -> float:
         """The share of the cap that was used lately, the fuller of records and bytes; 0.0 without a cap."""
         fade = math.exp((self._hot_at - now) / _UTILIZATION_S) / _UTILIZATION_S
@@ -314,6 +326,25 @@ class Pacer:
     def stored(self, now: float, load: Mapping[int, tuple[int, int]]) -> None:
         for shard, (records, nbytes) in load.items():
             self._rate(shard).stored(now, records, nbytes)
+
+    def room(self, now: float) -> list[float]:
+        """What each shard takes a second for its part of the key space: the larger the less likely it is overrun."""
+        return [rate.grown(now) / share for rate, share in zip(self._shards, self._shares, strict=True)]
+
+    def by_shard(self, now: float) -> None:
+        """Each shard gets its part of what is let through now: keys that were spread evenly are drawn for shards."""
+        if self.even.adapted:
+            part = self.even.grown(now) / sum(self._shares)
+            for rate, share in zip(self._shards, self._shares, strict=True):
+                rate.slow_down(now, part * share)
+            # What it has learned is theirs now.
+            self.even = Rate(now, self.even.cap_records, self.even.cap_bytes)
+
+    def spread_again(self, now: float) -> None:
+        """Keys are spread evenly again: by one bucket, which is empty, for the shards' own were used until now."""
+        limit = sum(rate.grown(now) for rate in self._shards)
+        self.even = Rate(now, self.even.cap_records, self.even.cap_bytes)
+        self.even.slow_down(now, limit)
 
     def utilization(self, now: float) -> list[float]:
         """The share of each shard's limit that was used lately; empty while the shards are not known.

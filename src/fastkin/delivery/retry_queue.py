@@ -65,14 +65,15 @@ class RetryQueue:
 
     def __init__(
         self, pacer: Pacer, sizes: CallSize, generations: Generations, refusals: Refusals, *,
-        fresh: Callable[[], Batch | None], most_records: int, most_bytes: int,
+        fresh: Callable[[], Batch | None], place: Callable[[Batch], object], most_records: int, most_bytes: int,
     ) -> None:  # fmt: skip
-        """`fresh()`: the next new batch, if any."""
+        """`fresh()`: the next new batch, if any. `place(batch)`: before its shards are asked for."""
         self._pacer = pacer
         self._generations = generations
         self._refusals = refusals
         self.sizes = sizes
         self._fresh = fresh
+        self._place = place
         self._most_records = most_records
         self._gather_bytes = min(_GATHER_BYTES, most_bytes // 2)
         self.lines: dict[int | str, Line] = {}
@@ -259,6 +260,7 @@ class RetryQueue:
     def _admit(self, batch: Batch, now: float) -> Batch | None:
         """What of it may go now; its tokens are taken. The records of shards without room, or with a line, stand in
         line; the others need not wait for them."""
+        self._place(batch)
         load = batch.shard_load()
         held: dict[int, int] = {}  # shard as the batch says -> its line
         for shard, (records, nbytes) in load.items():

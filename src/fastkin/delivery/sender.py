@@ -35,6 +35,7 @@ from fastkin.delivery.pacing import CallSize, Pacer
 from fastkin.delivery.refusals import Refusals
 from fastkin.delivery.retry_queue import LEAST_WAIT_S, RetryQueue, age
 from fastkin.delivery.send_counters import SendCounters
+from fastkin.delivery.spreading import Spreading
 from fastkin.delivery.trouble import Trouble
 from fastkin.errors import Action, ClosedError, KinesisError, LibraryError
 from fastkin.limits import CALL_RECORDS, DEFAULT_CALL_BYTES
@@ -126,9 +127,10 @@ class Sender:
         counters = SendCounters(max_records, max_batch_bytes)
         self.counters: SendCounters = counters
         self._generations = generations = Generations()
+        self._spreading = spreading = Spreading(batcher, pacer, name)
         self._waits = waits = RetryQueue(
             pacer, CallSize(), generations, refusals,
-            fresh=self._fresh, most_records=max_records, most_bytes=max_batch_bytes,
+            fresh=self._fresh, place=spreading.place, most_records=max_records, most_bytes=max_batch_bytes,
         )  # fmt: skip
         self._trouble = trouble = Trouble(
             batcher, loop, name=name, stream=stream, permission=destination.permission,
@@ -139,7 +141,9 @@ class Sender:
         self._calls = OpenCalls(name, loop, self._call_ended)
         classify = partial(classify_record, own=destination.codes)
         judge = (waits, refusals, pacer, gate, alarm, trouble, counters, classify, self._give_up)
-        self._answers = Answers(*judge, generations=generations, random=random, stored_at=loop.time())
+        self._answers = Answers(
+            *judge, generations=generations, spreading=spreading, random=random, stored_at=loop.time()
+        )
         self._failed_calls = FailedCalls(*judge)
         # What must not pass the source's other batches: calls that were cut short, and what a flush took.
         self._withdrawn: list[Batch] = []
@@ -150,6 +154,7 @@ class Sender:
     def set_shards(self, shards: ShardMap | None) -> None:
         """Pace by these shards from now on; None: learn from throttles alone."""
         self._answers.shards = shards
+        self._spreading.reset()  # its ordinals meant other shards
         if shards is None:
             self.pacer.clear_shards(self._loop.time())
         else:
@@ -163,6 +168,7 @@ class Sender:
             return
         now = self._loop.time()
         gate, waits = self.gate, self._waits
+        self._spreading.look(now, waits.lines)
         # No call ends while this runs: each is a task of its own.
         for _ in range(gate.limit - len(self._calls)):
             # Closed for all, also for what never failed: it is the way that is broken, not the batch.
@@ -248,6 +254,11 @@ class Sender:
     def answered_at(self) -> float:
         """When Kinesis last took something (loop time)."""
         return self._answers.stored_at
+
+    @property
+    def draws_for_room(self) -> bool:
+        """Keys are drawn for the shards that have room: some have less than their part."""
+        return self._spreading.active
 
     def utilization(self) -> dict[str, float]:
         """Shard id to the share of its limit that was used lately; empty while the shards are not known."""
@@ -395,6 +406,7 @@ class Sender:
             # It was settled, and one of those who were told raised. To send it again would store it twice.
             self._generations.ended(batch.flush_generation, count)
         else:
+            batch.uncertain += 1  # nobody knows how far the call came
             unforeseen = KinesisError(type(error).__name__, str(error), action=Action.OPERATOR)
             self._failed_calls.failed(batch, unforeseen, self._loop.time())
 
