@@ -20,7 +20,8 @@ DESIGN.md walks.
   codec/sinks.pxi     more ways into one batcher, for payloads of other formats
   codec/reading.pxi   records as a consumer gets them
 
-Rules: an untrusted length is unsigned and compared with what is left, never added to a pointer first;
+Rules: an untrusted length is unsigned and compared with what is left, never added to a pointer first (the sum may wrap,
+and a pointer behind the end would pass);
 a frame is read whole before a byte of it is taken; while we call out, our objects are whole.
 `nogil` on a function says only that it touches no Python object, which the compiler then checks. The GIL is given away
 in one place, `with nogil` in codec/entry.pxi, which reads a body that is held by its buffer; all else runs with it, and

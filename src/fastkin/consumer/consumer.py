@@ -1,4 +1,4 @@
-"""The consumer's public face."""
+"""`fastkin.Consumer`: the calls one by one, and `stream()`, which reads all shards. It owns the client."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From an open batch to an answer: when it closes, what goes next, what waits on disk."""
+"""From an open batch to an answer: when it may go, what goes next, what waits on disk."""

@@ -1,9 +1,10 @@
 """What an answer makes of a batch, entry by entry: stored, failed for now, or refused for good.
 
 An entry that failed goes again as the same bytes with the same key, so a duplicate can be recognised; a key that was
-drawn may change when the shard was full, for then it is surely not stored (spreading.py). Three kinds of failure are kept apart. An entry that was throttled says something about its shard: it goes back to the head of the
-shard's line. One that failed for another passing reason waits for its time and holds back nobody. One that can never be
-stored is given up, alone: of an aggregate the others go on.
+drawn may change when the shard was full, for then it is surely not stored (spreading.py). Three kinds of failure are
+kept apart. An entry that was throttled says something about its shard: it goes back to the head of the shard's line.
+One that failed for another passing reason waits for its time and holds back nobody. One that can never be stored is
+given up, alone: of an aggregate the others go on.
 
 Here nothing is dropped and no call is made. What failed is put where it waits, and the sender's next look sends it.
 """

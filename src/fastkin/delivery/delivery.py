@@ -4,7 +4,7 @@
       |
     batcher       a record becomes an entry of the open batch: its key, its shard, base64, what it costs
       |        a batch closes when it holds max_records or max_batch_bytes: 500 or 5 MiB, unless told
-    flusher    ... or its time has come: linger, an idle sender, an exhausted window, the end
+    flusher    ... or is taken open, once its time has come: linger, an idle sender, an exhausted window, the end
       |
     backlog    what memory cannot hold goes to the disk, or is dropped, as `on_full` says
       |

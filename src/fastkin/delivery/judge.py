@@ -1,4 +1,4 @@
-"""What those who judge calls have in common: the places where a batch may go, and those who hear of it.
+"""What those who judge how a call ended have in common: the places where a batch may go, and those who hear of it.
 
 Both an entry that failed (answers.py) and a call that failed as a whole (failed_calls.py) end in the same retry queue,
 lower the same rates and are told by the same lines. Each of these things exists once for a sender, so that what one of

@@ -3,9 +3,9 @@
     subscriber = Subscriber(broker, [("plant/#", 1)], router=router, acks=acks, on_read=engine_pump)
     task = asyncio.create_task(subscriber.run())
 
-`Subscriber` lives as long as the pipeline; a `Connection` is one connection of it. Bytes land in the buffer of the
-link's `_core.Session`, which hands payloads to the router's sinks without a Python object per message; Python runs once
-per read. The AckTracker outlives connections and is reset at each new one, so that an acknowledgement of a former
+`Subscriber` lives as long as the pipeline; a `Connection` is one connection of it. Bytes land in the buffer of its
+`_core.Session`, which hands payloads to the router's sinks without a Python object per message; Python runs once per
+read. The AckTracker outlives connections and is reset at each new one, so that an acknowledgement of a former
 connection is never sent.
 
 How the next connection is tried is in `attempts.py`, what the log is told in `reports.py`, what is seen from outside in

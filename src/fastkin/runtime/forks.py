@@ -1,4 +1,4 @@
-"""What a process has begun and its child after a fork must leave alone: it has the sockets, and not the threads."""
+"""What a child must leave alone after a fork: it has copies of its parent's sockets, and none of its threads."""
 
 from __future__ import annotations
 
