@@ -7,7 +7,6 @@ gives it up at once: what is given up by mistake cannot be had back.
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import re
 from contextvars import ContextVar
 from datetime import UTC
@@ -138,7 +137,9 @@ def http_date(text: str | None) -> float | None:
     if not text or len(text) > 64:
         return None
     try:
-        told = email.utils.parsedate_to_datetime(text)
+        from email.utils import parsedate_to_datetime  # a megabyte, for the rare answer that is refused for its time
+
+        told = parsedate_to_datetime(text)
         at = (told if told.tzinfo is not None else told.replace(tzinfo=UTC)).timestamp()
     except Exception:  # noqa: BLE001 - a peer's text; what the parser makes of it has changed from version to version
         return None

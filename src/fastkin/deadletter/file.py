@@ -32,7 +32,6 @@ import fcntl
 import json
 import os
 import stat
-import tempfile
 import threading
 import time
 from datetime import UTC, datetime
@@ -198,6 +197,8 @@ class Spill:
 
 def _nameless(beside: Path) -> int:
     """A new file of mode 0600 in the same directory, or where temporary files go if that takes none."""
+    import tempfile  # a megabyte, for a message that is larger than memory has room for
+
     folder: Path | str = beside.absolute().parent
     while True:
         try:
@@ -217,6 +218,8 @@ def _nameless_in(folder: Path | str) -> int:
         # Some file systems know no file without a name. There it has one for the moment between these two calls.
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise
+    import tempfile
+
     fd, name = tempfile.mkstemp(dir=folder)
     Path(name).unlink()
     return fd

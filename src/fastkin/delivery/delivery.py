@@ -30,7 +30,6 @@ from fastkin.delivery.backlog import Backlog, DropBacklog, Parts, Policy, batch_
 from fastkin.delivery.expiry import Expiry
 from fastkin.delivery.flusher import Flusher
 from fastkin.delivery.sender import Sender
-from fastkin.delivery.spool_backlog import SpoolBacklog, split_budget
 from fastkin.delivery.watchdog import Watchdog, unattended
 from fastkin.errors import LibraryError, RecordFailed
 from fastkin.limits import CALL_RECORDS, DEFAULT_CALL_BYTES, RECORD_BYTES
@@ -101,6 +100,8 @@ class Delivery:
         self._window: ReplayWindow | None = None
         # Before the batcher is made: both parts are charged by it.
         if options.on_full == "spool":
+            from fastkin.delivery.spool_backlog import split_budget  # SQLite is 2 MB, for who spools
+
             self.budget, self._window = split_budget(self.budget)
         self.batcher: Batcher = Batcher(
             settler=settler, budget=self.budget, frame=frame, key=key if to.keyed else KeyPlan("none"),
@@ -157,6 +158,8 @@ class Delivery:
             return DropBacklog(parts, options.on_full)
         if options.spool is None or self._window is None:
             raise LibraryError("on_full 'spool' needs a path")
+        from fastkin.delivery.spool_backlog import SpoolBacklog
+
         return SpoolBacklog(
             parts, window=self._window, path=options.spool, max_bytes=options.spool_max_bytes,
             after_s=options.spool_after_s, max_records=options.max_records, max_batch_bytes=options.max_batch_bytes,
