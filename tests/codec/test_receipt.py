@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, Self, get_args, get_origin
 
 import pytest
@@ -370,6 +371,43 @@ def test_put_while_room_stops_at_what_is_too_large_and_when_it_is_left() -> None
     assert rig.batcher.put_while_room(leaving(), receipts, None) == b"d"
     assert len(receipts) == 2
     rig.store()
+    rig.settled()
+
+
+def test_put_while_room_asks_for_attention_and_keeps_the_receipt_when_that_raises() -> None:
+    rig = Rig(max_records=2)
+    calls: list[bool] = []
+
+    def attend() -> None:
+        calls.append(rig.batcher.dirty)
+        rig.batcher.dirty = False
+
+    rig.batcher.belong(lambda: True, attend)
+    receipts: list[Receipt[PutResult]] = []
+    assert rig.batcher.put_while_room(iter([b"a", b"b"]), receipts, None) is None
+    assert calls == [True, True], "a batch was opened and closed"
+    rig.batcher.belong(lambda: True, lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        rig.batcher.put_while_room(iter([b"c", b"d"]), receipts, None)
+    assert len(receipts) == 3
+    rig.store()
+    assert all(receipt.done() for receipt in receipts)
+    rig.settled()
+
+
+def test_put_while_room_gives_way_to_who_waits_and_to_another_thread() -> None:
+    rig = Rig()
+    rig.batcher.belong(lambda: True, lambda: None)
+    receipts: list[Receipt[PutResult]] = []
+    rig.budget.waiting = 1
+    assert rig.batcher.put_while_room(iter([b"a"]), receipts, None) == b"a"
+    rig.budget.waiting = 0
+    found: list[object] = []
+    thread = threading.Thread(target=lambda: found.append(rig.batcher.put_while_room(iter([b"b"]), receipts, None)))
+    thread.start()
+    thread.join()
+    assert found == [b"b"]
+    assert receipts == []
     rig.settled()
 
 

@@ -675,7 +675,10 @@ cdef class Batcher(Sink):
         """
         if not self.has_room() or not self.called_by_owner():
             return None
-        return self.put_and_tell(data, key, hash_key)
+        cdef Receipt receipt = self.put_one(data, key, hash_key)
+        if self.dirty:
+            self.attend()
+        return receipt
 
     def put_while_room(self, records, list receipts not None, end):
         """put_if_room() for each of an iterator, with no key of its own: its receipt is added to `receipts`. Returns
@@ -689,7 +692,10 @@ cdef class Batcher(Sink):
             # Room each time, for an iterator may do what it likes, also close who owns us.
             if not ours or not isinstance(each, bytes) or not self.has_room():
                 return each
-            receipts.append(self.put_and_tell(each, None, None))
+            receipts.append(self.put_one(each, None, None))
+            # Behind it, for what was taken has a receipt whatever this raises.
+            if self.dirty:
+                self.attend()
         return end
 
     cdef inline bint has_room(self) noexcept:
@@ -698,12 +704,6 @@ cdef class Batcher(Sink):
     cdef inline bint called_by_owner(self) except -1:
         # Two loops in one thread: the one that does not run is not the one we are called from.
         return PyThread_get_thread_ident() == self.owner and self.is_running()
-
-    cdef inline Receipt put_and_tell(self, object data, object key, object hash_key):
-        cdef Receipt receipt = self.put_one(data, key, hash_key)
-        if self.dirty:
-            self.attend()
-        return receipt
 
     def put_frame(self, payload) -> Receipt:
         """All records of a bulk frame, or none: DataFormatError, RecordError."""
