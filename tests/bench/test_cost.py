@@ -46,6 +46,15 @@ def test_prices_are_the_callers() -> None:
     assert math.isclose(dear.provisioned_month, 2.0 * MONTH_H)
 
 
+def test_what_is_packed_to_find_out_is_bounded_in_records() -> None:
+    """A million frames of 10,000 records a second would be ten thousand million to pack."""
+    forms = Forms("bulk", samples=10_000)
+    few, many = (costs(forms, rate=rate, linger_s=1.0, prices=Prices())[0] for rate in (1.0, 1e6))
+    assert few.messages_per_record == many.messages_per_record == 0.0001
+    assert few.wire_bytes == pytest.approx(many.wire_bytes, rel=0.01)
+    assert many.shards == pytest.approx(few.shards * 1e6, rel=0.1)
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = invoke(capsys, "cost", "--rate", "100", "--linger-ms", "1000")
     assert code == 0

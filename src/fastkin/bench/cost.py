@@ -28,7 +28,7 @@ PUT_UNIT: Final = 25 * 1024  # a record is counted in units of this size, rounde
 ON_DEMAND_UNIT: Final = 1024  # bytes of a record are rounded up to this
 _GB: Final = 1024.0**3
 _PACKED_BYTES: Final = 51_200  # of a packed record, as a pipeline makes it
-_MOST: Final = 5_000  # messages that are packed to find out: more in a linger are like these
+_MOST: Final = 50_000  # records that are packed to find out: more in a linger are like these
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def table(found: list[Cost]) -> str:
 
 
 def _cost(forms: Forms, way: str, rate: float, linger_s: float, prices: Prices, used: float) -> Cost:
-    messages = max(1, min(_MOST, round(rate * linger_s)))
+    messages = max(1, min(_MOST // forms.samples, round(rate * linger_s)))
     sizes, body_bytes, calls = _packed(forms, way, messages)
     times = rate / messages  # how often a second this happens
     records_s = len(sizes) * times
