@@ -486,7 +486,7 @@ cdef class ShardTable:
             self.odds = NULL
             return
         items = list(odds)
-        if len(items) != self.count or min(items) < 0.0 or max(items) != 1.0:
+        if <size_t> len(items) != self.count or min(items) < 0.0 or max(items) != 1.0:
             raise LibraryError("odds are 0.0 to 1.0, one for each shard, one of them 1.0")
         room = <uint8_t*> take_memory(self.odds, self.count)
         self.odds = room
@@ -495,14 +495,14 @@ cdef class ShardTable:
 
     cdef int32_t draw(self, char* p) noexcept nogil:
         """Keys at `p`, one after the other, until one falls where there is room: the shard of that one."""
-        cdef int32_t shard = -1
-        cdef int tries
-        for tries in range(DRAWS_MOST):
+        cdef int32_t shard
+        cdef int left = DRAWS_MOST
+        while True:
             fk_uuid4(p)
             shard = self.locate(wide_md5(p, FK_UUID_LENGTH))
-            if self.kept(shard):
-                break
-        return shard
+            left -= 1
+            if left == 0 or self.kept(shard):
+                return shard
 
     cdef inline bint kept(self, int32_t shard) noexcept nogil:
         return shard < 0 or self.odds == NULL or self.odds[shard] == 255 or (fk_random() >> 56) < self.odds[shard]

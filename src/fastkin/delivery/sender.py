@@ -118,18 +118,15 @@ class Sender:
         self._loop = loop = asyncio.get_running_loop()
         random = random or Random()  # noqa: S311 - jitter, not secrets
         self.source: Source = _BatcherItself(batcher)
-        pacer = Pacer(loop.time())
-        self.pacer: Pacer = pacer
+        self.pacer: Pacer = Pacer(loop.time())
         refusals = Refusals(batcher.budget, trusted=believe, harmless=harmless, name=name)
         self.refusals: Refusals = refusals
-        gate = Gate(max_calls, random)
-        self.gate: Gate = gate
-        counters = SendCounters(max_records, max_batch_bytes)
-        self.counters: SendCounters = counters
+        self.gate: Gate = Gate(max_calls, random)
+        self.counters: SendCounters = SendCounters(max_records, max_batch_bytes)
         self._generations = generations = Generations()
-        self._spreading = spreading = Spreading(batcher, pacer, name)
+        self._spreading = spreading = Spreading(batcher, self.pacer, name)
         self._waits = waits = RetryQueue(
-            pacer, CallSize(), generations, refusals,
+            self.pacer, CallSize(), generations, refusals,
             fresh=self._fresh, place=spreading.place, most_records=max_records, most_bytes=max_batch_bytes,
         )  # fmt: skip
         self._trouble = trouble = Trouble(
@@ -140,7 +137,7 @@ class Sender:
         self._alarm = alarm = Alarm(loop, self.pump)
         self._calls = OpenCalls(name, loop, self._call_ended)
         classify = partial(classify_record, own=destination.codes)
-        judge = (waits, refusals, pacer, gate, alarm, trouble, counters, classify, self._give_up)
+        judge = (waits, refusals, self.pacer, self.gate, alarm, trouble, self.counters, classify, self._give_up)
         self._answers = Answers(
             *judge, generations=generations, spreading=spreading, random=random, stored_at=loop.time()
         )
