@@ -38,7 +38,7 @@ _LATELY_S = 10.0
 
 
 class Spreading:
-    """Draws a batcher's keys for shards that have room, from begin() until there is room everywhere."""
+    """Draws a batcher's keys for shards that have room, while a few shards have less than their part."""
 
     __slots__ = ("_batcher", "_busy_at", "_name", "_next", "_pacer", "_refused", "_refused_at", "active")
 
