@@ -190,12 +190,15 @@ class Sts:
         self.signed: list[str] = []
         self.delay_s = 0.0
         self.failing = False
+        self.open = 0  # calls that are not answered yet
 
     async def answer(self, link: Link, request: Request) -> None:
         form = dict(urllib.parse.parse_qsl(request.body.decode()))
         self.asked.append(form)
         self.signed.append(request.headers.get("authorization", ""))
+        self.open += 1
         await asyncio.sleep(self.delay_s)
+        self.open -= 1
         if self.failing:
             text = "<ErrorResponse><Error><Code>AccessDenied</Code><Message>not you</Message></Error></ErrorResponse>"
             link.reply(403, text.encode(), {"Content-Type": "text/xml"})
@@ -365,20 +368,25 @@ async def test_a_short_lived_role_is_refreshed_without_pausing_calls(monkeypatch
     async with FakeServer(sts.answer) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", server.url)
         provider = await make_provider(assume())
-        seen, slowest = [await provider.get()], 0.0
-        sts.delay_s = 0.3
-        end = time.monotonic() + 4.5
-        while time.monotonic() < end:
-            begin = time.monotonic()
-            keys = await provider.get()
-            slowest = max(slowest, time.monotonic() - begin)
-            if keys != seen[-1]:
-                seen.append(keys)
-            await asyncio.sleep(0.01)
+        seen = [await provider.get()]
+        asked_at = [time.monotonic()]
+        during: set[int] = set()  # which questions were open when keys were had
+        sts.delay_s = 1.0
+        async with asyncio.timeout(60):
+            while len(seen) < 3:
+                keys = await provider.get()
+                if keys != seen[-1]:
+                    seen.append(keys)
+                if len(sts.asked) > len(asked_at):
+                    asked_at.append(time.monotonic())
+                if sts.open:
+                    during.add(len(sts.asked))
+                await asyncio.sleep(0.01)
         await provider.close()
-    assert [keys.access_key for keys in seen] == [f"ROLE{n}" for n in range(1, len(seen) + 1)]
-    assert 3 <= len(seen) <= 5
-    assert slowest < 0.25
+    assert [keys.access_key for keys in seen] == ["ROLE1", "ROLE2", "ROLE3"]
+    assert during == {2, 3}, "nobody waits for an answer"
+    assert len(asked_at) == 3, "once for each"
+    assert asked_at[2] - asked_at[1] > 1.0
 
 
 async def test_a_refresh_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

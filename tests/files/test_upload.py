@@ -291,7 +291,8 @@ async def test_a_file_is_closed_when_its_upload_is_cancelled_at_the_very_end(
         client = FileClient(pipeline(tmp_path, server.url, "plant-1"))
         try:
             await client.start()
-            await until(lambda: client.files._press._jobs.qsize())  # to close it
+            # To close it. Without the first, it could be the one that holds the thread.
+            await until(lambda: held.is_set() and client.files._press._jobs.qsize())
             await client.close()
             assert not closed
         finally:
