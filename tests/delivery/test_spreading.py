@@ -285,6 +285,32 @@ def test_drawn_keys_are_placed_later_but_not_of_what_may_be_stored() -> None:
         batch.finish(DROPPED)
 
 
+@pytest.mark.parametrize("second", ["another map", "none"])
+def test_batches_that_were_placed_by_different_maps_share_a_call(second: str) -> None:
+    """Nobody knows where the keys of both fall: they count as spread evenly until they are placed again."""
+    one = batcher()
+    for count in (3, 2, 4):
+        for _ in range(count):
+            one.add(b"x")
+        one.add(b"y", key="given")
+        one.close_batch(DRAIN)
+    batches = [batch for _ in range(3) if (batch := one.take()) is not None]
+    first, other, last = batches
+    told = [key for batch in batches for key in keys(batch)]
+    table = ShardTable(ENDS)
+    first.place(table)
+    last.place(table)
+    if second == "another map":
+        other.place(ShardTable(ENDS[3:]))
+    (batch,) = Batch.gather(batches)
+    assert keys(batch) == told
+    assert {n: records for n, (records, _) in batch.shard_load().items()} == {-1: 12}
+    batch.place(table)
+    found = Counter(table.find(key) for key in told if key != "given") + Counter({-1: 3})
+    assert {n: records for n, (records, _) in batch.shard_load().items()} == found
+    batch.finish(DROPPED)
+
+
 def test_a_body_that_somebody_reads_is_not_changed() -> None:
     table = ShardTable(ENDS)
     table.set_odds([1.0] + [0.0] * (SHARDS - 1))

@@ -661,10 +661,8 @@ cdef class Batch:
         cdef char* key
         cdef bint fixed = self.uncertain > 0 or self.exports > 0
         if self.placed_by is not table:
+            self.forget_places()
             self.placed_by = table
-            for i in range(self.count):
-                if self.items[i].drawn:
-                    self.items[i].shard = -1
         if table is None:
             return
         for i in range(self.count):
@@ -677,6 +675,14 @@ cdef class Batch:
                 random_ready()
                 entry.shard = table.draw(key)
                 self.digest = None
+
+    cdef void forget_places(self) noexcept:
+        """Nobody knows any more where drawn keys fall. Also of a batch that is in the making, and not whole yet."""
+        cdef size_t i
+        self.placed_by = None
+        for i in range(self.count):
+            if self.items[i].drawn:
+                self.items[i].shard = -1
 
     def split(self, shards) -> tuple[Batch | None, Batch | None]:
         """(entries of these shards, the others). Self is spent, or is the one that has everything."""
@@ -823,8 +829,8 @@ cdef class Batch:
                     out.taken_at = min(out.taken_at, batch.taken_at)
                     out.flush_generation = min(out.flush_generation, batch.flush_generation)
                     if batch.placed_by is not out.placed_by:
-                        out.place(None)
-                        batch.place(None)
+                        out.forget_places()
+                        batch.forget_places()
                 out.copy(batch, i)
         for item in outs:
             (<Batch> item).finish_body((<Batch> items[0]).why, (<Batch> items[0]).batcher)
