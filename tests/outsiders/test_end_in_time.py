@@ -233,9 +233,12 @@ async def test_a_spool_that_hangs_or_is_slow_does_not_keep_the_process(
             child.process.send_signal(signal.SIGTERM)
             code, last = await child.ended(1.0 + 2.0 + LATE_S)
     assert code == 0
-    told = re.search(r"spooled (\d+).*; (\d+) records are not settled", last)
+    told = re.search(r"received (\d+).* spooled (\d+).*; (\d+) records are not settled", last)
     assert told is not None, last
-    assert int(told[1]) + int(told[2]) == 40
+    received, spooled, unsettled = (int(count) for count in told.groups())
+    # On a busy machine not everything that the broker has was delivered before the signal came.
+    assert 0 < received <= 40
+    assert spooled + unsettled == received
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["deadline", "second signal"])
